@@ -1,0 +1,55 @@
+"""The only module that knows transformers versions: what differs between 4.57 and 5.x, found by feature, not by number."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+# 5.x derives M-RoPE from mm_token_type_ids; 4.57 from input_ids (and would leak the argument into the decoder layers).
+TAKES_MM_TOKEN_TYPE_IDS = "mm_token_type_ids" in inspect.signature(qwen.Qwen2_5_VLModel.forward).parameters
+# Newer 5.x `generate` encodes images before it repeats inputs for beams; 4.57 and 5.10 repeat pixels sample by sample.
+GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_get_image_nums_and_video_nums")
+
+# The PIL backend needs no torchvision, and gives the same pixels in every version and host.
+PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
+
+
+def vision_output(last_hidden_state: torch.Tensor | None, merged: Any) -> Any:
+    """What the stock tower and `get_image_features` return: a ModelOutput on 5.x, the bare value on 4.57."""
+    if not TAKES_MM_TOKEN_TYPE_IDS:
+        return merged
+    return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=merged)
+
+
+def pooled(output: Any) -> Any:
+    """Inverse of `vision_output`: the merged features of a tower or `get_image_features` output."""
+    return output.pooler_output if hasattr(output, "pooler_output") else output
+
+
+def register_key_names(class_name: str, renames: dict[str, str]) -> None:
+    """Make 5.x load and save `class_name` through `renames`; 4.57 reads `_checkpoint_conversion_mapping` instead."""
+    try:
+        from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return
+    register_checkpoint_conversion_mapping(
+        class_name, [WeightRenaming(old, new) for old, new in renames.items()], overwrite=True
+    )
+
+
+def make_tokenizer_portable(folder: str | os.PathLike) -> None:
+    """Let 4.57 read a tokenizer that 5.x saved: two settings have new names there, the files are the same."""
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

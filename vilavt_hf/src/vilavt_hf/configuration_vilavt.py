@@ -1,0 +1,126 @@
+"""Configuration: Qwen2.5-VL plus ``vision_config.integration_point``, ``text_encoder_config`` and ``frozen``."""
+
+from typing import Any
+
+from transformers import Qwen3Config
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
+
+PUBLISHED_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration_Vilavt"
+"""Class name in published config files; loading never depends on it, and saved files name ours."""
+
+QWEN3_EMBEDDING = {
+    "vocab_size": 151669,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+}
+"""Sizes of Qwen3-Embedding-0.6B, the published query encoder: the default of a config that names none."""
+
+FREEZABLE = ("vision_tower", "text_encoder", "text_proj", "language_model")
+"""Parts that ``VilavtConfig.frozen`` may list; ``language_model`` includes the LM head."""
+
+
+class VilavtVisionConfig(Qwen2_5_VLVisionConfig):
+    """Qwen2.5-VL's vision tower plus ``integration_point``: which blocks attend jointly over a group and its query.
+
+    ``integration_point`` is one of ``all``, ``early`` (``i < depth // 2``), ``late`` (``i >= depth // 2``), ``late2``
+    (``i >= 3 * depth // 4``), ``late3`` (``i >= depth // 4``), ``sparse`` (``fullatt_block_indexes``), ``none`` or None.
+    """
+
+    integration_point: str | None = None
+
+    def query_aware_blocks(self) -> frozenset[int]:
+        """Indices of the query-aware blocks.
+
+        Raises:
+            ValueError: ``integration_point`` is not a known name.
+        """
+        depth = self.depth
+        spans: dict[str | None, Any] = {
+            "all": range(depth),
+            "early": range(depth // 2),
+            "late": range(depth // 2, depth),
+            "late2": range(3 * depth // 4, depth),
+            "late3": range(depth // 4, depth),
+            "sparse": self.fullatt_block_indexes,
+            "none": (),
+            None: (),
+        }
+        if self.integration_point not in spans:
+            raise ValueError(
+                f"vision_config.integration_point={self.integration_point!r}, expected one of {sorted(map(str, spans))}"
+            )
+        return frozenset(spans[self.integration_point])
+
+
+class VilavtConfig(Qwen2_5_VLConfig):
+    """Qwen2.5-VL's configuration with a query encoder; reads both published flavours of ``config.json``.
+
+    Args:
+        text_encoder_config: the query encoder, a ``Qwen3Config`` or its dict.
+        vision_config: a ``VilavtVisionConfig`` or its dict.
+        frozen: parts without gradient, any of ``FREEZABLE``; applied whenever a model is built or loaded.
+    """
+
+    model_type = "vilavt"
+    sub_configs = {  # noqa: RUF012 (the parent's type)
+        "vision_config": VilavtVisionConfig,
+        "text_config": Qwen2_5_VLTextConfig,
+        "text_encoder_config": Qwen3Config,
+    }
+    sub_configs_defaults = dict(sub_configs)  # the newest 5.x reads this name; 4.57, 5.10 and 5.19 read `sub_configs`
+
+    # An explicit __init__ is the one form that 4.57 (plain class) and 5.x (strict dataclass) both honour.
+    def __init__(
+        self,
+        text_encoder_config: Qwen3Config | dict | None = None,
+        vision_config: VilavtVisionConfig | dict | None = None,
+        frozen: list[str] | tuple[str, ...] = (),
+        **kwargs: Any,
+    ):
+        kwargs.pop("model_type", None)  # the SFT flavour says qwen2_5_vl
+        kwargs.pop("integration_point", None)  # published files carry an unused null at the top level
+        if kwargs.get("text_config") is not None:  # published files repeat the text fields flat; 5.x warns on these two
+            kwargs.pop("rope_scaling", None)
+            kwargs.pop("rope_theta", None)
+        if not isinstance(text_encoder_config, Qwen3Config):
+            text_encoder_config = Qwen3Config(**(text_encoder_config or QWEN3_EMBEDDING))
+        if not isinstance(vision_config, VilavtVisionConfig):
+            # vision_config.model_type is "qwen2_5_vl" in 4.57 files and "qwen2_5_vl_vision" in 5.x files
+            vision_config = VilavtVisionConfig(
+                **{k: v for k, v in (vision_config or {}).items() if k != "model_type"}
+            )
+        self.text_encoder_config = text_encoder_config
+        self.vision_config = vision_config
+        self.frozen = _checked_parts(frozen)
+        super().__init__(vision_config=vision_config, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parent's, readable by 4.57 and 5.x alike whichever wrote it."""
+        out = super().to_dict()
+        # 4.57 forwards `config.architectures = ...` into text_config, so the top level would be saved without it.
+        out["architectures"] = ["VilavtForConditionalGeneration"]
+        # 5.x writes rope_parameters, 4.57 reads rope_theta and rope_scaling and would silently take default thetas.
+        for text in (out.get("text_config"), out.get("text_encoder_config")):
+            if isinstance(text, dict) and text.get("rope_parameters"):
+                scaling = {k: v for k, v in text["rope_parameters"].items() if k != "rope_theta"}
+                text["rope_theta"] = text["rope_parameters"]["rope_theta"]
+                text["rope_scaling"] = scaling if len(scaling) > 1 else None  # rope_type "default" alone is no scaling
+        return out
+
+
+def _checked_parts(parts: list[str] | tuple[str, ...]) -> list[str]:
+    unknown = [part for part in parts if part not in FREEZABLE]
+    if unknown or isinstance(parts, str):
+        raise ValueError(f"frozen={parts!r} must list parts out of {list(FREEZABLE)}; not known: {unknown}")
+    return sorted(parts)

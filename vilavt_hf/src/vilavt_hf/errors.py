@@ -1,0 +1,33 @@
+"""Every error this package raises on purpose. All are ``ValueError`` so that hosts which map bad input to a client error do so."""
+
+
+class VilavtError(ValueError):
+    """Base class; the message names the thing, both numbers that disagree, and the remedy."""
+
+
+class GroupError(VilavtError):
+    """Images and queries of a batch do not form valid groups."""
+
+
+class ImageError(VilavtError):
+    """An image cannot be loaded, or breaks a pixel or byte limit."""
+
+
+class RegionError(VilavtError):
+    """A region of a tool call cannot be cropped; ``region`` is its place in the call, counted from 0."""
+
+    def __init__(self, message: str, region: int = 0) -> None:
+        super().__init__(message)
+        self.region = region
+
+
+class PromptError(VilavtError):
+    """A prompt set is missing, incomplete, or cannot be imported."""
+
+
+class EpisodeError(VilavtError):
+    """An episode was driven against its contract."""
+
+
+class CheckpointError(VilavtError):
+    """A checkpoint is incomplete, inconsistent, or cannot be written."""

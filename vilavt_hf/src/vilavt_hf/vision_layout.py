@@ -1,0 +1,189 @@
+"""Where every patch and query token of a batch sits: window order, rotary positions, attention segments.
+
+Shapes: N patches, M query tokens kept, Q queries, T query columns, H heads, D head size.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+from .configuration_vilavt import VilavtVisionConfig
+
+ROPE_THETA = 10000.0
+"""Base of the vision tower's rotary embedding (fixed in Qwen2.5-VL)."""
+
+TORCH_VARLEN = "torch_varlen"
+"""`attn_implementation` name: torch's own variable-length flash attention in the tower (CUDA), SDPA elsewhere."""
+
+# The name must be known to both tables to be accepted for the whole model; only the tower treats it specially.
+AttentionInterface.register(TORCH_VARLEN, sdpa_attention_forward)
+AttentionMaskInterface.register(TORCH_VARLEN, sdpa_mask)
+
+
+class Segments:
+    """Variable-length attention: query segment s attends to the whole of key segment s.
+
+    Args:
+        query_lengths: tokens of each query segment, in packed order.
+        key_lengths: tokens of each key segment.
+        device: where the indices live.
+        key_order: (K,) sorts packed keys by segment, None when they already are.
+    """
+
+    def __init__(
+        self,
+        query_lengths: list[int],
+        key_lengths: list[int],
+        device: torch.device,
+        key_order: torch.Tensor | None = None,
+    ):
+        self.key_order = key_order
+        self.max_q, self.max_k = max(query_lengths), max(key_lengths)
+        q_lens, k_lens = torch.tensor(query_lengths), torch.tensor(key_lengths)
+        q_start, k_start = q_lens.cumsum(0) - q_lens, k_lens.cumsum(0) - k_lens
+        self.cu_q, self.cu_k = (
+            nn.functional.pad(n.cumsum(0), (1, 0)).to(device, torch.int32) for n in (q_lens, k_lens)
+        )
+        # Segments of one shape share one dense, maskless call: no (S, S) mask over several groups is ever built.
+        self.buckets = []
+        q_index = []
+        for q_len, k_len in torch.unique(torch.stack([q_lens, k_lens], 1), dim=0).tolist():
+            same = (q_lens == q_len) & (k_lens == k_len)
+            q, k = q_start[same, None] + torch.arange(q_len), k_start[same, None] + torch.arange(k_len)
+            self.buckets.append((q.to(device), k.to(device)))
+            q_index.append(q.flatten())
+        self.unbucket = torch.argsort(torch.cat(q_index)).to(device)
+
+    def attend(self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of q (N, H, D) over k, v (N + M, H, D), through the implementation the config asks for: (N, H * D)."""
+        implementation = module.config._attn_implementation
+        common = {"attention_mask": None, "scaling": module.scaling, "dropout": 0.0, "is_causal": False}
+        if self.key_order is not None:
+            k, v = k[self.key_order], v[self.key_order]
+        if implementation == TORCH_VARLEN:
+            return self._torch_varlen(q, k, v, module.scaling)
+        call = qwen.ALL_ATTENTION_FUNCTIONS.get(implementation, qwen.eager_attention_forward)
+        if "flash" in implementation:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            lengths: dict[str, Any] = {
+                "cu_seq_lens_q": self.cu_q,
+                "cu_seq_lens_k": self.cu_k,
+                "max_length_q": self.max_q,
+                "max_length_k": self.max_k,
+            }
+            return call(module, q, k, v, **lengths, **common)[0].flatten(0, 1).flatten(1)
+        if len(self.buckets) == 1:  # equal segments: a view instead of a gather
+            n = len(self.buckets[0][0])
+            q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
+            return call(module, q, k, v, **common)[0].flatten(0, 1).flatten(1)
+        out = [
+            call(module, q[i].transpose(1, 2), k[j].transpose(1, 2), v[j].transpose(1, 2), **common)[0].flatten(0, 1)
+            for i, j in self.buckets
+        ]
+        return torch.cat(out)[self.unbucket].flatten(1)
+
+    def _torch_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"attn_implementation={TORCH_VARLEN!r} needs CUDA and float16 or bfloat16, the tower runs in "
+                f"{q.dtype} on {q.device}; use 'sdpa'"
+            )
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale=scale).flatten(1)
+
+
+class VisionLayout:
+    """The packing of one encoder call. Patches are in window order: windows, frames, images and groups are contiguous.
+
+    Attributes:
+        order: (N / merge_size², ) merged-token permutation into window order.
+        text_index: (M,) kept query tokens in the flattened (Q, T) grid.
+        cos, sin: (N + M, 1, D) fp32, patches then query tokens.
+        segments: block kind ("window" | "frame" | "group") -> Segments.
+
+    A plain class on purpose: FSDP walks into dataclasses, tuples and dicts among a block's inputs and casts their
+    floats to bf16, which would cost the rotary angles their precision.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        grid_thw: torch.Tensor,
+        images_per_query: torch.Tensor,
+        query_mask: torch.Tensor,
+        config: VilavtVisionConfig,
+        device: torch.device,
+    ):
+        """All index arithmetic, on the CPU, vectorised over patches: the only device syncs of an encode.
+
+        Args:
+            grid_thw: (n_images, 3) frames, height and width in patches.
+            images_per_query: (Q,) images of each group, in prompt order, summing to n_images.
+            query_mask: (Q, T), 1 for query tokens that condition their group.
+            config: the tower's configuration.
+            device: where the results live.
+        """
+        t, h, w = grid_thw.cpu().long().unbind(1)
+        per_query, keep = images_per_query.cpu().long(), query_mask.cpu().bool()
+        merge, unit = config.spatial_merge_size, config.spatial_merge_size**2
+        side = config.window_size // merge // config.patch_size  # merged tokens per window side
+        patches = t * h * w
+        image = torch.repeat_interleave(patches)  # image of every patch
+        within = torch.arange(len(image)) - (patches.cumsum(0) - patches)[image]
+        frame, cell = within // (h * w)[image], within % (h * w)[image]
+        # patches come merge block by merge block: (h/m, w/m, m, m)
+        block_y, block_x = cell // unit // (w // merge)[image], cell // unit % (w // merge)[image]
+        y, x = block_y * merge + cell // merge % merge, block_x * merge + cell % merge
+
+        windows_x, windows_y = (w // merge + side - 1) // side, (h // merge + side - 1) // side
+        n_windows = t * windows_y * windows_x
+        window = (n_windows.cumsum(0) - n_windows)[image] + (
+            frame * (windows_y * windows_x)[image] + block_y // side * windows_x[image] + block_x // side
+        )
+        patch_order = torch.argsort(window, stable=True)
+
+        # Diagonal offsets: each image of a group starts after the previous ones, its query after all of them.
+        group = torch.repeat_interleave(per_query)  # group of every image
+        extent = torch.maximum(h, w)
+        group_extent = torch.zeros(len(per_query), dtype=torch.long).index_add_(0, group, extent)
+        offset = extent.cumsum(0) - extent - (group_extent.cumsum(0) - group_extent)[group]
+        row, column = keep.nonzero(as_tuple=True)
+        used = per_query[row] > 0  # a query without images conditions nothing
+        row, column = row[used], column[used]
+        position = torch.cat(
+            [
+                torch.stack([y, x], 1)[patch_order] + offset[image[patch_order], None],
+                # the column of the padded row counts, so a left-padded query starts later
+                (group_extent[row] + column)[:, None].expand(-1, 2),
+            ]
+        ).to(device)
+        half = config.hidden_size // config.num_heads // 2
+        # computed, not a buffer: `model.bfloat16()` would round a buffer
+        inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)
+        angles = (position[:, :, None].float() * inv_freq).flatten(1).repeat(1, 2)[:, None]
+
+        q_lens = torch.zeros(len(per_query), dtype=torch.long).index_add_(0, group, patches)[per_query > 0]
+        k_lens = q_lens + keep.sum(1)[per_query > 0]
+        key_order = torch.argsort(torch.cat([group[image], row]), stable=True).to(device) if len(row) else None
+        frames = (h * w).repeat_interleave(t).tolist()
+        windows = torch.bincount(window).tolist()
+        self.order = (patch_order[::unit] // unit).to(device)
+        self.text_index = (row * keep.shape[1] + column).to(device)
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.segments = {
+            "window": Segments(windows, windows, device),
+            "frame": Segments(frames, frames, device),
+            "group": Segments(q_lens.tolist(), k_lens.tolist(), device, key_order),
+        }
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (n, H, D), multiplied in fp32 as the parent does."""
+    y = x.float()
+    return (y * cos + qwen.rotate_half(y) * sin).to(x.dtype)
