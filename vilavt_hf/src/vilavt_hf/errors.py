@@ -31,3 +31,7 @@ class EpisodeError(VilavtError):
 
 class CheckpointError(VilavtError):
     """A checkpoint is incomplete, inconsistent, or cannot be written."""
+
+
+class EngineError(VilavtError):
+    """The local engine was set up or driven against its contract."""

@@ -1,0 +1,880 @@
+"""One conversation as a state machine without input or output: requests out, sampled tokens in.
+
+The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the stream of token ids
+only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with :meth:`Episode.feed`, until the request is
+None; then :attr:`Episode.result` and :attr:`Episode.record` are there. An episode is used once.
+
+What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never sampled (they are in
+``Request.banned_token_ids``); at most ``Request.max_new_tokens`` ids come back.
+
+Loss mask: 1 for exactly the fed tokens, the ``<|im_end|>`` the model sampled included; 0 for prompts, images, tool responses, and for an
+``<|im_end|>`` that the episode had to add.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from .errors import EpisodeError, ImageError, RegionError
+from .presets import Limits, Preset, get_preset
+from .prompts import Part, PromptSet, join
+from .protocol import (
+    ANSWER_CLOSE,
+    RESPONSE_CLOSE,
+    RESPONSE_OPEN,
+    Action,
+    Answer,
+    FinishReason,
+    Malformed,
+    NoAction,
+    ToolCall,
+    parse_turn,
+    unbox,
+)
+from .regions import CropPlan, Gallery, View, share_budget, smart_resize
+
+IMAGE_MARK = "<image>"
+"""Where a question may say that an image belongs; only presets with ``interleave`` heed it."""
+
+
+class Tokenizer(Protocol):
+    """What an episode needs of a tokenizer; any transformers tokenizer with Qwen's special tokens has it."""
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        """Text to ids."""
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+        """Ids to text."""
+
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Id of one token."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that structure the stream, looked up by name."""
+
+    im_start: int
+    im_end: int
+    endoftext: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    video_pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
+        """Look the ids up.
+
+        Raises:
+            EpisodeError: the tokenizer lacks one of them.
+        """
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        ids: dict[str, int] = {}
+        for name in cls.__dataclass_fields__:
+            token_id = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+            if token_id is None or token_id == unknown:
+                raise EpisodeError(f"the tokenizer has no token <|{name}|>; use the tokenizer of a Qwen2.5-VL checkpoint")
+            ids[name] = int(token_id)
+        return cls(**ids)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end a turn."""
+        return (self.im_end, self.endoftext)
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """Ids that must not be sampled: they stand for image features."""
+        return (self.vision_start, self.vision_end, self.image_pad, self.video_pad)
+
+
+@dataclass(frozen=True, eq=False)
+class Inquiry:
+    """Images that the encoder sees together, and what it is asked about them."""
+
+    images: tuple[Image.Image, ...]
+    """Encoder-ready, in conversation order; an original is alone in its inquiry."""
+    query: str
+    """Without prefix; empty for an original."""
+    image_indices: tuple[int, ...]
+    """Places in the conversation, counted from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What the engine has to do next."""
+
+    new_token_ids: list[int]
+    """Everything appended since, and without, the tokens the engine sampled last."""
+    all_token_ids: list[int]
+    """The whole stream so far."""
+    new_inquiries: tuple[Inquiry, ...]
+    """Inquiries whose placeholders are in ``new_token_ids``."""
+    inquiries: tuple[Inquiry, ...]
+    """All inquiries so far, in stream order."""
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    banned_token_ids: tuple[int, ...]
+    turn: int
+    """Counted from 0 within this episode."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One assistant turn and what came of it."""
+
+    index: int
+    text: str
+    """Decoded, without the stop token."""
+    action: Action
+    token_count: int
+    """Sampled tokens, the stop token included."""
+    views: tuple[View, ...] = ()
+    """Crops that were shown in reply."""
+    image_indices: tuple[int, ...] = ()
+    """Their places in the conversation."""
+    feedback: str | None = None
+    """The tool response as text, a crop as ``<image WxH>``; None if the episode ended with this turn."""
+    problem: str | None = None
+    """Why the action was not carried out."""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts over the whole stream."""
+
+    prompt_tokens: int
+    """Tokens that were not sampled, image tokens included."""
+    sampled_tokens: int
+    image_tokens: int
+    images: int
+    turns: int
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where an image's placeholders are: ``token_ids[start : start + length]``, all ``<|image_pad|>``."""
+
+    start: int
+    length: int
+    image_index: int
+    inquiry: int
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The stream, ready to train on. All per-token lists have one entry per token of ``token_ids``."""
+
+    token_ids: list[int]
+    loss_mask: list[int]
+    """1 for sampled tokens, else 0."""
+    logprobs: list[float | None]
+    """As fed; None where nothing was sampled or no logprob was fed."""
+    image_spans: tuple[ImageSpan, ...]
+    inquiries: tuple[Inquiry, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """How an episode ended."""
+
+    answer: str | None
+    finish: FinishReason
+    detail: str
+    """For every finish but ``answer``: what happened, both numbers, and what to change."""
+    turns: tuple[Turn, ...]
+    inquiries: tuple[Inquiry, ...]
+    views: tuple[View, ...]
+    usage: Usage
+    preset: str
+    limits: Limits
+    prompts: str
+    prompts_sha256: str
+    versions: Mapping[str, str]
+    sample_id: str | None = None
+
+    def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
+        """Plain JSON data; with ``include_images`` every shown image as a PNG data URL."""
+        inquiry_of = {index: number for number, inquiry in enumerate(self.inquiries) for index in inquiry.image_indices}
+        images = []
+        for index, view in enumerate(self.views):
+            entry: dict[str, Any] = {
+                "index": index,
+                "kind": view.kind,
+                "width": view.image.width,
+                "height": view.image.height,
+                "source": view.source,
+                "region": list(view.region),
+                "parent": view.parent,
+                "box": None if view.box is None else list(view.box),
+                "query": self.inquiries[inquiry_of[index]].query,
+                "inquiry": inquiry_of[index],
+            }
+            if include_images:
+                entry["png"] = _png_url(view.image)
+            images.append(entry)
+        return {
+            "sample_id": self.sample_id,
+            "answer": self.answer,
+            "finish": str(self.finish),
+            "detail": self.detail,
+            "turns": [_turn_json(turn) for turn in self.turns],
+            "images": images,
+            "usage": asdict(self.usage),
+            "preset": self.preset,
+            "limits": asdict(self.limits),
+            "prompts": {"name": self.prompts, "sha256": self.prompts_sha256},
+            "versions": dict(self.versions),
+        }
+
+
+@dataclass
+class _Stream:
+    """Parallel lists over the tokens of the conversation; only ever appended to."""
+
+    tokens: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    spans: list[ImageSpan] = field(default_factory=list)
+    inquiries: list[Inquiry] = field(default_factory=list)
+    transcript: list[str] = field(default_factory=list)
+    sent: int = 0
+    """Tokens the engine knows: those it was given and those it sampled."""
+    sent_inquiries: int = 0
+
+    def fork(self) -> _Stream:
+        return _Stream(
+            list(self.tokens),
+            list(self.mask),
+            list(self.logprobs),
+            list(self.spans),
+            list(self.inquiries),
+            list(self.transcript),
+            self.sent,
+            self.sent_inquiries,
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens about to be appended; spans are relative to its start, as (start, length, image index)."""
+
+    tokens: list[int]
+    spans: list[tuple[int, int, int]]
+    text: str
+
+
+class Episode:
+    """One conversation, single use; made by :meth:`start`, :meth:`follow_up` or :meth:`fallback`."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        prompts: PromptSet,
+        preset: Preset,
+        limits: Limits,
+        sample_id: str | None,
+        gallery: Gallery,
+        stream: _Stream,
+    ) -> None:
+        self.preset = preset
+        self.limits = limits
+        self.prompts = prompts
+        self.sample_id = sample_id
+        self.tokenizer = tokenizer
+        self.special = SpecialTokens.of(tokenizer)
+        self._gallery = gallery
+        self._stream = stream
+        self._turns: list[Turn] = []
+        self._pending: Request | None = None
+        self._finish: FinishReason | None = None
+        self._answer: str | None = None
+        self._detail = ""
+        self._asked_to_finish = False
+        self._whole_text_answers = False
+        self._question = ""
+        self._originals: tuple[Image.Image, ...] = ()
+
+    @classmethod
+    def start(
+        cls,
+        images: Sequence[Image.Image],
+        question: str,
+        *,
+        tokenizer: Tokenizer,
+        prompts: PromptSet | None = None,
+        preset: str | Preset = "default",
+        limits: Limits | None = None,
+        sample_id: str | None = None,
+    ) -> Episode:
+        """Begin a conversation.
+
+        Args:
+            images: source pictures, RGB, at full resolution (:func:`vilavt_hf.images.load_image` makes them).
+            question: the user's text; special tokens in it stay text.
+            tokenizer: has Qwen's special tokens.
+            prompts: wording; None: the built-in ``default``.
+            preset: name or value.
+            limits: budgets; None: the preset's.
+            sample_id: named in errors and in the result.
+
+        Returns:
+            An episode. If the first turn already breaks a budget it is finished (``image_limit`` or ``context_limit``) with an empty stream.
+
+        Raises:
+            ImageError: an image has a refused shape.
+            EpisodeError: not an image, an unknown preset, or a tokenizer without the special tokens.
+        """
+        preset = get_preset(preset)
+        limits = limits or preset.limits
+        episode = cls(
+            tokenizer=tokenizer,
+            prompts=prompts or PromptSet.load("default"),
+            preset=preset,
+            limits=limits,
+            sample_id=sample_id,
+            gallery=Gallery(min_pixels=limits.min_pixels),
+            stream=_Stream(),
+        )
+        special = episode.special
+        episode._open(
+            images,
+            question,
+            [_Mark(special.im_start), "system\n", *episode.prompts.render("system"), _Mark(special.im_end), "\n"],
+            "start",
+        )
+        return episode
+
+    def follow_up(self, question: str, images: Sequence[Image.Image] = (), *, limits: Limits | None = None) -> Episode:
+        """A new episode that continues this finished one's stream and images, with a fresh turn count.
+
+        Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its cache goes on from there.
+
+        Raises:
+            EpisodeError: this episode is still running, or never had a turn.
+        """
+        if self._finish is None:
+            raise EpisodeError(f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None")
+        if not self._stream.tokens:
+            raise EpisodeError(f"{self._name}: it ended before its first turn ({self._detail}); start a new episode")
+        limits = limits or self.limits
+        episode = Episode(
+            tokenizer=self.tokenizer,
+            prompts=self.prompts,
+            preset=self.preset,
+            limits=limits,
+            sample_id=self.sample_id,
+            gallery=self._gallery.fork(),
+            stream=self._stream.fork(),
+        )
+        episode._open(images, question, episode._turn_end(), "follow_up")
+        return episode
+
+    def fallback(self) -> Episode | None:
+        """The forced-answer conversation of presets that have one: the original images, a plain question, one turn.
+
+        Returns:
+            None if the preset has none or an answer was found. An answer tag is not needed in it: without one the whole text counts.
+        """
+        if self._finish is None or self._answer is not None or not self.preset.forced_answer:
+            return None
+        preset = replace(self.preset, budget_split="per_image", sizes="first", interleave=False, forced_answer=False)
+        limits = replace(self.limits, max_turns=1)
+        episode = Episode(
+            tokenizer=self.tokenizer,
+            prompts=self.prompts,
+            preset=preset,
+            limits=limits,
+            sample_id=self.sample_id,
+            gallery=Gallery(min_pixels=limits.min_pixels),
+            stream=_Stream(),
+        )
+        episode._whole_text_answers = True
+        special = self.special
+        system = [_Mark(special.im_start), "system\n", *self.prompts.render("fallback_system"), _Mark(special.im_end), "\n"]
+        episode._open(self._originals, self._question, system, "fallback")
+        return episode
+
+    @property
+    def finished(self) -> bool:
+        """Whether no request is left."""
+        return self._finish is not None
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why it ended; None while it runs."""
+        return self._finish
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Assistant turns of this episode so far."""
+        return tuple(self._turns)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All images shown so far, in conversation order."""
+        return tuple(self._gallery.views)
+
+    @property
+    def gallery(self) -> Gallery:
+        """The images with their sources and lineage."""
+        return self._gallery
+
+    @property
+    def inquiries(self) -> tuple[Inquiry, ...]:
+        """All inquiries so far, in stream order."""
+        return tuple(self._stream.inquiries)
+
+    @property
+    def transcript(self) -> str:
+        """The conversation as text, special tokens spelled out, an image as ``<image WxH>``."""
+        return "".join(self._stream.transcript)
+
+    @property
+    def record(self) -> Record:
+        """The stream with its loss mask; may be read at any time."""
+        stream = self._stream
+        return Record(list(stream.tokens), list(stream.mask), list(stream.logprobs), tuple(stream.spans), tuple(stream.inquiries))
+
+    @property
+    def result(self) -> Result:
+        """The outcome.
+
+        Raises:
+            EpisodeError: the episode is still running.
+        """
+        if self._finish is None:
+            raise EpisodeError(f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None")
+        stream = self._stream
+        sampled = sum(stream.mask)
+        usage = Usage(
+            prompt_tokens=len(stream.tokens) - sampled,
+            sampled_tokens=sampled,
+            image_tokens=sum(span.length for span in stream.spans),
+            images=len(self._gallery),
+            turns=len(self._turns),
+        )
+        return Result(
+            answer=self._answer,
+            finish=self._finish,
+            detail=self._detail,
+            turns=tuple(self._turns),
+            inquiries=tuple(stream.inquiries),
+            views=tuple(self._gallery.views),
+            usage=usage,
+            preset=self.preset.name,
+            limits=self.limits,
+            prompts=self.prompts.name,
+            prompts_sha256=self.prompts.sha256,
+            versions={"vilavt_hf": _version()},
+            sample_id=self.sample_id,
+        )
+
+    def next_request(self) -> Request | None:
+        """What to sample next, or None when the episode is over. Asking again without feeding gives the same request."""
+        if self._finish is not None:
+            return None
+        if self._pending is None:
+            stream = self._stream
+            room = self._room()
+            self._pending = Request(
+                new_token_ids=stream.tokens[stream.sent :],
+                all_token_ids=list(stream.tokens),
+                new_inquiries=tuple(stream.inquiries[stream.sent_inquiries :]),
+                inquiries=tuple(stream.inquiries),
+                max_new_tokens=min(self.limits.max_new_tokens_per_turn, room),
+                stop_token_ids=self.special.stops,
+                banned_token_ids=self.special.banned,
+                turn=len(self._turns),
+            )
+        return self._pending
+
+    def feed(
+        self,
+        token_ids: Sequence[int],
+        *,
+        logprobs: Sequence[float] | None = None,
+        finish: Literal["stop", "length"] = "stop",
+        seconds: float | None = None,
+    ) -> Turn:
+        """Take one sampled turn, act on it, and append the reply or end the episode.
+
+        Args:
+            token_ids: what was sampled, its stop token included. If ``finish`` is ``stop`` and none is there, ``<|im_end|>`` is appended
+                without loss.
+            logprobs: one per token.
+            finish: why sampling ended; a stop token at the end counts as ``stop`` whatever is said here.
+            seconds: time it took, for the record.
+
+        Returns:
+            The finished turn.
+
+        Raises:
+            EpisodeError: no request is open, or the tokens break the engine's side of the contract; nothing is appended then.
+        """
+        request = self._pending
+        where = f"{self._name}, turn {len(self._turns)}"
+        if request is None:
+            raise EpisodeError(f"{where}: feed() without an open request; call next_request() first, it must not be None")
+        ids = [int(token) for token in token_ids]
+        self._check_fed(ids, logprobs, finish, request, where)
+        stream = self._stream
+        stopped = bool(ids) and ids[-1] in self.special.stops
+        stream.tokens += ids
+        stream.mask += [1] * len(ids)
+        stream.logprobs += [float(value) for value in logprobs] if logprobs is not None else [None] * len(ids)
+        stream.sent = len(stream.tokens)
+        stream.sent_inquiries = len(stream.inquiries)
+        self._pending = None
+        text = self._decode(ids[:-1] if stopped else ids)
+        stream.transcript.append(text + (self._decode(ids[-1:]) if stopped else ""))
+        if finish == "stop" and not stopped:
+            self._append(self._compose([_Mark(self.special.im_end)], {}))
+        action = parse_turn(text, self.preset.rules)
+        turn = Turn(len(self._turns), text, action, len(ids), seconds=seconds)
+        if isinstance(action, Answer):
+            self._end(FinishReason.ANSWER, "", unbox(action.text) if self.preset.unbox_answer else action.text)
+        elif self._whole_text_answers:
+            self._end(FinishReason.ANSWER, "", unbox(text.strip()) if self.preset.unbox_answer else text.strip())
+        elif finish == "length" and not stopped:
+            self._end_cut_off(request)
+        elif self.preset.close_tag_ends and ANSWER_CLOSE in text:
+            self._end(FinishReason.MALFORMED, f"the turn holds {ANSWER_CLOSE} without an answer before it")
+        else:
+            turn = self._act(turn)
+        self._turns.append(turn)
+        return turn
+
+    @property
+    def _name(self) -> str:
+        return "episode" if self.sample_id is None else f"sample {self.sample_id}"
+
+    def _check_fed(
+        self, ids: list[int], logprobs: Sequence[float] | None, finish: str, request: Request, where: str
+    ) -> None:
+        if finish not in ("stop", "length"):
+            raise EpisodeError(f"{where}: finish is {finish!r}, it must be 'stop' or 'length'")
+        if len(ids) > request.max_new_tokens:
+            raise EpisodeError(f"{where}: {len(ids)} tokens were fed, the request allows {request.max_new_tokens}; pass max_new_tokens on")
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise EpisodeError(f"{where}: {len(ids)} tokens but {len(logprobs)} logprobs were fed; give one per token, or none")
+        banned = set(request.banned_token_ids)
+        for at, token in enumerate(ids):
+            if token in banned:
+                raise EpisodeError(f"{where}: sampled token {at} is the placeholder id {token}; ban request.banned_token_ids when sampling")
+            if token in request.stop_token_ids and at != len(ids) - 1:
+                raise EpisodeError(
+                    f"{where}: stop id {token} is sampled token {at} of {len(ids)}; stop sampling at request.stop_token_ids"
+                )
+
+    def _open(self, images: Sequence[Image.Image], question: str, head: list[Any], kind: str) -> None:
+        """Check the budgets of the first user turn, then append it."""
+        limits, gallery = self.limits, self._gallery
+        for i, image in enumerate(images):
+            if not isinstance(image, Image.Image):
+                raise EpisodeError(f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_hf.images.load_image")
+        self._question, self._originals = question, tuple(images)
+        cap = share_budget(limits.max_pixels, len(images), self.preset.budget_split)
+        first = len(gallery)
+        sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
+        for i, image in enumerate(images):
+            try:
+                height, width = smart_resize(image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap)
+            except ImageError as error:
+                raise ImageError(f"{self._name}, image {i}: {error}") from None
+            sizes[first + i] = (width, height)
+        if first + len(images) > limits.max_images:
+            held = f" beside the {first} already shown" if first else ""
+            self._end(
+                FinishReason.IMAGE_LIMIT, f"{len(images)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images"
+            )
+            return
+        if problem := self._pixel_problem(list(sizes.values())):
+            self._end(FinishReason.IMAGE_LIMIT, problem)
+            return
+        indices = list(range(first, first + len(images)))
+        parts = [*head, _Mark(self.special.im_start), "user\n", *self._first_user(kind, indices, question, sizes)]
+        chunk = self._compose([*parts, *self._assistant_start()], sizes)
+        if problem := self._context_problem(chunk):
+            self._end(FinishReason.CONTEXT_LIMIT, problem)
+            return
+        gallery.min_pixels = min(limits.min_pixels, cap)
+        views = [gallery.add_original(image, cap) for image in images]
+        gallery.min_pixels = limits.min_pixels
+        numbers = {}
+        for index, view in zip(indices, views, strict=True):
+            numbers[index] = len(self._stream.inquiries)
+            self._stream.inquiries.append(Inquiry((view.image,), "", (index,)))
+        self._append(chunk, numbers)
+
+    def _first_user(self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]) -> list[Part]:
+        preset, prompts = self.preset, self.prompts
+        count = len(indices)
+        same = len({sizes[i] for i in indices}) <= 1
+        several = count > 1
+        raw = preset.question_block == "user_raw_if_many" and several
+        sized = {"lines": True, "lines_if_many": several, "true": several and not same}.get(preset.sizes, False)
+        lines = []
+        for index in indices:
+            width, height = sizes[index]
+            line = prompts.render("original_sized" if sized else "original", image=index, index=index, width=width, height=height)
+            lines.append(line)
+        if kind == "follow_up":
+            return [*(part for line in lines for part in line), *prompts.render("follow_up", question=question)]
+        if kind == "fallback":
+            images_only: list[Part] = list(indices)
+            return [*images_only, *prompts.render("fallback_user", question=question)]
+        intro = ""
+        if count and not (sized and count == 1):
+            width, height = sizes[indices[-1 if preset.sizes == "last" else 0]]
+            name = "images_one" if count == 1 else "images_many_unsized" if sized else "images_many"
+            intro = prompts.text(name, count=count, last=indices[-1], width=width, height=height)
+        asked: str | tuple[Part, ...] = question
+        if preset.interleave and several:
+            pieces = question.split(IMAGE_MARK)
+            if len(pieces) == count + 1:
+                asked = join([part for i, piece in enumerate(pieces) for part in (piece, *(lines[i] if i < count else ()))])
+                lines = []
+            else:
+                asked = "".join(pieces)
+        template = "user_raw" if raw else "user_reduced" if preset.question_block == "user_reduced" else "user"
+        if preset.announce_single_turn and self.limits.max_turns == 1:
+            template = "user_no_zoom"
+        body = prompts.render(template, images=intro, question=asked)
+        if not intro and not count and body and isinstance(body[0], str):
+            body = (body[0].lstrip("\n"), *body[1:])
+        return [*(part for line in lines for part in line), *body]
+
+    def _act(self, turn: Turn) -> Turn:
+        """Carry out a turn that stopped in the ordinary way and is no answer."""
+        limits, action = self.limits, turn.action
+        last = turn.index + 1 >= limits.max_turns
+        if isinstance(action, ToolCall):
+            if last:
+                problem = f"turn {turn.index + 1} of {limits.max_turns} asked for another zoom; raise Limits.max_turns"
+                self._end(FinishReason.TURN_LIMIT, problem)
+                return replace(turn, problem=problem)
+            try:
+                plans = self._gallery.plan(action.regions, limits.crop_max_pixels or limits.max_pixels)
+            except RegionError as error:
+                return self._refuse(turn, FinishReason.BAD_REGION, str(error), "bad_call", last)
+            return self._zoom(turn, action, plans)
+        if isinstance(action, Malformed):
+            return self._refuse(turn, FinishReason.MALFORMED, action.detail, "bad_call", last)
+        return self._refuse(turn, FinishReason.NO_ACTION, "the turn holds neither a zoom request nor an answer", "no_action", last)
+
+    def _zoom(self, turn: Turn, call: ToolCall, plans: list[CropPlan]) -> Turn:
+        limits, policy = self.limits, self.preset.image_overflow
+        shown = len(self._gallery)
+        problem = None
+        if shown + len(plans) > limits.max_images:
+            problem = f"{len(plans)} crops beside {shown} images, at most {limits.max_images} are allowed; raise Limits.max_images"
+        else:
+            problem = self._pixel_problem([view.image.size for view in self._gallery.views] + [plan.size for plan in plans])
+        opening: list[Part] = []
+        if problem is not None:
+            if policy == "end" or (policy == "final" and self._asked_to_finish):
+                self._end(FinishReason.IMAGE_LIMIT, problem)
+                return replace(turn, problem=problem)
+            plans = self._that_fit(plans) if policy == "truncate" else []
+            if not plans and policy == "final":
+                opening = list(self.prompts.render("images_full", limit=limits.max_images))
+        return self._respond(turn, opening, plans, call.query, problem, ask_to_finish=problem is not None)
+
+    def _that_fit(self, plans: list[CropPlan]) -> list[CropPlan]:
+        free = self.limits.max_images - len(self._gallery)
+        kept = plans[: max(0, free)]
+        shown = [view.image.size for view in self._gallery.views]
+        while kept and self._pixel_problem(shown + [plan.size for plan in kept]):
+            kept = kept[:-1]
+        return kept
+
+    def _refuse(self, turn: Turn, reason: FinishReason, problem: str, template: str, last: bool) -> Turn:
+        if last or self.preset.bad_call == "end":
+            self._end(reason, problem)
+            return replace(turn, problem=problem)
+        # A problem quotes the model's own words; they must not close the response they stand in.
+        values: dict[str, str] = {"problem": problem.replace("</", "< /")} if template == "bad_call" else {}
+        opening = list(self.prompts.render(template, **values))
+        return self._respond(turn, opening, [], "", problem, ask_to_finish=self.preset.bad_call == "final")
+
+    def _respond(
+        self, turn: Turn, opening: list[Part], plans: list[CropPlan], query: str, problem: str | None, *, ask_to_finish: bool
+    ) -> Turn:
+        """Append a tool response, if it fits."""
+        limits, gallery, prompts = self.limits, self._gallery, self.prompts
+        first = len(gallery)
+        sizes = {first + i: plan.size for i, plan in enumerate(plans)}
+        body: list[Part] = [RESPONSE_OPEN, *opening]
+        for index, (width, height) in sizes.items():
+            body += prompts.render("crop", image=index, index=index, width=width, height=height)
+        ask_to_finish = ask_to_finish or turn.index + 2 >= limits.max_turns or first + len(plans) >= limits.max_images
+        body += [*prompts.render("final" if ask_to_finish else "continue"), RESPONSE_CLOSE]
+        chunk = self._compose([*self._turn_end(), _Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes)
+        if too_long := self._context_problem(chunk):
+            self._end(FinishReason.CONTEXT_LIMIT, too_long)
+            return replace(turn, problem=too_long)
+        views = gallery.add_crops(plans)
+        numbers = dict.fromkeys(sizes, len(self._stream.inquiries))
+        if views:
+            self._stream.inquiries.append(Inquiry(tuple(view.image for view in views), query, tuple(sizes)))
+        self._append(chunk, numbers)
+        self._asked_to_finish = self._asked_to_finish or ask_to_finish
+        feedback = "".join(part if isinstance(part, str) else "<image {}x{}>".format(*sizes[part]) for part in body)
+        return replace(turn, views=tuple(views), image_indices=tuple(sizes), feedback=feedback, problem=problem)
+
+    def _end(self, reason: FinishReason, detail: str, answer: str | None = None) -> None:
+        self._finish, self._detail, self._answer = reason, detail, answer
+
+    def _end_cut_off(self, request: Request) -> None:
+        limits = self.limits
+        if request.max_new_tokens < limits.max_new_tokens_per_turn:
+            detail = f"the turn was cut off at token {len(self._stream.tokens)} of {limits.max_context}; raise Limits.max_context"
+            self._end(FinishReason.CONTEXT_LIMIT, detail)
+        else:
+            allowed = limits.max_new_tokens_per_turn
+            detail = f"the turn was cut off, {allowed} tokens are allowed; raise Limits.max_new_tokens_per_turn"
+            self._end(FinishReason.LENGTH, detail)
+
+    def _room(self) -> int:
+        """Tokens that still fit."""
+        limit = self.limits.max_context
+        return self.limits.max_new_tokens_per_turn if limit is None else limit - len(self._stream.tokens)
+
+    def _context_problem(self, chunk: _Chunk) -> str | None:
+        """A turn fits if at least one sampled token fits after it."""
+        limit = self.limits.max_context
+        needed = len(self._stream.tokens) + len(chunk.tokens) + 1
+        if limit is None or needed <= limit:
+            return None
+        images = sum(length for _, length, _ in chunk.spans)
+        return (
+            f"the next turn needs a context of {needed} tokens ({images} of them for its images), at most {limit} are allowed; "
+            "raise Limits.max_context or lower max_pixels"
+        )
+
+    def _pixel_problem(self, sizes: list[tuple[int, int]]) -> str | None:
+        limit, total = self.limits.max_total_pixels, sum(width * height for width, height in sizes)
+        if limit is None or total <= limit:
+            return None
+        return f"{len(sizes)} images have {total} pixels, at most {math.floor(limit)} are allowed; raise Limits.max_total_pixels"
+
+    def _turn_end(self) -> list[Any]:
+        """What stands between a sampled turn and the next one; a turn that did not end in ``<|im_end|>`` is closed without loss."""
+        closed = self._stream.tokens[-1:] == [self.special.im_end]
+        return ["\n"] if closed else [_Mark(self.special.im_end), "\n"]
+
+    def _assistant_start(self) -> list[Any]:
+        return [_Mark(self.special.im_end), "\n", _Mark(self.special.im_start), "assistant\n"]
+
+    def _compose(self, parts: Sequence[Any], sizes: Mapping[int, tuple[int, int]]) -> _Chunk:
+        """Tokens of a turn: neighbouring texts are joined before they are encoded, as a chat template would."""
+        special = self.special
+        tokens: list[int] = []
+        spans: list[tuple[int, int, int]] = []
+        transcript: list[str] = []
+        text = ""
+        for part in [*parts, _Mark(-1)]:
+            if isinstance(part, str):
+                text += part
+                continue
+            if text:
+                tokens += self._encode(text)
+                transcript.append(text)
+                text = ""
+            if isinstance(part, int):
+                width, height = sizes[part]
+                count = (width // 28) * (height // 28)
+                tokens.append(special.vision_start)
+                spans.append((len(tokens), count, part))
+                tokens += [special.image_pad] * count
+                tokens.append(special.vision_end)
+                transcript.append(f"<image {width}x{height}>")
+            elif part.token_id >= 0:
+                tokens.append(part.token_id)
+                transcript.append("<|im_start|>" if part.token_id == special.im_start else "<|im_end|>")
+        return _Chunk(tokens, spans, "".join(transcript))
+
+    def _append(self, chunk: _Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:
+        stream = self._stream
+        start = len(stream.tokens)
+        stream.tokens += chunk.tokens
+        stream.mask += [0] * len(chunk.tokens)
+        stream.logprobs += [None] * len(chunk.tokens)
+        stream.spans += [ImageSpan(start + at, length, index, (inquiry_of or {})[index]) for at, length, index in chunk.spans]
+        stream.transcript.append(chunk.text)
+
+    def _encode(self, text: str) -> list[int]:
+        """Text to ids such that no text becomes a structural token."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        structural = {self.special.im_start, *self.special.stops, *self.special.banned}
+        if structural.isdisjoint(ids):
+            return ids
+        # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that no special token is left to recognise.
+        pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
+        return [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A structural token among the pieces of a turn."""
+
+    token_id: int
+
+
+def _version() -> str:
+    try:
+        return metadata.version("vilavt-hf")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _png_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _turn_json(turn: Turn) -> dict[str, Any]:
+    kinds = {ToolCall: "tool_call", Answer: "answer", Malformed: "malformed", NoAction: "no_action"}
+    action = {"type": kinds[type(turn.action)], **asdict(turn.action)}
+    return {
+        "index": turn.index,
+        "text": turn.text,
+        "action": action,
+        "tokens": turn.token_count,
+        "images": list(turn.image_indices),
+        "feedback": turn.feedback,
+        "problem": turn.problem,
+        "seconds": turn.seconds,
+    }
+
+
+__all__ = [
+    "Episode",
+    "ImageSpan",
+    "Inquiry",
+    "Limits",
+    "Record",
+    "Request",
+    "Result",
+    "SpecialTokens",
+    "Tokenizer",
+    "Turn",
+    "Usage",
+]
