@@ -1,6 +1,7 @@
 """A tiny model family, built in the test process: no downloads, fp32, seeded."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,12 @@ def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **vision
             elif parameter.abs().sum() == 0:  # biases
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
+
+
+@pytest.fixture(scope="session")
+def build_model(tokenizer):
+    """Builds further members of the family: `build_model(seed=0, **vision_config)`."""
+    return partial(build_tiny_model, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -53,3 +53,15 @@ def make_tokenizer_portable(folder: str | os.PathLike) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def rope_index(base: Any, input_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+    """Stock M-RoPE positions (3, L) of one unpadded stretch of tokens (L,) that starts at position 0; `base` is the `VilavtModel`.
+
+    Only reads the module's configuration. 5.x wants the token types and a keyword, 4.57 finds images by their tokens.
+    """
+    ids = input_ids[None]
+    if not TAKES_MM_TOKEN_TYPE_IDS:
+        return base.get_rope_index(ids, image_grid_thw)[0][:, 0]
+    types = (ids == base.config.image_token_id).int()
+    return base.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=image_grid_thw)[0][:, 0]

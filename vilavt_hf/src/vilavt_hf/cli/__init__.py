@@ -1,0 +1,52 @@
+"""The `vilavt` command. Each module of this package adds the commands of one area to the same application."""
+
+import logging
+import sys
+
+import typer
+
+from ..errors import VilavtError
+
+app = typer.Typer(
+    name="vilavt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="ViLaVT: a vision-language model whose vision encoder can be asked.",
+)
+
+
+@app.callback()
+def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the versions that decide a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package in ("vilavt-hf", "transformers", "torch", "pillow"):
+        try:
+            typer.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package} not installed")
+
+
+def _register_all() -> None:
+    from . import chat, checkpoint, prompts, tiny
+
+    for module in (chat, checkpoint, prompts, tiny):
+        module.register(app)
+
+
+_register_all()
+
+
+def main() -> None:
+    """Entry point: an error we raise on purpose is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except VilavtError as error:
+        typer.secho(f"vilavt: {type(error).__name__}: {error}", fg="red", err=True)
+        sys.exit(1)

@@ -1,0 +1,6 @@
+"""ViLaVT for VLMEvalKit. Not implemented yet: this release reserves the name; see the README for what is planned."""
+
+from importlib.metadata import version
+
+__version__ = version("vilavt-vlmeval")
+__all__ = ["__version__"]
