@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from .errors import EpisodeError, ImageError, RegionError
+from .images import to_rgb
 from .presets import Limits, Preset, get_preset
 from .prompts import Part, PromptSet, join
 from .protocol import (
@@ -584,7 +585,8 @@ class Episode:
         for i, image in enumerate(images):
             if not isinstance(image, Image.Image):
                 raise EpisodeError(f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_hf.images.load_image")
-        self._question, self._originals = question, tuple(images)
+        images = tuple(to_rgb(image) for image in images)
+        self._question, self._originals = question, images
         cap = share_budget(limits.max_pixels, len(images), self.preset.budget_split)
         first = len(gallery)
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}

@@ -1,0 +1,311 @@
+"""Getting a picture from an untrusted place into memory: RGB, upright, within caps that are checked before anything is decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import ipaddress
+import logging
+import re
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import ImageError
+from .protocol import Rules
+from .regions import MAX_ASPECT
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+"""Formats that are tried. Left out are those that hand the data to another program, such as EPS."""
+
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What a picture may cost. Every cap is checked before the pixels are decoded."""
+
+    max_bytes: int = 64 * 1024 * 1024
+    """Of the file, as stored or received."""
+    max_pixels: int = 100_000_000
+    """Width times height as stored; decoded, a pixel takes 3 bytes."""
+    max_aspect: float = MAX_ASPECT
+    """Longest side over shortest side."""
+
+
+@dataclass(frozen=True)
+class UrlPolicy:
+    """What a URL may be, if URLs are allowed at all. Checked again at every redirect."""
+
+    schemes: tuple[str, ...] = ("https", "http")
+    private_hosts: bool = False
+    """Whether hosts with a loopback, link-local, or otherwise non-public address may be asked."""
+    timeout: float = 10.0
+    """Seconds per network operation."""
+    max_redirects: int = 3
+
+
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
+    *,
+    allow_urls: bool = False,
+    allow_paths: bool = True,
+    url_policy: UrlPolicy = UrlPolicy(),  # noqa: B008 (frozen)
+    rules: Rules = "strict",
+    name: str | None = None,
+) -> Image.Image:
+    """Load a picture.
+
+    The EXIF orientation is applied, transparency is composited on white, 16-bit and floating-point pictures are scaled to 8 bits, of an
+    animation the first frame is taken. The argument is never modified or closed.
+
+    Args:
+        source: a path, the bytes of a file, a ``data:`` URL, an http(s) URL (only with ``allow_urls``), or a PIL image.
+        limits: caps.
+        allow_urls: whether the network may be used.
+        allow_paths: whether files of this machine may be read; switch it off for text that comes from a client.
+        url_policy: which URLs, if any.
+        rules: ``published`` leaves the EXIF orientation unapplied, as the published system does.
+        name: what errors call the picture; default: its path or URL.
+
+    Returns:
+        An RGB image at full resolution.
+
+    Raises:
+        ImageError: names the picture, both numbers where a cap is broken, and the remedy.
+    """
+    if isinstance(source, Image.Image):
+        label = name or "the image"
+        _check_size(source.size, limits, label)
+        return _decode(source, label, rules)
+    if isinstance(source, bytes | bytearray | memoryview):
+        data, label = bytes(source), name or f"the image ({len(source)} bytes)"
+        _check_bytes(len(data), limits, label)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        label = name or "the data URL"
+        data = _read_data_url(source, limits, label)
+    elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
+        label = name or source
+        if not allow_urls:
+            raise ImageError(f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path")
+        if match.group(1).lower() not in url_policy.schemes:
+            raise ImageError(f"{label}: the scheme {match.group(1)!r} is not allowed, allowed are {', '.join(url_policy.schemes)}")
+        data = _download(source, limits, url_policy, label)
+    elif isinstance(source, str | Path):
+        label = name or str(source)
+        if not allow_paths:
+            raise ImageError(f"{label[:80]}: paths are not allowed here; send the picture itself as a data URL")
+        data = _read_file(source, limits, label)
+    else:
+        raise ImageError(f"{name or 'the image'}: cannot load a {type(source).__name__}; pass a path, bytes or a PIL image")
+    return _open(data, limits, label, rules)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any PIL mode, transparency on white; an RGB image without transparency is returned as it is.
+
+    16-bit integers are scaled by 1/257. 32-bit integers are read as 16-bit ones, or, if they exceed 65535, scaled to their maximum.
+    Floats in 0–1 are scaled by 255, others are clipped to 0–255.
+    """
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image).astype(np.float64) / 257)
+    if image.mode == "I":
+        values = np.clip(np.asarray(image).astype(np.float64), 0, None)
+        return _grey(values / 257 if values.max(initial=0) <= 65535 else values * (255 / values.max()))
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+        return _grey(values * 255 if values.max(initial=0) <= 1 else values)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Our own cap below decides; PIL's warning would only repeat it.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in _registered()])
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{label}: too many pixels to decode ({error}); at most {limits.max_pixels} are allowed, shrink it") from None
+    except Exception as error:
+        kinds = ", ".join(FORMATS)
+        raise ImageError(f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}") from None
+    with image:
+        _check_size(image.size, limits, label)
+        return _decode(image, label, rules)
+
+
+def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
+    """Any decoder failure, of whatever class, becomes an error that names the picture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            orientation = _orientation(image, label) if rules == "strict" else 1
+            rgb = to_rgb(image)
+            if orientation != 1:
+                rgb = ImageOps.exif_transpose(_tagged(rgb, orientation))
+    except Exception as error:
+        raise ImageError(f"{label}: the picture is damaged or cut short: {_short(error)}; save it again") from None
+    if rgb is image:
+        return rgb if not hasattr(image, "fp") else rgb.copy()
+    return rgb
+
+
+def _orientation(image: Image.Image, label: str) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception as error:
+        logger.info("%s: unreadable EXIF data is ignored: %s", label, _short(error))
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _tagged(image: Image.Image, orientation: int) -> Image.Image:
+    """The converted image with just the orientation tag: conversions may drop the original's EXIF data."""
+    image = image.copy()
+    image.info.clear()
+    image.getexif()[_EXIF_ORIENTATION] = orientation
+    return image
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits, label: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{label}: {width} x {height} px, an image needs at least one pixel")
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"{label}: {width} x {height} = {width * height} pixels, at most {limits.max_pixels} are allowed; "
+            "shrink it or raise ImageLimits.max_pixels"
+        )
+    ratio = max(size) / min(size)
+    if ratio > limits.max_aspect:
+        raise ImageError(f"{label}: {width} x {height} px has a side ratio of {ratio:.0f}, at most {limits.max_aspect:g} is allowed; crop it")
+
+
+def _check_bytes(count: int, limits: ImageLimits, label: str) -> None:
+    if count > limits.max_bytes:
+        raise ImageError(
+            f"{label}: {count} bytes, at most {limits.max_bytes} are allowed; save it smaller or raise ImageLimits.max_bytes"
+        )
+
+
+def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
+    try:
+        path = Path(path)
+        if not path.is_file():
+            kind = "there is no such file" if not path.exists() else "it is not a regular file"
+            raise ImageError(f"{label}: {kind}; check the path")
+        _check_bytes(path.stat().st_size, limits, label)
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{label}: cannot be read: {_short(error)}") from None
+    _check_bytes(len(data), limits, label)
+    return data
+
+
+def _read_data_url(source: str, limits: ImageLimits, label: str) -> bytes:
+    head, comma, body = source.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"{label}: a data URL must read data:<type>;base64,<data>")
+    _check_bytes(len(body) * 3 // 4, limits, label)
+    try:
+        return base64.b64decode(urllib.parse.unquote(body), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{label}: its base64 data cannot be read: {_short(error)}") from None
+
+
+def _download(url: str, limits: ImageLimits, policy: UrlPolicy, label: str) -> bytes:
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _CheckedRedirects(policy, label),
+    ):
+        opener.add_handler(handler)
+    _check_url(url, policy, label)
+    request = urllib.request.Request(url, headers={"User-Agent": "vilavt-hf", "Accept": "image/*"})
+    try:
+        with opener.open(request, timeout=policy.timeout) as response:
+            announced = response.headers.get("Content-Length", "")
+            if announced.isdigit():
+                _check_bytes(int(announced), limits, label)
+            data: bytes = response.read(limits.max_bytes + 1)
+    except ImageError:
+        raise
+    except urllib.error.HTTPError as error:
+        raise ImageError(f"{label}: the server answered {error.code}; check the URL") from None
+    except Exception as error:
+        raise ImageError(f"{label}: cannot be downloaded: {_short(error)}") from None
+    _check_bytes(len(data), limits, label)
+    return data
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    def __init__(self, policy: UrlPolicy, label: str) -> None:
+        self.policy, self.label = policy, label
+        self.max_redirections = policy.max_redirects
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> urllib.request.Request | None:
+        _check_url(newurl, self.policy, self.label)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_url(url: str, policy: UrlPolicy, label: str) -> None:
+    """Scheme and host; the address is looked up here and once more by the connection, so this is no shield against a hostile DNS."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ImageError(f"{label}: not a valid URL: {_short(error)}") from None
+    if parts.scheme.lower() not in policy.schemes:
+        raise ImageError(f"{label}: the scheme {parts.scheme!r} is not allowed, allowed are {', '.join(policy.schemes)}")
+    if not host:
+        raise ImageError(f"{label}: the URL names no host")
+    if policy.private_hosts:
+        return
+    try:
+        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ImageError(f"{label}: the host {host!r} is unknown: {_short(error)}") from None
+    for entry in found:
+        address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
+        if not address.is_global:
+            raise ImageError(f"{label}: the host {host!r} is {address}, not a public address; set UrlPolicy.private_hosts to allow it")
+
+
+def _registered() -> set[str]:
+    Image.init()
+    return set(Image.OPEN)
+
+
+def _short(error: BaseException) -> str:
+    return (str(error) or type(error).__name__)[:200]
+
+
+__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "load_image", "to_rgb"]
