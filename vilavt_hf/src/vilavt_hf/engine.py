@@ -1,0 +1,584 @@
+"""Token-in/token-out generation for many conversations at once; no image is encoded twice, no token is prefilled twice.
+
+Contract: token ids in, token ids out. One :class:`Row` is one conversation's token stream; :meth:`Engine.submit`
+appends a request's tokens and images to it, :meth:`Engine.step` advances every row that has work, and a row that has
+finished a turn waits, with its keys and values, for its next request. Text, tool calls and crops are none of the
+engine's business (:mod:`vilavt_hf.episode` has them).
+
+How reuse stays exact:
+
+- a request's new images are encoded when they first appear, all groups of all waiting rows in one call (groups never
+  see each other);
+- between turns a row owns its keys and values alone, without padding. To run, rows are gathered side by side,
+  right-aligned; pad slots are masked and are dropped again when a row leaves, so holes never pile up;
+- every position is explicit, ``(3, B, L)``: the stock M-RoPE index of the new tokens alone plus the row's offset (its
+  highest position + 1). The module keeps no state, so several engines may share one model;
+- the last token a model samples (its stop token) is not in the cache when a turn ends; it is fed once, in front of the
+  next request.
+
+Shapes: B rows, L new tokens, S cached slots, H key-value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from . import compat
+from .errors import EngineError
+from .presets import Sampling
+
+if TYPE_CHECKING:
+    from .episode import Inquiry, Request
+    from .modeling_vilavt import VilavtForConditionalGeneration
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Sequence["Inquiry"]], dict[str, torch.Tensor]]
+"""Inquiries to the inputs of `get_image_features`, as `VilavtProcessor.encode_inquiries` does."""
+
+
+@dataclass
+class Work:
+    """What a row has cost so far; the ratios are 1.00 if nothing was done twice."""
+
+    patches_encoded: int = 0
+    """14 x 14 patches that went through the vision encoder."""
+    distinct_patches: int = 0
+    """Patches of the row's images, each counted once."""
+    tokens_prefilled: int = 0
+    tokens_decoded: int = 0
+    """Sampled tokens that were fed back one by one."""
+    distinct_tokens: int = 0
+    """Tokens of the stream whose keys and values were needed."""
+
+    @property
+    def patches_ratio(self) -> float:
+        """Patches encoded per distinct patch."""
+        return self.patches_encoded / self.distinct_patches if self.distinct_patches else 1.0
+
+    @property
+    def tokens_ratio(self) -> float:
+        """Tokens sent through the language model per distinct token."""
+        return (self.tokens_prefilled + self.tokens_decoded) / self.distinct_tokens if self.distinct_tokens else 1.0
+
+
+@dataclass
+class Timings:
+    """Seconds an engine has spent, by its clock."""
+
+    encode: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token of one row, or the row's failure."""
+
+    row: Row
+    token_id: int | None
+    logprob: float | None
+    """Natural log of the token's probability under the model at temperature 1, banned tokens excluded, fp32."""
+    finish: str | None = None
+    """``stop`` or ``length`` on the last token of a turn; ``error`` if the row failed."""
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """One conversation: its token stream and, between turns, its keys and values. Made by :meth:`Engine.open`."""
+
+    generator: torch.Generator
+    name: str = ""
+    tokens: list[int] = field(default_factory=list)
+    """The whole stream: prompts, sampled tokens, tool responses."""
+    pending: list[int] = field(default_factory=list)
+    """The end of `tokens` that is not in the cache yet."""
+    next_position: int = 0
+    """Highest M-RoPE position so far + 1."""
+    keys: list[torch.Tensor] | None = None
+    """Per layer (1, H, n, D), n = len(tokens) - len(pending); None while the row runs or before it has run."""
+    values: list[torch.Tensor] | None = None
+    work: Work = field(default_factory=Work)
+    inquiries: list[Inquiry] = field(default_factory=list)
+    """Groups whose images are in `pending` and not encoded yet."""
+    request: Request | None = None
+    sampled: int = 0
+    """Tokens sampled in the current turn."""
+
+
+class Choose(Protocol):
+    """Picks the next token of every row."""
+
+    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+        """(B, V) fp32 logits, banned tokens at -inf, to (B,) token ids."""
+        ...
+
+
+class Sampler:
+    """Greedy, or repetition penalty / temperature / top-k / top-p with one uniform number per token from the row's own
+    generator.
+
+    A row draws from its generator only, and exactly once per token, so what else is in the batch does not change its
+    samples.
+
+    Raises:
+        EngineError: a setting is out of range.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        wrong = (
+            sampling.temperature < 0
+            or not 0 < sampling.top_p <= 1
+            or sampling.top_k < 0
+            or sampling.repetition_penalty <= 0
+        )
+        if wrong:
+            raise EngineError(
+                f"{sampling}: temperature and top_k must be 0 or more, "
+                "repetition_penalty above 0, top_p above 0 and at most 1"
+            )
+        self.sampling = sampling
+
+    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+        """See :class:`Choose`."""
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            logits = self._penalised(rows, logits)
+        if sampling.temperature == 0:
+            return logits.argmax(-1)
+        ordered, index = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1, dtype=torch.float64)
+        keep = probabilities.cumsum(-1) - probabilities < sampling.top_p
+        if sampling.top_k:
+            keep[:, sampling.top_k :] = False
+        cumulative = (probabilities * keep).cumsum(-1)
+        draw = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows]).to(
+            logits.device
+        )
+        place = torch.searchsorted(cumulative, (draw * cumulative[:, -1])[:, None], right=True)
+        # Rounding may put the draw on the very end of the kept mass.
+        last = (probabilities * keep).gt(0).sum(-1, keepdim=True) - 1
+        return index.gather(-1, torch.minimum(place, last))[:, 0]
+
+    def _penalised(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+        """Logits of tokens already in the stream, divided (above 0) or multiplied (below), as in CTRL and
+        transformers.
+        """
+        logits, penalty = logits.clone(), self.sampling.repetition_penalty
+        for b, row in enumerate(rows):
+            seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+            logits[b, seen] = torch.where(logits[b, seen] > 0, logits[b, seen] / penalty, logits[b, seen] * penalty)
+        return logits
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer (B, H, S, D) with room to grow: the stock layer copies the whole cache for every
+    new token.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        super().__init__()
+        if keys is not None and values is not None:
+            self._adopt(keys, values)
+
+    def _adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self._room = (
+            keys,
+            values,
+        )  # written to only beyond its end, that is never before it was replaced by an own buffer
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, H, L, D) and return all S + L."""
+        if not self.is_initialized:
+            self._adopt(key_states, value_states)
+            return self.keys, self.values
+        before, after = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if after > self._room[0].shape[2]:
+            slots = after + after // 4 + 64
+            self._room = (_with_room(self.keys, slots), _with_room(self.values, slots))
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, before:after] = new
+        self.keys, self.values = (room[:, :, :after] for room in self._room)
+        return self.keys, self.values
+
+
+def _with_room(old: torch.Tensor, slots: int) -> torch.Tensor:
+    batch, heads, used, size = old.shape
+    room = old.new_empty(batch, heads, slots, size)
+    room[:, :, :used] = old
+    return room
+
+
+@dataclass
+class _Batch:
+    """Rows that run side by side: slot s of row b is real where mask[b, s]."""
+
+    rows: list[Row]
+    mask: torch.Tensor
+    layers: list[GrowingLayer]
+
+    @property
+    def cache(self) -> DynamicCache:
+        """The layers as the model takes them; they grow in place."""
+        cache: Any = DynamicCache()
+        cache.layers, cache.layer_class_to_replicate = self.layers, None
+        return cache
+
+
+class Engine:
+    """Generates for many rows at once; see the module docstring for the contract.
+
+    Args:
+        model: in eval mode, on one device.
+        encode: inquiries to encoder inputs.
+        choose: picks tokens; greedy by default.
+        max_batch_size: rows that run side by side; more wait in line.
+        clock: what `timings` is measured with, e.g. `time.process_time`.
+
+    Raises:
+        EngineError: the language model has sliding-window layers (padding slots would count as distance).
+    """
+
+    def __init__(
+        self,
+        model: VilavtForConditionalGeneration,
+        encode: Encode,
+        *,
+        choose: Choose | None = None,
+        max_batch_size: int = 8,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config: Any = model.config
+        kinds = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise EngineError(
+                f"the language model has layers of kind {sorted(kinds)}, only full_attention is supported"
+            )
+        if max_batch_size < 1:
+            raise EngineError(f"max_batch_size={max_batch_size}, it must be at least 1")
+        self.model = model
+        self.encode = encode
+        self.choose = choose or Sampler(Sampling())
+        self.max_batch_size = max_batch_size
+        self._layers: int = config.text_config.num_hidden_layers
+        self._merge_unit: int = config.vision_config.spatial_merge_size**2
+        self.clock = clock
+        self.timings = Timings()
+        self._waiting: list[Row] = []
+        self._running: _Batch | None = None
+        self._banned: dict[tuple[int, ...], torch.Tensor] = {}
+
+    # ------------------------------------------------------------------ rows
+
+    def open(self, seed: int = 0, name: str = "") -> Row:
+        """A new, empty conversation; `seed` drives its sampling alone, `name` appears in error messages."""
+        return Row(torch.Generator().manual_seed(seed), name)
+
+    def submit(self, row: Row, request: Request, inquiries: Sequence[Inquiry] | None = None) -> None:
+        """Append a request to its row and queue the row for generation.
+
+        Args:
+            row: idle, with the stream the request continues.
+            request: see `vilavt_hf.episode.Request`.
+            inquiries: encoded instead of ``request.new_inquiries``; must hold the same images' worth of tokens, in
+                order.
+
+        Raises:
+            EngineError: the row is busy, or the request continues another stream.
+        """
+        self._append(row, request, inquiries)
+        if request.max_new_tokens < 1:
+            raise EngineError(f"{self._name(row)}: max_new_tokens={request.max_new_tokens}, it must be at least 1")
+        row.request, row.sampled = request, 0
+        self._waiting.append(row)
+
+    def force(
+        self, row: Row, request: Request, token_ids: Sequence[int], inquiries: Sequence[Inquiry] | None = None
+    ) -> None:
+        """Append a request and its answer without running the model; both are prefilled with the next request."""
+        self._append(row, request, inquiries)
+        row.tokens += token_ids
+        row.pending += token_ids
+
+    def close(self, row: Row) -> None:
+        """Free the row's keys and values; a running or waiting row is taken out first."""
+        if row in self._waiting:
+            self._waiting.remove(row)
+        if self._running is not None and row in self._running.rows:
+            self._leave([self._running.rows.index(row)])
+        row.request = row.keys = row.values = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether :meth:`step` has anything to do."""
+        return bool(self._waiting) or self._running is not None
+
+    def _append(self, row: Row, request: Request, inquiries: Sequence[Inquiry] | None) -> None:
+        if self.model.training:
+            raise EngineError("the model is in training mode; call model.eval() before generating")
+        if row.request is not None:
+            raise EngineError(f"{self._name(row)}: a request arrived while turn {row.request.turn} is being generated")
+        before = len(request.all_token_ids) - len(request.new_token_ids)
+        if before != len(row.tokens) or list(request.all_token_ids[:before]) != row.tokens:
+            raise EngineError(
+                f"{self._name(row)}, turn {request.turn}: the request continues {before} tokens, "
+                f"the row holds {len(row.tokens)} (or other ones); submit every request of an episode to one row, in order"
+            )
+        row.tokens += request.new_token_ids
+        row.pending += request.new_token_ids
+        row.inquiries += request.new_inquiries if inquiries is None else inquiries
+
+    @staticmethod
+    def _name(row: Row) -> str:
+        return f"sample {row.name}" if row.name else "row"
+
+    # ------------------------------------------------------------------ one step
+
+    @torch.inference_mode()
+    def step(self) -> list[Sampled]:
+        """Prefill the rows that wait, if there is room, else decode one token for all running rows.
+
+        Returns:
+            One entry per row that moved. A row whose computation raised gets ``finish="error"`` and is closed; the
+            others go on.
+        """
+        room = self.max_batch_size - (len(self._running.rows) if self._running else 0)
+        if self._waiting and room > 0:
+            rows, self._waiting = self._waiting[:room], self._waiting[room:]
+            return self._start(rows)
+        if self._running is None:
+            return []
+        batch = self._running
+        try:
+            began = self.clock()
+            batch, logits = self._decode(batch)
+            self.timings.decode += self.clock() - began
+            return self._emit(batch, logits)
+        except Exception as error:  # one bad batch must not take the waiting rows along
+            logger.exception("decoding failed for %d rows", len(batch.rows))
+            self._running = None
+            return [self._failed(row, error) for row in batch.rows]
+
+    def _start(self, rows: list[Row]) -> list[Sampled]:
+        try:
+            batch, logits = self._prefill(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                return [self._failed(rows[0], error)]
+            # Rows keep what they own until their prefill has succeeded, so each can be tried alone.
+            logger.warning("prefill of %d rows failed (%s); trying them one by one", len(rows), error)
+            return [event for row in rows for event in self._start([row])]
+        first = len(self._running.rows) if self._running else 0
+        return self._emit(self._join(batch), logits, first)
+
+    def _failed(self, row: Row, error: Exception) -> Sampled:
+        row.request = row.keys = row.values = None
+        return Sampled(row, None, None, "error", error)
+
+    def _emit(self, batch: _Batch, logits: torch.Tensor, first: int = 0) -> list[Sampled]:
+        """Choose a token for rows `first` … of the batch, from their logits (n, V), and let finished rows leave."""
+        rows = batch.rows[first:]
+        requests = [row.request for row in rows if row.request is not None]
+        logits = logits.float()
+        for b, request in enumerate(requests):
+            if request.banned_token_ids:
+                logits[b, self._banned_ids(request.banned_token_ids)] = -torch.inf
+        chosen = self.choose(rows, logits)
+        logprobs = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist()
+        self._running = batch
+        events, leaving = [], []
+        for b, (row, request, token, logprob) in enumerate(zip(rows, requests, chosen.tolist(), logprobs, strict=True)):
+            row.tokens.append(token)
+            row.pending.append(token)
+            row.sampled += 1
+            finish = (
+                "stop"
+                if token in request.stop_token_ids
+                else "length"
+                if row.sampled >= request.max_new_tokens
+                else None
+            )
+            if finish:
+                leaving.append(first + b)
+            events.append(Sampled(row, token, logprob, finish))
+        self._leave(leaving)
+        return events
+
+    def _banned_ids(self, ids: tuple[int, ...]) -> torch.Tensor:
+        ids = tuple(ids)
+        if ids not in self._banned:
+            self._banned[ids] = torch.tensor(ids, device=self.model.device)
+        return self._banned[ids]
+
+    # ------------------------------------------------------------------ model calls
+
+    def _prefill(self, rows: list[Row]) -> tuple[_Batch, torch.Tensor]:
+        """Run the pending tokens of all rows, right-aligned; returns their batch and the logits (n, V) after the last
+        token of each.
+        """
+        device = self.model.device
+        began = self.clock()
+        features, grids, patches = self._encode(rows)
+        encoded = self.clock()
+        self.timings.encode += encoded - began
+        pad = rows[0].pending[0]  # any valid id: pad slots are masked
+        length = max(len(row.pending) for row in rows)
+        ids = torch.full((len(rows), length), pad)
+        new = torch.zeros(len(rows), length, dtype=torch.long)
+        positions = torch.zeros(3, len(rows), length, dtype=torch.long)
+        image = torch.zeros(len(rows), length, dtype=torch.bool)
+        ends = []
+        for b, (row, grid) in enumerate(zip(rows, grids, strict=True)):
+            chunk = torch.tensor(row.pending)
+            start = length - len(chunk)
+            ids[b, start:], new[b, start:] = chunk, 1
+            image[b, start:] = chunk == self.model.config.image_token_id
+            self._check_features(row, int(image[b].sum()), grid)
+            where = compat.rope_index(self.model.model, chunk, grid) + row.next_position
+            positions[:, b, start:] = where
+            ends.append(int(where.max()) + 1)
+        embeds = self.model.get_input_embeddings()(ids.to(device))
+        if features is not None:
+            embeds = embeds.masked_scatter(image.to(device)[..., None], features.to(device, embeds.dtype))
+        layers, mask = self._gather(rows)
+        batch = _Batch(list(rows), mask, layers)
+        batch.mask = torch.cat([mask, new.to(device)], 1)
+        logits = self._forward(embeds, batch.mask, positions.to(device), batch.cache)
+        self.timings.prefill += self.clock() - encoded
+        for row, end, encoded_patches in zip(rows, ends, patches, strict=True):
+            row.work.patches_encoded += encoded_patches
+            row.work.distinct_patches += encoded_patches
+            row.work.tokens_prefilled += len(row.pending)
+            row.work.distinct_tokens += len(row.pending)
+            row.next_position = end
+            row.pending, row.inquiries = [], []
+            row.keys = row.values = None
+        return batch, logits
+
+    def _decode(self, batch: _Batch) -> tuple[_Batch, torch.Tensor]:
+        """Run the last sampled token of every row."""
+        device = self.model.device
+        embeds = self.model.get_input_embeddings()(
+            torch.tensor([[row.pending[-1]] for row in batch.rows], device=device)
+        )
+        positions = torch.tensor([[row.next_position] for row in batch.rows], device=device).expand(3, -1, -1)
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], 1)
+        logits = self._forward(embeds, batch.mask, positions, batch.cache)
+        for row in batch.rows:
+            row.pending = []
+            row.next_position += 1
+            row.work.tokens_decoded += 1
+            row.work.distinct_tokens += 1
+        return batch, logits
+
+    def _forward(
+        self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        out = self.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def _encode(self, rows: list[Row]) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[int]]:
+        """Features (n, C) of all rows' new images in stream order, and each row's image grids and patch count."""
+        inquiries = [inquiry for row in rows for inquiry in row.inquiries]
+        if not inquiries:
+            return None, [None] * len(rows), [0] * len(rows)
+        inputs = self.encode(inquiries)
+        grid = inputs["image_grid_thw"]
+        counts = [sum(len(inquiry.images) for inquiry in row.inquiries) for row in rows]
+        grids = [part if len(part) else None for part in grid.split(counts)]
+        on_device = {name: value.to(self.model.device) for name, value in inputs.items()}
+        features = compat.pooled(self.model.model.get_image_features(**on_device))
+        return torch.cat(tuple(features)), grids, [0 if part is None else int(part.prod(-1).sum()) for part in grids]
+
+    def _check_features(self, row: Row, placeholders: int, grid: torch.Tensor | None) -> None:
+        features = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge_unit
+        if placeholders != features:
+            raise EngineError(
+                f"{self._name(row)}: {placeholders} image placeholders among the new tokens, {features} features "
+                "from its new images; both must come from the same request"
+            )
+
+    # ------------------------------------------------------------------ cache
+
+    def _gather(self, rows: list[Row]) -> tuple[list[GrowingLayer], torch.Tensor]:
+        """The rows' own caches side by side, right-aligned, and the mask (B, S) of their real slots."""
+        lengths = [row.keys[0].shape[2] if row.keys else 0 for row in rows]
+        slots = max(lengths)
+        mask = torch.zeros(len(rows), slots, dtype=torch.long)
+        for b, length in enumerate(lengths):
+            mask[b, slots - length :] = 1
+        example = next((row.keys for row in rows if row.keys), None)
+        if example is None:
+            return [GrowingLayer() for _ in range(self._layers)], mask.to(self.model.device)
+        blank = [keys[:, :, :0] for keys in example]
+        layers = []
+        for n in range(self._layers):
+            keys = torch.cat([_pad_left((row.keys or blank)[n], slots) for row in rows])
+            values = torch.cat([_pad_left((row.values or blank)[n], slots) for row in rows])
+            layers.append(GrowingLayer(keys, values))
+        return layers, mask.to(self.model.device)
+
+    def _join(self, new: _Batch) -> _Batch:
+        """Put newly prefilled rows under the running ones, right-aligned."""
+        old = self._running
+        if old is None:
+            return new
+        slots = max(old.mask.shape[1], new.mask.shape[1])
+        mask = torch.cat([torch.nn.functional.pad(part.mask, (slots - part.mask.shape[1], 0)) for part in (old, new)])
+        layers = [
+            GrowingLayer(
+                torch.cat([_pad_left(a.keys, slots), _pad_left(b.keys, slots)]),
+                torch.cat([_pad_left(a.values, slots), _pad_left(b.values, slots)]),
+            )
+            for a, b in zip(old.layers, new.layers, strict=True)
+        ]
+        return _Batch(old.rows + new.rows, mask, layers)
+
+    def _leave(self, places: list[int]) -> None:
+        """Hand the rows at `places` their own keys and values back, without holes, and close the gap."""
+        batch = self._running
+        if batch is None or not places:
+            return
+        for b in places:
+            row, real = batch.rows[b], batch.mask[b].bool()
+            row.request = None
+            row.keys = [layer.keys[b : b + 1][:, :, real] for layer in batch.layers]
+            row.values = [layer.values[b : b + 1][:, :, real] for layer in batch.layers]
+        stay = [b for b in range(len(batch.rows)) if b not in places]
+        if not stay:
+            self._running = None
+            return
+        # Slots that only the leaving rows used are dropped with them.
+        mask = batch.mask[stay]
+        used = mask.bool().any(0)
+        layers = [GrowingLayer(layer.keys[stay][:, :, used], layer.values[stay][:, :, used]) for layer in batch.layers]
+        self._running = _Batch([batch.rows[b] for b in stay], mask[:, used], layers)
+
+
+def _pad_left(x: torch.Tensor, slots: int) -> torch.Tensor:
+    """(B, H, n, D) -> (B, H, slots, D), zeros in front: masked, but they must be finite."""
+    return torch.nn.functional.pad(x, (0, 0, slots - x.shape[2], 0)) if x.shape[2] < slots else x
