@@ -1,0 +1,144 @@
+"""Everything a checkpoint needs beside weights and configuration: processor, tokenizers, chat template, prompts."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .layout import read_json
+from .writing import place_file, write_json
+
+QUERY_TOKENIZER = "query_tokenizer"
+PROMPTS = "prompts"
+
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    *_TOKENIZER,
+    "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
+)  # fmt: skip
+_FOLDERS = (QUERY_TOKENIZER, PROMPTS, "additional_chat_templates")
+_STOCK_PROCESSORS = ("Qwen2_5_VLProcessor", "Qwen2VLProcessor")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that no source had, and how to add it."""
+
+    name: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What was brought along, and what is missing."""
+
+    brought: tuple[str, ...]
+    missing: tuple[Missing, ...] = field(default=())
+
+
+def bring_companions(
+    target: Path,
+    sources: Sequence[Path],
+    query_tokenizer_sources: Sequence[Path] = (),
+) -> Companions:
+    """Copy the companion files into `target`, each from the first folder of `sources` that has it.
+
+    The query tokenizer comes from a ``query_tokenizer/`` folder in `sources`, else from the tokenizer files of the first
+    folder in `query_tokenizer_sources` that has them. Nothing is fetched from anywhere.
+    """
+    brought = []
+    for name in _FILES:
+        source = next((folder / name for folder in sources if (folder / name).is_file()), None)
+        if source is not None:
+            place_file(source, target / name, link=False)
+            brought.append(name)
+    for name in _FOLDERS:
+        source = next((folder / name for folder in sources if (folder / name).is_dir()), None)
+        if source is not None:
+            shutil.copytree(source, target / name)
+            brought.append(f"{name}/")
+    if f"{QUERY_TOKENIZER}/" not in brought:
+        source = next((folder for folder in query_tokenizer_sources if has_tokenizer(folder)), None)
+        if source is not None:
+            copy_tokenizer(source, target / QUERY_TOKENIZER)
+            brought.append(f"{QUERY_TOKENIZER}/")
+    _split_processor_config(target)
+    _name_our_processor(target)
+    return Companions(tuple(brought), tuple(missing_companions(target)))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return (folder / "tokenizer.json").is_file() or (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a folder's tokenizer files.
+
+    Raises:
+        CheckpointError: there is no tokenizer.
+    """
+    if not has_tokenizer(source):
+        raise CheckpointError(f"{source} has no tokenizer.json (nor vocab.json with merges.txt)")
+    target.mkdir()
+    for name in _TOKENIZER:
+        if (source / name).is_file():
+            place_file(source / name, target / name, link=False)
+
+
+def missing_companions(folder: Path) -> list[Missing]:
+    """The parts that chat, training and serving need and `folder` lacks."""
+    missing = []
+    if not (folder / "generation_config.json").is_file():
+        missing.append(Missing("generation_config.json", "copy it from the base model; greedy defaults are used without"))
+    if not has_tokenizer(folder):
+        missing.append(Missing("tokenizer.json", "pass --processor with the folder of the base model"))
+    elif not _has_chat_template(folder):
+        missing.append(Missing("chat template", "pass --processor with the folder of the base model"))
+    if not (folder / "preprocessor_config.json").is_file():
+        missing.append(Missing("preprocessor_config.json", "pass --processor with the folder of the base model"))
+    if not has_tokenizer(folder / QUERY_TOKENIZER):
+        missing.append(
+            Missing(
+                f"{QUERY_TOKENIZER}/",
+                "pass --query-encoder with the folder of the query encoder (Qwen3-Embedding), or copy its tokenizer files "
+                f"into {QUERY_TOKENIZER}/; queries cannot be tokenised without",
+            )
+        )
+    return missing
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
+def _split_processor_config(folder: Path) -> None:
+    """5.x can nest the image processor in processor_config.json, where 4.57 does not look."""
+    path = folder / "processor_config.json"
+    if path.is_file() and not (folder / "preprocessor_config.json").is_file():
+        nested = read_json(path).get("image_processor")
+        if isinstance(nested, dict):
+            write_json(folder / "preprocessor_config.json", nested)
+
+
+def _name_our_processor(folder: Path) -> None:
+    """AutoProcessor goes by ``processor_class``, and a stock one would drop the queries."""
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if value.get("processor_class") in _STOCK_PROCESSORS:
+            write_json(path, {**value, "processor_class": "VilavtProcessor"})
