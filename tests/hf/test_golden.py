@@ -87,9 +87,7 @@ def test_rotary_positions_and_segments_equal_the_published_model(model, case, na
     inputs, expected = case(name)
     config = model.config.vision_config
     counts = torch.bincount(inputs["image_to_query_mapping"], minlength=len(inputs["query_ids"]))
-    layout = VisionLayout(
-        inputs["image_grid_thw"], counts, inputs["query_attention_mask"], config, torch.device("cpu")
-    )
+    layout = VisionLayout(inputs["image_grid_thw"], counts, inputs["query_attention_mask"], config, torch.device("cpu"))
     half = config.hidden_size // config.num_heads // 2
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
     n = len(expected["rope_pos_hw"])

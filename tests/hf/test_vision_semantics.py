@@ -49,8 +49,12 @@ def slow_tower(tower, pixels, grids, counts, text, mask):
     for i, block in enumerate(tower.blocks):
         attention = block.attn
         q, k, v = attention.qkv(block.norm1(x)).view(len(x), 3, heads, head).unbind(1)
-        q = torch.stack([rotate(q[p], y + offsets[im], z + offsets[im]) for p, (im, _, _, _, y, z) in enumerate(places)])
-        k = torch.stack([rotate(k[p], y + offsets[im], z + offsets[im]) for p, (im, _, _, _, y, z) in enumerate(places)])
+        q = torch.stack(
+            [rotate(q[p], y + offsets[im], z + offsets[im]) for p, (im, _, _, _, y, z) in enumerate(places)]
+        )
+        k = torch.stack(
+            [rotate(k[p], y + offsets[im], z + offsets[im]) for p, (im, _, _, _, y, z) in enumerate(places)]
+        )
         if i in joint:
             key = [group_of[place[0]] for place in places]
         elif i in full:
@@ -97,9 +101,7 @@ def inputs():
 def test_every_integration_point_equals_the_slow_implementation(build_model, inputs, point):
     model = build_model(integration_point=point, fullatt_block_indexes=[0, 3])
     text = model.model.encode_queries(inputs["query_ids"], inputs["mask"])
-    expected = slow_tower(
-        model.model.visual, inputs["pixels"], inputs["grids"], inputs["counts"], text, inputs["mask"]
-    )
+    expected = slow_tower(model.model.visual, inputs["pixels"], inputs["grids"], inputs["counts"], text, inputs["mask"])
     actual = features(model, inputs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
 
@@ -108,13 +110,9 @@ def test_every_integration_point_equals_the_slow_implementation(build_model, inp
 @pytest.mark.parametrize("window_size", [28, 56, 84, 112])
 @pytest.mark.parametrize("fullatt", [[], [2], [0, 1, 2, 3]])
 def test_any_window_size_and_full_block_list_equals_the_slow_implementation(build_model, inputs, window_size, fullatt):
-    model = build_model(
-        integration_point="late2", fullatt_block_indexes=fullatt, window_size=window_size
-    )
+    model = build_model(integration_point="late2", fullatt_block_indexes=fullatt, window_size=window_size)
     text = model.model.encode_queries(inputs["query_ids"], inputs["mask"])
-    expected = slow_tower(
-        model.model.visual, inputs["pixels"], inputs["grids"], inputs["counts"], text, inputs["mask"]
-    )
+    expected = slow_tower(model.model.visual, inputs["pixels"], inputs["grids"], inputs["counts"], text, inputs["mask"])
     torch.testing.assert_close(features(model, inputs), expected, rtol=0, atol=ATOL)
 
 

@@ -1,4 +1,4 @@
-"""The only module that knows transformers versions: what differs between 4.57 and 5.x, found by feature, not by number."""
+"""The only module that knows transformers versions: what differs from 4.57 to 5.x, by feature and not by number."""
 
 import inspect
 import json

@@ -1,5 +1,7 @@
 """Configuration: Qwen2.5-VL plus ``vision_config.integration_point``, ``text_encoder_config`` and ``frozen``."""
 
+import logging
+import os
 from typing import Any
 
 from transformers import Qwen3Config
@@ -8,6 +10,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLVisionConfig,
 )
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration_Vilavt"
 """Class name in published config files; loading never depends on it, and saved files name ours."""
@@ -34,7 +38,7 @@ class VilavtVisionConfig(Qwen2_5_VLVisionConfig):
     """Qwen2.5-VL's vision tower plus ``integration_point``: which blocks attend jointly over a group and its query.
 
     ``integration_point`` is one of ``all``, ``early`` (``i < depth // 2``), ``late`` (``i >= depth // 2``), ``late2``
-    (``i >= 3 * depth // 4``), ``late3`` (``i >= depth // 4``), ``sparse`` (``fullatt_block_indexes``), ``none`` or None.
+    (``i >= 3 * depth // 4``), ``late3`` (``i >= depth // 4``), ``sparse`` (those of ``fullatt_block_indexes``), ``none`` or None.
     """
 
     integration_point: str | None = None
@@ -78,7 +82,7 @@ class VilavtConfig(Qwen2_5_VLConfig):
         "text_config": Qwen2_5_VLTextConfig,
         "text_encoder_config": Qwen3Config,
     }
-    sub_configs_defaults = dict(sub_configs)  # the newest 5.x reads this name; 4.57, 5.10 and 5.19 read `sub_configs`
+    sub_configs_defaults = dict(sub_configs)  # noqa: RUF012 (the newest 5.x reads this name; 4.57, 5.10 and 5.19 read `sub_configs`)
 
     # An explicit __init__ is the one form that 4.57 (plain class) and 5.x (strict dataclass) both honour.
     def __init__(
@@ -97,13 +101,37 @@ class VilavtConfig(Qwen2_5_VLConfig):
             text_encoder_config = Qwen3Config(**(text_encoder_config or QWEN3_EMBEDDING))
         if not isinstance(vision_config, VilavtVisionConfig):
             # vision_config.model_type is "qwen2_5_vl" in 4.57 files and "qwen2_5_vl_vision" in 5.x files
-            vision_config = VilavtVisionConfig(
-                **{k: v for k, v in (vision_config or {}).items() if k != "model_type"}
-            )
+            vision_config = VilavtVisionConfig(**{k: v for k, v in (vision_config or {}).items() if k != "model_type"})
         self.text_encoder_config = text_encoder_config
         self.vision_config = vision_config
         self.frozen = _checked_parts(frozen)
         super().__init__(vision_config=vision_config, **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parent's; the published SFT flavour is completed from the shapes of the checkpoint's tensors.
+
+        That flavour calls itself a stock Qwen2.5-VL (``model_type: qwen2_5_vl``) and names no query encoder; its only
+        sign in the file is ``vision_config.integration_point``.
+        """
+        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        vision = config.get("vision_config") or {}
+        if (
+            config.get("model_type") == "qwen2_5_vl"
+            and "text_encoder_config" not in config
+            and (vision.get("integration_point") is not None)
+        ):
+            logger.warning(
+                "%s is the SFT flavour of a ViLaVT checkpoint: AutoConfig takes it for a stock Qwen2.5-VL. It is read "
+                "as a ViLaVT here; `vilavt convert` writes a checkpoint that the Auto classes and vLLM recognise",
+                pretrained_model_name_or_path,
+            )
+            config = {**config, "model_type": cls.model_type}
+            if os.path.isdir(pretrained_model_name_or_path):
+                config["text_encoder_config"] = _query_encoder_of(pretrained_model_name_or_path)
+        return config, unused
 
     def to_dict(self) -> dict[str, Any]:
         """The parent's, readable by 4.57 and 5.x alike whichever wrote it."""
@@ -124,3 +152,14 @@ def _checked_parts(parts: list[str] | tuple[str, ...]) -> list[str]:
     if unknown or isinstance(parts, str):
         raise ValueError(f"frozen={parts!r} must list parts out of {list(FREEZABLE)}; not known: {unknown}")
     return sorted(parts)
+
+
+def _query_encoder_of(folder: str | os.PathLike) -> dict[str, Any]:
+    """Configuration of the query encoder inside a checkpoint folder, from the headers of its tensors."""
+    from .checkpoint.config import derived_text_encoder_config
+    from .checkpoint.layout import Checkpoint
+
+    prefix = "text_encoder."
+    tensors = Checkpoint.open(folder).require_sound().tensors
+    shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}
+    return derived_text_encoder_config(shapes)

@@ -1,4 +1,7 @@
-"""Every error this package raises on purpose. All are ``ValueError`` so that hosts which map bad input to a client error do so."""
+"""Every error this package raises on purpose.
+
+All are ``ValueError``, so that hosts which map bad input to a client error do so.
+"""
 
 
 class VilavtError(ValueError):

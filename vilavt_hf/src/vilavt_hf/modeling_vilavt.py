@@ -48,9 +48,7 @@ class VilavtVisionAttention(qwen.Qwen2_5_VLVisionAttention):
             self.instruct_key_proj = nn.Linear(self.dim, self.dim)
             self.instruct_value_proj = nn.Linear(self.dim, self.dim)
 
-    def forward(
-        self, hidden_states: torch.Tensor, text: torch.Tensor, layout: VisionLayout, kind: str
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, layout: VisionLayout, kind: str) -> torch.Tensor:
         """(N, C) patches and (M, C) query tokens -> (N, C)."""
         n = len(hidden_states)
         q, k, v = self.qkv(hidden_states).view(n, 3, self.num_heads, -1).unbind(1)
@@ -115,7 +113,8 @@ class VilavtVisionModel(qwen.Qwen2_5_VisionTransformerPretrainedModel):
             images_per_query = torch.ones(len(grid_thw), dtype=torch.long)
             query_features = hidden_states.new_zeros(len(grid_thw), 0, self.config.hidden_size)
             query_attention_mask = torch.zeros(len(grid_thw), 0)
-        assert images_per_query is not None and query_attention_mask is not None
+        assert images_per_query is not None
+        assert query_attention_mask is not None
         layout = VisionLayout(grid_thw, images_per_query, query_attention_mask, self.config, hidden_states.device)
         text = query_features.flatten(0, 1)[layout.text_index]
         hidden_states = hidden_states.unflatten(0, (-1, self.spatial_merge_unit))[layout.order].flatten(0, 1)
@@ -167,9 +166,7 @@ class _CompleteCheckpoint:
     """`from_pretrained` that never leaves a tensor at random, and that honours ``frozen``."""
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """The parent's, but strict.
 
         Args:
@@ -185,7 +182,7 @@ class _CompleteCheckpoint:
         config = kwargs.pop("config", None)
         if config is not None and not isinstance(config, VilavtConfig) and not isinstance(config, (str, os.PathLike)):
             logger.warning(
-                "the given %s is not a VilavtConfig (AutoConfig reads the published SFT flavour as a stock Qwen2.5-VL); "
+                "the given %s is not a VilavtConfig (AutoConfig reads the published SFT flavour as stock Qwen2.5-VL); "
                 "reading %s again; `vilavt convert` writes a checkpoint that AutoConfig recognises",
                 type(config).__name__,
                 pretrained_model_name_or_path,
@@ -212,7 +209,7 @@ class _CompleteCheckpoint:
         return (model, info) if wants_info else model
 
 
-def apply_frozen(model: nn.Module) -> None:
+def apply_frozen(model: Any) -> None:
     """Switch off the gradients of the parts that ``model.config.frozen`` lists.
 
     Raises:
@@ -243,14 +240,13 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
         self.visual = VilavtVisionModel._from_config(config.vision_config)
         self.language_model = qwen.Qwen2_5_VLTextModel._from_config(config.text_config)
         self.text_encoder = Qwen3Model._from_config(config.text_encoder_config)
-        self.text_proj = nn.Linear(config.text_encoder_config.hidden_size, config.vision_config.hidden_size)
+        encoder: Any = config.text_encoder_config
+        self.text_proj = nn.Linear(encoder.hidden_size, config.vision_config.hidden_size)
         self.rope_deltas = None
         self.post_init()
         apply_frozen(self)
 
-    def encode_queries(
-        self, query_ids: torch.Tensor, query_attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def encode_queries(self, query_ids: torch.Tensor, query_attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(Q, T) ids -> (Q, T, C) projected token features, no pooling. Features of masked tokens are never used."""
         mask = torch.ones_like(query_ids) if query_attention_mask is None else query_attention_mask
         mask = mask.masked_fill(~mask.bool().any(1, keepdim=True), 1)  # flash attention must not unpad to zero tokens
@@ -402,7 +398,7 @@ class VilavtForConditionalGeneration(_CompleteCheckpoint, qwen.Qwen2_5_VLForCond
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Logits (B, L, vocab) and, with `labels` (B, L; -100 ignored), the loss. Inputs as in `VilavtModel.forward`."""
+        """Logits (B, L, vocab) and, with `labels` (B, L; -100 ignored), the loss; inputs as in `VilavtModel.forward`."""
         # Names are spelled out because `generate` and `Trainer` read this signature.
         conditioning = {
             "image_grid_thw": image_grid_thw,

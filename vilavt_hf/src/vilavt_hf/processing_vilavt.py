@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -17,9 +17,8 @@ from transformers.utils import cached_file
 
 from . import compat
 from .errors import GroupError, PromptError
-
-if TYPE_CHECKING:
-    from .prompts import PromptSet
+from .prompts import PromptSet
+from .protocol import ToolCall, parse_turn
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class VilavtProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         query_tokenizer: PreTrainedTokenizerBase | None = None,
-        prompts: 'PromptSet | None' = None,
+        prompts: PromptSet | None = None,
         chat_template: str | None = None,
         query_prefix: str = "",
         max_query_length: int = 50,
@@ -81,8 +80,6 @@ class VilavtProcessor(ProcessorMixin):
         self.max_query_length = max_query_length
         self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-
-    # ------------------------------------------------------------------ loading and saving
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -129,8 +126,6 @@ class VilavtProcessor(ProcessorMixin):
             "query_prefix": self.query_prefix,
             "max_query_length": self.max_query_length,
         }
-
-    # ------------------------------------------------------------------ encoding
 
     @property
     def model_input_names(self) -> list[str]:
@@ -278,8 +273,6 @@ class VilavtProcessor(ProcessorMixin):
             mask[i, : len(row)] = 1
         return ids, mask
 
-    # ------------------------------------------------------------------ parts of __call__
-
     def _tokens_per_image(self, grid: torch.Tensor | None) -> list[int]:
         return [] if grid is None else (grid.prod(-1) // self.image_processor.merge_size**2).tolist()
 
@@ -323,7 +316,6 @@ def groups_of_prompt(text: str, image_token: str = "<|image_pad|>") -> list[tupl
     The images of the turn that follows a tool call form one group under the call's query; every other image is its own
     group with the query "". `image_token` stands once per image.
     """
-    from .protocol import ToolCall, parse_turn
     groups: list[tuple[str, int]] = []
     query: str | None = None
     for turn in re.split(r"<\|im_start\|>", text):
@@ -372,7 +364,7 @@ def _load_query_tokenizer(path: str | os.PathLike, hub: dict[str, Any]) -> PreTr
     return AutoTokenizer.from_pretrained(path, subfolder=QUERY_TOKENIZER_FOLDER, **hub)
 
 
-def _load_prompts(path: str | os.PathLike, hub: dict[str, Any]) -> 'PromptSet | None':
+def _load_prompts(path: str | os.PathLike, hub: dict[str, Any]) -> PromptSet | None:
     if not os.path.isdir(path):
         from huggingface_hub import snapshot_download
 
@@ -381,5 +373,4 @@ def _load_prompts(path: str | os.PathLike, hub: dict[str, Any]) -> 'PromptSet | 
     folder = Path(path) / PROMPTS_FOLDER
     if not folder.is_dir():
         return None
-    from .prompts import PromptSet
     return PromptSet.load(folder)

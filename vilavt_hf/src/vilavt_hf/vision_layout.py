@@ -59,8 +59,8 @@ class Segments:
             q_index.append(q.flatten())
         self.unbucket = torch.argsort(torch.cat(q_index)).to(device)
 
-    def attend(self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of q (N, H, D) over k, v (N + M, H, D), through the implementation the config asks for: (N, H * D)."""
+    def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q (N, H, D) over k, v (N + M, H, D) -> (N, H * D), through the attention implementation of the config."""
         implementation = module.config._attn_implementation
         common = {"attention_mask": None, "scaling": module.scaling, "dropout": 0.0, "is_causal": False}
         if self.key_order is not None:

@@ -18,7 +18,9 @@ app = typer.Typer(
 
 @app.callback()
 def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
 
 
 @app.command("version")
