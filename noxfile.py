@@ -1,0 +1,95 @@
+"""Every environment of the project, built with venv and pip.
+
+    nox              everything that CI runs
+    nox -s demo      the shipped tiny ViLaVT looks at a picture
+    nox -s hf_newest -- tests/hf/test_episode.py -k budget
+"""
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "imports", "hf_newest", "hf_oldest", "hf_between", "packages"]
+
+TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
+OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
+TEST_TOOLS = ("pytest>=8", "hypothesis>=6.100", "scikit-image>=0.22", "accelerate>=1.1")
+HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
+MODEL_TESTS = (
+    "tests/hf/test_golden.py",
+    "tests/hf/test_model.py",
+    "tests/hf/test_vision_semantics.py",
+    "tests/hf/test_save_load.py",
+    "tests/hf/test_processing.py",
+    "tests/hf/test_engine.py",
+)
+
+
+def _install(session: nox.Session, transformers: str, *more: str) -> None:
+    session.install(TORCH, "numpy")
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny]", *more)
+    session.env["HF_HUB_OFFLINE"] = "1"
+    session.env["OMP_NUM_THREADS"] = "2"
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Ask the shipped tiny ViLaVT three held-out questions; writes trace.html."""
+    _install(session, NEWEST)
+    session.run("vilavt", "demo", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of the four packages."""
+    session.install(TORCH, "numpy")
+    session.install("mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "types-tqdm")
+    session.run("mypy")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Who may import whom."""
+    session.install("import-linter==2.16")
+    session.install("--no-deps", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
+    session.run("lint-imports")
+
+
+@nox.session
+def hf_newest(session: nox.Session) -> None:
+    """All tests of vilavt-hf on the newest supported transformers."""
+    _install(session, NEWEST, *TEST_TOOLS)
+    session.run("pytest", *(session.posargs or ["tests/hf"]))
+
+
+@nox.session
+def hf_oldest(session: nox.Session) -> None:
+    """All tests of vilavt-hf on the oldest supported transformers."""
+    _install(session, OLDEST, *TEST_TOOLS)
+    session.run("pytest", *(session.posargs or ["tests/hf"]))
+
+
+@nox.session
+@nox.parametrize("transformers", BETWEEN)
+def hf_between(session: nox.Session, transformers: str) -> None:
+    """The model's tests on the versions that the hosts need."""
+    _install(session, transformers, *TEST_TOOLS)
+    session.run("pytest", *(session.posargs or MODEL_TESTS))
+
+
+@nox.session
+def packages(session: nox.Session) -> None:
+    """Wheels and source archives of all four packages build, agree on the version, and import."""
+    session.install(TORCH, "numpy")
+    session.install("build", "hatchling>=1.26", "pytest>=8", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
+    session.run("pytest", "tests/test_packages.py")
