@@ -259,7 +259,7 @@ def _download(url: str, limits: ImageLimits, policy: UrlPolicy, label: str) -> b
     except ImageError:
         raise
     except urllib.error.HTTPError as error:
-        raise ImageError(f"{label}: the server answered {error.code}; check the URL") from None
+        raise ImageError(f"{label}: the server answered {error.code} {_short(error)}; check the URL") from None
     except Exception as error:
         raise ImageError(f"{label}: cannot be downloaded: {_short(error)}") from None
     _check_bytes(len(data), limits, label)

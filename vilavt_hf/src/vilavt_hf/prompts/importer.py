@@ -219,6 +219,8 @@ def _constant(name: str, file: str, line: int, text: str, formatted: set[str]) -
     fields = _format_fields(text)
     if fields is not None and (name in formatted or (fields and fields <= set(_FIELDS))):
         if unknown := sorted(fields - set(_FIELDS)):
+            if all(name not in names for names in _NAMES.values()):
+                return
             raise PromptError(f"{name} ({file}:{line}): fields {unknown} are not known; known are {sorted(_FIELDS)}")
         yield Candidate(name, file, line, _translate(text), frozenset(_FIELDS[f] for f in fields), True)
     elif fields is not None or "<" in text:
