@@ -14,7 +14,9 @@ from vilavt_hf.presets import FULL_PIXELS, PRESETS, Limits, get_preset
 from vilavt_hf.prompts import PromptSet
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-ZOOM = '<think>Too small.</think><tool>{"region": [{"index": 0, "bbox_2d": [0, 0, 84, 56]}], "query": "the sign"}</tool>'
+ZOOM = (
+    '<think>Too small.</think><tool>{"region": [{"index": 0, "bbox_2d": [0, 0, 84, 56]}], "query": "the sign"}</tool>'
+)
 BAD = '<tool>{"region": [{"index": 7, "bbox_2d": [0, 0, 84, 56]}], "query": "the sign"}</tool>'
 ANSWER = "<think>It says stop.</think><answer>stop</answer>"
 
@@ -57,7 +59,9 @@ def test_the_rarer_turns_of_a_prompt_set_are_frozen(name, tokenizer):
     full = converse(Episode.start(images(1), "What?", limits=limits, **kwargs), "hm", ZOOM, ZOOM, ANSWER)
     follow_up = converse(full.follow_up("And below?"), "<answer>go</answer>")
     single = Episode.start(images(2), "What?", limits=Limits(max_turns=1, max_pixels=101 * 28 * 28), **kwargs)
-    forced = converse(Episode.start(images(2), "What?", preset="eval-hf", limits=Limits(max_turns=1), **kwargs), "hm").fallback()
+    forced = converse(
+        Episode.start(images(2), "What?", preset="eval-hf", limits=Limits(max_turns=1), **kwargs), "hm"
+    ).fallback()
     converse(forced, "stop")
     texts = [follow_up.transcript, single.transcript, f"{forced.transcript}\n[{forced.result.answer}]"]
     snapshot(f"{name}-rarer-turns", "\n==========\n".join(texts) + "\n")
@@ -65,7 +69,14 @@ def test_the_rarer_turns_of_a_prompt_set_are_frozen(name, tokenizer):
 
 def test_presets_state_the_published_settings():
     table = {
-        name: (p.limits.max_turns, p.limits.max_images, p.limits.max_new_tokens_per_turn, p.budget_split, p.bad_call, p.query_prefix)
+        name: (
+            p.limits.max_turns,
+            p.limits.max_images,
+            p.limits.max_new_tokens_per_turn,
+            p.budget_split,
+            p.bad_call,
+            p.query_prefix,
+        )
         for name, p in PRESETS.items()
     }
     assert table == {

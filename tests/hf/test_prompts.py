@@ -84,7 +84,12 @@ def test_a_missing_template_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
-    [("{", "cannot be read"), ("[]", "not an object"), ('{"format": 2}', "format 2, this version reads 1"), (None, "no prompts.json there")],
+    [
+        ("{", "cannot be read"),
+        ("[]", "not an object"),
+        ('{"format": 2}', "format 2, this version reads 1"),
+        (None, "no prompts.json there"),
+    ],
 )
 def test_a_broken_folder_is_refused(manifest, message, tmp_path):
     if manifest is not None:
@@ -127,9 +132,9 @@ CHECKOUT = {
             """A <tool> and an <answer> in a docstring."""
             return ["<tool>{{}}</tool> then <answer>"]
         ''',
-    "VLMEvalKit/vlmeval/vlm/vilavt/utils.py": '''
+    "VLMEvalKit/vlmeval/vlm/vilavt/utils.py": """
         USER_PROMPT = "{image_instruction} Short: {question} <tool> <answer>"
-        ''',
+        """,
 }
 
 
@@ -167,7 +172,11 @@ def test_a_text_that_is_never_formatted_keeps_its_doubled_braces(tmp_path):
 
 
 def test_unknown_names_are_recognised_by_what_they_must_contain(tmp_path):
-    text = CHECKOUT["verl/utils/vilavt_utils.py"].replace("RESPONSE_PROMPT_FINAL", "THE_LAST").replace("REASONING_SYSTEM_PROMPT", "SYS")
+    text = (
+        CHECKOUT["verl/utils/vilavt_utils.py"]
+        .replace("RESPONSE_PROMPT_FINAL", "THE_LAST")
+        .replace("REASONING_SYSTEM_PROMPT", "SYS")
+    )
     report = import_prompts(write(tmp_path, **{"verl/utils/vilavt_utils.py": text}))
     assert report.prompts.text("final") == "Done: <answer></answer>"
     assert set(report.guessed) == {"final", "system"}
@@ -188,7 +197,10 @@ def test_a_missing_text_is_refused_with_the_candidates(tmp_path):
 def test_files_that_cannot_be_parsed_are_reported(tmp_path):
     broken = {"vllm_eval/utils.py": "def (", "vllm_eval/infer_vilavt_vllm.py": "x = " + "(" * 5000}
     report = import_prompts(write(tmp_path, **broken))
-    assert [name.split(":")[0] for name in report.skipped_files] == ["vllm_eval/infer_vilavt_vllm.py", "vllm_eval/utils.py"]
+    assert [name.split(":")[0] for name in report.skipped_files] == [
+        "vllm_eval/infer_vilavt_vllm.py",
+        "vllm_eval/utils.py",
+    ]
 
 
 def test_what_is_no_checkout_is_refused(tmp_path):
@@ -200,8 +212,9 @@ def test_what_is_no_checkout_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def app():
-    from vilavt_hf.cli import prompts
     import typer
+
+    from vilavt_hf.cli import prompts
 
     application = typer.Typer()
     prompts.register(application)
@@ -240,5 +253,7 @@ def test_prompts_and_episode_import_neither_torch_nor_transformers():
         sys.exit(", ".join({{"torch", "transformers", "tokenizers"}} & set(sys.modules)) or 0)
         """
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vilavt_hf.protocol import (
@@ -129,7 +129,12 @@ def test_a_true_coordinate_is_one_under_published_rules_only():
 
 @pytest.mark.parametrize("rules", ["strict", "published"])
 def test_numbers_written_as_text_are_coordinates(rules):
-    assert parse_turn(tool(region=[{"index": 0, "bbox_2d": ["1", " 2.5 ", "3e1", 4]}]), rules).regions[0].box == (1, 2.5, 30, 4)
+    assert parse_turn(tool(region=[{"index": 0, "bbox_2d": ["1", " 2.5 ", "3e1", 4]}]), rules).regions[0].box == (
+        1,
+        2.5,
+        30,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,12 +216,46 @@ def test_a_closing_answer_tag_before_the_opening_one_is_named_under_published_ru
     assert reason("</answer><answer>", "published") is MalformedReason.UNCLOSED_ANSWER
 
 
-TAGS = ["<tool>", "</tool>", "<answer>", "</answer>", "<think>", "</think>", "<|im_end|>", '"', "\\", "{", "}", "[", "]", ":", ","]
-JSONISH = ['"region"', '"query"', '"index"', '"bbox_2d"', "0", "1.5", "-1", "NaN", "Infinity", "true", "null", "1e999", '"\\ud800"', " "]
+TAGS = [
+    "<tool>",
+    "</tool>",
+    "<answer>",
+    "</answer>",
+    "<think>",
+    "</think>",
+    "<|im_end|>",
+    '"',
+    "\\",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    ",",
+]
+JSONISH = [
+    '"region"',
+    '"query"',
+    '"index"',
+    '"bbox_2d"',
+    "0",
+    "1.5",
+    "-1",
+    "NaN",
+    "Infinity",
+    "true",
+    "null",
+    "1e999",
+    '"\\ud800"',
+    " ",
+]
 
 
+@settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.one_of(st.sampled_from(TAGS + JSONISH), st.text(st.characters(), max_size=8), st.just(tool()))).map("".join),
+    st.lists(st.one_of(st.sampled_from(TAGS + JSONISH), st.text(st.characters(), max_size=8), st.just(tool()))).map(
+        "".join
+    ),
     st.sampled_from(["strict", "published"]),
 )
 def test_no_text_makes_the_parser_raise(text, rules):
@@ -229,11 +268,14 @@ def test_no_text_makes_the_parser_raise(text, rules):
 
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
-    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(st.sampled_from(["region", "query", "index", "bbox_2d"]), inner)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5), st.dictionaries(st.sampled_from(["region", "query", "index", "bbox_2d"]), inner)
+    ),
     max_leaves=12,
 )
 
 
+@settings(deadline=None, max_examples=60)
 @given(json_values, st.sampled_from(["strict", "published"]))
 def test_no_json_makes_the_parser_raise(value, rules):
     outcome = parse_turn(f"<tool>{json.dumps(value)}</tool>", rules)
@@ -245,6 +287,7 @@ regions = st.builds(Region, st.integers(-3, 99), st.tuples(coordinates, coordina
 calls = st.builds(ToolCall, st.lists(regions, min_size=1, max_size=4).map(tuple), st.text(min_size=1).filter(str.strip))
 
 
+@settings(deadline=None, max_examples=60)
 @given(calls, st.sampled_from(["strict", "published"]))
 def test_a_formatted_call_is_read_back_as_it_was(call, rules):
     read = parse_turn(format_tool_call(call), rules)
@@ -263,7 +306,13 @@ def test_the_canonical_call_is_compact_and_writes_whole_pixels_as_integers():
 
 @pytest.mark.parametrize(
     ("answer", "bare"),
-    [("5", "5"), (r"\boxed{5}", "5"), (r"so \boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{5", r"\boxed{5"), (r"\boxed{}", "")],
+    [
+        ("5", "5"),
+        (r"\boxed{5}", "5"),
+        (r"so \boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{5", r"\boxed{5"),
+        (r"\boxed{}", ""),
+    ],
 )
 def test_a_box_around_an_answer_is_taken_off(answer, bare):
     assert unbox(answer) == bare

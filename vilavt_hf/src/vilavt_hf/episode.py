@@ -1,14 +1,15 @@
 """One conversation as a state machine without input or output: requests out, sampled tokens in.
 
-The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the stream of token ids
-only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with :meth:`Episode.feed`, until the request is
-None; then :attr:`Episode.result` and :attr:`Episode.record` are there. An episode is used once.
+The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the
+stream of token ids only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with
+:meth:`Episode.feed`, until the request is None; then :attr:`Episode.result` and :attr:`Episode.record` are there.
+An episode is used once.
 
-What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never sampled (they are in
-``Request.banned_token_ids``); at most ``Request.max_new_tokens`` ids come back.
+What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never
+sampled (they are in ``Request.banned_token_ids``); at most ``Request.max_new_tokens`` ids come back.
 
-Loss mask: 1 for exactly the fed tokens, the ``<|im_end|>`` the model sampled included; 0 for prompts, images, tool responses, and for an
-``<|im_end|>`` that the episode had to add.
+Loss mask: 1 for exactly the fed tokens, the ``<|im_end|>`` the model sampled included; 0 for prompts, images, tool
+responses, and for an ``<|im_end|>`` that the episode had to add.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from .protocol import (
     Answer,
     FinishReason,
     Malformed,
-    NoAction,
     ToolCall,
     parse_turn,
     unbox,
@@ -83,7 +83,9 @@ class SpecialTokens:
         for name in cls.__dataclass_fields__:
             token_id = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
             if token_id is None or token_id == unknown:
-                raise EpisodeError(f"the tokenizer has no token <|{name}|>; use the tokenizer of a Qwen2.5-VL checkpoint")
+                raise EpisodeError(
+                    f"the tokenizer has no token <|{name}|>; use the tokenizer of a Qwen2.5-VL checkpoint"
+                )
             ids[name] = int(token_id)
         return cls(**ids)
 
@@ -227,7 +229,7 @@ class Result:
         return {
             "sample_id": self.sample_id,
             "answer": self.answer,
-            "finish": str(self.finish),
+            "finish": self.finish.value,
             "detail": self.detail,
             "turns": [_turn_json(turn) for turn in self.turns],
             "images": images,
@@ -331,7 +333,8 @@ class Episode:
             sample_id: named in errors and in the result.
 
         Returns:
-            An episode. If the first turn already breaks a budget it is finished (``image_limit`` or ``context_limit``) with an empty stream.
+            An episode. If the first turn already breaks a budget it is finished (``image_limit`` or
+            ``context_limit``) with an empty stream.
 
         Raises:
             ImageError: an image has a refused shape.
@@ -360,13 +363,16 @@ class Episode:
     def follow_up(self, question: str, images: Sequence[Image.Image] = (), *, limits: Limits | None = None) -> Episode:
         """A new episode that continues this finished one's stream and images, with a fresh turn count.
 
-        Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its cache goes on from there.
+        Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its
+        cache goes on from there.
 
         Raises:
             EpisodeError: this episode is still running, or never had a turn.
         """
         if self._finish is None:
-            raise EpisodeError(f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None")
+            raise EpisodeError(
+                f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None"
+            )
         if not self._stream.tokens:
             raise EpisodeError(f"{self._name}: it ended before its first turn ({self._detail}); start a new episode")
         limits = limits or self.limits
@@ -386,7 +392,8 @@ class Episode:
         """The forced-answer conversation of presets that have one: the original images, a plain question, one turn.
 
         Returns:
-            None if the preset has none or an answer was found. An answer tag is not needed in it: without one the whole text counts.
+            None if the preset has none or an answer was found. An answer tag is not needed in it: without one the
+            whole text counts.
         """
         if self._finish is None or self._answer is not None or not self.preset.forced_answer:
             return None
@@ -403,7 +410,13 @@ class Episode:
         )
         episode._whole_text_answers = True
         special = self.special
-        system = [_Mark(special.im_start), "system\n", *self.prompts.render("fallback_system"), _Mark(special.im_end), "\n"]
+        system = [
+            _Mark(special.im_start),
+            "system\n",
+            *self.prompts.render("fallback_system"),
+            _Mark(special.im_end),
+            "\n",
+        ]
         episode._open(self._originals, self._question, system, "fallback")
         return episode
 
@@ -446,7 +459,9 @@ class Episode:
     def record(self) -> Record:
         """The stream with its loss mask; may be read at any time."""
         stream = self._stream
-        return Record(list(stream.tokens), list(stream.mask), list(stream.logprobs), tuple(stream.spans), tuple(stream.inquiries))
+        return Record(
+            list(stream.tokens), list(stream.mask), list(stream.logprobs), tuple(stream.spans), tuple(stream.inquiries)
+        )
 
     @property
     def result(self) -> Result:
@@ -456,7 +471,9 @@ class Episode:
             EpisodeError: the episode is still running.
         """
         if self._finish is None:
-            raise EpisodeError(f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None")
+            raise EpisodeError(
+                f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None"
+            )
         stream = self._stream
         sampled = sum(stream.mask)
         usage = Usage(
@@ -483,7 +500,8 @@ class Episode:
         )
 
     def next_request(self) -> Request | None:
-        """What to sample next, or None when the episode is over. Asking again without feeding gives the same request."""
+        """What to sample next, or None when the episode is over. Asking again without feeding gives the same
+        request."""
         if self._finish is not None:
             return None
         if self._pending is None:
@@ -512,7 +530,8 @@ class Episode:
         """Take one sampled turn, act on it, and append the reply or end the episode.
 
         Args:
-            token_ids: what was sampled, its stop token included. If ``finish`` is ``stop`` and none is there, ``<|im_end|>`` is appended
+            token_ids: what was sampled, its stop token included. If ``finish`` is ``stop`` and none is there,
+                ``<|im_end|>`` is appended
                 without loss.
             logprobs: one per token.
             finish: why sampling ended; a stop token at the end counts as ``stop`` whatever is said here.
@@ -522,12 +541,15 @@ class Episode:
             The finished turn.
 
         Raises:
-            EpisodeError: no request is open, or the tokens break the engine's side of the contract; nothing is appended then.
+            EpisodeError: no request is open, or the tokens break the engine's side of the contract; nothing is
+                appended then.
         """
         request = self._pending
         where = f"{self._name}, turn {len(self._turns)}"
         if request is None:
-            raise EpisodeError(f"{where}: feed() without an open request; call next_request() first, it must not be None")
+            raise EpisodeError(
+                f"{where}: feed() without an open request; call next_request() first, it must not be None"
+            )
         ids = [int(token) for token in token_ids]
         self._check_fed(ids, logprobs, finish, request, where)
         stream = self._stream
@@ -567,16 +589,25 @@ class Episode:
         if finish not in ("stop", "length"):
             raise EpisodeError(f"{where}: finish is {finish!r}, it must be 'stop' or 'length'")
         if len(ids) > request.max_new_tokens:
-            raise EpisodeError(f"{where}: {len(ids)} tokens were fed, the request allows {request.max_new_tokens}; pass max_new_tokens on")
+            raise EpisodeError(
+                f"{where}: {len(ids)} tokens were fed, the request allows {request.max_new_tokens}; pass "
+                "max_new_tokens on"
+            )
         if logprobs is not None and len(logprobs) != len(ids):
-            raise EpisodeError(f"{where}: {len(ids)} tokens but {len(logprobs)} logprobs were fed; give one per token, or none")
+            raise EpisodeError(
+                f"{where}: {len(ids)} tokens but {len(logprobs)} logprobs were fed; give one per token, or none"
+            )
         banned = set(request.banned_token_ids)
         for at, token in enumerate(ids):
             if token in banned:
-                raise EpisodeError(f"{where}: sampled token {at} is the placeholder id {token}; ban request.banned_token_ids when sampling")
+                raise EpisodeError(
+                    f"{where}: sampled token {at} is the placeholder id {token}; ban request.banned_token_ids "
+                    "when sampling"
+                )
             if token in request.stop_token_ids and at != len(ids) - 1:
                 raise EpisodeError(
-                    f"{where}: stop id {token} is sampled token {at} of {len(ids)}; stop sampling at request.stop_token_ids"
+                    f"{where}: stop id {token} is sampled token {at} of {len(ids)}; stop sampling at "
+                    "request.stop_token_ids"
                 )
 
     def _open(self, images: Sequence[Image.Image], question: str, head: list[Any], kind: str) -> None:
@@ -584,7 +615,9 @@ class Episode:
         limits, gallery = self.limits, self._gallery
         for i, image in enumerate(images):
             if not isinstance(image, Image.Image):
-                raise EpisodeError(f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_hf.images.load_image")
+                raise EpisodeError(
+                    f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_hf.images.load_image"
+                )
         images = tuple(to_rgb(image) for image in images)
         self._question, self._originals = question, images
         cap = share_budget(limits.max_pixels, len(images), self.preset.budget_split)
@@ -592,14 +625,17 @@ class Episode:
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
         for i, image in enumerate(images):
             try:
-                height, width = smart_resize(image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap)
+                height, width = smart_resize(
+                    image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap
+                )
             except ImageError as error:
                 raise ImageError(f"{self._name}, image {i}: {error}") from None
             sizes[first + i] = (width, height)
         if first + len(images) > limits.max_images:
             held = f" beside the {first} already shown" if first else ""
             self._end(
-                FinishReason.IMAGE_LIMIT, f"{len(images)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images"
+                FinishReason.IMAGE_LIMIT,
+                f"{len(images)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images",
             )
             return
         if problem := self._pixel_problem(list(sizes.values())):
@@ -620,7 +656,9 @@ class Episode:
             self._stream.inquiries.append(Inquiry((view.image,), "", (index,)))
         self._append(chunk, numbers)
 
-    def _first_user(self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]) -> list[Part]:
+    def _first_user(
+        self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]
+    ) -> list[Part]:
         preset, prompts = self.preset, self.prompts
         count = len(indices)
         same = len({sizes[i] for i in indices}) <= 1
@@ -630,7 +668,9 @@ class Episode:
         lines = []
         for index in indices:
             width, height = sizes[index]
-            line = prompts.render("original_sized" if sized else "original", image=index, index=index, width=width, height=height)
+            line = prompts.render(
+                "original_sized" if sized else "original", image=index, index=index, width=width, height=height
+            )
             lines.append(line)
         if kind == "follow_up":
             return [*(part for line in lines for part in line), *prompts.render("follow_up", question=question)]
@@ -646,7 +686,9 @@ class Episode:
         if preset.interleave and several:
             pieces = question.split(IMAGE_MARK)
             if len(pieces) == count + 1:
-                asked = join([part for i, piece in enumerate(pieces) for part in (piece, *(lines[i] if i < count else ()))])
+                asked = join(
+                    [part for i, piece in enumerate(pieces) for part in (piece, *(lines[i] if i < count else ()))]
+                )
                 lines = []
             else:
                 asked = "".join(pieces)
@@ -674,16 +716,23 @@ class Episode:
             return self._zoom(turn, action, plans)
         if isinstance(action, Malformed):
             return self._refuse(turn, FinishReason.MALFORMED, action.detail, "bad_call", last)
-        return self._refuse(turn, FinishReason.NO_ACTION, "the turn holds neither a zoom request nor an answer", "no_action", last)
+        return self._refuse(
+            turn, FinishReason.NO_ACTION, "the turn holds neither a zoom request nor an answer", "no_action", last
+        )
 
     def _zoom(self, turn: Turn, call: ToolCall, plans: list[CropPlan]) -> Turn:
         limits, policy = self.limits, self.preset.image_overflow
         shown = len(self._gallery)
         problem = None
         if shown + len(plans) > limits.max_images:
-            problem = f"{len(plans)} crops beside {shown} images, at most {limits.max_images} are allowed; raise Limits.max_images"
+            problem = (
+                f"{len(plans)} crops beside {shown} images, at most {limits.max_images} are allowed; raise "
+                "Limits.max_images"
+            )
         else:
-            problem = self._pixel_problem([view.image.size for view in self._gallery.views] + [plan.size for plan in plans])
+            problem = self._pixel_problem(
+                [view.image.size for view in self._gallery.views] + [plan.size for plan in plans]
+            )
         opening: list[Part] = []
         if problem is not None:
             if policy == "end" or (policy == "final" and self._asked_to_finish):
@@ -712,7 +761,14 @@ class Episode:
         return self._respond(turn, opening, [], "", problem, ask_to_finish=self.preset.bad_call == "final")
 
     def _respond(
-        self, turn: Turn, opening: list[Part], plans: list[CropPlan], query: str, problem: str | None, *, ask_to_finish: bool
+        self,
+        turn: Turn,
+        opening: list[Part],
+        plans: list[CropPlan],
+        query: str,
+        problem: str | None,
+        *,
+        ask_to_finish: bool,
     ) -> Turn:
         """Append a tool response, if it fits."""
         limits, gallery, prompts = self.limits, self._gallery, self.prompts
@@ -723,7 +779,9 @@ class Episode:
             body += prompts.render("crop", image=index, index=index, width=width, height=height)
         ask_to_finish = ask_to_finish or turn.index + 2 >= limits.max_turns or first + len(plans) >= limits.max_images
         body += [*prompts.render("final" if ask_to_finish else "continue"), RESPONSE_CLOSE]
-        chunk = self._compose([*self._turn_end(), _Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes)
+        chunk = self._compose(
+            [*self._turn_end(), _Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes
+        )
         if too_long := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, too_long)
             return replace(turn, problem=too_long)
@@ -742,7 +800,10 @@ class Episode:
     def _end_cut_off(self, request: Request) -> None:
         limits = self.limits
         if request.max_new_tokens < limits.max_new_tokens_per_turn:
-            detail = f"the turn was cut off at token {len(self._stream.tokens)} of {limits.max_context}; raise Limits.max_context"
+            detail = (
+                f"the turn was cut off at token {len(self._stream.tokens)} of {limits.max_context}; raise "
+                "Limits.max_context"
+            )
             self._end(FinishReason.CONTEXT_LIMIT, detail)
         else:
             allowed = limits.max_new_tokens_per_turn
@@ -762,7 +823,8 @@ class Episode:
             return None
         images = sum(length for _, length, _ in chunk.spans)
         return (
-            f"the next turn needs a context of {needed} tokens ({images} of them for its images), at most {limit} are allowed; "
+            f"the next turn needs a context of {needed} tokens ({images} of them for its images), at most {limit} "
+            "are allowed; "
             "raise Limits.max_context or lower max_pixels"
         )
 
@@ -770,10 +832,14 @@ class Episode:
         limit, total = self.limits.max_total_pixels, sum(width * height for width, height in sizes)
         if limit is None or total <= limit:
             return None
-        return f"{len(sizes)} images have {total} pixels, at most {math.floor(limit)} are allowed; raise Limits.max_total_pixels"
+        return (
+            f"{len(sizes)} images have {total} pixels, at most {math.floor(limit)} are allowed; "
+            "raise Limits.max_total_pixels"
+        )
 
     def _turn_end(self) -> list[Any]:
-        """What stands between a sampled turn and the next one; a turn that did not end in ``<|im_end|>`` is closed without loss."""
+        """What stands between a sampled turn and the next one; a turn that did not end in ``<|im_end|>`` is closed
+        without loss."""
         closed = self._stream.tokens[-1:] == [self.special.im_end]
         return ["\n"] if closed else [_Mark(self.special.im_end), "\n"]
 
@@ -814,7 +880,9 @@ class Episode:
         stream.tokens += chunk.tokens
         stream.mask += [0] * len(chunk.tokens)
         stream.logprobs += [None] * len(chunk.tokens)
-        stream.spans += [ImageSpan(start + at, length, index, (inquiry_of or {})[index]) for at, length, index in chunk.spans]
+        stream.spans += [
+            ImageSpan(start + at, length, index, (inquiry_of or {})[index]) for at, length, index in chunk.spans
+        ]
         stream.transcript.append(chunk.text)
 
     def _encode(self, text: str) -> list[int]:
@@ -824,12 +892,16 @@ class Episode:
         structural = {self.special.im_start, *self.special.stops, *self.special.banned}
         if structural.isdisjoint(ids):
             return ids
-        # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that no special token is left to recognise.
+        # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that it recognises no special token.
         pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
         return [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+        return (
+            str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            if ids
+            else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -853,18 +925,27 @@ def _png_url(image: Image.Image) -> str:
 
 
 def _turn_json(turn: Turn) -> dict[str, Any]:
-    kinds = {ToolCall: "tool_call", Answer: "answer", Malformed: "malformed", NoAction: "no_action"}
-    action = {"type": kinds[type(turn.action)], **asdict(turn.action)}
     return {
         "index": turn.index,
         "text": turn.text,
-        "action": action,
+        "action": _action_json(turn.action),
         "tokens": turn.token_count,
         "images": list(turn.image_indices),
         "feedback": turn.feedback,
         "problem": turn.problem,
         "seconds": turn.seconds,
     }
+
+
+def _action_json(action: Action) -> dict[str, Any]:
+    if isinstance(action, ToolCall):
+        regions = [{"index": region.index, "box": list(region.box)} for region in action.regions]
+        return {"type": "tool_call", "thought": action.thought, "regions": regions, "query": action.query}
+    if isinstance(action, Answer):
+        return {"type": "answer", "thought": action.thought, "text": action.text}
+    if isinstance(action, Malformed):
+        return {"type": "malformed", "reason": action.reason.value, "detail": action.detail}
+    return {"type": "no_action", "thought": action.thought}
 
 
 __all__ = [
