@@ -22,9 +22,9 @@ from vilavt_hf.checkpoint import (
     fingerprint,
     published_name,
     verify_same_tensors,
+    writing,
 )
 from vilavt_hf.checkpoint import convert as convert_module
-from vilavt_hf.checkpoint import writing
 from vilavt_hf.checkpoint.config import vilavt_config
 from vilavt_hf.checkpoint.layout import expected_tensors
 from vilavt_hf.errors import CheckpointError
@@ -41,7 +41,7 @@ def synced(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.fixture()
+@pytest.fixture
 def sft(golden, tmp_path, processor) -> Path:
     """A sharded checkpoint as SFT training leaves it, with a stock processor and no query tokenizer."""
     folder = tmp_path / "sft"
@@ -55,7 +55,7 @@ def sft(golden, tmp_path, processor) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def query_encoder(golden, tmp_path, tokenizer) -> Path:
     """The query encoder's own folder: configuration and tokenizer."""
     folder = tmp_path / "embed"
@@ -107,7 +107,9 @@ def test_derived_query_encoder_settings_equal_the_published_ones_where_shapes_ca
     ours = json.loads((tmp_path / "out" / "config.json").read_text())["text_encoder_config"]
     published = json.loads((golden.configs / "sft_after_reload.tf4.57.1.json").read_text())["text_encoder_config"]
     guessed = {"_name_or_path", "bos_token_id", "eos_token_id", "max_position_embeddings", "max_window_layers"}
-    assert {k: v for k, v in published.items() if k not in guessed} == {k: v for k, v in ours.items() if k not in guessed}
+    assert {k: v for k, v in published.items() if k not in guessed} == {
+        k: v for k, v in ours.items() if k not in guessed
+    }
     assert ours["max_position_embeddings"] == 32768
 
 
@@ -139,7 +141,9 @@ def test_a_flat_hub_style_config_gets_a_nested_text_config(golden):
 
 def test_rope_settings_of_newer_transformers_become_readable_by_4_57():
     rope = {"rope_theta": 5e5, "rope_type": "default", "mrope_section": [1, 1, 2]}
-    out = vilavt_config({"text_config": {"rope_parameters": rope}, "vision_config": {}}, {"rope_parameters": {"rope_theta": 7.0}})
+    out = vilavt_config(
+        {"text_config": {"rope_parameters": rope}, "vision_config": {}}, {"rope_parameters": {"rope_theta": 7.0}}
+    )
     assert out["text_config"]["rope_theta"] == 5e5
     assert out["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [1, 1, 2]}
     assert out["text_encoder_config"] == {"rope_theta": 7.0, "rope_scaling": None}
@@ -164,7 +168,11 @@ def test_converted_checkpoint_is_the_published_model(golden, sft, tmp_path, quer
     assert type(ours) is VilavtForConditionalGeneration
     for (name, a), (_, b) in zip(ours.named_parameters(), published.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert ours.config.text_encoder_config.rope_theta == 1e6 if hasattr(ours.config.text_encoder_config, "rope_theta") else True
+    assert (
+        ours.config.text_encoder_config.rope_theta == 1e6
+        if hasattr(ours.config.text_encoder_config, "rope_theta")
+        else True
+    )
 
 
 def test_weights_are_hard_linked(sft, tmp_path):
@@ -514,7 +522,12 @@ def test_an_integration_point_that_contradicts_the_weights_is_refused_with_the_f
 
 def test_the_configuration_of_another_query_encoder_is_refused(sft, tmp_path, query_encoder):
     edit_json(query_encoder / "config.json", hidden_size=1024)
-    refuse(sft, tmp_path / "out", r"embed_tokens.weight with shape \[300, 1024\], .* \[300, 48\]", query_encoder=query_encoder)
+    refuse(
+        sft,
+        tmp_path / "out",
+        r"embed_tokens.weight with shape \[300, 1024\], .* \[300, 48\]",
+        query_encoder=query_encoder,
+    )
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
