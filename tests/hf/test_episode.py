@@ -563,17 +563,24 @@ pieces = st.one_of(
         lambda i, x, y, w, h: zoom((i, [x, y, x + w, y + h])), *[st.integers(0, n) for n in (4, 200, 150, 120, 120)]
     ),
 )
-turns = st.tuples(
-    st.lists(pieces, max_size=3).map("".join), st.sampled_from(["im_end", "endoftext", "none", "length"]), st.booleans()
+zooms = st.sampled_from(
+    [
+        zoom(),
+        zoom((0, [5, 5, 90, 60]), query="a"),
+        zoom((1, [0, 0, 30, 30]), (0, [5, 5, 90, 60])),
+        zoom((2, [0, 0, 40, 40])),
+    ]
 )
+stops = st.sampled_from(["im_end", "im_end", "im_end", "endoftext", "none", "length"])
+turns = st.tuples(st.one_of(zooms, zooms, st.lists(pieces, max_size=3).map("".join)), stops, st.booleans())
 limits = st.builds(
     Limits,
     max_turns=st.integers(1, 5),
-    max_images=st.integers(1, 7),
-    max_new_tokens_per_turn=st.integers(1, 300),
-    max_context=st.one_of(st.none(), st.integers(1, 1500)),
+    max_images=st.integers(1, 9),
+    max_new_tokens_per_turn=st.one_of(st.just(400), st.integers(1, 300)),
+    max_context=st.one_of(st.none(), st.none(), st.integers(1, 1500)),
     max_pixels=st.integers(16 * 784, 64 * 784),
-    max_total_pixels=st.one_of(st.none(), st.integers(784, 200 * 784)),
+    max_total_pixels=st.one_of(st.none(), st.none(), st.integers(784, 200 * 784)),
 )
 
 
