@@ -55,7 +55,8 @@ def test_colours_are_unique_and_cards_stay_inside_their_cells():
         assert len({c.colour for c in scene.cards}) == len(scene.cards)
         for card in scene.cards:
             x1, y1, x2, y2 = (4 * v for v in card.cell_box)
-            assert x1 <= card.box[0] and y1 <= card.box[1] and card.box[2] <= x2 and card.box[3] <= y2
+            assert x1 <= card.box[0] < card.box[2] <= x2
+            assert y1 <= card.box[1] < card.box[3] <= y2
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -133,7 +134,7 @@ def test_the_tokenizer_is_the_same_every_time(processor):
 
 
 def test_a_call_takes_about_twenty_tokens(processor):
-    scene, question, _ = scene_and_question(Kind.ONE, 2)
+    _, question, _ = scene_and_question(Kind.ONE, 2)
     (call,) = question.calls()
     text = format_turn(call)
     assert len(processor.tokenizer.encode(text)) < 30
@@ -164,7 +165,7 @@ def test_a_random_box_is_another_cell_of_the_same_size():
         (moved,) = INTERVENE(sample, given).regions
         assert moved.index == given.regions[0].index
         assert moved.box != given.regions[0].box
-        assert moved.box[2] - moved.box[0] == CELL and moved.box[3] - moved.box[1] == CELL
+        assert (moved.box[2] - moved.box[0], moved.box[3] - moved.box[1]) == (CELL, CELL)
 
 
 INTERVENE = evaluation.INTERVENTIONS["random_box"].transform_call
@@ -216,7 +217,7 @@ def test_the_shipped_checkpoint_is_small_and_says_where_it_came_from():
     assert size < 10_000_000
     record = json.loads((SHIPPED / "provenance.json").read_text())
     assert record["command"].startswith("vilavt tiny build")
-    assert [s["name"] for s in record["stages"]] == ["read", "place", "talk"]
+    assert [s["name"].split("_")[0] for s in record["stages"]][:3] == ["read", "place", "talk"]
     questions = json.loads((SHIPPED.parent / "pictures" / "questions.json").read_text())
     assert len(questions) == 3
     assert all((SHIPPED.parent / "pictures" / q["image"]).is_file() for q in questions)

@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny
 from .scenes import MAX_PIXELS, Kind, Scene, Split, ask, make_scene
 from .teacher import (
     Encoder,
+    arithmetic_example,
     blind_example,
     direct_example,
     episode_example,
@@ -59,10 +61,8 @@ class Stage:
     language: bool = True
     """Whether the language model is trained."""
     mix: tuple[tuple[str, float], ...] = ()
-    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, direct, blind."""
+    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, direct, blind, sums."""
     pad_to: int = 32
-    nests_anywhere: bool = False
-    """See `make_scene`."""
     heads: tuple[tuple[str, float], ...] = ()
     """Weights of auxiliary heads in this stage, where they differ from `tiny_auxiliary`."""
 
@@ -79,7 +79,6 @@ STAGES = (
         final_rate=0.4,
         language=False,
         mix=(("read", 0.9), ("look", 0.1)),
-        nests_anywhere=True,
     ),
     Stage(
         "place",
@@ -100,7 +99,7 @@ STAGES = (
         tower_rate=0.5,
         decay_from=0.5,
         final_rate=0.02,
-        mix=(("episode", 0.68), ("listing", 0.14), ("blind", 0.12), ("direct", 0.06)),
+        mix=(("episode", 0.68), ("listing", 0.08), ("blind", 0.12), ("direct", 0.04), ("sums", 0.08)),
         heads=_LATER,
     ),
 )
@@ -124,14 +123,16 @@ class Lessons(Dataset):
     def make(self, name: str, rng: np.random.Generator) -> Example:
         """An example of one kind."""
         kind = list(KIND_SHARES)[rng.choice(len(KIND_SHARES), p=list(KIND_SHARES.values()))]
-        scene = _scene_for(rng, kind, anywhere=self.stage.nests_anywhere)
+        scene = _scene_for(rng, kind)
         if name in ("read", "look"):
             return reading_example(scene, rng, name == "look")
+        if name == "sums":
+            return arithmetic_example(self.encoder, rng)
         if name == "listing":
             return listing_example(self.encoder, scene, rng)
         if name == "blind" and rng.random() < 0.5:
             kind = Kind.PAIR  # where the query alone decides
-            scene = _scene_for(rng, kind, anywhere=self.stage.nests_anywhere)
+            scene = _scene_for(rng, kind)
         question = ask(rng, scene, kind)
         if name == "episode":
             return episode_example(self.encoder, scene, question, rng, final_prompt=bool(rng.random() < 0.4))
@@ -140,13 +141,13 @@ class Lessons(Dataset):
         return direct_example(self.encoder, scene, question)
 
 
-def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train", *, anywhere: bool = False) -> Scene:
+def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train") -> Scene:
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
     singles = int(rng.integers(2, 4)) if kind in (Kind.SUM, Kind.LARGER) else int(rng.integers(1, 3))
     pairs = 1 if kind is Kind.PAIR or rng.random() < 0.7 else 0
     room = 6 - singles - 2 * pairs
     nests = (min(int(rng.integers(1, 3)), room),) if room and (kind is Kind.NESTED or rng.random() < 0.7) else ()
-    return make_scene(rng, split, singles=singles, pairs=pairs, nests=nests, nests_anywhere=anywhere)
+    return make_scene(rng, split, singles=singles, pairs=pairs, nests=nests)
 
 
 # ---------------------------------------------------------------------------------------------------- probing
@@ -155,8 +156,16 @@ def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train", *, 
 class Probe(TrainerCallback):
     """Every so often: share of whole turns right under teacher forcing, on scenes made from the dev scans."""
 
-    def __init__(self, model: VilavtForConditionalGeneration, collator: VilavtCollator, encoder: Encoder, every: int, path: Path):
-        self.model, self.collator, self.every, self.path = model, collator, every, path
+    def __init__(
+        self,
+        model: VilavtForConditionalGeneration,
+        auxiliary: AuxiliaryLosses,
+        collator: VilavtCollator,
+        encoder: Encoder,
+        every: int,
+        path: Path,
+    ):
+        self.model, self.auxiliary, self.every, self.path = model, auxiliary, every, path
         self.batches = []
         for kind in Kind:
             examples = []
@@ -195,6 +204,7 @@ class Probe(TrainerCallback):
                 file.write(json.dumps({"probe": figures}) + "\n")
             logger.info("probe %s", figures)
             self.model.save_pretrained(self.path.parent)
+            save_file(self.auxiliary.state_dict(), self.path.parent / "auxiliary.safetensors")
 
 
 class Curve(TrainerCallback):
@@ -246,7 +256,7 @@ def run_stage(
         parameter.requires_grad_(True)
     callbacks: list[TrainerCallback] = [Curve(curve)]
     if stage.language:
-        callbacks.append(Probe(model, collator, encoder, 100, curve))
+        callbacks.append(Probe(model, auxiliary, collator, encoder, 100, curve))
     start = time.time()
     with linear_patches(model):
         trainer = VilavtTrainer(
@@ -293,7 +303,7 @@ def run_stage(
 
 def load_stage(folder: Path, auxiliary: AuxiliaryLosses) -> VilavtForConditionalGeneration:
     """Model of a finished stage (attention eager); loads its heads into `auxiliary`."""
-    auxiliary.load_state_dict(load_file(folder / "auxiliary.safetensors"))
+    auxiliary.load_state_dict(load_file(folder / "auxiliary.safetensors"), strict=False)
     return VilavtForConditionalGeneration.from_pretrained(folder, attn_implementation=ATTENTION)
 
 
@@ -323,16 +333,29 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
             model = load_stage(folder, auxiliary)
             continue
         run_stage(stage, model, auxiliary, processor, work, seed=10 * seed + i + 1)
-    return publish(model, processor, work, out, seed)
+    return publish(model, processor, [work / s.name for s in STAGES], out, seed)
 
 
 def publish(
-    model: VilavtForConditionalGeneration, processor: VilavtProcessor, work: Path, out: Path, seed: int
+    model: VilavtForConditionalGeneration,
+    processor: VilavtProcessor,
+    stages: Sequence[Path],
+    out: Path,
+    seed: int,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write model, processor, chat settings and provenance to `out`; returns the provenance.
 
-    Weights are rounded to bfloat16 (half the bytes); the configuration asks for float32, so they are computed with in full
-    precision on any machine.
+    Args:
+        model: what the last stage reached; rounded in place.
+        processor: its processor.
+        stages: folders that `run_stage` wrote, in order.
+        out: the checkpoint folder.
+        seed: for the record.
+        notes: for the record: whatever was not as the command does it.
+
+    Weights are rounded to bfloat16 (half the bytes); the configuration asks for float32, so they are computed with in
+    full precision on any machine.
     """
     out.mkdir(parents=True, exist_ok=True)
     model = model.to(torch.bfloat16)
@@ -349,30 +372,85 @@ def publish(
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     processor.save_pretrained(out)
     save_chat_settings(out, limits={"max_new_tokens_per_turn": 96, "max_pixels": MAX_PIXELS})
-    stages = [json.loads((work / s.name / "stage.json").read_text(encoding="utf-8")) for s in STAGES]
+    records = [json.loads((folder / "stage.json").read_text(encoding="utf-8")) for folder in stages]
     curves = {
-        s.name: [json.loads(line) for line in (work / s.name / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
-        for s in STAGES
+        folder.name: [json.loads(line) for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in stages
     }
+    (out / "model.safetensors").chmod(0o644)
     (out / "training.json").write_text(json.dumps(curves, separators=(",", ":")) + "\n", encoding="utf-8")
     record = {
         "command": f"vilavt tiny build --out {out.name} --seed {seed}",
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "scikit-learn load_digits: 1237 train, 200 dev, 360 held-out scans",
-        "stages": stages,
+        "stages": records,
+        "notes": list(notes),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy", "pillow")},
+            **{
+                name: metadata.version(name)
+                for name in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy", "pillow")
+            },
         },
         "cpu_threads": torch.get_num_threads(),
     }
     (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    plot_curves(curves, out / "training.png")
     return record
 
 
+def plot_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw reading accuracy, supervised attention and whole turns right over the seconds of all stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    lines = {
+        "digit": "asked digit read by the tower's head",
+        "attention_2_0": "attention on the named card",
+        "tokens_right": "tokens right",
+    }
+    start = 0.0
+    marks: dict[str, list[tuple[float, float]]] = {}
+    for stage, entries in curves.items():
+        seconds = 0.0
+        for entry in entries:
+            if "probe" in entry:
+                for name, value in entry["probe"].items():
+                    if name != "step":
+                        marks.setdefault(name.split("_")[1], []).append(((start + seconds) / 60, value))
+                continue
+            seconds = entry["seconds"]
+            for name in lines:
+                if name in entry:
+                    marks.setdefault(name, []).append(((start + seconds) / 60, entry[name]))
+        start += seconds
+        for axis in (left, right):
+            axis.axvline(start / 60, color="0.8", linewidth=1)
+        left.text(start / 60, 0.02, stage + " ", ha="right", color="0.4")
+    for name, label in lines.items():
+        if name in marks:
+            left.plot(*zip(*marks[name], strict=True), label=label)
+    for name, label in (("call", "first call exact"), ("again", "second call exact"), ("answer", "answer right")):
+        if name in marks:
+            points: dict[float, list[float]] = {}
+            for x, y in marks[name]:
+                points.setdefault(x, []).append(y)
+            right.plot(list(points), [sum(v) / len(v) for v in points.values()], marker=".", label=label)
+    for axis, title in ((left, "training examples"), (right, "dev scans, ideal turns before")):
+        axis.set(title=title, xlabel="minutes", ylim=(0, 1.02))
+        axis.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
 def write_examples(out: Path, count: int = 3, seed: int = 7) -> list[str]:
-    """Held-out scenes as ``scene-<n>.png`` and ``questions.json`` (image, question, answer, kind); returns the file names.
+    """Held-out scenes as ``scene-<n>.png`` and ``questions.json`` (image, question, answer, kind); returns the file
+    names.
 
     The first asks for a nested zoom, the second for a card of a pair, the third for a sum, then the same again.
     """
@@ -385,7 +463,9 @@ def write_examples(out: Path, count: int = 3, seed: int = 7) -> list[str]:
         question = ask(rng, scene, kinds[i % len(kinds)])
         name = f"scene-{i + 1}.png"
         scene.image.save(out / name, optimize=True)
-        entries.append({"image": name, "question": question.text, "answer": question.answer, "kind": str(question.kind)})
+        entries.append(
+            {"image": name, "question": question.text, "answer": question.answer, "kind": str(question.kind)}
+        )
         names.append(name)
     (out / "questions.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return [*names, "questions.json"]

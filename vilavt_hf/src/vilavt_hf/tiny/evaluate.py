@@ -143,7 +143,8 @@ def run(chat: VilavtChat, todo: Sequence[Task], mode: str) -> list[ChatResult]:
     """Ask all questions in one mode."""
     limits = replace(chat.limits, max_turns=1) if mode == "no_zoom" else None
     samples = [
-        Sample([task.scene.image], task.question.text, id=str(i), limits=limits, data=task) for i, task in enumerate(todo)
+        Sample([task.scene.image], task.question.text, id=str(i), limits=limits, data=task)
+        for i, task in enumerate(todo)
     ]
     return chat.ask_many(samples, intervention=INTERVENTIONS[mode])
 
@@ -221,8 +222,9 @@ def _by_kind(kinds: Sequence[Kind], right: Sequence[bool]) -> dict[str, Rate]:
 def pixel_classifier(split: Split = "heldout", scenes: int = 900) -> dict[str, float]:
     """A plain classifier's accuracy on single digits, told exactly where each card is.
 
-    A one-layer perceptron on standardised grey pixels, trained on cards made from train scans. ``pixel_first_look`` is given
-    the card's 14 x 14 pixels of the first look (big cards; small ones are harder), ``pixel_zoomed`` its 28 x 28 of the crop.
+    A one-layer perceptron on standardised grey pixels, trained on cards made from train scans. ``pixel_first_look`` is
+    given the card's 14 x 14 pixels of the first look (big cards; small ones are harder), ``pixel_zoomed`` its 28 x 28
+    of the crop.
     """
     import warnings
 

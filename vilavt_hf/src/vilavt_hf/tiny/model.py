@@ -44,7 +44,10 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> VilavtConfig:
     """About four million parameters in the structure of Qwen2.5-VL."""
     vocabulary = tokenizer.get_vocab()
     size = -(-len(tokenizer) // 16) * 16
-    ids = {name: vocabulary[f"<|{name}|>"] for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")}
+    ids = {
+        name: vocabulary[f"<|{name}|>"]
+        for name in ("endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    }
     text = Qwen2_5_VLTextConfig(
         vocab_size=size,
         hidden_size=WIDTH,
@@ -103,7 +106,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> VilavtConfig:
 
 
 def tiny_model(config: VilavtConfig, seed: int) -> VilavtForConditionalGeneration:
-    """Weights N(0, 1 / fan-in), embeddings N(0, 0.05²): with the usual 0.02 a model this small hardly starts to learn."""
+    """Weights N(0, 1 / fan-in), embeddings N(0, 0.05²): with the usual 0.02 so small a model hardly learns."""
     torch.manual_seed(seed)
     model = VilavtForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
     for module in model.modules():
@@ -120,7 +123,7 @@ def tiny_model(config: VilavtConfig, seed: int) -> VilavtForConditionalGeneratio
 
 
 def tiny_auxiliary() -> AuxiliaryLosses:
-    """The training-only heads: place and colours per token, digit per token (early), digit and place of the asked card."""
+    """The training-only heads: place and colours per token, digit per token (early), the asked card."""
     heads = [
         AuxiliaryHead("row", "tokens", CELLS, 0.1),
         AuxiliaryHead("column", "tokens", CELLS, 0.1),
@@ -128,6 +131,7 @@ def tiny_auxiliary() -> AuxiliaryLosses:
         AuxiliaryHead("digit_seen", "tokens", 10, 1.5, block=VISION_DEPTH // 2 - 1),
         AuxiliaryHead("digit", "image", 10, 1.2),
         AuxiliaryHead("asked", "pointer", 4, 0.2),
+        AuxiliaryHead("corner", "tokens", 4, 0.2),
     ]
     return AuxiliaryLosses(heads, merged=WIDTH, patch=VISION_WIDTH)
 
@@ -184,7 +188,7 @@ class PatchLinear(nn.Module):
         return nn.functional.linear(hidden_states, self.proj.weight.flatten(1))
 
 
-class linear_patches:  # noqa: N801 (a context manager that reads like a statement)
+class linear_patches:
     """Run a model's patch embedding as a matrix product inside the block."""
 
     def __init__(self, model: VilavtForConditionalGeneration):

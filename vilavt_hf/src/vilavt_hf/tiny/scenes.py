@@ -1,14 +1,15 @@
 """Scenes of digit cards for the tiny model: pictures, questions and the ideal conversation about each.
 
-A canvas of 672 x 672 source pixels is shown at 168 x 168 (1/4), so one merged vision token (28 shown pixels) is one *cell*
-of 112 source pixels. Cards carry a real scanned digit (scikit-learn's 8 x 8 scans) in fine print: every scan pixel is a
-2 x 2 checkerboard whose contrast is the ink. One zoom magnifies twice:
+A canvas of 672 x 672 source pixels is shown at 168 x 168 (1/4), so one merged vision token (28 shown pixels) is one
+*cell* of 112 source pixels. Cards carry a real scanned digit (scikit-learn's 8 x 8 scans) in fine print: every scan
+pixel is a 2 x 2 checkerboard whose contrast is the ink. One zoom magnifies twice:
 
 - a *big* card's checkers average out to plain paper in the first look and appear after one zoom (of its cell);
 - a *small* card is half that size in every respect and needs a second zoom (of its quadrant of the first crop).
 
-The canvas is tinted, red rising with x and green with y: the vision tower knows relative positions only, and the tint is
-what tells it where a cell is. All boxes of the ideal conversations are cells of the grid.
+The canvas is tinted, red rising with x and green with y, blue one of four levels by quadrant of the cell: the vision
+tower knows relative positions only, and the tint is what tells it where a cell or a quadrant is. All boxes of the ideal
+conversations are cells of the grid.
 """
 
 import functools
@@ -40,9 +41,9 @@ MAX_PIXELS = SHOWN * SHOWN
 """Pixel budget that makes the crop rule show the canvas at 1/4."""
 
 SHIFTED_ROWS, SHIFTED_COLUMNS = frozenset({3}), frozenset({2, 3, 4})
-"""Where a nested crop is not pixel for pixel a quadrant of the source: the crop rule truncates to whole pixels, and in floating
-point 3 / 6 + 1 / 12 is a little less than 7 / 12 and 2 * 28 / (3 / 6 - 2 / 6) a little less than 336. That would blur the
-print of small cards; they are put elsewhere."""
+"""Where a nested crop is not pixel for pixel a quadrant of the source: the crop rule truncates to whole pixels, and in
+floating point 3 / 6 + 1 / 12 is a little less than 7 / 12 and 2 * 28 / (3 / 6 - 2 / 6) a little less than 336. That
+would blur the print of small cards; they are put elsewhere."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -55,7 +56,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Frame colours; each occurs at most once in a scene."""
 
 BIG_CONTRAST, SMALL_CONTRAST = 120.0, 52.0
-"""Grey levels of full ink at source scale; the zoom's filter weakens the big cards' checkers to about the small ones'."""
+"""Grey levels of full ink at source scale; the zoom's filter weakens the big cards' checkers to the small ones'."""
 
 Split = Literal["train", "dev", "heldout"]
 
@@ -209,7 +210,9 @@ def _canvases() -> tuple[np.ndarray, ...]:
     """Eight tinted canvases that differ in their grain."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[:CANVAS, :CANVAS] / CANVAS
-    tint = np.stack((50 + 160 * x, 50 + 160 * y, np.full((CANVAS, CANVAS), 128.0)), -1)
+    unit = CANVAS // (2 * CELLS)
+    corner = 2 * (np.arange(CANVAS) // unit % 2)[:, None] + (np.arange(CANVAS) // unit % 2)
+    tint = np.stack((50 + 160 * x, 50 + 160 * y, 98 + 20.0 * corner), -1)
     grain = [rng.normal(0, 4, (CANVAS, CANVAS, 1)) for _ in range(8)]
     return tuple((tint + g).clip(0, 255).astype(np.uint8) for g in grain)
 
@@ -244,13 +247,7 @@ def _place(rng: np.random.Generator, colour: str, digit: int, cell: int, quadran
 
 
 def make_scene(
-    rng: np.random.Generator,
-    split: Split = "train",
-    *,
-    singles: int = 2,
-    pairs: int = 1,
-    nests: Sequence[int] = (2,),
-    nests_anywhere: bool = False,
+    rng: np.random.Generator, split: Split = "train", *, singles: int = 2, pairs: int = 1, nests: Sequence[int] = (2,)
 ) -> Scene:
     """Draw a scene.
 
@@ -260,18 +257,14 @@ def make_scene(
         singles: cells with one big card.
         pairs: cells with two big cards.
         nests: small cards of each cell that holds small cards (at most 4 each).
-        nests_anywhere: also in `SHIFTED_ROWS` and `SHIFTED_COLUMNS`.
 
     Returns:
         A scene whose cards differ in colour; at most six of them.
     """
-    if nests_anywhere:
-        chosen = rng.choice(CELLS * CELLS, singles + pairs + len(nests), replace=False).tolist()
-    else:
-        order = rng.permutation(CELLS * CELLS).tolist()
-        exact = [c for c in order if c // CELLS not in SHIFTED_ROWS and c % CELLS not in SHIFTED_COLUMNS]
-        nested = exact[: len(nests)]
-        chosen = [c for c in order if c not in nested][: singles + pairs] + nested
+    order = rng.permutation(CELLS * CELLS).tolist()
+    exact = [c for c in order if c // CELLS not in SHIFTED_ROWS and c % CELLS not in SHIFTED_COLUMNS]
+    nested = exact[: len(nests)]
+    chosen = [c for c in order if c not in nested][: singles + pairs] + nested
     cells = iter(chosen)
     colours = iter(rng.permutation(list(COLOURS)).tolist())
     canvas = _canvases()[rng.integers(8)].copy()

@@ -1,7 +1,7 @@
 """The ideal conversations of the tiny model as training examples, with what the auxiliary losses need to know.
 
-The token stream is the one `vilavt_hf.episode` makes when it is fed the ideal turns (a test compares the two); it is built
-here a second time because training needs thousands of them a minute, together with the positions of single words.
+The token stream is the one `vilavt_hf.episode` makes when it is fed the ideal turns (a test compares the two); it is
+built here a second time because training needs thousands of them a minute, together with the positions of single words.
 """
 
 import functools
@@ -231,6 +231,8 @@ def _crop_targets(scene: Scene, card: Card, image: int, *, quadrant: bool) -> li
         TokenTarget("colour", image, _colour_rows([(token_of[c.colour], c) for c in inside], 4)),
         TokenTarget("asked", image, np.array([token_of[card.colour]])),
     ]
+    if not quadrant:
+        out.append(TokenTarget("corner", image, np.arange(4)))
     if readable:
         digits = np.full(4, -100)
         for c in inside:
@@ -284,7 +286,7 @@ def episode_example(
     rng: np.random.Generator,
     *,
     final_prompt: bool = False,
-    extra_readings: int = 2,
+    extra_readings: int = 3,
 ) -> Example:
     """The whole ideal conversation about a question.
 
@@ -362,6 +364,22 @@ def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, ex
     return _finish(stream, [ImageGroup((scene.shown(),), "")], extra, attention, _first_look(scene, 0) + more)
 
 
+def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Example:
+    """Last turns without pictures: digits given, sum or larger digit to be answered."""
+    stream = _Stream(encoder)
+    for i in range(count):
+        a, b = (int(d) for d in rng.integers(0, 10, 2))
+        adds = rng.random() < 0.75
+        thought, answer = (f"{a}+{b}", a + b) if adds else (f"{a},{b}", max(a, b))
+        stream.text("\n" if i else "")
+        stream.special(encoder.start_of_turn)
+        stream.text("assistant\n")
+        turn = stream.turn(format_turn(Answer(str(answer), thought)))
+        given = turn.at(len("<think>"))
+        stream.labels[given] = stream.labels[given + 2] = -100
+    return _finish(stream, [], [], [], [])
+
+
 def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: int = 6) -> Example:
     """Crops (and sometimes the first look) for the tower alone, no text."""
     groups: list[ImageGroup] = []
@@ -399,6 +417,7 @@ def _without_tags(text: str) -> str:
 
 __all__ = [
     "Encoder",
+    "arithmetic_example",
     "blind_example",
     "corpus",
     "direct_example",

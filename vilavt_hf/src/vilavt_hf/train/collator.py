@@ -50,8 +50,8 @@ class TokenTarget:
 class Example:
     """One tokenised conversation.
 
-    ``labels`` equal ``input_ids`` where the model is trained and -100 elsewhere (they are shifted by the loss, not here);
-    ``weights`` scale single labels. An example without tokens trains the tower alone, through ``tokens``.
+    ``labels`` equal ``input_ids`` where the model is trained and -100 elsewhere (they are shifted by the loss, not
+    here); ``weights`` scale single labels. An example without tokens trains the tower alone, through ``tokens``.
     """
 
     input_ids: Sequence[int]
@@ -121,9 +121,9 @@ class VilavtCollator:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` (B, L), ``position_ids`` (3, B, L), and with images
-            ``pixel_values``, ``image_grid_thw``, ``query_ids``, ``query_attention_mask``, ``images_per_query``. Examples
-            without tokens have no row. ``label_weights`` (B, L) if an example has weights; ``aux`` if any has targets
-            or extra groups: the image groups of ``extra_groups`` then follow all others.
+            ``pixel_values``, ``image_grid_thw``, ``query_ids``, ``query_attention_mask``, ``images_per_query``.
+            Examples without tokens have no row. ``label_weights`` (B, L) if an example has weights; ``aux`` if any has
+            targets or extra groups: the image groups of ``extra_groups`` then follow all others.
 
         Raises:
             ValueError: an example's placeholders and images disagree; names the example.
@@ -159,12 +159,14 @@ class VilavtCollator:
             wanted, found = sum(h * w for h, w in mine), list(example.input_ids).count(self.image_token_id)
             if wanted != found:
                 raise ValueError(
-                    f"example {i} of the batch: {found} image placeholders, but its {count} images make {wanted} tokens; "
+                    f"example {i} of the batch: {found} image placeholders, but its {count} images make {wanted} "
+                    "tokens; "
                     "put height / 28 x width / 28 placeholders per image into the stream"
                 )
             if len(example.labels) != n or (example.weights and len(example.weights) != n):
                 raise ValueError(
-                    f"example {i} of the batch: {n} tokens, {len(example.labels)} labels, {len(example.weights)} weights"
+                    f"example {i} of the batch: {n} tokens, {len(example.labels)} labels, {len(example.weights)} "
+                    "weights; all three need one entry per token"
                 )
             ids[i, :n] = torch.tensor(example.input_ids)
             labels[i, :n] = torch.tensor(example.labels)
@@ -199,7 +201,6 @@ class VilavtCollator:
         return {
             "attention": [(layer, heads, torch.tensor(at)) for (layer, heads), at in attention.items()],
             "tokens": {
-                head: (torch.tensor(images[head]), torch.from_numpy(np.concatenate(values[head])))
-                for head in images
+                head: (torch.tensor(images[head]), torch.from_numpy(np.concatenate(values[head]))) for head in images
             },
         }

@@ -45,7 +45,9 @@ class AuxiliaryLosses(nn.Module):
             if head.block is None:
                 self.heads[head.name] = nn.Linear(merged, out)
             else:
-                self.heads[head.name] = nn.Sequential(nn.Linear(4 * patch, 2 * patch), nn.GELU(), nn.Linear(2 * patch, out))
+                self.heads[head.name] = nn.Sequential(
+                    nn.Linear(4 * patch, 2 * patch), nn.GELU(), nn.Linear(2 * patch, out)
+                )
 
     @property
     def blocks(self) -> list[int]:
@@ -71,12 +73,16 @@ class AuxiliaryLosses(nn.Module):
             if spec.block is not None:
                 source = blocks[spec.block].unflatten(0, (-1, 4)).flatten(1)
             counts = torch.tensor(sizes)[images]
-            token = torch.cat([torch.arange(s, s + n) for s, n in zip(starts[images].tolist(), counts.tolist(), strict=True)])
+            token = torch.cat(
+                [torch.arange(s, s + n) for s, n in zip(starts[images].tolist(), counts.tolist(), strict=True)]
+            )
             picked = source[token].float()
             if spec.kind in ("image", "pointer"):
                 target = values
                 if int(counts.min()) != int(counts.max()):
-                    raise ValueError(f"head {name!r} needs images of one size, got {sorted(set(counts.tolist()))} tokens")
+                    raise ValueError(
+                        f"head {name!r} needs images of one size, got {sorted(set(counts.tolist()))} tokens"
+                    )
                 picked = picked.unflatten(0, (len(images), -1))
                 if spec.kind == "image":
                     scores = self.heads[name](picked.mean(1))
@@ -140,7 +146,8 @@ def weighted_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Language-model loss with label weights, plus the auxiliary losses.
 
-    Equals ``model(**batch).loss`` for weights of 1 and no auxiliary losses, but computes logits only where there are labels.
+    Equals ``model(**batch).loss`` for weights of 1 and no auxiliary losses, but computes logits only where there are
+    labels.
 
     Args:
         model: a `VilavtForConditionalGeneration` (eager attention if attention is supervised).

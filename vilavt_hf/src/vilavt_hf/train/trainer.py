@@ -43,7 +43,9 @@ class VilavtTrainer(Trainer):
         self.decay_from, self.final_rate, self.in_order = decay_from, final_rate, in_order
         self._figures: dict[str, list[float]] = defaultdict(list)
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # our loss is a mean per micro-batch: let the parent average over accumulation
+        self.model_accepts_loss_kwargs = (
+            False  # our loss is a mean per micro-batch: let the parent average over accumulation
+        )
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """`losses.weighted_loss`; its figures go to the log."""
@@ -75,7 +77,11 @@ class VilavtTrainer(Trainer):
                 parameter.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": parameters, "lr": self.args.learning_rate * rate, "weight_decay": self.args.weight_decay * decays}
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * rate,
+                    "weight_decay": self.args.weight_decay * decays,
+                }
                 for (rate, decays), parameters in groups.items()
             ],
             betas=(self.args.adam_beta1, self.args.adam_beta2),
