@@ -1,4 +1,4 @@
-"""Chat: episodes over the local engine. Turns that must zoom are forced, the rest is what the random tiny model samples."""
+"""Chat: episodes over the local engine. Turns that must zoom are forced, the rest is what the tiny model samples."""
 
 import io
 import json

@@ -326,16 +326,19 @@ class VilavtChat:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         name = str(path)
-        model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        processor = VilavtProcessor.from_pretrained(name, **hub)
         if folder.is_dir():
             from .checkpoint import fingerprint
 
+            # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
             settings.setdefault("fingerprint", fingerprint(folder))
             settings = _read_settings(folder, settings)
-        else:
-            settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        try:
+            model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
+            processor = VilavtProcessor.from_pretrained(name, **hub)
+        except OSError as error:
+            raise CheckpointError(f"{name}: cannot be loaded: {error}") from error
+        settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
         return cls(model.to(device).eval(), processor, checkpoint=name, **settings)
 
     # ------------------------------------------------------------------ asking

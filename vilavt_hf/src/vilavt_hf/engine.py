@@ -351,7 +351,7 @@ class Engine:
         if before != len(row.tokens) or list(request.all_token_ids[:before]) != row.tokens:
             raise EngineError(
                 f"{self._name(row)}, turn {request.turn}: it continues {before} tokens, "
-                f"the row holds {len(row.tokens)} (or other ones); submit every request of an episode to one row, in order"
+                f"the row holds {len(row.tokens)} (or other ones); one row takes all requests of an episode, in order"
             )
         row.tokens += request.new_token_ids
         row.pending += request.new_token_ids
