@@ -14,13 +14,11 @@ responses, and for an ``<|im_end|>`` that the episode had to add.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -32,7 +30,6 @@ from .protocol import (
     ANSWER_CLOSE,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
-    Action,
     Answer,
     FinishReason,
     Malformed,
@@ -41,240 +38,23 @@ from .protocol import (
     unbox,
 )
 from .regions import CropPlan, Gallery, View, share_budget, smart_resize
+from .stream import (
+    Chunk,
+    ImageSpan,
+    Inquiry,
+    Mark,
+    Record,
+    Request,
+    Result,
+    SpecialTokens,
+    Tokenizer,
+    TokenStream,
+    Turn,
+    Usage,
+)
 
 IMAGE_MARK = "<image>"
 """Where a question may say that an image belongs; only presets with ``interleave`` heed it."""
-
-
-class Tokenizer(Protocol):
-    """What an episode needs of a tokenizer; any transformers tokenizer with Qwen's special tokens has it."""
-
-    def encode(self, text: str, **kwargs: Any) -> list[int]:
-        """Text to ids."""
-
-    def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Ids to text."""
-
-    def convert_tokens_to_ids(self, tokens: str) -> int | None:
-        """Id of one token."""
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that structure the stream, looked up by name."""
-
-    im_start: int
-    im_end: int
-    endoftext: int
-    vision_start: int
-    vision_end: int
-    image_pad: int
-    video_pad: int
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
-        """Look the ids up.
-
-        Raises:
-            EpisodeError: the tokenizer lacks one of them.
-        """
-        unknown = getattr(tokenizer, "unk_token_id", None)
-        ids: dict[str, int] = {}
-        for name in cls.__dataclass_fields__:
-            token_id = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-            if token_id is None or token_id == unknown:
-                raise EpisodeError(
-                    f"the tokenizer has no token <|{name}|>; use the tokenizer of a Qwen2.5-VL checkpoint"
-                )
-            ids[name] = int(token_id)
-        return cls(**ids)
-
-    @property
-    def stops(self) -> tuple[int, ...]:
-        """Ids that end a turn."""
-        return (self.im_end, self.endoftext)
-
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Ids that must not be sampled: they stand for image features."""
-        return (self.vision_start, self.vision_end, self.image_pad, self.video_pad)
-
-
-@dataclass(frozen=True, eq=False)
-class Inquiry:
-    """Images that the encoder sees together, and what it is asked about them."""
-
-    images: tuple[Image.Image, ...]
-    """Encoder-ready, in conversation order; an original is alone in its inquiry."""
-    query: str
-    """Without prefix; empty for an original."""
-    image_indices: tuple[int, ...]
-    """Places in the conversation, counted from 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What the engine has to do next."""
-
-    new_token_ids: list[int]
-    """Everything appended since, and without, the tokens the engine sampled last."""
-    all_token_ids: list[int]
-    """The whole stream so far."""
-    new_inquiries: tuple[Inquiry, ...]
-    """Inquiries whose placeholders are in ``new_token_ids``."""
-    inquiries: tuple[Inquiry, ...]
-    """All inquiries so far, in stream order."""
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    banned_token_ids: tuple[int, ...]
-    turn: int
-    """Counted from 0 within this episode."""
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """One assistant turn and what came of it."""
-
-    index: int
-    text: str
-    """Decoded, without the stop token."""
-    action: Action
-    token_count: int
-    """Sampled tokens, the stop token included."""
-    views: tuple[View, ...] = ()
-    """Crops that were shown in reply."""
-    image_indices: tuple[int, ...] = ()
-    """Their places in the conversation."""
-    feedback: str | None = None
-    """The tool response as text, a crop as ``<image WxH>``; None if the episode ended with this turn."""
-    problem: str | None = None
-    """Why the action was not carried out."""
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts over the whole stream."""
-
-    prompt_tokens: int
-    """Tokens that were not sampled, image tokens included."""
-    sampled_tokens: int
-    image_tokens: int
-    images: int
-    turns: int
-
-
-@dataclass(frozen=True)
-class ImageSpan:
-    """Where an image's placeholders are: ``token_ids[start : start + length]``, all ``<|image_pad|>``."""
-
-    start: int
-    length: int
-    image_index: int
-    inquiry: int
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """The stream, ready to train on. All per-token lists have one entry per token of ``token_ids``."""
-
-    token_ids: list[int]
-    loss_mask: list[int]
-    """1 for sampled tokens, else 0."""
-    logprobs: list[float | None]
-    """As fed; None where nothing was sampled or no logprob was fed."""
-    image_spans: tuple[ImageSpan, ...]
-    inquiries: tuple[Inquiry, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """How an episode ended."""
-
-    answer: str | None
-    finish: FinishReason
-    detail: str
-    """For every finish but ``answer``: what happened, both numbers, and what to change."""
-    turns: tuple[Turn, ...]
-    inquiries: tuple[Inquiry, ...]
-    views: tuple[View, ...]
-    usage: Usage
-    preset: str
-    limits: Limits
-    prompts: str
-    prompts_sha256: str
-    versions: Mapping[str, str]
-    sample_id: str | None = None
-
-    def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
-        """Plain JSON data; with ``include_images`` every shown image as a PNG data URL."""
-        inquiry_of = {index: number for number, inquiry in enumerate(self.inquiries) for index in inquiry.image_indices}
-        images = []
-        for index, view in enumerate(self.views):
-            entry: dict[str, Any] = {
-                "index": index,
-                "kind": view.kind,
-                "width": view.image.width,
-                "height": view.image.height,
-                "source": view.source,
-                "region": list(view.region),
-                "parent": view.parent,
-                "box": None if view.box is None else list(view.box),
-                "query": self.inquiries[inquiry_of[index]].query,
-                "inquiry": inquiry_of[index],
-            }
-            if include_images:
-                entry["png"] = _png_url(view.image)
-            images.append(entry)
-        return {
-            "sample_id": self.sample_id,
-            "answer": self.answer,
-            "finish": self.finish.value,
-            "detail": self.detail,
-            "turns": [_turn_json(turn) for turn in self.turns],
-            "images": images,
-            "usage": asdict(self.usage),
-            "preset": self.preset,
-            "limits": asdict(self.limits),
-            "prompts": {"name": self.prompts, "sha256": self.prompts_sha256},
-            "versions": dict(self.versions),
-        }
-
-
-@dataclass
-class _Stream:
-    """Parallel lists over the tokens of the conversation; only ever appended to."""
-
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    spans: list[ImageSpan] = field(default_factory=list)
-    inquiries: list[Inquiry] = field(default_factory=list)
-    transcript: list[str] = field(default_factory=list)
-    sent: int = 0
-    """Tokens the engine knows: those it was given and those it sampled."""
-    sent_inquiries: int = 0
-
-    def fork(self) -> _Stream:
-        return _Stream(
-            list(self.tokens),
-            list(self.mask),
-            list(self.logprobs),
-            list(self.spans),
-            list(self.inquiries),
-            list(self.transcript),
-            self.sent,
-            self.sent_inquiries,
-        )
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Tokens about to be appended; spans are relative to its start, as (start, length, image index)."""
-
-    tokens: list[int]
-    spans: list[tuple[int, int, int]]
-    text: str
 
 
 class Episode:
@@ -289,7 +69,7 @@ class Episode:
         limits: Limits,
         sample_id: str | None,
         gallery: Gallery,
-        stream: _Stream,
+        stream: TokenStream,
     ) -> None:
         self.preset = preset
         self.limits = limits
@@ -349,13 +129,13 @@ class Episode:
             limits=limits,
             sample_id=sample_id,
             gallery=Gallery(min_pixels=limits.min_pixels),
-            stream=_Stream(),
+            stream=TokenStream(),
         )
         special = episode.special
         episode._open(
             images,
             question,
-            [_Mark(special.im_start), "system\n", *episode.prompts.render("system"), _Mark(special.im_end), "\n"],
+            [Mark(special.im_start), "system\n", *episode.prompts.render("system"), Mark(special.im_end), "\n"],
             "start",
         )
         return episode
@@ -406,15 +186,15 @@ class Episode:
             limits=limits,
             sample_id=self.sample_id,
             gallery=Gallery(min_pixels=limits.min_pixels),
-            stream=_Stream(),
+            stream=TokenStream(),
         )
         episode._whole_text_answers = True
         special = self.special
         system = [
-            _Mark(special.im_start),
+            Mark(special.im_start),
             "system\n",
             *self.prompts.render("fallback_system"),
-            _Mark(special.im_end),
+            Mark(special.im_end),
             "\n",
         ]
         episode._open(self._originals, self._question, system, "fallback")
@@ -563,7 +343,7 @@ class Episode:
         text = self._decode(ids[:-1] if stopped else ids)
         stream.transcript.append(text + (self._decode(ids[-1:]) if stopped else ""))
         if finish == "stop" and not stopped:
-            self._append(self._compose([_Mark(self.special.im_end)], {}))
+            self._append(self._compose([Mark(self.special.im_end)], {}))
         action = parse_turn(text, self.preset.rules)
         turn = Turn(len(self._turns), text, action, len(ids), seconds=seconds)
         if isinstance(action, Answer):
@@ -642,7 +422,7 @@ class Episode:
             self._end(FinishReason.IMAGE_LIMIT, problem)
             return
         indices = list(range(first, first + len(images)))
-        parts = [*head, _Mark(self.special.im_start), "user\n", *self._first_user(kind, indices, question, sizes)]
+        parts = [*head, Mark(self.special.im_start), "user\n", *self._first_user(kind, indices, question, sizes)]
         chunk = self._compose([*parts, *self._assistant_start()], sizes)
         if problem := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, problem)
@@ -780,7 +560,7 @@ class Episode:
         ask_to_finish = ask_to_finish or turn.index + 2 >= limits.max_turns or first + len(plans) >= limits.max_images
         body += [*prompts.render("final" if ask_to_finish else "continue"), RESPONSE_CLOSE]
         chunk = self._compose(
-            [*self._turn_end(), _Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes
+            [*self._turn_end(), Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes
         )
         if too_long := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, too_long)
@@ -815,7 +595,7 @@ class Episode:
         limit = self.limits.max_context
         return self.limits.max_new_tokens_per_turn if limit is None else limit - len(self._stream.tokens)
 
-    def _context_problem(self, chunk: _Chunk) -> str | None:
+    def _context_problem(self, chunk: Chunk) -> str | None:
         """A turn fits if at least one sampled token fits after it."""
         limit = self.limits.max_context
         needed = len(self._stream.tokens) + len(chunk.tokens) + 1
@@ -841,19 +621,19 @@ class Episode:
         """What stands between a sampled turn and the next one; a turn that did not end in ``<|im_end|>`` is closed
         without loss."""
         closed = self._stream.tokens[-1:] == [self.special.im_end]
-        return ["\n"] if closed else [_Mark(self.special.im_end), "\n"]
+        return ["\n"] if closed else [Mark(self.special.im_end), "\n"]
 
     def _assistant_start(self) -> list[Any]:
-        return [_Mark(self.special.im_end), "\n", _Mark(self.special.im_start), "assistant\n"]
+        return [Mark(self.special.im_end), "\n", Mark(self.special.im_start), "assistant\n"]
 
-    def _compose(self, parts: Sequence[Any], sizes: Mapping[int, tuple[int, int]]) -> _Chunk:
+    def _compose(self, parts: Sequence[Any], sizes: Mapping[int, tuple[int, int]]) -> Chunk:
         """Tokens of a turn: neighbouring texts are joined before they are encoded, as a chat template would."""
         special = self.special
         tokens: list[int] = []
         spans: list[tuple[int, int, int]] = []
         transcript: list[str] = []
         text = ""
-        for part in [*parts, _Mark(-1)]:
+        for part in [*parts, Mark(-1)]:
             if isinstance(part, str):
                 text += part
                 continue
@@ -872,9 +652,9 @@ class Episode:
             elif part.token_id >= 0:
                 tokens.append(part.token_id)
                 transcript.append("<|im_start|>" if part.token_id == special.im_start else "<|im_end|>")
-        return _Chunk(tokens, spans, "".join(transcript))
+        return Chunk(tokens, spans, "".join(transcript))
 
-    def _append(self, chunk: _Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:
+    def _append(self, chunk: Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:
         stream = self._stream
         start = len(stream.tokens)
         stream.tokens += chunk.tokens
@@ -904,48 +684,11 @@ class Episode:
         )
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """A structural token among the pieces of a turn."""
-
-    token_id: int
-
-
 def _version() -> str:
     try:
         return metadata.version("vilavt-hf")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _png_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _turn_json(turn: Turn) -> dict[str, Any]:
-    return {
-        "index": turn.index,
-        "text": turn.text,
-        "action": _action_json(turn.action),
-        "tokens": turn.token_count,
-        "images": list(turn.image_indices),
-        "feedback": turn.feedback,
-        "problem": turn.problem,
-        "seconds": turn.seconds,
-    }
-
-
-def _action_json(action: Action) -> dict[str, Any]:
-    if isinstance(action, ToolCall):
-        regions = [{"index": region.index, "box": list(region.box)} for region in action.regions]
-        return {"type": "tool_call", "thought": action.thought, "regions": regions, "query": action.query}
-    if isinstance(action, Answer):
-        return {"type": "answer", "thought": action.thought, "text": action.text}
-    if isinstance(action, Malformed):
-        return {"type": "malformed", "reason": action.reason.value, "detail": action.detail}
-    return {"type": "no_action", "thought": action.thought}
 
 
 __all__ = [
