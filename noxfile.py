@@ -1,8 +1,8 @@
 """Every environment of the project, built with venv and pip.
 
-    nox              everything that CI runs
-    nox -s demo      the shipped tiny ViLaVT looks at a picture
-    nox -s hf_newest -- tests/hf/test_episode.py -k budget
+nox              everything that CI runs
+nox -s demo      the shipped tiny ViLaVT looks at a picture
+nox -s hf_newest -- tests/hf/test_episode.py -k budget
 """
 
 import nox

@@ -49,5 +49,7 @@ def test_the_wheel_built_from_the_source_archive_is_complete(package, tmp_path):
 
 @pytest.mark.parametrize("package", PACKAGES[1:])
 def test_a_host_shell_imports_nothing_heavy(package):
-    code = f"import sys, {package}; assert not {{'torch', 'transformers', 'vllm', 'verl', 'vlmeval'}} & set(sys.modules)"
+    code = (
+        f"import sys, {package}; assert not {{'torch', 'transformers', 'vllm', 'verl', 'vlmeval'}} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
