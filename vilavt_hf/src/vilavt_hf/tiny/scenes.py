@@ -58,6 +58,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BIG_CONTRAST, SMALL_CONTRAST = 120.0, 52.0
 """Grey levels of full ink at source scale; the zoom's filter weakens the big cards' checkers to the small ones'."""
 
+STAINS = 10.0
+"""Standard deviation in grey levels of the paper's stains."""
+
 Split = Literal["train", "dev", "heldout"]
 
 
@@ -227,7 +230,9 @@ def _draw(canvas: np.ndarray, rng: np.random.Generator, card: Card, scan: np.nda
     canvas[y1:y2, x1:x2] = colour.clip(0, 255)
     ink = np.kron(scan, np.kron(_CHECKER, np.ones((unit, unit), np.float32)))
     contrast = (SMALL_CONTRAST if card.small else BIG_CONTRAST) * rng.uniform(0.85, 1.0)
-    paper = rng.uniform(125, 135) + contrast * ink + rng.normal(0, 3, ink.shape)
+    # one square per pixel of the look in which the print averages out: covers what the resampling filter leaves of it
+    stains = np.kron(rng.normal(0, STAINS, (8, 8)), np.ones((2 * unit, 2 * unit)))
+    paper = rng.uniform(125, 135) + contrast * ink + rng.normal(0, 3, ink.shape) + stains
     frame = 4 * unit
     canvas[y1 + frame : y2 - frame, x1 + frame : x2 - frame] = paper.clip(0, 255)[..., None]
 
