@@ -56,9 +56,9 @@ def eval_command(
     chat = load(checkpoint, batch)
     report = evaluate(
         chat,
-        split,
+        split,  # type: ignore[arg-type]
         limit,
-        lambda mode, seconds: typer.echo(f"{mode}: {seconds:.0f} s", err=True),  # type: ignore[arg-type]
+        lambda mode, seconds: typer.echo(f"{mode}: {seconds:.0f} s", err=True),
     )
     report = {"checkpoint": str(checkpoint), "fingerprint": chat.fingerprint, **report}
     typer.echo(table(report))

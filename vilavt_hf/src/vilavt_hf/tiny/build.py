@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..chat import save_chat_settings
 from ..modeling_vilavt import VilavtForConditionalGeneration
 from ..processing_vilavt import VilavtProcessor
+from ..prompts import PromptSet
 from ..train.collator import Example, VilavtCollator
 from ..train.losses import AuxiliaryLosses
 from ..train.trainer import VilavtTrainer
@@ -235,7 +236,7 @@ def run_stage(
     workers: int = 1,
 ) -> dict[str, Any]:
     """Train one stage in place, save model and heads under `work / stage.name`; returns its record."""
-    encoder = Encoder(processor.tokenizer, processor.prompts)
+    encoder = Encoder(processor.tokenizer, processor.prompts or PromptSet.load("tiny"))
     collator = VilavtCollator(
         fast_encoder(processor),
         pad_token_id=processor.tokenizer.pad_token_id,
@@ -245,7 +246,7 @@ def run_stage(
     folder = work / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     curve = folder / "curve.jsonl"
-    curve.unlink(missing_ok=True)
+    curve.write_text("", encoding="utf-8")
     defaults = tiny_auxiliary().specs
     weights = dict(stage.heads)
     auxiliary.specs = {n: dataclasses.replace(s, weight=weights.get(n, s.weight)) for n, s in defaults.items()}

@@ -160,7 +160,7 @@ def fast_encoder(processor: VilavtProcessor) -> Callable[[Sequence[ImageGroup]],
         flat = np.concatenate(pixels)
         rows = [query_row(g.query) if g.query else () for g in groups]
         width = max(1, *map(len, rows)) if len(rows) > 1 else max(1, len(rows[0]))
-        end = processor.query_tokenizer.pad_token_id
+        end = processor.query_tokenizer.pad_token_id  # type: ignore[union-attr]
         ids, mask = torch.full((len(rows), width), end), torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)

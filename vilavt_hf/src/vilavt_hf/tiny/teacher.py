@@ -248,7 +248,8 @@ def _group(scene: Scene, cards: Sequence[Card], *, quadrant: bool = False) -> Im
 
 def _readings(rng: np.random.Generator, scene: Scene, count: int, first_image: int) -> tuple[list, list]:
     """Extra crops under their query, for the tower alone."""
-    groups, targets = [], []
+    groups: list[ImageGroup] = []
+    targets: list[TokenTarget] = []
     for i in rng.permutation(len(scene.cards))[:count]:
         card = scene.cards[i]
         quadrant = card.small and rng.random() < 0.7

@@ -122,7 +122,7 @@ class AuxiliaryLosses(nn.Module):
 class BlockOutputs:
     """Collects the output of vision blocks during one forward pass (a context manager)."""
 
-    def __init__(self, visual: nn.Module, blocks: Sequence[int]):
+    def __init__(self, visual: Any, blocks: Sequence[int]):
         self.visual, self.blocks = visual, blocks
         self.values: dict[int, torch.Tensor] = {}
 
@@ -142,7 +142,7 @@ class BlockOutputs:
 
 
 def weighted_loss(
-    model: nn.Module, batch: dict[str, Any], auxiliary: AuxiliaryLosses | None
+    model: Any, batch: dict[str, Any], auxiliary: AuxiliaryLosses | None
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Language-model loss with label weights, plus the auxiliary losses.
 
@@ -186,13 +186,13 @@ def weighted_loss(
     if features is not None:
         features = features[: int(placeholders.sum())].to(embeds.dtype)
         embeds = embeds.masked_scatter(placeholders[..., None].expand_as(embeds), features)
-    supervise = bool(auxiliary is not None and aux and aux["attention"])
+    wanted = aux["attention"] if aux else []
     output = base.language_model(
         inputs_embeds=embeds,
         position_ids=batch["position_ids"],
         attention_mask=None,  # right padding: a causal mask already hides the pads
         use_cache=False,
-        output_attentions=supervise,
+        output_attentions=bool(wanted),
     )
     known = labels[:, 1:] != -100
     logits = model.lm_head(output.last_hidden_state[:, :-1][known]).float()
@@ -203,7 +203,7 @@ def weighted_loss(
     figures["language"] = language.item()
     figures["tokens_right"] = ((logits.argmax(-1) == target).float() * weights).sum().item() / weights.sum().item()
     loss = loss + language
-    if supervise:
-        more, mass = auxiliary.attention_loss(aux["attention"], output.attentions)
+    if auxiliary is not None and wanted:
+        more, mass = auxiliary.attention_loss(wanted, output.attentions)
         loss, figures = loss + more, figures | mass
     return loss, figures

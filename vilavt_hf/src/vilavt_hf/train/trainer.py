@@ -41,6 +41,8 @@ class VilavtTrainer(Trainer):
     ):
         self.auxiliary, self.rates = auxiliary, dict(rates or {})
         self.decay_from, self.final_rate, self.in_order = decay_from, final_rate, in_order
+        self.optimizer: Any
+        self.lr_scheduler: Any
         self._figures: dict[str, list[float]] = defaultdict(list)
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = (
@@ -61,7 +63,7 @@ class VilavtTrainer(Trainer):
             self._figures.clear()
         super().log(logs, *args, **kwargs)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """AdamW with one group per rate; biases and norms without decay."""
         if self.optimizer is not None:
             return self.optimizer
