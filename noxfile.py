@@ -41,7 +41,7 @@ def _pytest(session: nox.Session, *default: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Ask the shipped tiny ViLaVT three held-out questions; writes trace.html."""
+    """Ask the shipped tiny ViLaVT three held-out questions; writes vilavt-trace.html."""
     _install(session, NEWEST)
     session.run("vilavt", "demo", *session.posargs)
 

@@ -522,7 +522,7 @@ class Engine:
         grid = inputs["image_grid_thw"]
         counts = [sum(len(inquiry.images) for inquiry in row.inquiries) for row in rows]
         grids = [part if len(part) else None for part in grid.split(counts)]
-        on_device = {name: value.to(self.model.device) for name, value in inputs.items()}
+        on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
         features = compat.pooled(self.model.model.get_image_features(**on_device))
         return torch.cat(tuple(features)), grids
 

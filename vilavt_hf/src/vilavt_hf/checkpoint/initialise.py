@@ -223,4 +223,4 @@ def _write_prompts(prompts: str | os.PathLike, partial: Path) -> None:
         return
     from ..prompts import PromptSet
 
-    PromptSet.load(prompts).save(partial / PROMPTS)
+    PromptSet.load(str(prompts)).save(partial / PROMPTS)

@@ -101,7 +101,8 @@ def inspect_checkpoint(folder: str | os.PathLike) -> Inspection:
     config = checkpoint.config
     vision = config.get("vision_config") or {}
     flavour = detect_flavour(checkpoint)
-    problems, notes = list(checkpoint.problems), []
+    problems = list(checkpoint.problems)
+    notes: list[str] = []
     if flavour in (Flavour.OURS, Flavour.PUBLISHED_RL, Flavour.PUBLISHED_SFT):
         errors, notes = _model_problems(checkpoint)
         problems += errors
