@@ -203,7 +203,8 @@ def test_heads_of_every_kind_learn_only_from_their_targets():
     assert merged.grad[:3].abs().sum(1).min() > 0
 
 
-def test_three_steps_train_every_part_and_save_no_head(processor, config, tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_three_steps_train_every_part_and_save_no_head(processor, config, tmp_path, bf16):
     lessons = conversations(processor)
     model = tiny_model(config, 0)
     auxiliary = tiny_auxiliary()
@@ -214,14 +215,18 @@ def test_three_steps_train_every_part_and_save_no_head(processor, config, tmp_pa
         args=TrainingArguments(
             output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3,
             remove_unused_columns=False, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
-            logging_steps=1, dataloader_pin_memory=False, bf16=False,
+            logging_steps=1, dataloader_pin_memory=False, bf16=bf16,
         ),
         train_dataset=lessons,
         data_collator=collator(processor, config),
         auxiliary=auxiliary,
         rates={"model.text_encoder": 0.0},
     )  # fmt: skip
+    seen = set()
+    model.model.visual.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     trainer.train()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     frozen = {n for n in before if n.startswith("model.text_encoder")}

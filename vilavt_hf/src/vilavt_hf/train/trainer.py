@@ -51,7 +51,8 @@ class VilavtTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """`losses.weighted_loss`; its figures go to the log."""
-        loss, figures = weighted_loss(self.accelerator.unwrap_model(model), inputs, self.auxiliary)
+        with self.accelerator.autocast():  # the parts are called one by one, past the wrapped forward of the whole
+            loss, figures = weighted_loss(self.accelerator.unwrap_model(model), inputs, self.auxiliary)
         for name, value in figures.items():
             self._figures[name].append(value)
         return (loss, {}) if return_outputs else loss
