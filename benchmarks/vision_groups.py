@@ -6,9 +6,9 @@ One group is two regions (24 x 24 and 20 x 28 patches) under a query of 20 token
 `multi_turn.py` (fp32, one thread). Seconds are process CPU seconds, the minimum of interleaved repeats. ``ratio_16`` is
 the time of 16 groups over 16 times the time of one; 1.00 is linear.
 
-By default glibc hands every block above 32 MB back to the kernel and gets it anew, zeroed, one page fault per 4 kB. That
-hits the larger batches only (a million faults at 16 groups) and says nothing about the encoder, so the process is told to
-keep freed memory.
+By default glibc hands every block above 32 MB back to the kernel and gets it anew, zeroed, one page fault per 4 kB.
+That hits the larger batches only (a million faults at 16 groups) and says nothing about the encoder, so the process is
+told to keep freed memory.
 """
 
 from __future__ import annotations
