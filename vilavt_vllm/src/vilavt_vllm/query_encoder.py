@@ -21,13 +21,14 @@ class QueryEncoder(Qwen3Model):
 
     @torch.inference_mode()
     def features(self, query_ids: torch.Tensor, query_mask: torch.Tensor) -> torch.Tensor:
-        """(Q, T) ids and mask, right padded -> (Q, T, hidden) of the last layer; rows without tokens are zero.
+        """(Q, T) ids and mask -> (Q, T, hidden) of the last layer; rows without tokens are zero.
 
         Args:
             query_ids: (Q, T).
             query_mask: (Q, T), on the CPU.
         """
-        width = int(query_mask.sum(1).max()) if query_mask.numel() else 0
+        columns = query_mask.any(0).nonzero()
+        width = int(columns.max()) + 1 if len(columns) else 0
         out = self.embed_tokens.weight.new_zeros(*query_ids.shape, self.config.hidden_size)
         asked = query_mask.any(1).nonzero()[:, 0].to(query_ids.device)
         if width:  # originals have no query, and most calls have nothing else
