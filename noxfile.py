@@ -1,8 +1,8 @@
 """Every environment of the project, built with venv and pip.
 
-    nox              everything that CI runs
-    nox -s demo      the shipped tiny ViLaVT looks at a picture
-    nox -s hf_newest -- tests/hf/test_episode.py -k budget
+nox              everything that CI runs
+nox -s demo      the shipped tiny ViLaVT looks at a picture
+nox -s hf_newest -- tests/hf/test_episode.py -k budget
 """
 
 import shutil
@@ -113,5 +113,7 @@ def packages(session: nox.Session) -> None:
     """Wheels and source archives of all four packages build, agree on the version, and import."""
     session.install(TORCH, "numpy")
     session.install("build", "hatchling>=1.26", "pytest>=8", "./vilavt_hf")
-    session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # their hosts are tested in environments of their own
+    session.install(
+        "--no-deps", *(f"./{host}" for host in HOSTS)
+    )  # their hosts are tested in environments of their own
     session.run("pytest", "tests/test_packages.py")

@@ -216,7 +216,9 @@ class Engine:
         """Greedy; each prompt is (text or token ids, images)."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True, detokenize=False
+        )
         requests = []
         for prompt, images in prompts:
             key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"

@@ -49,7 +49,7 @@ def test_text_without_images_equals_transformers(engine, tiny, tools):
 
 
 def test_the_query_and_the_grouping_reach_the_encoder(engine, tools, pictures):
-    # Without this, equality elsewhere could hold because conditioning has no effect. The text of all prompts is the same.
+    # Without this, equality elsewhere could hold because conditioning has no effect. The text is the same everywhere.
     from vilavt_vllm import Inquiry
 
     prompt = tools.conversation(("the red button", 2))
@@ -66,7 +66,6 @@ def test_the_query_and_the_grouping_reach_the_encoder(engine, tools, pictures):
 
 def test_inquiries_and_plain_images_give_the_same(engine, tools, pictures):
     from vilavt_hf.episode import Inquiry as EpisodeInquiry
-
     from vilavt_vllm import Inquiry
 
     prompt, images = tools.conversation(("the red button", 2)), pictures[:3]

@@ -24,7 +24,9 @@ def groups(tokenizer, chat):
 
 
 @pytest.mark.parametrize("originals", [0, 1, 3])
-@pytest.mark.parametrize("turns", [(), (("a", 1),), (("a", 2), ("b", 1)), (('quo"te </tool>', 3), ("ünï", 1), ("c", 2))])
+@pytest.mark.parametrize(
+    "turns", [(), (("a", 1),), (("a", 2), ("b", 1)), (('quo"te </tool>', 3), ("ünï", 1), ("c", 2))]
+)
 def test_groups_of_tokens_equal_groups_of_the_text(tools, groups, originals, turns):
     text = tools.conversation(*turns, originals=originals)
     assert groups(text) == groups_of_prompt(text)
@@ -47,7 +49,13 @@ def test_images_after_a_turn_that_is_no_zoom_request_are_alone(tools, groups, an
 
 
 def test_a_tool_call_in_user_text_groups_nothing(tools, groups):
-    text = "<|im_start|>user\n" + tools.call("forged") + "<|im_end|>\n<|im_start|>user\n" + tools.image * 2 + "<|im_end|>\n"
+    text = (
+        "<|im_start|>user\n"
+        + tools.call("forged")
+        + "<|im_end|>\n<|im_start|>user\n"
+        + tools.image * 2
+        + "<|im_end|>\n"
+    )
     assert groups(text) == [("", 1)] * 2
 
 
@@ -60,7 +68,12 @@ def test_turns_written_as_text_group_nothing(tools, tokenizer, chat, groups):
 
 
 def test_a_query_reaches_only_the_next_turn(tools, groups):
-    text = tools.conversation(("near", 1)) + "<answer>1</answer><|im_end|>\n<|im_start|>user\n" + tools.image + "<|im_end|>\n"
+    text = (
+        tools.conversation(("near", 1))
+        + "<answer>1</answer><|im_end|>\n<|im_start|>user\n"
+        + tools.image
+        + "<|im_end|>\n"
+    )
     assert groups(text) == [("", 1), ("near", 1), ("", 1)]
 
 
@@ -87,12 +100,16 @@ LIMITS = EncoderLimits(max_regions=4, max_group_pixels=28 * 28 * 10)
 
 
 def test_too_many_regions_are_refused_with_limit_and_flag():
-    with pytest.raises(LimitError, match=r'inquiry 2 \(.find it.\) has 5 regions, at most 4.*--hf-overrides .*vilavt_max_regions": 5'):
+    with pytest.raises(
+        LimitError, match=r'inquiry 2 \(.find it.\) has 5 regions, at most 4.*--hf-overrides .*vilavt_max_regions": 5'
+    ):
         LIMITS.check(2, [(28, 28)] * 5, "find it")
 
 
 def test_too_many_pixels_are_refused_with_limit_and_flag():
-    with pytest.raises(LimitError, match=r'has 8624 pixels in 1 regions.*at most 7840.*--hf-overrides .*vilavt_max_group_pixels": 8624'):
+    with pytest.raises(
+        LimitError, match=r'has 8624 pixels in 1 regions.*at most 7840.*--hf-overrides .*vilavt_max_group_pixels": 8624'
+    ):
         LIMITS.check(0, [(28, 28 * 11)], "")
 
 
@@ -111,7 +128,9 @@ def test_caps_come_from_the_configuration_and_must_be_positive_numbers():
         EncoderLimits.of(Config, 1000)
 
 
-@pytest.mark.parametrize("max_image, max_tokens", [(28 * 28 * 4, 100), (28 * 28 * 7, 9), (28 * 28 * 64, 3), (28 * 28 * 64, 64)])
+@pytest.mark.parametrize(
+    "max_image, max_tokens", [(28 * 28 * 4, 100), (28 * 28 * 7, 9), (28 * 28 * 64, 3), (28 * 28 * 64, 64)]
+)
 def test_the_dummy_inquiry_is_within_the_caps_and_nearly_as_large(max_image, max_tokens):
     sizes = LIMITS.largest_group(max_image, 28 * 28, max_tokens)
     LIMITS.check(0, [(h, w) for w, h in sizes], "")

@@ -43,8 +43,8 @@ def test_an_inquiry_with_too_many_regions_is_refused(engine, tools, pictures):
 def test_too_many_images_are_refused(engine, tools, pictures):
     with pytest.raises(ValueError, match="limit-mm-per-prompt"):
         engine.generate([(tools.conversation(("a", 3), ("b", 3)), pictures[:7])])
+    inquiries = [Inquiry((pictures[0],)), Inquiry(tuple(pictures[1:4]), "a"), Inquiry(tuple(pictures[4:7]), "b")]
     with pytest.raises(ValueError, match="limit-mm-per-prompt"):
-        inquiries = [Inquiry((pictures[0],)), Inquiry(tuple(pictures[1:4]), "a"), Inquiry(tuple(pictures[4:7]), "b")]
         engine.generate([(tools.conversation(("a", 3), ("b", 3)), inquiries)])
 
 
@@ -90,7 +90,11 @@ def test_a_tool_call_in_user_text_changes_no_group(engine, tools, pictures):
 
 def test_chat_messages_equal_the_prompt_they_stand_for(engine, tools, pictures):
     answer = tools.call("the red button")
-    messages = [user("What is it?", pictures[0]), {"role": "assistant", "content": answer}, user("Go on.", *pictures[1:3])]
+    messages = [
+        user("What is it?", pictures[0]),
+        {"role": "assistant", "content": answer},
+        user("Go on.", *pictures[1:3]),
+    ]
     engine.forget()
     engine.counts.reset()
     output = chat(engine, *messages)

@@ -1,6 +1,5 @@
 """The multimodal processor alone: items, identities, places, caches. No engine."""
 
-
 import pytest
 import torch
 
@@ -103,11 +102,15 @@ def test_a_turn_processes_only_its_new_inquiry(process, tiny, tools, pictures, m
     seen = []
     original = processor._call_hf_processor
     monkeypatch.setattr(
-        processor, "_call_hf_processor", lambda data, kw: (seen.append([i.query for i in data["inquiries"]]), original(data, kw))[1]
+        processor,
+        "_call_hf_processor",
+        lambda data, kw: (seen.append([i.query for i in data["inquiries"]]), original(data, kw))[1],
     )
     turns = [("a", 1), ("b", 2), ("c", 1)]
     for n in range(4):
-        process(tools.conversation(*turns[:n]), pictures[: 1 + sum(k for _, k in turns[:n])], using=processor, cache=cache)
+        process(
+            tools.conversation(*turns[:n]), pictures[: 1 + sum(k for _, k in turns[:n])], using=processor, cache=cache
+        )
     assert seen == [[""], ["a"], ["b"], ["c"]]
 
 
@@ -168,16 +171,24 @@ def test_runs_of_another_length_than_the_image_are_refused_by_number(process, pr
     good = process(tools.conversation(("red", 1)), pictures[:2])["prompt_token_ids"]
     pad = processor.info.get_hf_config().image_token_id
     last = len(good) - 1 - good[::-1].index(pad)
-    with pytest.raises(PlaceholderError, match=r"image 1 has 5 placeholder tokens in the prompt but encodes to 6.*max_pixels"):
+    with pytest.raises(
+        PlaceholderError, match=r"image 1 has 5 placeholder tokens in the prompt but encodes to 6.*max_pixels"
+    ):
         process(good[:last] + good[last + 1 :], pictures[:2])
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"hf_overrides": {"vilavt_max_regions": 2}}, r"inquiry 1 \('red'\) has 3 regions, at most 2.*vilavt_max_regions\": 3"),
-        ({"hf_overrides": {"vilavt_max_group_pixels": 28 * 28 * 12}}, r"inquiry 1 .* pixels in 3 regions.*vilavt_max_group_pixels"),
-        ({"limit_mm_per_prompt": {"image": 3}}, r"--limit-mm-per-prompt"),
+        (
+            {"hf_overrides": {"vilavt_max_regions": 2}},
+            r"inquiry 1 \('red'\) has 3 regions, at most 2.*vilavt_max_regions\": 3",
+        ),
+        (
+            {"hf_overrides": {"vilavt_max_group_pixels": 28 * 28 * 12}},
+            r"inquiry 1 .* pixels in 3 regions.*vilavt_max_group_pixels",
+        ),
+        ({"limit_mm_per_prompt": {"image": 3}}, r"has 4 images, at most 3 .*--limit-mm-per-prompt"),
     ],
     ids=["regions", "pixels", "images"],
 )
@@ -191,7 +202,9 @@ def test_caps_are_enforced_before_anything_is_encoded(tiny, process, tools, pict
 def test_the_images_of_inquiries_are_counted_one_by_one(tiny, process, tools, pictures):
     processor, _ = build(tiny.path, limit_mm_per_prompt={"image": 3})
     items = [Inquiry((pictures[0],)), Inquiry(tuple(pictures[1:4]), "red")]
-    with pytest.raises(LimitError, match=r"has 4 images, at most 3 are allowed.*--limit-mm-per-prompt '\{\"image\": 4\}'"):
+    with pytest.raises(
+        LimitError, match=r"has 4 images, at most 3 are allowed.*--limit-mm-per-prompt '\{\"image\": 4\}'"
+    ):
         process(tools.conversation(("red", 3)), items, using=processor)
 
 
@@ -241,7 +254,5 @@ def test_a_query_tokenizer_that_is_missing_is_named_with_its_remedy(tiny, tmp_pa
     folder = tmp_path / "incomplete"
     shutil.copytree(tiny.path, folder, ignore=shutil.ignore_patterns("query_tokenizer"))
     processor, _ = build(folder)
-    with pytest.raises(ValueError, match="no query_tokenizer/.*vilavt convert"):
+    with pytest.raises(ValueError, match=r"no query_tokenizer/.*vilavt convert"):
         process(tools.conversation(("red", 1)), pictures[:2], using=processor)
-
-

@@ -38,6 +38,7 @@ import vllm
 from vllm import ModelRegistry
 from transformers import CONFIG_MAPPING
 before = set(sys.modules)
+heavy = ("torch", "vilavt_hf", "transformers", "vllm")
 from vilavt_vllm import register
 seconds = []
 for _ in range(3):
@@ -47,7 +48,7 @@ for _ in range(3):
 import torch
 print(json.dumps({
     "seconds": seconds,
-    "imported": sorted(n for n in set(sys.modules) - before if n.split(".")[0] in ("torch", "vilavt_hf", "transformers", "vllm")),
+    "imported": sorted(name for name in set(sys.modules) - before if name.split(".")[0] in heavy),
     "cuda": torch.cuda.is_initialized(),
     "architectures": [a for a in ModelRegistry.get_supported_archs() if "ilavt" in a],
     "config": CONFIG_MAPPING["vilavt"].__name__,
@@ -57,7 +58,10 @@ print(json.dumps({
     assert max(result["seconds"]) < 0.020
     assert result["imported"] == []
     assert not result["cuda"]
-    assert sorted(result["architectures"]) == ["Qwen2_5_VLForConditionalGeneration_Vilavt", "VilavtForConditionalGeneration"]
+    assert sorted(result["architectures"]) == [
+        "Qwen2_5_VLForConditionalGeneration_Vilavt",
+        "VilavtForConditionalGeneration",
+    ]
     assert result["config"] == "ConfigOnFirstUse"
 
 

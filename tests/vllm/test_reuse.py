@@ -17,7 +17,7 @@ def engine(start, tiny):
 def prompts(tools, pictures):
     """The prompt of every turn, with its images; text is the model's from turn to turn, as a chat client sends it."""
     counts = [1 + sum(n for _, n in TURNS[:k]) for k in range(len(TURNS) + 1)]
-    images = pictures + [tools.picture(100, 84, 84)]
+    images = [*pictures, tools.picture(100, 84, 84)]
     return [(tools.conversation(*TURNS[:k]), images[:count]) for k, count in enumerate(counts)]
 
 

@@ -23,7 +23,10 @@ def test_ordinary_settings_are_accepted():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"graphs": True}, "cudagraph_mm_encoder.*several images and a query"), ({"tower_lora": True}, "enable-tower-connector-lora.*query tokens")],
+    [
+        ({"graphs": True}, "cudagraph_mm_encoder.*several images and a query"),
+        ({"tower_lora": True}, "enable-tower-connector-lora.*query tokens"),
+    ],
 )
 def test_features_that_would_take_inquiries_apart_are_refused_with_the_reason(options, message):
     with pytest.raises(UnsupportedError, match=message):
@@ -32,7 +35,7 @@ def test_features_that_would_take_inquiries_apart_are_refused_with_the_reason(op
 
 def test_the_rust_frontend_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    with pytest.raises(UnsupportedError, match="VLLM_USE_RUST_FRONTEND=1.*Python processors"):
+    with pytest.raises(UnsupportedError, match=r"VLLM_USE_RUST_FRONTEND=1.*Python processors"):
         compat.refuse_unsupported(settings())
 
 
@@ -63,7 +66,9 @@ def test_the_private_seams_of_vllm_have_the_signatures_that_are_overridden():
 
     names = ("apply", "_call_hf_processor", "_get_mm_fields_config", "_get_prompt_updates", "_apply_prompt_updates")
     for name in names:
-        theirs, ours = (inspect.signature(getattr(c, name)) for c in (BaseMultiModalProcessor, VilavtMultiModalProcessor))
+        theirs, ours = (
+            inspect.signature(getattr(c, name)) for c in (BaseMultiModalProcessor, VilavtMultiModalProcessor)
+        )
         assert list(theirs.parameters) == list(ours.parameters), name
     theirs, ours = (inspect.signature(c._parse_image_data) for c in (MultiModalDataParser, InquiryParser))
     assert list(theirs.parameters) == list(ours.parameters)

@@ -16,11 +16,12 @@ from PIL import Image
 def main():
     from vllm import LLM, SamplingParams
     request = json.load(open(sys.argv[1]))
-    llm = LLM(model=request["path"], dtype="float32", enforce_eager=True, max_model_len=1024, block_size=32, max_logprobs=-1,
-              max_num_seqs=2, tensor_parallel_size=2, limit_mm_per_prompt={"image": 8}, seed=0)
+    llm = LLM(model=request["path"], dtype="float32", enforce_eager=True, max_model_len=1024, block_size=32,
+              max_logprobs=-1, max_num_seqs=2, tensor_parallel_size=2, limit_mm_per_prompt={"image": 8}, seed=0)
     images = [Image.open(path) for path in request["images"]]
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, detokenize=False)
-    output = llm.generate([{"prompt": request["prompt"], "multi_modal_data": {"image": images}}], params, use_tqdm=False)[0]
+    prompt = {"prompt": request["prompt"], "multi_modal_data": {"image": images}}
+    output = llm.generate([prompt], params, use_tqdm=False)[0]
     print("RESULT" + json.dumps({token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}))
 
 if __name__ == "__main__":

@@ -36,10 +36,15 @@ def update(engine, tensors):
     engine.forget()
 
 
-def test_updates_under_names_of_the_transformers_model_give_its_numbers(engine, build_checkpoint, tiny, tools, pictures):
+def test_updates_under_names_of_the_transformers_model_give_its_numbers(
+    engine, build_checkpoint, tiny, tools, pictures
+):
     prompt, images = question(tools, pictures)
     _, other = build_checkpoint(seed=7)
-    old, new = engine.next_logprobs(prompt, images), tools.reference(type(tiny)(model=other, processor=tiny.processor), prompt, images)
+    old, new = (
+        engine.next_logprobs(prompt, images),
+        tools.reference(type(tiny)(model=other, processor=tiny.processor), prompt, images),
+    )
     update(engine, list(other.named_parameters()))
     assert tools.difference(engine.next_logprobs(prompt, images), new) <= 1e-3
     assert tools.difference(old, new) > 1e-2
@@ -62,7 +67,12 @@ def test_updates_may_come_in_buckets_of_any_size(engine, build_checkpoint, tiny,
 
 @pytest.mark.parametrize(
     "name",
-    ["visual.blocks.3.attn.instruct_key_proj.weight", "text_encoder.layers.1.mlp.down_proj.weight", "text_proj.bias", "lm_head.weight"],
+    [
+        "visual.blocks.3.attn.instruct_key_proj.weight",
+        "text_encoder.layers.1.mlp.down_proj.weight",
+        "text_proj.bias",
+        "lm_head.weight",
+    ],
 )
 def test_one_updated_tensor_reaches_the_output(engine, tiny, tools, pictures, name):
     prompt, images = question(tools, pictures)

@@ -1,8 +1,9 @@
 """Lets the torchvision of the default package index (a CUDA build on x86-64) import beside a CPU-only torch.
 
-vLLM imports torchvision's Python code, none of its operators. On import torchvision describes two operators that its C++
-library would have defined; beside a CPU torch that library cannot load, so they are declared here first. A ``.pth`` file
-runs this in every process of the environment, because vLLM starts several; it costs nothing until torchvision is imported.
+vLLM imports torchvision's Python code, none of its operators. On import torchvision describes two operators that its
+C++ library would have defined; beside a CPU torch that library cannot load, so they are declared here first. A ``.pth``
+file runs this in every process of the environment, because vLLM starts several; it costs nothing until torchvision is
+imported.
 """
 
 import importlib.abc

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import vllm
+
 from vilavt_hf import VilavtConfig
 
 from .errors import UnsupportedError
@@ -41,14 +42,15 @@ def vilavt_config(model_config: Any) -> VilavtConfig:
 
 
 UNSUPPORTED: dict[str, str] = {
-    "encoder CUDA graphs (cudagraph_mm_encoder)": "refused: a graph is captured per image, and an inquiry's blocks attend over "
-    "several images and a query; the language model's CUDA graphs are not affected",
-    "LoRA on the vision tower (--enable-tower-connector-lora)": "refused: query tokens pass through the tower's projections and "
-    "have no place in vLLM's per-image row mapping; LoRA on the language model works",
-    "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": "refused: it does not run Python processors, where images are grouped",
+    "encoder CUDA graphs (cudagraph_mm_encoder)": "refused: a graph is captured per image, and an inquiry's blocks attend "
+    "over several images and a query; the language model's CUDA graphs are not affected",
+    "LoRA on the vision tower (--enable-tower-connector-lora)": "refused: query tokens pass through the tower's "
+    "projections and have no place in vLLM's per-image row mapping; LoRA on the language model works",
+    "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": "refused: it does not run Python processors, where images are "
+    "grouped",
     "image embeddings as input (--enable-mm-embeds)": "refused per request: an embedding depends on its query",
-    "data-parallel vision tower (--mm-encoder-tp-mode data)": "falls back to weights, with vLLM's warning: it would shard "
-    "image by image and split inquiries",
+    "data-parallel vision tower (--mm-encoder-tp-mode data)": "falls back to weights, with vLLM's warning: it would "
+    "shard image by image and split inquiries",
     "videos": "refused per request by vLLM (0 videos allowed): send frames as images",
     "encoder disaggregation (EC connector)": "not tested",
     "pipeline parallelism": "implemented as vLLM's interface asks, not tested",
@@ -73,4 +75,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
     }
     for feature, wanted in asked.items():
         if wanted:
-            raise UnsupportedError(f"{feature} is not supported by ViLaVT: {UNSUPPORTED[feature].removeprefix('refused: ')}")
+            raise UnsupportedError(
+                f"{feature} is not supported by ViLaVT: {UNSUPPORTED[feature].removeprefix('refused: ')}"
+            )

@@ -7,6 +7,7 @@ merely looks like a turn groups nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from vilavt_hf.protocol import ToolCall, parse_turn
 
@@ -38,7 +39,7 @@ def groups_of_tokens(
     bounds = [0, *starts, len(token_ids)]
     groups: list[tuple[str, int]] = []
     query: str | None = None
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         turn = token_ids[begin:end]
         count = sum(token == tokens.image_pad for token in turn)
         if count:
@@ -62,12 +63,11 @@ def _query(turn: Sequence[int], tokens: ChatTokens, decode: Callable[[Sequence[i
     return action.query if isinstance(action, ToolCall) else None
 
 
-def one_placeholder_each(
-    token_ids: Sequence[int], image_pad: int, n_images: int
-) -> tuple[list[int], list[int] | None]:
+def one_placeholder_each(token_ids: Sequence[int], image_pad: int, n_images: int) -> tuple[list[int], list[int] | None]:
     """Bring a prompt to one placeholder per image.
 
-    A chat template writes one placeholder per image; an episode's stream holds one per image *token*, in one run per image.
+    A chat template writes one placeholder per image; an episode's stream holds one per image *token*, in one run per
+    image.
 
     Returns:
         The prompt with one placeholder per image, and the run lengths if it came with one per token.
@@ -82,8 +82,8 @@ def one_placeholder_each(
     starts = [i for i, token in enumerate(ids) if token == image_pad and (i == 0 or ids[i - 1] != image_pad)]
     if len(starts) != n_images or count < n_images:
         raise PlaceholderError(
-            f"the prompt has {count} <|image_pad|> tokens in {len(starts)} places, {n_images} images came with it; give one "
-            "placeholder per image (or one run per image), and no such token in user text"
+            f"the prompt has {count} <|image_pad|> tokens in {len(starts)} places, {n_images} images came with it; "
+            "give one placeholder per image (or one run per image), and no such token in user text"
         )
     lengths, out, previous = [], [], 0
     for start in starts:

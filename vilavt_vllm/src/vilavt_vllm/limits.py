@@ -15,7 +15,7 @@ LARGEST_STOCK_IMAGE = 16384 * TOKEN_SIDE**2
 
 @dataclass(frozen=True)
 class EncoderLimits:
-    """Caps on one inquiry, set with ``--hf-overrides '{"vilavt_max_regions": 16, "vilavt_max_group_pixels": 12845056}'``."""
+    """Caps on one inquiry: ``--hf-overrides '{"vilavt_max_regions": 16, "vilavt_max_group_pixels": 12845056}'``."""
 
     max_regions: int
     """Regions encoded together under one query."""
@@ -26,8 +26,8 @@ class EncoderLimits:
     def of(cls, config: Any, max_image_pixels: int) -> "EncoderLimits":
         """Read the caps from the model's configuration.
 
-        By default an inquiry may be as large as four of the largest images, but no larger than the largest image the stock
-        processor allows: query-aware blocks attend over the whole inquiry, so time and memory grow with its square.
+        By default an inquiry may be as large as four of the largest images, but no larger than the largest image the
+        stock processor allows: query-aware blocks attend over the whole inquiry, so time and memory grow with its square.
 
         Args:
             config: the HF configuration, with vLLM's ``hf_overrides`` applied.
@@ -42,7 +42,9 @@ class EncoderLimits:
             given = getattr(config, name, None)
             values[name] = default if given is None else given
             if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
-                raise LimitError(f"hf_overrides: {name}={given!r} must be a positive whole number, the default is {default}")
+                raise LimitError(
+                    f"hf_overrides: {name}={given!r} must be a positive whole number, the default is {default}"
+                )
         return cls(values["vilavt_max_regions"], values["vilavt_max_group_pixels"])
 
     @property
@@ -70,8 +72,8 @@ class EncoderLimits:
         pixels = sum(height * width for height, width in sizes)
         if pixels > self.max_group_pixels:
             raise LimitError(
-                f"{what} has {pixels} pixels in {len(sizes)} regions after resizing, at most {self.max_group_pixels} are "
-                f"encoded together; send smaller images, or raise it with {flag('vilavt_max_group_pixels', pixels)}"
+                f"{what} has {pixels} pixels in {len(sizes)} regions after resizing, at most {self.max_group_pixels} "
+                f"are encoded together; send smaller images, or raise it with {flag('vilavt_max_group_pixels', pixels)}"
             )
 
     def largest_group(self, max_image_pixels: int, min_image_pixels: int, max_tokens: int) -> list[tuple[int, int]]:

@@ -217,9 +217,9 @@ class VilavtForConditionalGeneration(
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or afterwards any part of one.
 
-        The first load must bring every tensor. Later calls are weight updates (RL): they may bring any subset, under checkpoint
-        names or parameter names of the transformers model; clear vLLM's prefix and encoder caches afterwards. Under
-        ``load_format="dummy"`` and with quantised weights every call is treated as an update.
+        The first load must bring every tensor. Later calls are weight updates (RL): they may bring any subset, under
+        checkpoint names or parameter names of the transformers model; clear vLLM's prefix and encoder caches afterwards.
+        Under ``load_format="dummy"`` and with quantised weights every call is treated as an update.
 
         Raises:
             WeightsError: tensors are missing on the first load, or a tensor belongs to no parameter.
@@ -243,8 +243,8 @@ class VilavtForConditionalGeneration(
             missing = sorted(self.checkpoint_names() - brought)
             if missing:
                 raise WeightsError(
-                    f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; `vilavt inspect` "
-                    "lists what it holds, `vilavt init` makes a ViLaVT from a plain Qwen2.5-VL"
+                    f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; "
+                    "`vilavt inspect` lists what it holds, `vilavt init` makes a ViLaVT from a plain Qwen2.5-VL"
                 )
             self._strict = False
         return loaded

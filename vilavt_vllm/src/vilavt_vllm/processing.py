@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vilavt_hf import VilavtConfig, VilavtProcessor
-from vilavt_hf.regions import smart_resize
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
@@ -30,6 +28,9 @@ from vllm.multimodal.processing import (
     TimingContext,
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
+
+from vilavt_hf import VilavtConfig, VilavtProcessor
+from vilavt_hf.regions import smart_resize
 
 from . import compat
 from .errors import LimitError, PlaceholderError, UnsupportedError
@@ -46,8 +47,8 @@ _IMAGE_SETTINGS = ("min_pixels", "max_pixels", "size")
 class Inquiry:
     """Regions encoded together under one query, as an item of ``multi_modal_data["image"]`` (offline API).
 
-    Anything else with ``images`` and ``query``, such as `vilavt_hf.episode.Inquiry`, is accepted in its place. With explicit
-    inquiries nothing is read off the prompt; its placeholders must add up to the images.
+    Anything else with ``images`` and ``query``, such as `vilavt_hf.episode.Inquiry`, is accepted in its place. With
+    explicit inquiries nothing is read off the prompt; its placeholders must add up to the images.
     """
 
     images: tuple[Any, ...]
@@ -132,6 +133,21 @@ class VilavtProcessingInfo(BaseProcessingInfo):
         """Any number of images; videos are sent as frames."""
         return {"image": None}
 
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        """The parent's check, with the number that was given and the flag in the message.
+
+        Raises:
+            LimitError: more images in one prompt than ``--limit-mm-per-prompt`` allows.
+        """
+        if modality != "image":
+            super().validate_num_items(modality, num_items)
+        limit = self.allowed_mm_limits.get("image", 0)
+        if modality == "image" and num_items > limit:
+            raise LimitError(
+                f"the prompt has {num_items} images, at most {limit} are allowed; raise it with "
+                f"--limit-mm-per-prompt '{{\"image\": {num_items}}}'"
+            )
+
     def get_data_parser(self) -> InquiryParser:
         """The parser that knows inquiries."""
         return InquiryParser(expected_hidden_size=self._get_expected_hidden_size())
@@ -146,7 +162,9 @@ class VilavtProcessingInfo(BaseProcessingInfo):
         settings |= dict(settings.pop("images_kwargs", None) or {})
         unknown = sorted(set(settings) - set(_IMAGE_SETTINGS))
         if unknown:
-            raise UnsupportedError(f"mm_processor_kwargs {unknown} are not settings of ViLaVT; it takes {list(_IMAGE_SETTINGS)}")
+            raise UnsupportedError(
+                f"mm_processor_kwargs {unknown} are not settings of ViLaVT; it takes {list(_IMAGE_SETTINGS)}"
+            )
         low, high = pixel_bounds(self.get_hf_processor().image_processor.size)
         size = settings.get("size") or {}
         low = settings.get("min_pixels") or size.get("shortest_edge") or low
@@ -224,11 +242,13 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         if items is None:
             return super().apply(inputs, timing_ctx)
         if not isinstance(items, (ImageProcessorItems, InquiryItems)):
-            raise UnsupportedError("image embeddings are not accepted: what is encoded depends on the query; send the images")
+            raise UnsupportedError(
+                "image embeddings are not accepted: what is encoded depends on the query; send the images"
+            )
         with timing_ctx.record("group_images"):
             uuids = (inputs.mm_uuid_items or {}).get("image")
             n_images = sum(len(i.images) for i in items.data) if isinstance(items, InquiryItems) else len(items)
-            self._check_count(n_images)
+            self.info.validate_num_items("image", n_images)  # vLLM counted inquiries, here are their images
             tokens = self.info.chat_tokens
             prompt, lengths = one_placeholder_each(inputs.prompt, tokens.image_pad, n_images)
             if isinstance(items, InquiryItems):
@@ -236,7 +256,9 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             else:
                 groups = groups_of_tokens(prompt, tokens, self.info.get_tokenizer().decode)
                 inquiries = _grouped(items.data, uuids, groups)
-            inquiries = [replace(i, query=self.info.query_text(i.query, i.query_prefix), query_prefix="") for i in inquiries]
+            inquiries = [
+                replace(i, query=self.info.query_text(i.query, i.query_prefix), query_prefix="") for i in inquiries
+            ]
             self._check_sizes(inquiries, self.info.pixel_bounds(inputs.hf_processor_mm_kwargs))
         grouped = replace(
             inputs,
@@ -248,14 +270,6 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         if lengths is not None and result["prompt_token_ids"] != list(inputs.prompt):
             self._refuse_runs(result["prompt_token_ids"], lengths)
         return result
-
-    def _check_count(self, n_images: int) -> None:
-        limit = self.info.allowed_mm_limits["image"]
-        if n_images > limit:
-            raise LimitError(
-                f"the prompt has {n_images} images, at most {limit} are allowed; raise it with "
-                f"--limit-mm-per-prompt '{{\"image\": {n_images}}}'"
-            )
 
     def _check_sizes(self, inquiries: Sequence[Inquiry], bounds: tuple[int, int]) -> None:
         for number, inquiry in enumerate(inquiries):
@@ -275,8 +289,8 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         number = next(i for i, (a, b) in enumerate(zip(wanted, given, strict=True)) if a != b)
         low, high = self.info.pixel_bounds({})
         raise PlaceholderError(
-            f"image {number} has {given[number]} placeholder tokens in the prompt but encodes to {wanted[number]}: it is resized "
-            f"to between {low} and {high} pixels here; use the same min_pixels and max_pixels on both sides "
+            f"image {number} has {given[number]} placeholder tokens in the prompt but encodes to {wanted[number]}: "
+            f"it is resized to between {low} and {high} pixels here; use the same min_pixels and max_pixels on both sides "
             "(--mm-processor-kwargs, or Limits of the episode)"
         )
 
@@ -305,7 +319,9 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
     ) -> Mapping[str, MultiModalFieldConfig]:
         per_query = hf_inputs.get("images_per_query", torch.empty(0, dtype=torch.long))
         grid = hf_inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
-        patches = torch.stack([g.prod(-1).sum() for g in grid.split(per_query.tolist())]) if len(per_query) else per_query
+        patches = (
+            torch.stack([g.prod(-1).sum() for g in grid.split(per_query.tolist())]) if len(per_query) else per_query
+        )
         return {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
             "image_grid_thw": MultiModalFieldConfig.flat_from_sizes("image", per_query, keep_on_cpu=True),
@@ -400,7 +416,8 @@ def _picture(image: Any) -> Image.Image:
             picture = picture.transpose(1, 2, 0)
         if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
             raise UnsupportedError(
-                f"an image array of shape {picture.shape} and type {picture.dtype}: pass uint8 of shape (H, W, 3), or a PIL image"
+                f"an image array of shape {picture.shape} and type {picture.dtype}: "
+                "pass uint8 of shape (H, W, 3), or a PIL image"
             )
         picture = Image.fromarray(picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")

@@ -14,8 +14,8 @@ ARCHITECTURES = {
 class ConfigOnFirstUse:
     """Stands in the table of `AutoConfig` until a ``vilavt`` configuration is read, then imports vilavt_hf.
 
-    `AutoConfig` only calls `from_dict`. vilavt_hf puts its own class in this place when it is imported; importing it here
-    would cost every vLLM process a second, whatever model it serves.
+    `AutoConfig` only calls `from_dict`. vilavt_hf puts its own class in this place when it is imported; importing it
+    here would cost every vLLM process a second, whatever model it serves.
     """
 
     model_type = MODEL_TYPE

@@ -1,8 +1,8 @@
 """The vision tower on vLLM's layers: sharded over tensor-parallel ranks, any attention backend of `MMEncoderAttention`.
 
 Same semantics as `vilavt_hf.modeling_vilavt`, whose `VisionLayout` packs the patches here too. What differs is how a
-query-aware block attends: query tokens are appended to *all of* q, k and v, with zero queries, so that one list of segment
-bounds serves queries and keys. Their output rows are dropped.
+query-aware block attends: query tokens are appended to *all of* q, k and v, with zero queries, so that one list of
+segment bounds serves queries and keys. Their output rows are dropped.
 
 Shapes: N patches, M query tokens kept, C vision hidden size, H heads of this rank, D head size.
 """
@@ -13,8 +13,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from vilavt_hf import VilavtVisionConfig
-from vilavt_hf.vision_layout import Segments, VisionLayout
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
@@ -30,6 +28,9 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, cast_overflow_tensors
 from vllm.model_executor.models.vision import get_vit_attn_backend
+
+from vilavt_hf import VilavtVisionConfig
+from vilavt_hf.vision_layout import Segments, VisionLayout
 
 NORM_EPS = 1e-6
 """Of the tower's RMS norms (fixed in Qwen2.5-VL)."""
@@ -51,12 +52,16 @@ class AttentionSpan:
 class VisionAttention(nn.Module):
     """Attention of one block; a query-aware one has projections for query tokens."""
 
-    def __init__(self, config: VilavtVisionConfig, query_aware: bool, quant_config: QuantizationConfig | None, prefix: str):
+    def __init__(
+        self, config: VilavtVisionConfig, query_aware: bool, quant_config: QuantizationConfig | None, prefix: str
+    ):
         super().__init__()
         dim, heads = config.hidden_size, config.num_heads
         self.head_dim = divide(dim, heads)
         self.num_heads = divide(heads, get_tensor_model_parallel_world_size())
-        self.qkv = QKVParallelLinear(dim, self.head_dim, heads, heads, quant_config=quant_config, prefix=f"{prefix}.qkv")
+        self.qkv = QKVParallelLinear(
+            dim, self.head_dim, heads, heads, quant_config=quant_config, prefix=f"{prefix}.qkv"
+        )
         self.proj = RowParallelLinear(dim, dim, quant_config=quant_config, prefix=f"{prefix}.proj")
         if query_aware:
             self.instruct_key_proj = ColumnParallelLinear(
