@@ -45,6 +45,9 @@ def build(vllm_world):
             setattr(config.vision_config, name, value)
         tower, encoder = VisionTower(config.vision_config), QueryEncoder(config.text_encoder_config)
         tower.load_weights((n.removeprefix("visual."), t) for n, t in tensors.items() if n.startswith("visual."))
+        for layer in tower.modules():  # what vLLM's loader does after loading
+            if hasattr(layer, "quant_method"):
+                layer.quant_method.process_weights_after_loading(layer)
         prefix = "text_encoder."
         encoder.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         projection = torch.nn.Linear(config.text_encoder_config.hidden_size, config.vision_config.hidden_size)

@@ -42,8 +42,8 @@ def vilavt_config(model_config: Any) -> VilavtConfig:
 
 
 UNSUPPORTED: dict[str, str] = {
-    "encoder CUDA graphs (cudagraph_mm_encoder)": "refused: a graph is captured per image, and an inquiry's blocks attend "
-    "over several images and a query; the language model's CUDA graphs are not affected",
+    "encoder CUDA graphs (cudagraph_mm_encoder)": "refused: a graph is captured per image, and an inquiry's blocks "
+    "attend over several images and a query; the language model's CUDA graphs are not affected",
     "LoRA on the vision tower (--enable-tower-connector-lora)": "refused: query tokens pass through the tower's "
     "projections and have no place in vLLM's per-image row mapping; LoRA on the language model works",
     "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": "refused: it does not run Python processors, where images are "

@@ -26,8 +26,9 @@ class EncoderLimits:
     def of(cls, config: Any, max_image_pixels: int) -> "EncoderLimits":
         """Read the caps from the model's configuration.
 
-        By default an inquiry may be as large as four of the largest images, but no larger than the largest image the
-        stock processor allows: query-aware blocks attend over the whole inquiry, so time and memory grow with its square.
+        By default an inquiry may be as large as four of the largest images, but no larger than the largest image that
+        the stock processor allows: query-aware blocks attend over the whole inquiry, so time and memory grow with its
+        square.
 
         Args:
             config: the HF configuration, with vLLM's ``hf_overrides`` applied.

@@ -218,8 +218,8 @@ class VilavtForConditionalGeneration(
         """Load a checkpoint, or afterwards any part of one.
 
         The first load must bring every tensor. Later calls are weight updates (RL): they may bring any subset, under
-        checkpoint names or parameter names of the transformers model; clear vLLM's prefix and encoder caches afterwards.
-        Under ``load_format="dummy"`` and with quantised weights every call is treated as an update.
+        checkpoint names or parameter names of the transformers model; clear vLLM's prefix and encoder caches
+        afterwards. Under ``load_format="dummy"`` and with quantised weights every call is treated as an update.
 
         Raises:
             WeightsError: tensors are missing on the first load, or a tensor belongs to no parameter.

@@ -289,8 +289,8 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         number = next(i for i, (a, b) in enumerate(zip(wanted, given, strict=True)) if a != b)
         low, high = self.info.pixel_bounds({})
         raise PlaceholderError(
-            f"image {number} has {given[number]} placeholder tokens in the prompt but encodes to {wanted[number]}: "
-            f"it is resized to between {low} and {high} pixels here; use the same min_pixels and max_pixels on both sides "
+            f"image {number} has {given[number]} placeholder tokens in the prompt but encodes to {wanted[number]}: it "
+            f"is resized to between {low} and {high} pixels here; use the same min_pixels and max_pixels on both sides "
             "(--mm-processor-kwargs, or Limits of the episode)"
         )
 
