@@ -52,7 +52,7 @@ def test_too_many_images_are_refused(engine, tools, pictures):
 def test_a_video_is_refused(engine, tools, pictures):
     import numpy as np
 
-    with pytest.raises(ValueError, match="video"):
+    with pytest.raises(Exception, match=r"At most 0 video"):
         engine.llm.generate([{"prompt": "x", "multi_modal_data": {"video": np.zeros((2, 56, 56, 3), dtype=np.uint8)}}])
 
 

@@ -10,6 +10,16 @@ from safetensors.torch import load_file, save_file
 pytestmark = pytest.mark.engine
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _layers_read_their_parameters():
+    """As on CUDA: vLLM's CPU layers otherwise pack a copy of each weight and drop the parameter."""
+    from vllm import _custom_ops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_custom_ops, "_supports_onednn", False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def engine(start, tiny):
     return start(tiny.path)
@@ -152,3 +162,19 @@ def test_dummy_weights_are_replaced_by_partial_updates(tiny, start, tools, pictu
         engine.model.load_weights([(name, tensor.detach())])
     engine.forget()
     assert tools.difference(engine.next_logprobs(prompt, images), tools.reference(tiny, prompt, images)) <= 1e-3
+
+
+def test_packed_weights_are_replaced_through_vllms_own_reload(
+    tiny, start, build_checkpoint, tools, pictures, monkeypatch
+):
+    from vllm import _custom_ops
+
+    monkeypatch.setattr(_custom_ops, "_supports_onednn", True)
+    prompt, images = question(tools, pictures)
+    _, other = build_checkpoint(seed=7)
+    engine = start(tiny.path)
+    weights = [(name, tensor.detach()) for name, tensor in other.named_parameters()]
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    engine.forget()
+    expected = tools.reference(type(tiny)(model=other, processor=tiny.processor), prompt, images)
+    assert tools.difference(engine.next_logprobs(prompt, images), expected) <= 1e-3
