@@ -79,7 +79,8 @@ class EncoderLimits:
 
     def largest_group(self, max_image_pixels: int, min_image_pixels: int, max_tokens: int) -> list[tuple[int, int]]:
         """(width, height) of regions that together are the most expensive inquiry within the caps and `max_tokens`."""
-        left, sizes = min(self.max_group_tokens, max_tokens), []
+        left = min(self.max_group_tokens, max_tokens)
+        sizes: list[tuple[int, int]] = []
         while len(sizes) < self.max_regions:
             tokens = min(left, max_image_pixels // TOKEN_SIDE**2)
             if tokens * TOKEN_SIDE**2 < min_image_pixels or tokens < 1:

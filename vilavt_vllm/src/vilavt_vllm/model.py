@@ -89,17 +89,19 @@ class VilavtForConditionalGeneration(
         self.config = compat.vilavt_config(vllm_config.model_config)
         self.counts = EncoderCounts()
         self._strict = vllm_config.load_config.load_format != "dummy" and self.quant_config is None
-        with self._mark_tower_model(vllm_config, {"image"}):
+        encoder: Any = self.config.text_encoder_config
+        parts: Any = self  # without vLLM's types the mixins' methods look like submodules
+        with parts._mark_tower_model(vllm_config, {"image"}):
             self.visual = VisionTower(
                 self.config.vision_config, quant_config=self.quant_config, prefix=maybe_prefix(prefix, "visual")
             )
-            self.text_encoder = QueryEncoder(self.config.text_encoder_config)
+            self.text_encoder = QueryEncoder(encoder)
             self.text_proj = ReplicatedLinear(
-                self.config.text_encoder_config.hidden_size,
+                encoder.hidden_size,
                 self.config.vision_config.hidden_size,
                 prefix=maybe_prefix(prefix, "text_proj"),
             )
-        with self._mark_language_model(vllm_config):
+        with parts._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 prefix=maybe_prefix(prefix, "language_model"),

@@ -106,7 +106,6 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VilavtVisionConfig, kind: str, quant_config: QuantizationConfig | None, prefix: str):
         super().__init__()
-        self.kind = kind
         self.norm1 = RMSNorm(config.hidden_size, eps=NORM_EPS)
         self.norm2 = RMSNorm(config.hidden_size, eps=NORM_EPS)
         self.attn = VisionAttention(config, kind == "group", quant_config, f"{prefix}.attn")
@@ -150,9 +149,9 @@ class VisionTower(nn.Module):
             hidden_size=config.hidden_size,
         )
         joint, full = config.query_aware_blocks(), set(config.fullatt_block_indexes)
-        kinds = ["group" if i in joint else "frame" if i in full else "window" for i in range(config.depth)]
+        self.kinds = ["group" if i in joint else "frame" if i in full else "window" for i in range(config.depth)]
         self.blocks = nn.ModuleList(
-            VisionBlock(config, kind, quant_config, f"{prefix}.blocks.{i}") for i, kind in enumerate(kinds)
+            VisionBlock(config, kind, quant_config, f"{prefix}.blocks.{i}") for i, kind in enumerate(self.kinds)
         )
         self.merger = Qwen2_5_VisionPatchMerger(
             d_model=config.out_hidden_size,
@@ -202,8 +201,8 @@ class VisionTower(nn.Module):
         order = self._here(layout.order)
         x = self.patch_embed(pixel_values.to(self.device, self.dtype))
         x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))[order].flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, text, cos, sin, spans[block.kind])
+        for kind, block in zip(self.kinds, self.blocks, strict=True):
+            x = block(x, text, cos, sin, spans[kind])
         if x.dtype == torch.float16:  # long images overflow in the last block
             x = cast_overflow_tensors(x)
         return self.merger(x)[torch.argsort(order)]
