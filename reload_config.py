@@ -1,4 +1,4 @@
-"""Convert an SFT checkpoint to the RL/vLLM format: ``python reload_config.py SRC DST``, the same as ``vilavt convert``."""
+"""SFT checkpoint to RL/vLLM format: ``python reload_config.py SRC DST`` does what ``vilavt convert SRC DST`` does."""
 
 import sys
 
@@ -9,8 +9,8 @@ try:
     from vilavt_hf.errors import VilavtError
 except ModuleNotFoundError as error:
     sys.exit(
-        f"reload_config.py: no module {error.name!r} in {sys.executable}. Install the package first, from the root of the "
-        f"checkout: {sys.executable} -m pip install ./vilavt_hf"
+        f"reload_config.py: no module {error.name!r} in {sys.executable}. Install the package first, from the root of "
+        f"the checkout: {sys.executable} -m pip install ./vilavt_hf"
     )
 
 if __name__ == "__main__":

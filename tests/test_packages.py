@@ -44,10 +44,12 @@ def test_the_wheel_built_from_the_source_archive_is_complete(package, tmp_path):
     if package == "vilavt_hf":
         assert "vilavt_hf/prompts/default/prompts.json" in names
         assert "vilavt_hf/_examples/vilavt-tiny/model.safetensors" in names
-        assert "vilavt_hf/_examples/demo.json" in names
+        assert "vilavt_hf/_examples/pictures/questions.json" in names
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])
 def test_a_host_shell_imports_nothing_heavy(package):
-    code = f"import sys, {package}; assert not {{'torch', 'transformers', 'vllm', 'verl', 'vlmeval'}} & set(sys.modules)"
+    code = (
+        f"import sys, {package}; assert not {{'torch', 'transformers', 'vllm', 'verl', 'vlmeval'}} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

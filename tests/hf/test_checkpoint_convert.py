@@ -1,11 +1,14 @@
 """SFT format to RL/vLLM format: the configuration, the bytes, what comes along, and every refusal."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +25,14 @@ from vilavt_hf.checkpoint import (
     fingerprint,
     published_name,
     verify_same_tensors,
+    writing,
 )
 from vilavt_hf.checkpoint import convert as convert_module
-from vilavt_hf.checkpoint import writing
 from vilavt_hf.checkpoint.config import vilavt_config
 from vilavt_hf.checkpoint.layout import expected_tensors
 from vilavt_hf.errors import CheckpointError
 
+RELOAD_CONFIG = Path(__file__).parents[2] / "reload_config.py"
 VERSIONS = ["4.56.2", "4.57.1"]
 INDEX = "model.safetensors.index.json"
 
@@ -41,7 +45,7 @@ def synced(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.fixture()
+@pytest.fixture
 def sft(golden, tmp_path, processor) -> Path:
     """A sharded checkpoint as SFT training leaves it, with a stock processor and no query tokenizer."""
     folder = tmp_path / "sft"
@@ -55,7 +59,7 @@ def sft(golden, tmp_path, processor) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def query_encoder(golden, tmp_path, tokenizer) -> Path:
     """The query encoder's own folder: configuration and tokenizer."""
     folder = tmp_path / "embed"
@@ -107,7 +111,9 @@ def test_derived_query_encoder_settings_equal_the_published_ones_where_shapes_ca
     ours = json.loads((tmp_path / "out" / "config.json").read_text())["text_encoder_config"]
     published = json.loads((golden.configs / "sft_after_reload.tf4.57.1.json").read_text())["text_encoder_config"]
     guessed = {"_name_or_path", "bos_token_id", "eos_token_id", "max_position_embeddings", "max_window_layers"}
-    assert {k: v for k, v in published.items() if k not in guessed} == {k: v for k, v in ours.items() if k not in guessed}
+    assert {k: v for k, v in published.items() if k not in guessed} == {
+        k: v for k, v in ours.items() if k not in guessed
+    }
     assert ours["max_position_embeddings"] == 32768
 
 
@@ -139,7 +145,9 @@ def test_a_flat_hub_style_config_gets_a_nested_text_config(golden):
 
 def test_rope_settings_of_newer_transformers_become_readable_by_4_57():
     rope = {"rope_theta": 5e5, "rope_type": "default", "mrope_section": [1, 1, 2]}
-    out = vilavt_config({"text_config": {"rope_parameters": rope}, "vision_config": {}}, {"rope_parameters": {"rope_theta": 7.0}})
+    out = vilavt_config(
+        {"text_config": {"rope_parameters": rope}, "vision_config": {}}, {"rope_parameters": {"rope_theta": 7.0}}
+    )
     assert out["text_config"]["rope_theta"] == 5e5
     assert out["text_config"]["rope_scaling"] == {"rope_type": "default", "mrope_section": [1, 1, 2]}
     assert out["text_encoder_config"] == {"rope_theta": 7.0, "rope_scaling": None}
@@ -164,7 +172,11 @@ def test_converted_checkpoint_is_the_published_model(golden, sft, tmp_path, quer
     assert type(ours) is VilavtForConditionalGeneration
     for (name, a), (_, b) in zip(ours.named_parameters(), published.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert ours.config.text_encoder_config.rope_theta == 1e6 if hasattr(ours.config.text_encoder_config, "rope_theta") else True
+    assert (
+        ours.config.text_encoder_config.rope_theta == 1e6
+        if hasattr(ours.config.text_encoder_config, "rope_theta")
+        else True
+    )
 
 
 def test_weights_are_hard_linked(sft, tmp_path):
@@ -514,7 +526,12 @@ def test_an_integration_point_that_contradicts_the_weights_is_refused_with_the_f
 
 def test_the_configuration_of_another_query_encoder_is_refused(sft, tmp_path, query_encoder):
     edit_json(query_encoder / "config.json", hidden_size=1024)
-    refuse(sft, tmp_path / "out", r"embed_tokens.weight with shape \[300, 1024\], .* \[300, 48\]", query_encoder=query_encoder)
+    refuse(
+        sft,
+        tmp_path / "out",
+        r"embed_tokens.weight with shape \[300, 1024\], .* \[300, 48\]",
+        query_encoder=query_encoder,
+    )
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
@@ -549,23 +566,27 @@ def test_a_failure_half_way_leaves_the_old_destination_and_nothing_else(sft, tmp
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
 
 
+def _convert_and_stall(source: Path, destination: Path, ready) -> None:
+    def stall(*_args):
+        ready.set()
+        time.sleep(600)
+
+    convert_module.bring_companions = stall  # in the forked process only
+    convert_checkpoint(source, destination, link=False)
+
+
 def test_a_killed_run_leaves_no_destination_and_the_next_run_succeeds(sft, tmp_path):
-    script = (
-        "import sys, time\n"
-        "from vilavt_hf.checkpoint import convert_checkpoint, convert\n"
-        "def stall(*args):\n"
-        "    print('weights are there', flush=True)\n"
-        "    time.sleep(600)\n"
-        "convert.bring_companions = stall\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2], link=False)\n"
-    )
-    arguments = [sys.executable, "-c", script, str(sft), str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "weights are there\n"
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    process = fork.Process(target=_convert_and_stall, args=(sft, tmp_path / "out", ready), daemon=True)
+    process.start()
+    assert ready.wait(timeout=300)  # the weights are there, the rest is not
+    process.kill()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.glob("out.partial-*")
+    assert list(left.glob("*.safetensors"))
     assert not (left / "config.json").exists()  # what is left does not look like a checkpoint either
     convert_checkpoint(sft, tmp_path / "out", verify=True)
     assert Checkpoint.open(tmp_path / "out").problems == ()
@@ -574,26 +595,27 @@ def test_a_killed_run_leaves_no_destination_and_the_next_run_succeeds(sft, tmp_p
 # ---------------------------------------------------------------------- commands
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+def run_reload_config(monkeypatch, *arguments: str | Path) -> object:
+    """Run the script as ``python reload_config.py ...`` does and return its exit code or last words."""
+    monkeypatch.setattr(sys, "argv", ["reload_config.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RELOAD_CONFIG), run_name="__main__")
+    return ended.value.code
 
 
-def test_reload_config_converts_and_reports_errors_in_one_line(sft, tmp_path):
-    script = Path(__file__).parents[2] / "reload_config.py"
-    done = run(script, sft, tmp_path / "out", "--verify")
-    assert done.returncode == 0, done.stderr
-    assert "171 tensors, 2.66 MB, hard-linked" in done.stdout
-    assert "verified" in done.stdout
-    assert "missing: query_tokenizer/" in done.stdout
-    again = run(script, sft, tmp_path / "out")
-    assert again.returncode == 1
-    assert again.stderr.startswith("reload_config.py: ")
-    assert "Traceback" not in again.stderr
+def test_reload_config_converts_and_reports_errors_in_one_line(sft, tmp_path, monkeypatch, capsys):
+    assert run_reload_config(monkeypatch, sft, tmp_path / "out", "--verify") == 0
+    printed = capsys.readouterr().out
+    assert "171 tensors, 2.66 MB, hard-linked" in printed
+    assert "verified" in printed
+    assert "missing: query_tokenizer/" in printed
+    message = run_reload_config(monkeypatch, sft, tmp_path / "out")
+    assert str(message).startswith(f"reload_config.py: {tmp_path / 'out'} exists")
 
 
-def test_reload_config_without_the_package_says_how_to_install_it(tmp_path):
-    script = Path(__file__).parents[2] / "reload_config.py"
-    done = run("-S", "-E", script, "a", "b")  # -S: no site-packages
+def test_reload_config_without_the_package_says_how_to_install_it():
+    bare = [sys.executable, "-S", "-E", str(RELOAD_CONFIG), "a", "b"]  # -S: no site-packages
+    done = subprocess.run(bare, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr

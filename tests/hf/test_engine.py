@@ -346,7 +346,7 @@ def test_misuse_is_refused_by_name(tiny_model, processor, tokenizer):
     engine = Engine(tiny_model, processor.encode_inquiries)
     row, talk = engine.open(name="x7"), Talk(tokenizer, "a", turns=3)
     first, second = talk.next_request(), talk.next_request()
-    with pytest.raises(EngineError, match=r"sample x7, turn 1: .*row holds 0"):
+    with pytest.raises(EngineError, match=r"sample x7, turn 1: it continues \d+ tokens, the row holds 0"):
         engine.submit(row, second)
     engine.submit(row, first)
     with pytest.raises(EngineError, match="x7: a request arrived while turn 0"):
@@ -372,13 +372,15 @@ def test_wrong_images_for_a_request_are_an_error_of_that_row(tiny_model, process
 
 def test_a_closed_row_gives_its_place_back(tiny_model, processor, tokenizer):
     engine = Engine(tiny_model, processor.encode_inquiries, max_batch_size=1)
-    first, second = Talk(tokenizer, "a", turns=1, max_new_tokens=50), Talk(tokenizer, "b", turns=1, seed=1)
+    first, second = Talk(tokenizer, "a", turns=2, max_new_tokens=50), Talk(tokenizer, "b", turns=1, seed=1)
     rows = [engine.open(name="a"), engine.open(name="b")]
     engine.submit(rows[0], first.next_request())
     engine.submit(rows[1], second.next_request())
     engine.step()
     engine.close(rows[0])
     assert [event.row.name for event in engine.step()] == ["b"]
+    with pytest.raises(EngineError, match="sample a: it failed or was closed"):
+        engine.submit(rows[0], first.next_request())
 
 
 def test_the_repetition_penalty_lowers_tokens_of_the_stream():

@@ -121,7 +121,7 @@ def test_caps_come_from_the_configuration_and_must_be_positive_numbers():
     class Config:
         vilavt_max_regions = 3
 
-    assert EncoderLimits.of(Config, 1000) == EncoderLimits(3, 4000)
+    assert EncoderLimits.of(Config, 1000) == EncoderLimits(3, 3000)
     assert EncoderLimits.of(Config, 16384 * 784).max_group_pixels == 16384 * 784
     Config.vilavt_max_group_pixels = "many"
     with pytest.raises(LimitError, match="vilavt_max_group_pixels='many' must be a positive whole number"):

@@ -56,9 +56,10 @@ def make_tokenizer_portable(folder: str | os.PathLike) -> None:
 
 
 def rope_index(base: Any, input_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-    """Stock M-RoPE positions (3, L) of one unpadded stretch of tokens (L,) that starts at position 0; `base` is the `VilavtModel`.
+    """Stock M-RoPE positions (3, L) of one unpadded stretch of tokens (L,) that starts at position 0.
 
-    Only reads the module's configuration. 5.x wants the token types and a keyword, 4.57 finds images by their tokens.
+    `base` is the `VilavtModel`; only its configuration is read. 5.x wants the token types and a keyword, 4.57 finds
+    images by their tokens.
     """
     ids = input_ids[None]
     if not TAKES_MM_TOKEN_TYPE_IDS:

@@ -38,7 +38,8 @@ class VilavtVisionConfig(Qwen2_5_VLVisionConfig):
     """Qwen2.5-VL's vision tower plus ``integration_point``: which blocks attend jointly over a group and its query.
 
     ``integration_point`` is one of ``all``, ``early`` (``i < depth // 2``), ``late`` (``i >= depth // 2``), ``late2``
-    (``i >= 3 * depth // 4``), ``late3`` (``i >= depth // 4``), ``sparse`` (those of ``fullatt_block_indexes``), ``none`` or None.
+    (``i >= 3 * depth // 4``), ``late3`` (``i >= depth // 4``), ``sparse`` (those of
+    ``fullatt_block_indexes``), ``none`` or None.
     """
 
     integration_point: str | None = None

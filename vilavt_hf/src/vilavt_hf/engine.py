@@ -54,10 +54,14 @@ class Work:
     distinct_patches: int = 0
     """Patches of the row's images, each counted once."""
     tokens_prefilled: int = 0
+    """Tokens of prompts, images, tool responses and forced turns that went through the language model."""
     tokens_decoded: int = 0
     """Sampled tokens that were fed back one by one."""
     distinct_tokens: int = 0
-    """Tokens of the stream whose keys and values were needed."""
+    """Tokens of the stream whose keys and values are cached."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
 
     @property
     def patches_ratio(self) -> float:
@@ -113,6 +117,9 @@ class Row:
     request: Request | None = None
     sampled: int = 0
     """Tokens sampled in the current turn."""
+    images: set[int] = field(default_factory=set)
+    """Indices of the images that were encoded."""
+    closed: bool = False
 
 
 class Choose(Protocol):
@@ -324,6 +331,7 @@ class Engine:
         if self._running is not None and row in self._running.rows:
             self._leave([self._running.rows.index(row)])
         row.request = row.keys = row.values = None
+        row.closed = True
 
     @property
     def busy(self) -> bool:
@@ -333,13 +341,17 @@ class Engine:
     def _append(self, row: Row, request: Request, inquiries: Sequence[Inquiry] | None) -> None:
         if self.model.training:
             raise EngineError("the model is in training mode; call model.eval() before generating")
+        if row.closed:
+            raise EngineError(
+                f"{self._name(row)}: it failed or was closed, its keys and values are gone; open a new row"
+            )
         if row.request is not None:
             raise EngineError(f"{self._name(row)}: a request arrived while turn {row.request.turn} is being generated")
         before = len(request.all_token_ids) - len(request.new_token_ids)
         if before != len(row.tokens) or list(request.all_token_ids[:before]) != row.tokens:
             raise EngineError(
-                f"{self._name(row)}, turn {request.turn}: the request continues {before} tokens, "
-                f"the row holds {len(row.tokens)} (or other ones); submit every request of an episode to one row, in order"
+                f"{self._name(row)}, turn {request.turn}: it continues {before} tokens, "
+                f"the row holds {len(row.tokens)} (or other ones); one row takes all requests of an episode, in order"
             )
         row.tokens += request.new_token_ids
         row.pending += request.new_token_ids
@@ -390,6 +402,7 @@ class Engine:
 
     def _failed(self, row: Row, error: Exception) -> Sampled:
         row.request = row.keys = row.values = None
+        row.closed = True
         return Sampled(row, None, None, "error", error)
 
     def _emit(self, batch: _Batch, logits: torch.Tensor, first: int = 0) -> list[Sampled]:
@@ -435,7 +448,7 @@ class Engine:
         """
         device = self.model.device
         began = self.clock()
-        features, grids, patches = self._encode(rows)
+        features, grids = self._encode(rows)
         encoded = self.clock()
         self.timings.encode += encoded - began
         pad = rows[0].pending[0]  # any valid id: pad slots are masked
@@ -462,11 +475,10 @@ class Engine:
         batch.mask = torch.cat([mask, new.to(device)], 1)
         logits = self._forward(embeds, batch.mask, positions.to(device), batch.cache)
         self.timings.prefill += self.clock() - encoded
-        for row, end, encoded_patches in zip(rows, ends, patches, strict=True):
-            row.work.patches_encoded += encoded_patches
-            row.work.distinct_patches += encoded_patches
+        for row, end, grid in zip(rows, ends, grids, strict=True):
+            self._count_patches(row, grid)
             row.work.tokens_prefilled += len(row.pending)
-            row.work.distinct_tokens += len(row.pending)
+            row.work.distinct_tokens = len(row.tokens)
             row.next_position = end
             row.pending, row.inquiries = [], []
             row.keys = row.values = None
@@ -485,7 +497,7 @@ class Engine:
             row.pending = []
             row.next_position += 1
             row.work.tokens_decoded += 1
-            row.work.distinct_tokens += 1
+            row.work.distinct_tokens = len(row.tokens)
         return batch, logits
 
     def _forward(
@@ -501,18 +513,27 @@ class Engine:
         )
         return out.logits[:, -1]
 
-    def _encode(self, rows: list[Row]) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[int]]:
-        """Features (n, C) of all rows' new images in stream order, and each row's image grids and patch count."""
+    def _encode(self, rows: list[Row]) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Features (n, C) of all rows' new images in stream order, and each row's image grids (n, 3)."""
         inquiries = [inquiry for row in rows for inquiry in row.inquiries]
         if not inquiries:
-            return None, [None] * len(rows), [0] * len(rows)
+            return None, [None] * len(rows)
         inputs = self.encode(inquiries)
         grid = inputs["image_grid_thw"]
         counts = [sum(len(inquiry.images) for inquiry in row.inquiries) for row in rows]
         grids = [part if len(part) else None for part in grid.split(counts)]
-        on_device = {name: value.to(self.model.device) for name, value in inputs.items()}
+        on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
         features = compat.pooled(self.model.model.get_image_features(**on_device))
-        return torch.cat(tuple(features)), grids, [0 if part is None else int(part.prod(-1).sum()) for part in grids]
+        return torch.cat(tuple(features)), grids
+
+    @staticmethod
+    def _count_patches(row: Row, grid: torch.Tensor | None) -> None:
+        """An image counts as distinct by its index in the conversation, however often its pixels are sent."""
+        indices = [index for inquiry in row.inquiries for index in inquiry.image_indices]
+        for index, patches in zip(indices, [] if grid is None else grid.prod(-1).tolist(), strict=True):
+            row.work.patches_encoded += patches
+            row.work.distinct_patches += 0 if index in row.images else patches
+            row.images.add(index)
 
     def _check_features(self, row: Row, placeholders: int, grid: torch.Tensor | None) -> None:
         features = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge_unit

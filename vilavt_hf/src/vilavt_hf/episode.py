@@ -1,25 +1,24 @@
 """One conversation as a state machine without input or output: requests out, sampled tokens in.
 
-The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the stream of token ids
-only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with :meth:`Episode.feed`, until the request is
-None; then :attr:`Episode.result` and :attr:`Episode.record` are there. An episode is used once.
+The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the
+stream of token ids only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with
+:meth:`Episode.feed`, until the request is None; then :attr:`Episode.result` and :attr:`Episode.record` are there.
+An episode is used once.
 
-What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never sampled (they are in
-``Request.banned_token_ids``); at most ``Request.max_new_tokens`` ids come back.
+What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never
+sampled (they are in ``Request.banned_token_ids``); at most ``Request.max_new_tokens`` ids come back.
 
-Loss mask: 1 for exactly the fed tokens, the ``<|im_end|>`` the model sampled included; 0 for prompts, images, tool responses, and for an
-``<|im_end|>`` that the episode had to add.
+Loss mask: 1 for exactly the fed tokens, the ``<|im_end|>`` the model sampled included; 0 for prompts, images, tool
+responses, and for an ``<|im_end|>`` that the episode had to add.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -31,248 +30,31 @@ from .protocol import (
     ANSWER_CLOSE,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
-    Action,
     Answer,
     FinishReason,
     Malformed,
-    NoAction,
     ToolCall,
     parse_turn,
     unbox,
 )
 from .regions import CropPlan, Gallery, View, share_budget, smart_resize
+from .stream import (
+    Chunk,
+    ImageSpan,
+    Inquiry,
+    Mark,
+    Record,
+    Request,
+    Result,
+    SpecialTokens,
+    Tokenizer,
+    TokenStream,
+    Turn,
+    Usage,
+)
 
 IMAGE_MARK = "<image>"
 """Where a question may say that an image belongs; only presets with ``interleave`` heed it."""
-
-
-class Tokenizer(Protocol):
-    """What an episode needs of a tokenizer; any transformers tokenizer with Qwen's special tokens has it."""
-
-    def encode(self, text: str, **kwargs: Any) -> list[int]:
-        """Text to ids."""
-
-    def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """Ids to text."""
-
-    def convert_tokens_to_ids(self, tokens: str) -> int | None:
-        """Id of one token."""
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that structure the stream, looked up by name."""
-
-    im_start: int
-    im_end: int
-    endoftext: int
-    vision_start: int
-    vision_end: int
-    image_pad: int
-    video_pad: int
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
-        """Look the ids up.
-
-        Raises:
-            EpisodeError: the tokenizer lacks one of them.
-        """
-        unknown = getattr(tokenizer, "unk_token_id", None)
-        ids: dict[str, int] = {}
-        for name in cls.__dataclass_fields__:
-            token_id = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-            if token_id is None or token_id == unknown:
-                raise EpisodeError(f"the tokenizer has no token <|{name}|>; use the tokenizer of a Qwen2.5-VL checkpoint")
-            ids[name] = int(token_id)
-        return cls(**ids)
-
-    @property
-    def stops(self) -> tuple[int, ...]:
-        """Ids that end a turn."""
-        return (self.im_end, self.endoftext)
-
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Ids that must not be sampled: they stand for image features."""
-        return (self.vision_start, self.vision_end, self.image_pad, self.video_pad)
-
-
-@dataclass(frozen=True, eq=False)
-class Inquiry:
-    """Images that the encoder sees together, and what it is asked about them."""
-
-    images: tuple[Image.Image, ...]
-    """Encoder-ready, in conversation order; an original is alone in its inquiry."""
-    query: str
-    """Without prefix; empty for an original."""
-    image_indices: tuple[int, ...]
-    """Places in the conversation, counted from 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What the engine has to do next."""
-
-    new_token_ids: list[int]
-    """Everything appended since, and without, the tokens the engine sampled last."""
-    all_token_ids: list[int]
-    """The whole stream so far."""
-    new_inquiries: tuple[Inquiry, ...]
-    """Inquiries whose placeholders are in ``new_token_ids``."""
-    inquiries: tuple[Inquiry, ...]
-    """All inquiries so far, in stream order."""
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    banned_token_ids: tuple[int, ...]
-    turn: int
-    """Counted from 0 within this episode."""
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """One assistant turn and what came of it."""
-
-    index: int
-    text: str
-    """Decoded, without the stop token."""
-    action: Action
-    token_count: int
-    """Sampled tokens, the stop token included."""
-    views: tuple[View, ...] = ()
-    """Crops that were shown in reply."""
-    image_indices: tuple[int, ...] = ()
-    """Their places in the conversation."""
-    feedback: str | None = None
-    """The tool response as text, a crop as ``<image WxH>``; None if the episode ended with this turn."""
-    problem: str | None = None
-    """Why the action was not carried out."""
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts over the whole stream."""
-
-    prompt_tokens: int
-    """Tokens that were not sampled, image tokens included."""
-    sampled_tokens: int
-    image_tokens: int
-    images: int
-    turns: int
-
-
-@dataclass(frozen=True)
-class ImageSpan:
-    """Where an image's placeholders are: ``token_ids[start : start + length]``, all ``<|image_pad|>``."""
-
-    start: int
-    length: int
-    image_index: int
-    inquiry: int
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """The stream, ready to train on. All per-token lists have one entry per token of ``token_ids``."""
-
-    token_ids: list[int]
-    loss_mask: list[int]
-    """1 for sampled tokens, else 0."""
-    logprobs: list[float | None]
-    """As fed; None where nothing was sampled or no logprob was fed."""
-    image_spans: tuple[ImageSpan, ...]
-    inquiries: tuple[Inquiry, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """How an episode ended."""
-
-    answer: str | None
-    finish: FinishReason
-    detail: str
-    """For every finish but ``answer``: what happened, both numbers, and what to change."""
-    turns: tuple[Turn, ...]
-    inquiries: tuple[Inquiry, ...]
-    views: tuple[View, ...]
-    usage: Usage
-    preset: str
-    limits: Limits
-    prompts: str
-    prompts_sha256: str
-    versions: Mapping[str, str]
-    sample_id: str | None = None
-
-    def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
-        """Plain JSON data; with ``include_images`` every shown image as a PNG data URL."""
-        inquiry_of = {index: number for number, inquiry in enumerate(self.inquiries) for index in inquiry.image_indices}
-        images = []
-        for index, view in enumerate(self.views):
-            entry: dict[str, Any] = {
-                "index": index,
-                "kind": view.kind,
-                "width": view.image.width,
-                "height": view.image.height,
-                "source": view.source,
-                "region": list(view.region),
-                "parent": view.parent,
-                "box": None if view.box is None else list(view.box),
-                "query": self.inquiries[inquiry_of[index]].query,
-                "inquiry": inquiry_of[index],
-            }
-            if include_images:
-                entry["png"] = _png_url(view.image)
-            images.append(entry)
-        return {
-            "sample_id": self.sample_id,
-            "answer": self.answer,
-            "finish": str(self.finish),
-            "detail": self.detail,
-            "turns": [_turn_json(turn) for turn in self.turns],
-            "images": images,
-            "usage": asdict(self.usage),
-            "preset": self.preset,
-            "limits": asdict(self.limits),
-            "prompts": {"name": self.prompts, "sha256": self.prompts_sha256},
-            "versions": dict(self.versions),
-        }
-
-
-@dataclass
-class _Stream:
-    """Parallel lists over the tokens of the conversation; only ever appended to."""
-
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    spans: list[ImageSpan] = field(default_factory=list)
-    inquiries: list[Inquiry] = field(default_factory=list)
-    transcript: list[str] = field(default_factory=list)
-    sent: int = 0
-    """Tokens the engine knows: those it was given and those it sampled."""
-    sent_inquiries: int = 0
-
-    def fork(self) -> _Stream:
-        return _Stream(
-            list(self.tokens),
-            list(self.mask),
-            list(self.logprobs),
-            list(self.spans),
-            list(self.inquiries),
-            list(self.transcript),
-            self.sent,
-            self.sent_inquiries,
-        )
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Tokens about to be appended; spans are relative to its start, as (start, length, image index)."""
-
-    tokens: list[int]
-    spans: list[tuple[int, int, int]]
-    text: str
 
 
 class Episode:
@@ -287,7 +69,7 @@ class Episode:
         limits: Limits,
         sample_id: str | None,
         gallery: Gallery,
-        stream: _Stream,
+        stream: TokenStream,
     ) -> None:
         self.preset = preset
         self.limits = limits
@@ -331,7 +113,8 @@ class Episode:
             sample_id: named in errors and in the result.
 
         Returns:
-            An episode. If the first turn already breaks a budget it is finished (``image_limit`` or ``context_limit``) with an empty stream.
+            An episode. If the first turn already breaks a budget it is finished (``image_limit`` or
+            ``context_limit``) with an empty stream.
 
         Raises:
             ImageError: an image has a refused shape.
@@ -346,13 +129,13 @@ class Episode:
             limits=limits,
             sample_id=sample_id,
             gallery=Gallery(min_pixels=limits.min_pixels),
-            stream=_Stream(),
+            stream=TokenStream(),
         )
         special = episode.special
         episode._open(
             images,
             question,
-            [_Mark(special.im_start), "system\n", *episode.prompts.render("system"), _Mark(special.im_end), "\n"],
+            [Mark(special.im_start), "system\n", *episode.prompts.render("system"), Mark(special.im_end), "\n"],
             "start",
         )
         return episode
@@ -360,13 +143,16 @@ class Episode:
     def follow_up(self, question: str, images: Sequence[Image.Image] = (), *, limits: Limits | None = None) -> Episode:
         """A new episode that continues this finished one's stream and images, with a fresh turn count.
 
-        Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its cache goes on from there.
+        Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its
+        cache goes on from there.
 
         Raises:
             EpisodeError: this episode is still running, or never had a turn.
         """
         if self._finish is None:
-            raise EpisodeError(f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None")
+            raise EpisodeError(
+                f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None"
+            )
         if not self._stream.tokens:
             raise EpisodeError(f"{self._name}: it ended before its first turn ({self._detail}); start a new episode")
         limits = limits or self.limits
@@ -386,7 +172,8 @@ class Episode:
         """The forced-answer conversation of presets that have one: the original images, a plain question, one turn.
 
         Returns:
-            None if the preset has none or an answer was found. An answer tag is not needed in it: without one the whole text counts.
+            None if the preset has none or an answer was found. An answer tag is not needed in it: without one the
+            whole text counts.
         """
         if self._finish is None or self._answer is not None or not self.preset.forced_answer:
             return None
@@ -399,11 +186,17 @@ class Episode:
             limits=limits,
             sample_id=self.sample_id,
             gallery=Gallery(min_pixels=limits.min_pixels),
-            stream=_Stream(),
+            stream=TokenStream(),
         )
         episode._whole_text_answers = True
         special = self.special
-        system = [_Mark(special.im_start), "system\n", *self.prompts.render("fallback_system"), _Mark(special.im_end), "\n"]
+        system = [
+            Mark(special.im_start),
+            "system\n",
+            *self.prompts.render("fallback_system"),
+            Mark(special.im_end),
+            "\n",
+        ]
         episode._open(self._originals, self._question, system, "fallback")
         return episode
 
@@ -446,7 +239,9 @@ class Episode:
     def record(self) -> Record:
         """The stream with its loss mask; may be read at any time."""
         stream = self._stream
-        return Record(list(stream.tokens), list(stream.mask), list(stream.logprobs), tuple(stream.spans), tuple(stream.inquiries))
+        return Record(
+            list(stream.tokens), list(stream.mask), list(stream.logprobs), tuple(stream.spans), tuple(stream.inquiries)
+        )
 
     @property
     def result(self) -> Result:
@@ -456,7 +251,9 @@ class Episode:
             EpisodeError: the episode is still running.
         """
         if self._finish is None:
-            raise EpisodeError(f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None")
+            raise EpisodeError(
+                f"{self._name}: still running at turn {len(self._turns)}; feed it until next_request() is None"
+            )
         stream = self._stream
         sampled = sum(stream.mask)
         usage = Usage(
@@ -483,7 +280,8 @@ class Episode:
         )
 
     def next_request(self) -> Request | None:
-        """What to sample next, or None when the episode is over. Asking again without feeding gives the same request."""
+        """What to sample next, or None when the episode is over. Asking again without feeding gives the same
+        request."""
         if self._finish is not None:
             return None
         if self._pending is None:
@@ -512,7 +310,8 @@ class Episode:
         """Take one sampled turn, act on it, and append the reply or end the episode.
 
         Args:
-            token_ids: what was sampled, its stop token included. If ``finish`` is ``stop`` and none is there, ``<|im_end|>`` is appended
+            token_ids: what was sampled, its stop token included. If ``finish`` is ``stop`` and none is there,
+                ``<|im_end|>`` is appended
                 without loss.
             logprobs: one per token.
             finish: why sampling ended; a stop token at the end counts as ``stop`` whatever is said here.
@@ -522,12 +321,15 @@ class Episode:
             The finished turn.
 
         Raises:
-            EpisodeError: no request is open, or the tokens break the engine's side of the contract; nothing is appended then.
+            EpisodeError: no request is open, or the tokens break the engine's side of the contract; nothing is
+                appended then.
         """
         request = self._pending
         where = f"{self._name}, turn {len(self._turns)}"
         if request is None:
-            raise EpisodeError(f"{where}: feed() without an open request; call next_request() first, it must not be None")
+            raise EpisodeError(
+                f"{where}: feed() without an open request; call next_request() first, it must not be None"
+            )
         ids = [int(token) for token in token_ids]
         self._check_fed(ids, logprobs, finish, request, where)
         stream = self._stream
@@ -541,7 +343,7 @@ class Episode:
         text = self._decode(ids[:-1] if stopped else ids)
         stream.transcript.append(text + (self._decode(ids[-1:]) if stopped else ""))
         if finish == "stop" and not stopped:
-            self._append(self._compose([_Mark(self.special.im_end)], {}))
+            self._append(self._compose([Mark(self.special.im_end)], {}))
         action = parse_turn(text, self.preset.rules)
         turn = Turn(len(self._turns), text, action, len(ids), seconds=seconds)
         if isinstance(action, Answer):
@@ -567,16 +369,25 @@ class Episode:
         if finish not in ("stop", "length"):
             raise EpisodeError(f"{where}: finish is {finish!r}, it must be 'stop' or 'length'")
         if len(ids) > request.max_new_tokens:
-            raise EpisodeError(f"{where}: {len(ids)} tokens were fed, the request allows {request.max_new_tokens}; pass max_new_tokens on")
+            raise EpisodeError(
+                f"{where}: {len(ids)} tokens were fed, the request allows {request.max_new_tokens}; pass "
+                "max_new_tokens on"
+            )
         if logprobs is not None and len(logprobs) != len(ids):
-            raise EpisodeError(f"{where}: {len(ids)} tokens but {len(logprobs)} logprobs were fed; give one per token, or none")
+            raise EpisodeError(
+                f"{where}: {len(ids)} tokens but {len(logprobs)} logprobs were fed; give one per token, or none"
+            )
         banned = set(request.banned_token_ids)
         for at, token in enumerate(ids):
             if token in banned:
-                raise EpisodeError(f"{where}: sampled token {at} is the placeholder id {token}; ban request.banned_token_ids when sampling")
+                raise EpisodeError(
+                    f"{where}: sampled token {at} is the placeholder id {token}; ban request.banned_token_ids "
+                    "when sampling"
+                )
             if token in request.stop_token_ids and at != len(ids) - 1:
                 raise EpisodeError(
-                    f"{where}: stop id {token} is sampled token {at} of {len(ids)}; stop sampling at request.stop_token_ids"
+                    f"{where}: stop id {token} is sampled token {at} of {len(ids)}; stop sampling at "
+                    "request.stop_token_ids"
                 )
 
     def _open(self, images: Sequence[Image.Image], question: str, head: list[Any], kind: str) -> None:
@@ -584,7 +395,9 @@ class Episode:
         limits, gallery = self.limits, self._gallery
         for i, image in enumerate(images):
             if not isinstance(image, Image.Image):
-                raise EpisodeError(f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_hf.images.load_image")
+                raise EpisodeError(
+                    f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_hf.images.load_image"
+                )
         images = tuple(to_rgb(image) for image in images)
         self._question, self._originals = question, images
         cap = share_budget(limits.max_pixels, len(images), self.preset.budget_split)
@@ -592,21 +405,24 @@ class Episode:
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
         for i, image in enumerate(images):
             try:
-                height, width = smart_resize(image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap)
+                height, width = smart_resize(
+                    image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap
+                )
             except ImageError as error:
                 raise ImageError(f"{self._name}, image {i}: {error}") from None
             sizes[first + i] = (width, height)
         if first + len(images) > limits.max_images:
             held = f" beside the {first} already shown" if first else ""
             self._end(
-                FinishReason.IMAGE_LIMIT, f"{len(images)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images"
+                FinishReason.IMAGE_LIMIT,
+                f"{len(images)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images",
             )
             return
         if problem := self._pixel_problem(list(sizes.values())):
             self._end(FinishReason.IMAGE_LIMIT, problem)
             return
         indices = list(range(first, first + len(images)))
-        parts = [*head, _Mark(self.special.im_start), "user\n", *self._first_user(kind, indices, question, sizes)]
+        parts = [*head, Mark(self.special.im_start), "user\n", *self._first_user(kind, indices, question, sizes)]
         chunk = self._compose([*parts, *self._assistant_start()], sizes)
         if problem := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, problem)
@@ -620,7 +436,9 @@ class Episode:
             self._stream.inquiries.append(Inquiry((view.image,), "", (index,)))
         self._append(chunk, numbers)
 
-    def _first_user(self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]) -> list[Part]:
+    def _first_user(
+        self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]
+    ) -> list[Part]:
         preset, prompts = self.preset, self.prompts
         count = len(indices)
         same = len({sizes[i] for i in indices}) <= 1
@@ -630,7 +448,9 @@ class Episode:
         lines = []
         for index in indices:
             width, height = sizes[index]
-            line = prompts.render("original_sized" if sized else "original", image=index, index=index, width=width, height=height)
+            line = prompts.render(
+                "original_sized" if sized else "original", image=index, index=index, width=width, height=height
+            )
             lines.append(line)
         if kind == "follow_up":
             return [*(part for line in lines for part in line), *prompts.render("follow_up", question=question)]
@@ -646,7 +466,9 @@ class Episode:
         if preset.interleave and several:
             pieces = question.split(IMAGE_MARK)
             if len(pieces) == count + 1:
-                asked = join([part for i, piece in enumerate(pieces) for part in (piece, *(lines[i] if i < count else ()))])
+                asked = join(
+                    [part for i, piece in enumerate(pieces) for part in (piece, *(lines[i] if i < count else ()))]
+                )
                 lines = []
             else:
                 asked = "".join(pieces)
@@ -674,16 +496,23 @@ class Episode:
             return self._zoom(turn, action, plans)
         if isinstance(action, Malformed):
             return self._refuse(turn, FinishReason.MALFORMED, action.detail, "bad_call", last)
-        return self._refuse(turn, FinishReason.NO_ACTION, "the turn holds neither a zoom request nor an answer", "no_action", last)
+        return self._refuse(
+            turn, FinishReason.NO_ACTION, "the turn holds neither a zoom request nor an answer", "no_action", last
+        )
 
     def _zoom(self, turn: Turn, call: ToolCall, plans: list[CropPlan]) -> Turn:
         limits, policy = self.limits, self.preset.image_overflow
         shown = len(self._gallery)
         problem = None
         if shown + len(plans) > limits.max_images:
-            problem = f"{len(plans)} crops beside {shown} images, at most {limits.max_images} are allowed; raise Limits.max_images"
+            problem = (
+                f"{len(plans)} crops beside {shown} images, at most {limits.max_images} are allowed; raise "
+                "Limits.max_images"
+            )
         else:
-            problem = self._pixel_problem([view.image.size for view in self._gallery.views] + [plan.size for plan in plans])
+            problem = self._pixel_problem(
+                [view.image.size for view in self._gallery.views] + [plan.size for plan in plans]
+            )
         opening: list[Part] = []
         if problem is not None:
             if policy == "end" or (policy == "final" and self._asked_to_finish):
@@ -712,7 +541,14 @@ class Episode:
         return self._respond(turn, opening, [], "", problem, ask_to_finish=self.preset.bad_call == "final")
 
     def _respond(
-        self, turn: Turn, opening: list[Part], plans: list[CropPlan], query: str, problem: str | None, *, ask_to_finish: bool
+        self,
+        turn: Turn,
+        opening: list[Part],
+        plans: list[CropPlan],
+        query: str,
+        problem: str | None,
+        *,
+        ask_to_finish: bool,
     ) -> Turn:
         """Append a tool response, if it fits."""
         limits, gallery, prompts = self.limits, self._gallery, self.prompts
@@ -723,7 +559,9 @@ class Episode:
             body += prompts.render("crop", image=index, index=index, width=width, height=height)
         ask_to_finish = ask_to_finish or turn.index + 2 >= limits.max_turns or first + len(plans) >= limits.max_images
         body += [*prompts.render("final" if ask_to_finish else "continue"), RESPONSE_CLOSE]
-        chunk = self._compose([*self._turn_end(), _Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes)
+        chunk = self._compose(
+            [*self._turn_end(), Mark(self.special.im_start), "user\n", *body, *self._assistant_start()], sizes
+        )
         if too_long := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, too_long)
             return replace(turn, problem=too_long)
@@ -742,7 +580,10 @@ class Episode:
     def _end_cut_off(self, request: Request) -> None:
         limits = self.limits
         if request.max_new_tokens < limits.max_new_tokens_per_turn:
-            detail = f"the turn was cut off at token {len(self._stream.tokens)} of {limits.max_context}; raise Limits.max_context"
+            detail = (
+                f"the turn was cut off at token {len(self._stream.tokens)} of {limits.max_context}; raise "
+                "Limits.max_context"
+            )
             self._end(FinishReason.CONTEXT_LIMIT, detail)
         else:
             allowed = limits.max_new_tokens_per_turn
@@ -754,7 +595,7 @@ class Episode:
         limit = self.limits.max_context
         return self.limits.max_new_tokens_per_turn if limit is None else limit - len(self._stream.tokens)
 
-    def _context_problem(self, chunk: _Chunk) -> str | None:
+    def _context_problem(self, chunk: Chunk) -> str | None:
         """A turn fits if at least one sampled token fits after it."""
         limit = self.limits.max_context
         needed = len(self._stream.tokens) + len(chunk.tokens) + 1
@@ -762,7 +603,8 @@ class Episode:
             return None
         images = sum(length for _, length, _ in chunk.spans)
         return (
-            f"the next turn needs a context of {needed} tokens ({images} of them for its images), at most {limit} are allowed; "
+            f"the next turn needs a context of {needed} tokens ({images} of them for its images), at most {limit} "
+            "are allowed; "
             "raise Limits.max_context or lower max_pixels"
         )
 
@@ -770,24 +612,28 @@ class Episode:
         limit, total = self.limits.max_total_pixels, sum(width * height for width, height in sizes)
         if limit is None or total <= limit:
             return None
-        return f"{len(sizes)} images have {total} pixels, at most {math.floor(limit)} are allowed; raise Limits.max_total_pixels"
+        return (
+            f"{len(sizes)} images have {total} pixels, at most {math.floor(limit)} are allowed; "
+            "raise Limits.max_total_pixels"
+        )
 
     def _turn_end(self) -> list[Any]:
-        """What stands between a sampled turn and the next one; a turn that did not end in ``<|im_end|>`` is closed without loss."""
+        """What stands between a sampled turn and the next one; a turn that did not end in ``<|im_end|>`` is closed
+        without loss."""
         closed = self._stream.tokens[-1:] == [self.special.im_end]
-        return ["\n"] if closed else [_Mark(self.special.im_end), "\n"]
+        return ["\n"] if closed else [Mark(self.special.im_end), "\n"]
 
     def _assistant_start(self) -> list[Any]:
-        return [_Mark(self.special.im_end), "\n", _Mark(self.special.im_start), "assistant\n"]
+        return [Mark(self.special.im_end), "\n", Mark(self.special.im_start), "assistant\n"]
 
-    def _compose(self, parts: Sequence[Any], sizes: Mapping[int, tuple[int, int]]) -> _Chunk:
+    def _compose(self, parts: Sequence[Any], sizes: Mapping[int, tuple[int, int]]) -> Chunk:
         """Tokens of a turn: neighbouring texts are joined before they are encoded, as a chat template would."""
         special = self.special
         tokens: list[int] = []
         spans: list[tuple[int, int, int]] = []
         transcript: list[str] = []
         text = ""
-        for part in [*parts, _Mark(-1)]:
+        for part in [*parts, Mark(-1)]:
             if isinstance(part, str):
                 text += part
                 continue
@@ -806,15 +652,17 @@ class Episode:
             elif part.token_id >= 0:
                 tokens.append(part.token_id)
                 transcript.append("<|im_start|>" if part.token_id == special.im_start else "<|im_end|>")
-        return _Chunk(tokens, spans, "".join(transcript))
+        return Chunk(tokens, spans, "".join(transcript))
 
-    def _append(self, chunk: _Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:
+    def _append(self, chunk: Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:
         stream = self._stream
         start = len(stream.tokens)
         stream.tokens += chunk.tokens
         stream.mask += [0] * len(chunk.tokens)
         stream.logprobs += [None] * len(chunk.tokens)
-        stream.spans += [ImageSpan(start + at, length, index, (inquiry_of or {})[index]) for at, length, index in chunk.spans]
+        stream.spans += [
+            ImageSpan(start + at, length, index, (inquiry_of or {})[index]) for at, length, index in chunk.spans
+        ]
         stream.transcript.append(chunk.text)
 
     def _encode(self, text: str) -> list[int]:
@@ -824,19 +672,16 @@ class Episode:
         structural = {self.special.im_start, *self.special.stops, *self.special.banned}
         if structural.isdisjoint(ids):
             return ids
-        # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that no special token is left to recognise.
+        # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that it recognises no special token.
         pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
         return [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """A structural token among the pieces of a turn."""
-
-    token_id: int
+        return (
+            str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            if ids
+            else ""
+        )
 
 
 def _version() -> str:
@@ -844,27 +689,6 @@ def _version() -> str:
         return metadata.version("vilavt-hf")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _png_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _turn_json(turn: Turn) -> dict[str, Any]:
-    kinds = {ToolCall: "tool_call", Answer: "answer", Malformed: "malformed", NoAction: "no_action"}
-    action = {"type": kinds[type(turn.action)], **asdict(turn.action)}
-    return {
-        "index": turn.index,
-        "text": turn.text,
-        "action": action,
-        "tokens": turn.token_count,
-        "images": list(turn.image_indices),
-        "feedback": turn.feedback,
-        "problem": turn.problem,
-        "seconds": turn.seconds,
-    }
 
 
 __all__ = [

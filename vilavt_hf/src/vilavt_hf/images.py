@@ -1,4 +1,5 @@
-"""Getting a picture from an untrusted place into memory: RGB, upright, within caps that are checked before anything is decoded."""
+"""Getting a picture from an untrusted place into memory: RGB, upright, within caps that are checked before anything
+is decoded."""
 
 from __future__ import annotations
 
@@ -58,21 +59,22 @@ class UrlPolicy:
 
 def load_image(
     source: str | Path | bytes | Image.Image,
-    limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
+    limits: ImageLimits = ImageLimits(),
     *,
     allow_urls: bool = False,
     allow_paths: bool = True,
-    url_policy: UrlPolicy = UrlPolicy(),  # noqa: B008 (frozen)
+    url_policy: UrlPolicy = UrlPolicy(),
     rules: Rules = "strict",
     name: str | None = None,
 ) -> Image.Image:
     """Load a picture.
 
-    The EXIF orientation is applied, transparency is composited on white, 16-bit and floating-point pictures are scaled to 8 bits, of an
-    animation the first frame is taken. The argument is never modified or closed.
+    The EXIF orientation is applied, transparency is composited on white, 16-bit and floating-point pictures are
+    scaled to 8 bits, of an animation the first frame is taken. The argument is never modified or closed.
 
     Args:
-        source: a path, the bytes of a file, a ``data:`` URL, an http(s) URL (only with ``allow_urls``), or a PIL image.
+        source: a path, the bytes of a file, a ``data:`` URL, an http(s) URL (only with ``allow_urls``), or a PIL
+            image.
         limits: caps.
         allow_urls: whether the network may be used.
         allow_paths: whether files of this machine may be read; switch it off for text that comes from a client.
@@ -99,9 +101,13 @@ def load_image(
     elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
         label = name or source
         if not allow_urls:
-            raise ImageError(f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path")
+            raise ImageError(
+                f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path"
+            )
         if match.group(1).lower() not in url_policy.schemes:
-            raise ImageError(f"{label}: the scheme {match.group(1)!r} is not allowed, allowed are {', '.join(url_policy.schemes)}")
+            raise ImageError(
+                f"{label}: the scheme {match.group(1)!r} is not allowed, allowed are {', '.join(url_policy.schemes)}"
+            )
         data = _download(source, limits, url_policy, label)
     elif isinstance(source, str | Path):
         label = name or str(source)
@@ -109,15 +115,17 @@ def load_image(
             raise ImageError(f"{label[:80]}: paths are not allowed here; send the picture itself as a data URL")
         data = _read_file(source, limits, label)
     else:
-        raise ImageError(f"{name or 'the image'}: cannot load a {type(source).__name__}; pass a path, bytes or a PIL image")
+        raise ImageError(
+            f"{name or 'the image'}: cannot load a {type(source).__name__}; pass a path, bytes or a PIL image"
+        )
     return _open(data, limits, label, rules)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any PIL mode, transparency on white; an RGB image without transparency is returned as it is.
 
-    16-bit integers are scaled by 1/257. 32-bit integers are read as 16-bit ones, or, if they exceed 65535, scaled to their maximum.
-    Floats in 0–1 are scaled by 255, others are clipped to 0–255.
+    16-bit integers are scaled by 1/257. 32-bit integers are read as 16-bit ones, or, if they exceed 65535, scaled
+    to their maximum. Floats in 0–1 are scaled by 255, others are clipped to 0–255.
     """
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image).astype(np.float64) / 257)
@@ -145,10 +153,14 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in _registered()])
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{label}: too many pixels to decode ({error}); at most {limits.max_pixels} are allowed, shrink it") from None
+        raise ImageError(
+            f"{label}: too many pixels to decode ({error}); at most {limits.max_pixels} are allowed, shrink it"
+        ) from None
     except Exception as error:
         kinds = ", ".join(FORMATS)
-        raise ImageError(f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}") from None
+        raise ImageError(
+            f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
+        ) from None
     with image:
         _check_size(image.size, limits, label)
         return _decode(image, label, rules)
@@ -199,13 +211,17 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, label: str) -> None:
         )
     ratio = max(size) / min(size)
     if ratio > limits.max_aspect:
-        raise ImageError(f"{label}: {width} x {height} px has a side ratio of {ratio:.0f}, at most {limits.max_aspect:g} is allowed; crop it")
+        raise ImageError(
+            f"{label}: {width} x {height} px has a side ratio of {ratio:.0f}, at most {limits.max_aspect:g} is "
+            "allowed; crop it"
+        )
 
 
 def _check_bytes(count: int, limits: ImageLimits, label: str) -> None:
     if count > limits.max_bytes:
         raise ImageError(
-            f"{label}: {count} bytes, at most {limits.max_bytes} are allowed; save it smaller or raise ImageLimits.max_bytes"
+            f"{label}: {count} bytes, at most {limits.max_bytes} are allowed; save it smaller or raise "
+            "ImageLimits.max_bytes"
         )
 
 
@@ -259,7 +275,7 @@ def _download(url: str, limits: ImageLimits, policy: UrlPolicy, label: str) -> b
     except ImageError:
         raise
     except urllib.error.HTTPError as error:
-        raise ImageError(f"{label}: the server answered {error.code}; check the URL") from None
+        raise ImageError(f"{label}: the server answered {error.code} {_short(error)}; check the URL") from None
     except Exception as error:
         raise ImageError(f"{label}: cannot be downloaded: {_short(error)}") from None
     _check_bytes(len(data), limits, label)
@@ -268,23 +284,30 @@ def _download(url: str, limits: ImageLimits, policy: UrlPolicy, label: str) -> b
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, policy: UrlPolicy, label: str) -> None:
-        self.policy, self.label = policy, label
-        self.max_redirections = policy.max_redirects
+        self.policy, self.label, self.followed = policy, label, 0
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> urllib.request.Request | None:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        self.followed += 1
+        if self.followed > self.policy.max_redirects:
+            raise ImageError(f"{self.label}: more than {self.policy.max_redirects} redirects; give the final URL")
         _check_url(newurl, self.policy, self.label)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _check_url(url: str, policy: UrlPolicy, label: str) -> None:
-    """Scheme and host; the address is looked up here and once more by the connection, so this is no shield against a hostile DNS."""
+    """Scheme and host; the address is looked up here and once more by the connection, so this is no shield against
+    a hostile DNS."""
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ImageError(f"{label}: not a valid URL: {_short(error)}") from None
     if parts.scheme.lower() not in policy.schemes:
-        raise ImageError(f"{label}: the scheme {parts.scheme!r} is not allowed, allowed are {', '.join(policy.schemes)}")
+        raise ImageError(
+            f"{label}: the scheme {parts.scheme!r} is not allowed, allowed are {', '.join(policy.schemes)}"
+        )
     if not host:
         raise ImageError(f"{label}: the URL names no host")
     if policy.private_hosts:
@@ -296,7 +319,10 @@ def _check_url(url: str, policy: UrlPolicy, label: str) -> None:
     for entry in found:
         address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
         if not address.is_global:
-            raise ImageError(f"{label}: the host {host!r} is {address}, not a public address; set UrlPolicy.private_hosts to allow it")
+            raise ImageError(
+                f"{label}: the host {host!r} is {address}, not a public address; set UrlPolicy.private_hosts to "
+                "allow it"
+            )
 
 
 def _registered() -> set[str]:

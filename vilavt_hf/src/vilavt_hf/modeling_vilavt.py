@@ -398,7 +398,7 @@ class VilavtForConditionalGeneration(_CompleteCheckpoint, qwen.Qwen2_5_VLForCond
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Logits (B, L, vocab) and, with `labels` (B, L; -100 ignored), the loss; inputs as in `VilavtModel.forward`."""
+        """Logits (B, L, vocab) and, given `labels` (B, L; -100 ignored), the loss. Inputs: `VilavtModel.forward`."""
         # Names are spelled out because `generate` and `Trainer` read this signature.
         conditioning = {
             "image_grid_thw": image_grid_thw,

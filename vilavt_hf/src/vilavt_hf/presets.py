@@ -1,8 +1,8 @@
 """Named ways to run an episode: ours, and one per variant of the published system.
 
-A preset is what a score depends on besides the checkpoint: limits, how turns are read, what a bad call leads to, how the first turn is
-laid out, how the answer is taken out. Wording comes from the prompt set (see :mod:`vilavt_hf.prompts`). Source of the facts:
-`docs/protocol.md`, table "Presets".
+A preset is what a score depends on besides the checkpoint: limits, how turns are read, what a bad call leads to,
+how the first turn is laid out, how the answer is taken out. Wording comes from the prompt set (see
+:mod:`vilavt_hf.prompts`). Source of the facts: `docs/protocol.md`, table "Presets".
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Limits:
                 raise EpisodeError(f"Limits.{name} is {value}, it must be at least 1, or None for unlimited")
         for name in ("max_pixels", "crop_max_pixels"):
             if (value := getattr(self, name)) is not None and value < self.min_pixels:
-                raise EpisodeError(f"Limits.{name} is {value}, below min_pixels {self.min_pixels}; raise the first or lower the second")
+                raise EpisodeError(
+                    f"Limits.{name} is {value}, below min_pixels {self.min_pixels}; raise the first or lower the second"
+                )
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,23 @@ class Preset:
     rules: Rules = "strict"
     """How a turn is read."""
     bad_call: Literal["feedback", "final", "end"] = "feedback"
-    """A turn that cannot be carried out: say what was wrong and go on; say so and ask for the answer; or end the episode."""
+    """A turn that cannot be carried out: say what was wrong and go on; say so and ask for the answer; or end the
+    episode."""
     image_overflow: Literal["final", "truncate", "end"] = "final"
-    """Crops beyond ``max_images``: show none and ask for the answer; show those that fit and ask for the answer; or end the episode."""
+    """Crops beyond ``max_images``: show none and ask for the answer; show those that fit and ask for the answer; or
+    end the episode."""
     budget_split: Literal["per_image", "total"] = "per_image"
     """Whether ``Limits.max_pixels`` is each original's, or is divided by their number."""
     query_prefix: str = ""
     """Put before every non-blank query by the processor; an inquiry's ``query`` stays bare."""
     sizes: Literal["true", "first", "last", "lines", "lines_if_many"] = "true"
-    """Which sizes the first turn states: the common one, or each if they differ; the first or last image's for all; or each image's on
-    its own line (always, or if there are several)."""
+    """Which sizes the first turn states: the common one, or each if they differ; the first or last image's for all;
+    or each image's on its own line (always, or if there are several)."""
     question_block: Literal["user", "user_reduced", "user_raw_if_many"] = "user"
     """Which template holds the question."""
     interleave: bool = False
-    """Whether ``<image>`` marks in the question of a several-image episode are replaced by the images, if their numbers agree."""
+    """Whether ``<image>`` marks in the question of a several-image episode are replaced by the images, if their
+    numbers agree."""
     announce_single_turn: bool = True
     """Whether an episode of one turn uses the question block that offers no zoom."""
     close_tag_ends: bool = False
@@ -104,7 +109,8 @@ class Preset:
 
 
 _DEFAULT = Preset("default")
-"""The protocol the published model was trained with, with its accidents removed: strict reading, feedback on a bad call, true sizes."""
+"""The protocol the published model was trained with, with its accidents removed: strict reading, feedback on a bad
+call, true sizes."""
 
 _RL = Preset(
     "rl",
@@ -119,8 +125,9 @@ _RL = Preset(
 )
 """Variant A, the rollout of the published RL training.
 
-Not reproduced: one sample that outlives its own step count because another of its batch still runs; the tool call of the very last step
-being carried out though nobody reads its crops; the text being decoded and tokenised anew every turn (we keep sampled tokens).
+Not reproduced: one sample that outlives its own step count because another of its batch still runs; the tool call
+of the very last step being carried out though nobody reads its crops; the text being decoded and tokenised anew
+every turn (we keep sampled tokens).
 """
 
 _EVAL_VLLM = Preset(
@@ -136,8 +143,8 @@ _EVAL_VLLM = Preset(
 )
 """Variant B, the published vLLM evaluation, the closest to training.
 
-Not reproduced: the answer being cut out of a Python repr (backslash-n before it counted as wrong); the exact text of its error messages and
-their doubled prefix; its unseeded sampling; a failed worker's turn being sampled again.
+Not reproduced: the answer being cut out of a Python repr (backslash-n before it counted as wrong); the exact text
+of its error messages and their doubled prefix; its unseeded sampling; a failed worker's turn being sampled again.
 """
 
 _EVAL_HF = Preset(
@@ -158,8 +165,9 @@ _EVAL_HF = Preset(
 )
 """Variant C, the published transformers evaluation with the RL class.
 
-Not reproduced: its several-image layout states the rules in an unformatted, indented block (doubled braces; ours is the template
-``user_raw``); the fallback's empty queries leaving one visible end token; float16; the fixed sentence it returns for a missing answer tag.
+Not reproduced: its several-image layout states the rules in an unformatted, indented block (doubled braces; ours is
+the template ``user_raw``); the fallback's empty queries leaving one visible end token; float16; the fixed sentence
+it returns for a missing answer tag.
 """
 
 _VLMEVALKIT = Preset(
@@ -177,12 +185,16 @@ _VLMEVALKIT = Preset(
 )
 """Variant E, the published VLMEvalKit model (its RL class; 2048 tokens per turn in its SFT class).
 
-Not reproduced: its data-set specific question texts (they belong to the toolkit, not to the protocol), the doubled error prefix, and what
-`eval-hf` lists. The SFT class words the index lines of originals as if they were crops; here they are ``original_sized``.
+Not reproduced: its data-set specific question texts (they belong to the toolkit, not to the protocol), the doubled
+error prefix, and what `eval-hf` lists. The SFT class words the index lines of originals as if they were crops; here
+they are ``original_sized``.
 """
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in (_DEFAULT, _RL, _EVAL_VLLM, _EVAL_HF, _VLMEVALKIT)})
-"""All presets by name. What the published ones cannot reproduce is said beside each in this module and in `docs/protocol.md`."""
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {p.name: p for p in (_DEFAULT, _RL, _EVAL_VLLM, _EVAL_HF, _VLMEVALKIT)}
+)
+"""All presets by name. What the published ones cannot reproduce is said beside each in this module and in
+`docs/protocol.md`."""
 
 
 def get_preset(preset: str | Preset) -> Preset:

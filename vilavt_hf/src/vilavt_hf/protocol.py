@@ -1,10 +1,11 @@
 """The grammar of one assistant turn: text in, one typed outcome out.
 
-A turn is ``<think>…</think>`` followed by either a zoom request ``<tool>{"region": [{"index": int, "bbox_2d": [x1, y1, x2, y2]}],
-"query": str}</tool>`` or a final ``<answer>…</answer>``. :func:`parse_turn` never raises, whatever the text: what cannot be read is a
-:class:`Malformed` with a named reason. Two rule sets exist. ``strict`` (default) refuses what the published system accepted by accident;
-``published`` reads a turn as the published evaluators did, so that a checkpoint's scores carry over. Only the shape of a call is checked
-here; whether a box fits its image is checked by :mod:`vilavt_hf.regions`.
+A turn is ``<think>…</think>`` followed by either a zoom request ``<tool>{"region": [{"index": int, "bbox_2d": [x1,
+y1, x2, y2]}], "query": str}</tool>`` or a final ``<answer>…</answer>``. :func:`parse_turn` never raises, whatever
+the text: what cannot be read is a :class:`Malformed` with a named reason. Two rule sets exist. ``strict`` (default)
+refuses what the published system accepted by accident; ``published`` reads a turn as the published evaluators did,
+so that a checkpoint's scores carry over. Only the shape of a call is checked here; whether a box fits its image is
+checked by :mod:`vilavt_hf.regions`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class MalformedReason(StrEnum):
 class Region:
     """A rectangle of an image the model has seen.
 
-    ``index`` counts images over the whole conversation from 0; ``box`` is ``(x1, y1, x2, y2)`` in pixels of that image *as shown*.
+    ``index`` counts images over the whole conversation from 0; ``box`` is ``(x1, y1, x2, y2)`` in pixels of that
+    image *as shown*.
     """
 
     index: int
@@ -150,15 +152,23 @@ def _parse_strict(text: str) -> Action:
         thought = thought or body[:tool].strip()
         payload, trailing = _tool_payload(body[tool + len(TOOL_OPEN) :])
         if ANSWER_OPEN in trailing:
-            raise _Refusal(MalformedReason.TOOL_AND_ANSWER, "the turn holds both a tool call and an answer; it may hold one of them")
+            raise _Refusal(
+                MalformedReason.TOOL_AND_ANSWER,
+                "the turn holds both a tool call and an answer; it may hold one of them",
+            )
         if TOOL_OPEN in trailing:
-            raise _Refusal(MalformedReason.SEVERAL_TOOL_CALLS, "the turn holds more than one tool call; put all regions in one call")
+            raise _Refusal(
+                MalformedReason.SEVERAL_TOOL_CALLS,
+                "the turn holds more than one tool call; put all regions in one call",
+            )
         regions, query = _read_call(payload, "strict")
         return ToolCall(regions, query, thought, trailing.strip())
     thought = thought or body[:answer].strip()
     content, closed, trailing = body[answer + len(ANSWER_OPEN) :].partition(ANSWER_CLOSE)
     if TOOL_OPEN in (trailing if closed else content):
-        raise _Refusal(MalformedReason.TOOL_AND_ANSWER, "the turn holds both a tool call and an answer; it may hold one of them")
+        raise _Refusal(
+            MalformedReason.TOOL_AND_ANSWER, "the turn holds both a tool call and an answer; it may hold one of them"
+        )
     if not closed:
         raise _Refusal(MalformedReason.UNCLOSED_ANSWER, f"{ANSWER_OPEN} is not closed by {ANSWER_CLOSE}")
     if ANSWER_OPEN in trailing:
@@ -167,7 +177,8 @@ def _parse_strict(text: str) -> Action:
 
 
 def _parse_published(text: str) -> Action:
-    """The finish rule looks for both answer tags first; only a turn without them is read as a tool call, and the first call wins."""
+    """The finish rule looks for both answer tags first; only a turn without them is read as a tool call, and the
+    first call wins."""
     _, thought = _split_thought(text)
     if ANSWER_OPEN in text and ANSWER_CLOSE in text:
         before, _, rest = text.partition(ANSWER_OPEN)
@@ -188,7 +199,8 @@ def _parse_published(text: str) -> Action:
 
 
 def _split_thought(text: str) -> tuple[str, str]:
-    """Take the first closed think block out, if it opens before any action: tags a model merely thinks about are no action."""
+    """Take the first closed think block out, if it opens before any action: tags a model merely thinks about are no
+    action."""
     start = text.find(THINK_OPEN)
     if start < 0:
         return text, ""
@@ -200,7 +212,8 @@ def _split_thought(text: str) -> tuple[str, str]:
 
 
 def _tool_payload(rest: str) -> tuple[str, str]:
-    """Split what follows ``<tool>`` into the JSON text and the text after ``</tool>``; a closing tag inside a JSON string is text."""
+    """Split what follows ``<tool>`` into the JSON text and the text after ``</tool>``; a closing tag inside a JSON
+    string is text."""
     in_string = False
     for match in re.finditer(r'\\.|"|</tool>', rest, re.DOTALL):
         token = match.group()
@@ -224,7 +237,8 @@ def _read_call(payload: str, rules: Rules) -> tuple[tuple[Region, ...], str]:
     entries = call["region"]
     if not isinstance(entries, list):
         raise _Refusal(MalformedReason.BAD_REGION_LIST, f'"region" must be a list of objects, it is {_kind(entries)}')
-    # The published code took an empty list for a success without crops and then broke in the encoder, so both rule sets refuse it.
+    # The published code took an empty list for a success without crops and then broke in the encoder; both rule sets
+    # refuse it.
     if not entries:
         raise _Refusal(MalformedReason.EMPTY_REGION_LIST, '"region" is empty; name at least one region')
     regions = tuple(_read_region(i, entry, rules) for i, entry in enumerate(entries))
@@ -280,7 +294,9 @@ def _read_json(payload: str, rules: Rules) -> Any:
         raise _Refusal(MalformedReason.TOO_LONG, detail)
     depth = _json_depth(payload)
     if depth > MAX_TOOL_DEPTH:
-        raise _Refusal(MalformedReason.TOO_DEEP, f"the tool JSON is nested {depth} deep, at most {MAX_TOOL_DEPTH} are read")
+        raise _Refusal(
+            MalformedReason.TOO_DEEP, f"the tool JSON is nested {depth} deep, at most {MAX_TOOL_DEPTH} are read"
+        )
     try:
         return json.loads(
             payload.strip(),
@@ -289,11 +305,14 @@ def _read_json(payload: str, rules: Rules) -> Any:
             object_pairs_hook=_read_object if rules == "strict" else None,
         )
     except json.JSONDecodeError as error:
-        raise _Refusal(MalformedReason.BAD_JSON, f"the tool JSON cannot be read: {error.msg} at character {error.pos}") from None
+        raise _Refusal(
+            MalformedReason.BAD_JSON, f"the tool JSON cannot be read: {error.msg} at character {error.pos}"
+        ) from None
 
 
 def _json_depth(payload: str) -> int:
-    """Deepest bracket nesting outside strings, by one linear pass; keeps deep text away from the recursive JSON reader."""
+    """Deepest bracket nesting outside strings, by one linear pass; keeps deep text away from the recursive JSON
+    reader."""
     depth = deepest = 0
     in_string = False
     for match in re.finditer(r'\\.|["\[\]{}]', payload, re.DOTALL):
@@ -328,7 +347,9 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members: dict[str, Any] = {}
     for key, value in pairs:
         if key in members:
-            raise _Refusal(MalformedReason.DUPLICATE_KEY, f'the tool JSON names the key "{_clean(key[:40])}" twice in one object')
+            raise _Refusal(
+                MalformedReason.DUPLICATE_KEY, f'the tool JSON names the key "{_clean(key[:40])}" twice in one object'
+            )
         members[key] = value
     return members
 
@@ -339,13 +360,24 @@ def _clean(text: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number", float: "a decimal number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a decimal number",
+    }
     return names.get(type(value), "missing or null")
 
 
 def format_tool_call(call: ToolCall) -> str:
-    """Canonical ``<tool>…</tool>`` text of a call: compact JSON, whole coordinates without ``.0``; :func:`parse_turn` reads it back."""
-    region = [{"index": r.index, "bbox_2d": [int(v) if float(v).is_integer() else float(v) for v in r.box]} for r in call.regions]
+    """Canonical ``<tool>…</tool>`` text of a call: compact JSON, whole coordinates without ``.0``;
+    :func:`parse_turn` reads it back."""
+    region = [
+        {"index": r.index, "bbox_2d": [int(v) if float(v).is_integer() else float(v) for v in r.box]}
+        for r in call.regions
+    ]
     body = json.dumps({"region": region, "query": _clean(call.query)}, ensure_ascii=False, separators=(",", ":"))
     # "<\/tool>" is the same JSON string as "</tool>" and cannot close the tag early.
     return f"{TOOL_OPEN}{body.replace('</', '<' + chr(92) + '/')}{TOOL_CLOSE}"
@@ -363,7 +395,8 @@ def format_turn(action: ToolCall | Answer) -> str:
 
 
 def unbox(answer: str) -> str:
-    r"""Content of the last ``\boxed{…}`` up to its balanced brace, or the answer itself if there is none or it is not closed."""
+    r"""Content of the last ``\boxed{…}`` up to its balanced brace, or the answer itself if there is none or it is
+    not closed."""
     start = answer.rfind("\\boxed{")
     if start < 0:
         return answer

@@ -1,8 +1,9 @@
 """The crop and zoom rule: shown images in, regions of their *sources* out, enlarged, with their lineage.
 
-A region is named in pixels of an image as it was shown, which is a scaled-down view of a source picture. Its crop is taken from the source
-at full resolution, so a nested zoom always reads pixels that no earlier look has blurred. Rule and constants: the published system's
-``zoomin``, restated in `docs/protocol.md`; `tests/hf/test_regions.py` holds its golden table.
+A region is named in pixels of an image as it was shown, which is a scaled-down view of a source picture. Its crop
+is taken from the source at full resolution, so a nested zoom always reads pixels that no earlier look has blurred.
+Rule and constants: the published system's ``zoomin``, restated in `docs/protocol.md`; `tests/hf/test_regions.py`
+holds its golden table.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def smart_resize(
     max_pixels: float = MAX_PIXELS,
     factor: int = FACTOR,
 ) -> tuple[int, int]:
-    """Size at which the encoder sees an image: sides are multiples of ``factor``, the area is within the bounds, the shape is kept.
+    """Size at which the encoder sees an image: sides are multiples of ``factor``, the area is within the bounds,
+    the shape is kept.
 
     The rule of ``qwen-vl-utils`` (``smart_resize``), with Python's round-half-to-even.
 
@@ -58,10 +60,15 @@ def smart_resize(
     if height < 1 or width < 1:
         raise ImageError(f"an image of {width} x {height} px has no pixels")
     if max_pixels < min_pixels:
-        raise ImageError(f"max_pixels {max_pixels:.0f} is below min_pixels {min_pixels:.0f}; raise the first or lower the second")
+        raise ImageError(
+            f"max_pixels {max_pixels:.0f} is below min_pixels {min_pixels:.0f}; raise the first or lower the second"
+        )
     if max(height, width) / min(height, width) > MAX_ASPECT:
         ratio = max(height, width) / min(height, width)
-        raise ImageError(f"an image of {width} x {height} px has a side ratio of {ratio:.0f}, at most {MAX_ASPECT} is allowed; crop it")
+        raise ImageError(
+            f"an image of {width} x {height} px has a side ratio of {ratio:.0f}, at most {MAX_ASPECT} is allowed; "
+            "crop it"
+        )
     new_height = max(factor, round(height / factor) * factor)
     new_width = max(factor, round(width / factor) * factor)
     if new_height * new_width > max_pixels:
@@ -74,13 +81,15 @@ def smart_resize(
         new_width = math.ceil(width * grow / factor) * factor
     if new_height == 0 or new_width == 0:
         raise ImageError(
-            f"an image of {width} x {height} px has no {factor}-px row left within max_pixels {max_pixels:.0f}; raise max_pixels"
+            f"an image of {width} x {height} px has no {factor}-px row left within max_pixels {max_pixels:.0f}; "
+            "raise max_pixels"
         )
     return new_height, new_width
 
 
 def share_budget(max_pixels: float, count: int, split: Literal["per_image", "total"]) -> float:
-    """Pixels each of ``count`` originals may have: all of ``max_pixels``, or its equal share if the budget is a total."""
+    """Pixels each of ``count`` originals may have: all of ``max_pixels``, or its equal share if the budget is a
+    total."""
     return max_pixels / max(1, count) if split == "total" else max_pixels
 
 
@@ -173,7 +182,8 @@ class Gallery:
         return self.add_crops(self.plan(call.regions, max_pixels))
 
     def plan(self, regions: Iterable[Region], max_pixels: float = MAX_PIXELS) -> list[CropPlan]:
-        """Check regions and work out their crops' sizes without touching a pixel; regions name images shown before the call.
+        """Check regions and work out their crops' sizes without touching a pixel; regions name images shown before
+        the call.
 
         Raises:
             RegionError: as :meth:`crop`.
@@ -200,7 +210,8 @@ class Gallery:
         return tuple(chain)
 
     def source_box(self, index: int) -> tuple[int, int, int, int]:
-        """Where a shown image lies on its source picture, ``(x1, y1, x2, y2)`` in source pixels, truncated as the crop is."""
+        """Where a shown image lies on its source picture, ``(x1, y1, x2, y2)`` in source pixels, truncated as the
+        crop is."""
         view = self.views[index]
         width, height = self.sources[view.source].size
         x1, y1, x2, y2 = view.region
@@ -219,17 +230,26 @@ class Gallery:
                 raise RegionError(f"region {i}: box {shown} needs {axis}1 < {axis}2, it has {low:g} and {high:g}", i)
             if low < 0 or high > size:
                 raise RegionError(
-                    f"region {i}: box {shown} leaves image {region.index}, which is {width} x {height} px; keep {axis} within 0 and {size}", i
+                    f"region {i}: box {shown} leaves image {region.index}, which is {width} x {height} px; keep "
+                    f"{axis} within 0 and {size}",
+                    i,
                 )
         ox1, oy1, ox2, oy2 = parent.region
         nx1, nx2 = (ox1 + x / width * (ox2 - ox1) for x in (x1, x2))
         ny1, ny2 = (oy1 + y / height * (oy2 - oy1) for y in (y1, y2))
         source = self.sources[parent.source]
-        left, top, right, bottom = int(nx1 * source.width), int(ny1 * source.height), int(nx2 * source.width), int(ny2 * source.height)
+        left, top, right, bottom = (
+            int(nx1 * source.width),
+            int(ny1 * source.height),
+            int(nx2 * source.width),
+            int(ny2 * source.height),
+        )
         crop_width, crop_height = right - left, bottom - top
         if crop_width < 1 or crop_height < 1:
             raise RegionError(
-                f"region {i}: box {shown} covers {crop_width} x {crop_height} px of its picture, less than one pixel; name a larger box", i
+                f"region {i}: box {shown} covers {crop_width} x {crop_height} px of its picture, less than one "
+                "pixel; name a larger box",
+                i,
             )
         magnification = width / ((ox2 - ox1) * source.width)
         scale = min(MAX_MAGNIFICATION * magnification, 1 / max(nx2 - nx1, 1e-6), 1 / max(ny2 - ny1, 1e-6))
@@ -237,11 +257,18 @@ class Gallery:
         try:
             if new_width < 1 or new_height < 1:
                 raise ImageError(f"it would be shown at {new_width} x {new_height} px")
-            final_height, final_width = smart_resize(new_height, new_width, min_pixels=self.min_pixels, max_pixels=max_pixels)
+            final_height, final_width = smart_resize(
+                new_height, new_width, min_pixels=self.min_pixels, max_pixels=max_pixels
+            )
         except ImageError as error:
             raise RegionError(f"region {i}: box {shown} cannot be shown: {error}", i) from None
         return CropPlan(
-            region, parent.source, (nx1, ny1, nx2, ny2), (left, top, right, bottom), (new_width, new_height), (final_width, final_height)
+            region,
+            parent.source,
+            (nx1, ny1, nx2, ny2),
+            (left, top, right, bottom),
+            (new_width, new_height),
+            (final_width, final_height),
         )
 
     def _cut(self, plan: CropPlan) -> View:

@@ -95,7 +95,8 @@ class Segments:
             )
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale=scale).flatten(1)
+        out: Any = varlen_attn(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale=scale)
+        return out.flatten(1)
 
 
 class VisionLayout:

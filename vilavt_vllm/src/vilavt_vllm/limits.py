@@ -26,9 +26,9 @@ class EncoderLimits:
     def of(cls, config: Any, max_image_pixels: int) -> "EncoderLimits":
         """Read the caps from the model's configuration.
 
-        By default an inquiry may be as large as four of the largest images, but no larger than the largest image that
-        the stock processor allows: query-aware blocks attend over the whole inquiry, so time and memory grow with its
-        square.
+        By default an inquiry may hold as many full-size images as it may hold regions, but no more pixels than the
+        largest image that the stock processor allows: query-aware blocks attend over the whole inquiry, so time and
+        memory grow with its square.
 
         Args:
             config: the HF configuration, with vLLM's ``hf_overrides`` applied.
@@ -37,16 +37,9 @@ class EncoderLimits:
         Raises:
             LimitError: a cap is no positive integer.
         """
-        default_pixels = min(4 * max_image_pixels, max(max_image_pixels, LARGEST_STOCK_IMAGE))
-        values = {"vilavt_max_regions": 16, "vilavt_max_group_pixels": default_pixels}
-        for name, default in values.items():
-            given = getattr(config, name, None)
-            values[name] = default if given is None else given
-            if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
-                raise LimitError(
-                    f"hf_overrides: {name}={given!r} must be a positive whole number, the default is {default}"
-                )
-        return cls(values["vilavt_max_regions"], values["vilavt_max_group_pixels"])
+        regions = _positive(config, "vilavt_max_regions", 16)
+        pixels = min(regions * max_image_pixels, max(max_image_pixels, LARGEST_STOCK_IMAGE))
+        return cls(regions, _positive(config, "vilavt_max_group_pixels", pixels))
 
     @property
     def max_group_tokens(self) -> int:
@@ -90,6 +83,15 @@ class EncoderLimits:
             sizes.append((columns * TOKEN_SIDE, rows * TOKEN_SIDE))
             left -= rows * columns
         return sizes or [(TOKEN_SIDE, TOKEN_SIDE)]
+
+
+def _positive(config: Any, name: str, default: int) -> int:
+    value = getattr(config, name, None)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LimitError(f"hf_overrides: {name}={value!r} must be a positive whole number, the default is {default}")
+    return value
 
 
 def flag(name: str, value: int) -> str:

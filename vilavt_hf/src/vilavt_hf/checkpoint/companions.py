@@ -50,8 +50,8 @@ def bring_companions(
 ) -> Companions:
     """Copy the companion files into `target`, each from the first folder of `sources` that has it.
 
-    The query tokenizer comes from a ``query_tokenizer/`` folder in `sources`, else from the tokenizer files of the first
-    folder in `query_tokenizer_sources` that has them. Nothing is fetched from anywhere.
+    The query tokenizer comes from a ``query_tokenizer/`` folder in `sources`, else from the tokenizer files of the
+    first folder in `query_tokenizer_sources` that has them. Nothing is fetched from anywhere.
     """
     brought = []
     for name in _FILES:
@@ -99,7 +99,9 @@ def missing_companions(folder: Path) -> list[Missing]:
     """The parts that chat, training and serving need and `folder` lacks."""
     missing = []
     if not (folder / "generation_config.json").is_file():
-        missing.append(Missing("generation_config.json", "copy it from the base model; greedy defaults are used without"))
+        missing.append(
+            Missing("generation_config.json", "copy it from the base model; greedy defaults are used without")
+        )
     if not has_tokenizer(folder):
         missing.append(Missing("tokenizer.json", "pass --processor with the folder of the base model"))
     elif not _has_chat_template(folder):
@@ -110,8 +112,8 @@ def missing_companions(folder: Path) -> list[Missing]:
         missing.append(
             Missing(
                 f"{QUERY_TOKENIZER}/",
-                "pass --query-encoder with the folder of the query encoder (Qwen3-Embedding), or copy its tokenizer files "
-                f"into {QUERY_TOKENIZER}/; queries cannot be tokenised without",
+                "pass --query-encoder with the folder of the query encoder (Qwen3-Embedding), or copy its tokenizer "
+                f"files into {QUERY_TOKENIZER}/; queries cannot be tokenised without",
             )
         )
     return missing

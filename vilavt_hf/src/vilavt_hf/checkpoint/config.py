@@ -150,11 +150,11 @@ def check_query_encoder(encoder: Mapping[str, Any], shapes: Mapping[str, tuple[i
     """
     for name, shape in query_encoder_tensors(encoder).items():
         if name not in shapes:
-            raise CheckpointError(f"{origin} calls for the query encoder tensor {name} {list(shape)}, which is not there")
+            raise CheckpointError(
+                f"{origin} calls for the query encoder tensor {name} {list(shape)}, which is not there"
+            )
         if tuple(shapes[name]) != shape:
             raise CheckpointError(
                 f"{origin} calls for {name} with shape {list(shape)}, the checkpoint has {list(shapes[name])}; "
                 "it is the configuration of another query encoder"
             )
-
-

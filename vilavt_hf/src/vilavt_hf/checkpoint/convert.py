@@ -143,9 +143,13 @@ def verify_same_tensors(first: str | os.PathLike, second: str | os.PathLike) -> 
     for name, a in one.items():
         b = two[name]
         if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise CheckpointError(f"{name} is {a.dtype} {list(a.shape)} in {first}, {b.dtype} {list(b.shape)} in {second}")
+            raise CheckpointError(
+                f"{name} is {a.dtype} {list(a.shape)} in {first}, {b.dtype} {list(b.shape)} in {second}"
+            )
         if (a.start, a.stop) == (b.start, b.stop) and a.path.samefile(b.path):
-            sha256_of(file_range(a.path, a.start, a.stop))  # the same bytes on disk: reading them proves they can be read
+            sha256_of(
+                file_range(a.path, a.start, a.stop)
+            )  # the same bytes on disk: reading them proves they can be read
             continue
         digests = [sha256_of(file_range(tensor.path, tensor.start, tensor.stop)) for tensor in (a, b)]
         if digests[0] != digests[1]:
@@ -186,7 +190,9 @@ def _text_encoder(checkpoint: Checkpoint, folder: Path | None) -> tuple[dict[str
 def _query_tokenizer_sources(checkpoint: Checkpoint, query_encoder: str | os.PathLike | None) -> list[Path]:
     if query_encoder is not None:
         return [Path(query_encoder)]
-    path = checkpoint.config.get("embedding_model_path")  # written by the published training code; a hub id is no folder
+    path = checkpoint.config.get(
+        "embedding_model_path"
+    )  # written by the published training code; a hub id is no folder
     return [Path(path)] if isinstance(path, str) and Path(path).is_dir() else []
 
 

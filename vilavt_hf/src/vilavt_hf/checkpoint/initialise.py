@@ -73,9 +73,9 @@ def initialise_checkpoint(
 ) -> InitialisationReport:
     """Write a ViLaVT whose weights are those of `base` and `query_encoder`, plus new ``instruct_*`` and ``text_proj``.
 
-    New weights are N(0, 0.02), new biases zero. Each new tensor has its own stream, derived from `seed` and its name, so
-    the same seed gives the same tensor whatever else is new. Tensors of the sources keep their bytes and types; new ones
-    have the type of the vision tower.
+    New weights are N(0, 0.02), new biases zero. Each new tensor has its own random stream, derived from `seed` and its
+    name, so the same seed gives the same tensor whatever else is new. Tensors of the sources keep their bytes and
+    types; new ones have the type of the vision tower.
 
     Args:
         base: a Qwen2.5-VL checkpoint, old flat or nested tensor names.
@@ -99,11 +99,15 @@ def initialise_checkpoint(
         raise CheckpointError(f"{base} is not a stock Qwen2.5-VL but: {kind.value}")
     encoder_config = query_encoder_config(query_encoder)
     encoder_entries, ignored = _encoder_entries(encoder)
-    check_query_encoder(encoder_config, {name: e.shape for name, e in encoder_entries.items()}, str(query_encoder / CONFIG))
+    check_query_encoder(
+        encoder_config, {name: e.shape for name, e in encoder_entries.items()}, str(query_encoder / CONFIG)
+    )
     depth = stock.config.get("vision_config", {}).get("depth", 0)
     outside = [i for i in fullatt_block_indexes or () if not 0 <= i < depth]
     if outside:
-        raise CheckpointError(f"fullatt block {outside[0]} does not exist: the vision tower has blocks 0 to {depth - 1}")
+        raise CheckpointError(
+            f"fullatt block {outside[0]} does not exist: the vision tower has blocks 0 to {depth - 1}"
+        )
     config = vilavt_config(
         stock.config,
         encoder_config,
@@ -219,6 +223,4 @@ def _write_prompts(prompts: str | os.PathLike, partial: Path) -> None:
         return
     from ..prompts import PromptSet
 
-    PromptSet.load(prompts).save(partial / PROMPTS)
-
-
+    PromptSet.load(str(prompts)).save(partial / PROMPTS)

@@ -93,13 +93,16 @@ def inspect_checkpoint(folder: str | os.PathLike) -> Inspection:
     root = Path(folder)
     if root.is_dir() and not (root / CONFIG).exists():
         if any(root.glob("model_world_size_*_rank_*.pt")) or any(root.glob("actor/model_world_size_*_rank_*.pt")):
-            raise CheckpointError(f"{root} holds FSDP shards; merge them with `vilavt merge {root} DST`, then inspect DST")
+            raise CheckpointError(
+                f"{root} holds FSDP shards; merge them with `vilavt merge {root} DST`, then inspect DST"
+            )
         raise CheckpointError(f"{root} has no {CONFIG}: it is not a checkpoint")
     checkpoint = Checkpoint.open(root)
     config = checkpoint.config
     vision = config.get("vision_config") or {}
     flavour = detect_flavour(checkpoint)
-    problems, notes = list(checkpoint.problems), []
+    problems = list(checkpoint.problems)
+    notes: list[str] = []
     if flavour in (Flavour.OURS, Flavour.PUBLISHED_RL, Flavour.PUBLISHED_SFT):
         errors, notes = _model_problems(checkpoint)
         problems += errors
@@ -139,7 +142,9 @@ def detect_flavour(checkpoint: Checkpoint) -> Flavour:
         return Flavour.OURS if ours else Flavour.PUBLISHED_RL
     if config.get("model_type") in ("qwen2_5_vl", "qwen2_5_vl_text"):
         vision = config.get("vision_config") or {}
-        added = any(name.startswith(("text_encoder.", "text_proj.")) or "instruct_" in name for name in checkpoint.tensors)
+        added = any(
+            name.startswith(("text_encoder.", "text_proj.")) or "instruct_" in name for name in checkpoint.tensors
+        )
         return Flavour.PUBLISHED_SFT if added or vision.get("integration_point") else Flavour.STOCK
     return Flavour.QUERY_ENCODER if config.get("model_type") == "qwen3" else Flavour.UNKNOWN
 

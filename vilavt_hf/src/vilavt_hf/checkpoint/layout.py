@@ -108,8 +108,8 @@ def read_shard(path: Path) -> Shard:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file has {size}; "
-                "copy it again"
+                f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file "
+                f"has {size}; copy it again"
             )
         raw = file.read(length)
     try:
@@ -130,8 +130,9 @@ def read_shard(path: Path) -> Shard:
         expected = tensor.numel * DTYPE_BYTES[tensor.dtype] if tensor.dtype in DTYPE_BYTES else tensor.nbytes
         if tensor.start != position or tensor.nbytes != expected:
             raise CheckpointError(
-                f"{path}: {tensor.name} ({tensor.dtype}, {list(tensor.shape)}) takes bytes {tensor.start}..{tensor.stop}, "
-                f"expected {position}..{position + expected}; the file is damaged, copy it again"
+                f"{path}: {tensor.name} ({tensor.dtype}, {list(tensor.shape)}) takes bytes "
+                f"{tensor.start}..{tensor.stop}, expected {position}..{position + expected}; "
+                "the file is damaged, copy it again"
             )
         position = tensor.stop
     if position != size:
@@ -186,7 +187,11 @@ class Checkpoint:
             pickled = sorted(path.name for path in root.glob("*.bin"))
             problems.append(
                 f"{root} has no safetensors files"
-                + (f", only {pickled[:3]}: save it with safe_serialization=True (pickles are not read)" if pickled else "")
+                + (
+                    f", only {pickled[:3]}: save it with safe_serialization=True (pickles are not read)"
+                    if pickled
+                    else ""
+                )
             )
         shards = []
         for name in on_disk:
@@ -457,10 +462,14 @@ def disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             + (f"; {' or '.join(map(repr, fitting))} would fit" if fitting else "")
         )
     missing = sorted(
-        name for name in expected if name not in shapes and name not in optional and not ("instruct_" in name and stored != called)
+        name
+        for name in expected
+        if name not in shapes and name not in optional and not ("instruct_" in name and stored != called)
     )
     if missing:
-        errors.append(f"{len(missing)} tensors are missing: {', '.join(missing[:6])}{', …' if len(missing) > 6 else ''}")
+        errors.append(
+            f"{len(missing)} tensors are missing: {', '.join(missing[:6])}{', …' if len(missing) > 6 else ''}"
+        )
     wrong = [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]]
     for name in wrong[:4]:
         errors.append(f"{name} has shape {list(shapes[name])}, config.json calls for {list(expected[name])}")
@@ -468,7 +477,9 @@ def disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         errors.append(f"{len(wrong) - 4} more tensors have another shape than config.json calls for")
     extra = sorted(name for name in shapes if name not in expected and "instruct_" not in name)
     if extra:
-        notes.append(f"{len(extra)} tensors are not part of the model: {', '.join(extra[:6])}{', …' if len(extra) > 6 else ''}")
+        notes.append(
+            f"{len(extra)} tensors are not part of the model: {', '.join(extra[:6])}{', …' if len(extra) > 6 else ''}"
+        )
     return errors, notes
 
 

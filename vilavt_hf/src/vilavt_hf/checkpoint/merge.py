@@ -1,8 +1,8 @@
 """Merge the shards that FSDP training (EasyR1, verl) writes per process into one safetensors checkpoint.
 
 ``model_world_size_W_rank_R.pt`` holds rank R's part of every tensor as a DTensor. The files are memory-mapped and read
-with ``weights_only=True`` (no code in a pickle runs); a few megabytes at a time are cast and written, so memory does not
-grow with the model.
+with ``weights_only=True`` (no code in a pickle runs); a few megabytes at a time are cast and written, so memory
+does not grow with the model.
 """
 
 import itertools
@@ -123,7 +123,7 @@ def merge_shards(
     plans, mesh = _plan(ranks.states, files, _expected_or_empty(raw_config))
     encoder = _text_encoder(raw_config, settings, query_encoder, plans)
     final = vilavt_config(raw_config, encoder, architecture=architecture)
-    if is_tied(final) and plans.pop("lm_head.weight", None):
+    if is_tied(final) and plans.pop("lm_head.weight", None) is not None:
         logger.info("lm_head.weight is tied to the embedding and left out, as published checkpoints do")
     errors, notes = disagreements(final, {name: plan.shape for name, plan in plans.items()})
     if errors:
@@ -181,7 +181,9 @@ def _rank_files(folder: Path) -> list[Path]:
             f"(model_world_size_{world_size}_rank_{missing[0]}.pt); copy it from the machine that wrote it"
         )
     if extra := sorted(ranks.keys() - set(range(world_size))):
-        raise CheckpointError(f"{folder} has rank {extra[0]} of world size {world_size}; ranks are 0 to {world_size - 1}")
+        raise CheckpointError(
+            f"{folder} has rank {extra[0]} of world size {world_size}; ranks are 0 to {world_size - 1}"
+        )
     return [ranks[rank] for rank in range(world_size)]
 
 
@@ -211,7 +213,7 @@ def _readable_dtensors() -> Iterator[None]:
 
 
 class _Ranks:
-    """The shards of all ranks, memory-mapped. Mappings are renewed now and then, which lets go of the pages read so far."""
+    """The shards of all ranks, memory-mapped. Mappings are renewed now and then, to let go of the pages read so far."""
 
     def __init__(self, files: list[Path]):
         self.files = files
@@ -267,7 +269,7 @@ def _load_rank(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _expected_or_empty(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """`expected_tensors`, which tells a replicated plain tensor from a part of one; nothing if the sizes are unknown."""
+    """`expected_tensors`, to tell a replicated plain tensor from a part of one; nothing if the sizes are unknown."""
     try:
         return expected_tensors(config)
     except CheckpointError:
@@ -302,11 +304,13 @@ def _plan_dtensor(name: str, values: list[Any], files: list[Path]) -> tuple[_Pla
     sharded = [i for i, placement in enumerate(spec.placements) if not placement.is_replicate()]
     if len(sharded) > 1 or any(type(spec.placements[i]) is not Shard for i in sharded):
         raise CheckpointError(
-            f"{name} is placed as {spec.placements} on the mesh {mesh}; only one sharded dimension (FSDP, or HSDP with a "
+            f"{name} is placed as {spec.placements} on the mesh {mesh}; only one sharded dimension (FSDP, HSDP with a "
             "replicated one) can be merged, not tensor parallelism"
         )
     if sorted(ranks.flatten().tolist()) != list(range(len(values))):
-        raise CheckpointError(f"{name} lies on ranks {ranks.flatten().tolist()} of a mesh {mesh}, there are {len(values)} shards")
+        raise CheckpointError(
+            f"{name} lies on ranks {ranks.flatten().tolist()} of a mesh {mesh}, there are {len(values)} shards"
+        )
     shape = tuple(spec.tensor_meta.shape)
     if any(tuple(value._spec.tensor_meta.shape) != shape for value in values):
         raise CheckpointError(f"{name} has different full shapes on different ranks; the shards are of different runs")
@@ -324,7 +328,7 @@ def _plan_dtensor(name: str, values: list[Any], files: list[Path]) -> tuple[_Pla
 
 
 def _mesh_ranks(mesh: Any) -> torch.Tensor:
-    """(mesh shape) ranks. A mesh pickled by an older torch keeps them as an attribute, where newer ones compute them."""
+    """(mesh shape) ranks. A mesh pickled by an older torch has them as an attribute; newer ones compute them."""
     stored = vars(mesh).get("mesh")
     return stored if isinstance(stored, torch.Tensor) else mesh.mesh
 
@@ -391,7 +395,7 @@ def _bytes(plan: _Plan, ranks: "_Ranks", dtype: torch.dtype) -> Iterator[memoryv
         ranks.count(whole.nbytes)
         chunks = iter(whole.reshape(-1).split(_CHUNK_ELEMENTS))
     for chunk in chunks:
-        yield memoryview(chunk.to(dtype, copy=True).view(torch.uint8).numpy())
+        yield chunk.to(dtype, copy=True).view(torch.uint8).numpy().data
 
 
 def _write_weights(sources: list[TensorSource], partial: Path, max_shard_bytes: int) -> None:

@@ -18,17 +18,27 @@ from .layout import Checkpoint, TensorEntry
 from .writing import file_range, write_json
 
 PROVENANCE = "provenance.json"
-_PACKAGES = ("vilavt-hf", "vilavt-vllm", "vilavt-rl", "vilavt-vlmeval", "torch", "transformers", "safetensors", "numpy", "pillow")
+_PACKAGES = (
+    "vilavt-hf",
+    "vilavt-vllm",
+    "vilavt-rl",
+    "vilavt-vlmeval",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
 _SAMPLE = 256
 
 
 def fingerprint(folder: str | os.PathLike, exact: bool = False) -> str:
     """SHA-256 (hex) that identifies a checkpoint's model.
 
-    It covers every tensor's published name, dtype and shape, three samples of 256 bytes of its data, and the settings of
-    the vision tower that change the computation. So it costs milliseconds, is the same for the same weights however they
-    are sharded, named (nested or flat) or flavoured, and changes with training. A change confined to bytes between the
-    samples is only seen with `exact`, which reads everything.
+    It covers every tensor's published name, dtype and shape, three samples of 256 bytes of its data, and the settings
+    of the vision tower that change the computation. So it costs milliseconds, is the same for the same weights however
+    they are sharded, named (nested or flat) or flavoured, and changes with training. A change confined to bytes between
+    the samples is only seen with `exact`, which reads everything.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -113,6 +123,9 @@ def _git_state() -> dict[str, Any] | None:
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # a venv inside some repository is not that repository
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None

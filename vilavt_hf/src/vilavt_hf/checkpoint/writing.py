@@ -49,7 +49,9 @@ def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterat
         if not target.is_dir() or target.is_symlink():
             raise CheckpointError(f"{target} is not a plain folder and is not replaced; choose another destination")
         if not (target / CONFIG).exists() and any(target.iterdir()):
-            raise CheckpointError(f"{target} has files but no {CONFIG}: not a checkpoint, so --force does not delete it")
+            raise CheckpointError(
+                f"{target} has files but no {CONFIG}: not a checkpoint, so --force does not delete it"
+            )
     for stale in target.parent.glob(f"{target.name}.partial-*"):
         logger.warning("%s was left by an interrupted run and can be deleted", stale)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def separate_folders(source: str | os.PathLike, destination: str | os.PathLike) 
 
 
 def place_file(source: Path, target: Path, link: bool = True) -> bool:
-    """Hard-link `source` to `target` if asked to and possible, else copy it in chunks. Returns whether it was linked."""
+    """Hard-link `source` to `target` if asked to and possible, else copy it in chunks. True if it was linked."""
     real = source.resolve()  # the hub's cache holds symbolic links; a link to a link would dangle once moved
     if link:
         try:

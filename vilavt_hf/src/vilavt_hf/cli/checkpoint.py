@@ -30,7 +30,8 @@ class MergeDtype(StrEnum):
 
 
 QueryEncoder = Annotated[
-    Path | None, typer.Option("--query-encoder", help="Folder of the query encoder (Qwen3-Embedding): config, tokenizer.")
+    Path | None,
+    typer.Option("--query-encoder", help="Folder of the query encoder (Qwen3-Embedding): config, tokenizer."),
 ]
 Processor = Annotated[
     Path | None, typer.Option("--processor", help="Folder whose processor and tokenizer files fill in what is missing.")
@@ -47,7 +48,9 @@ def convert(
     architecture: ClassName = Architecture.VILAVT,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weights instead of hard-linking them.")] = False,
     force: Force = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare names, shapes, types and SHA-256 afterwards.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare names, shapes, types and SHA-256 afterwards.")
+    ] = False,
 ) -> None:
     """Turn an SFT-format checkpoint into the RL/vLLM format."""
     from ..checkpoint import convert_checkpoint
@@ -147,7 +150,8 @@ def init(
     )
     typer.echo(
         f"{out}: {report.base_tensors} tensors of the base, {report.query_encoder_tensors} of the query encoder, "
-        f"{len(report.new_tensors)} new ({report.new_parameters:,} parameters, N(0, 0.02), biases 0, seed {report.seed})"
+        f"{len(report.new_tensors)} new ({report.new_parameters:,} parameters, N(0, 0.02), biases 0, "
+        f"seed {report.seed})"
     )
     typer.echo(f"query-aware blocks: {_list(report.query_aware_blocks)}")
     typer.echo("new: " + ", ".join(report.new_tensors))
@@ -185,9 +189,13 @@ def _print_inspection(found: "Inspection") -> None:
 
     console = Console()
     names = ", ".join(found.architectures) or "none"
-    console.print(f"[bold]{found.folder.name}[/bold]: {found.flavour.value} (model_type {found.model_type}, class {names})")
+    console.print(
+        f"[bold]{found.folder.name}[/bold]: {found.flavour.value} (model_type {found.model_type}, class {names})"
+    )
     depth = f" of {found.depth}" if found.depth else ""
-    console.print(f"integration point: {found.integration_point}; query-aware blocks: {_list(found.query_aware_blocks)}{depth}")
+    console.print(
+        f"integration point: {found.integration_point}; query-aware blocks: {_list(found.query_aware_blocks)}{depth}"
+    )
     console.print(f"full attention blocks: {_list(found.fullatt_block_indexes)}")
     table = Table("part", "parameters", "size")
     table.columns[1].justify = table.columns[2].justify = "right"

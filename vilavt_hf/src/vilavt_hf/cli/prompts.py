@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 
 def register(app: typer.Typer) -> None:
     """Add the ``prompts`` commands."""
-    group = typer.Typer(help="Prompt sets: show one, or import one from a checkout of the published system.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Prompt sets: show one, or import one from a checkout of the published system.", no_args_is_help=True
+    )
     app.add_typer(group, name="prompts")
 
     @group.command("import")
     def import_command(
-        checkout: Path = typer.Argument(help="Root of your own checkout of the published repository; its files are parsed, never run."),
-        out: Path = typer.Option(help="Folder to write, usually CHECKPOINT/prompts."),
-        name: str = typer.Option("imported", help="Name of the set."),
-        force: bool = typer.Option(False, "--force", help="Replace a set that is there already."),
+        checkout: Annotated[
+            Path, typer.Argument(help="Root of your own checkout of the published repository; its files are never run.")
+        ],
+        out: Annotated[Path, typer.Option(help="Folder to write, usually CHECKPOINT/prompts.")],
+        name: Annotated[str, typer.Option(help="Name of the set.")] = "imported",
+        force: Annotated[bool, typer.Option("--force", help="Replace a set that is there already.")] = False,
     ) -> None:
         """Read the prompts of a checkout into a folder that a checkpoint can carry."""
         from ..errors import PromptError
@@ -33,7 +38,9 @@ def register(app: typer.Typer) -> None:
 
     @group.command("show")
     def show_command(
-        name: str = typer.Argument(help="A built-in set (default, tiny), a prompt folder, or a checkpoint that carries one."),
+        name: str = typer.Argument(
+            help="A built-in set (default, tiny), a prompt folder, or a checkpoint that carries one."
+        ),
         template: str = typer.Option("", help="Only this template, exactly as it is."),
     ) -> None:
         """Print every template of a set."""
@@ -44,7 +51,9 @@ def register(app: typer.Typer) -> None:
         prompts = PromptSet.load(folder if (folder / "prompts.json").is_file() else name)
         if template:
             if template not in prompts.templates:
-                raise PromptError(f"prompt set {prompts.name!r} has no template {template!r}; it has {sorted(prompts.templates)}")
+                raise PromptError(
+                    f"prompt set {prompts.name!r} has no template {template!r}; it has {sorted(prompts.templates)}"
+                )
             typer.echo(prompts.templates[template], nl=False)
             return
         typer.echo(f"{prompts.name}, version {prompts.version}, sha256 {prompts.sha256}")

@@ -1,8 +1,9 @@
 """Prompt sets: every sentence the model is given, as template files that a checkpoint can carry.
 
-A set is a folder with one ``<template>.txt`` per name in :data:`TEMPLATES` and a ``prompts.json`` (name, version). A template is used byte
-for byte, the line end at its end included. ``$name`` or ``${name}`` is a placeholder, ``$$`` a dollar sign. Substituted values are never
-scanned again, so a question that contains ``$image`` stays text. ``$image`` marks where the picture itself goes.
+A set is a folder with one ``<template>.txt`` per name in :data:`TEMPLATES` and a ``prompts.json`` (name, version).
+A template is used byte for byte, the line end at its end included. ``$name`` or ``${name}`` is a placeholder,
+``$$`` a dollar sign. Substituted values are never scanned again, so a question that contains ``$image`` stays text.
+``$image`` marks where the picture itself goes.
 """
 
 from __future__ import annotations
@@ -43,12 +44,20 @@ TEMPLATES: Mapping[str, TemplateInfo] = MappingProxyType(
         "original_sized": _info("the same, with the size as shown", "image", "index width height", "original"),
         "crop": _info("one crop and its index line, in a tool response", "image", "index width height"),
         "images_one": _info("first line of the question block: one image", "", "width height"),
-        "images_many": _info("first line of the question block: several images, one size for all", "", "count last width height"),
-        "images_many_unsized": _info("first line of the question block: several images, no size", "", "count last", "images_many"),
+        "images_many": _info(
+            "first line of the question block: several images, one size for all", "", "count last width height"
+        ),
+        "images_many_unsized": _info(
+            "first line of the question block: several images, no size", "", "count last", "images_many"
+        ),
         "user": _info("the question block; $images is the first line above", "question", "images"),
-        "user_reduced": _info("the question block of the toolkit preset: no heading, fewer rules", "question", "images", "user"),
+        "user_reduced": _info(
+            "the question block of the toolkit preset: no heading, fewer rules", "question", "images", "user"
+        ),
         "user_raw": _info("the question block when the question comes first and bare", "question", "images", "user"),
-        "user_no_zoom": _info("the question block of an episode whose first turn is its last", "question", "images", "user"),
+        "user_no_zoom": _info(
+            "the question block of an episode whose first turn is its last", "question", "images", "user"
+        ),
         "follow_up": _info("a later question in the same conversation", "question"),
         "continue": _info("end of a tool response: go on"),
         "final": _info("end of the last tool response: answer now"),
@@ -82,10 +91,14 @@ class PromptSet:
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", MappingProxyType(dict(self.templates)))
         if unknown := sorted(set(self.templates) - set(TEMPLATES)):
-            raise PromptError(f"prompt set {self.name!r} has unknown templates {unknown}; known are {sorted(TEMPLATES)}")
+            raise PromptError(
+                f"prompt set {self.name!r} has unknown templates {unknown}; known are {sorted(TEMPLATES)}"
+            )
         missing = [n for n, info in TEMPLATES.items() if n not in self.templates and info.falls_back_to is None]
         if missing:
-            raise PromptError(f"prompt set {self.name!r} lacks the templates {missing}; add {', '.join(n + '.txt' for n in missing)}")
+            raise PromptError(
+                f"prompt set {self.name!r} lacks the templates {missing}; add {', '.join(n + '.txt' for n in missing)}"
+            )
         for name, text in self.templates.items():
             self._check(name, text)
         canonical = json.dumps([self.name, self.version, sorted(self.templates.items())], ensure_ascii=False)
@@ -97,17 +110,23 @@ class PromptSet:
         for match in _PLACEHOLDER.finditer(text):
             if match.group() == "$":
                 raise PromptError(
-                    f"prompt set {self.name!r}, template {name!r}: a bare $ at character {match.start()}; write $$ for a dollar sign"
+                    f"prompt set {self.name!r}, template {name!r}: a bare $ at character {match.start()}; write "
+                    "$$ for a dollar sign"
                 )
             if not match.group(1):
                 found.append(match.group(2) or match.group(3))
         if unknown := sorted(set(found) - info.needs - info.may):
             allowed = sorted(info.needs | info.may)
-            raise PromptError(f"prompt set {self.name!r}, template {name!r}: unknown placeholders {unknown}; it may use {allowed}")
+            raise PromptError(
+                f"prompt set {self.name!r}, template {name!r}: unknown placeholders {unknown}; it may use {allowed}"
+            )
         if missing := sorted(info.needs - set(found)):
             raise PromptError(f"prompt set {self.name!r}, template {name!r}: placeholders {missing} are missing")
         if found.count("image") > 1:
-            raise PromptError(f"prompt set {self.name!r}, template {name!r}: $image occurs {found.count('image')} times, it must occur once")
+            raise PromptError(
+                f"prompt set {self.name!r}, template {name!r}: $image occurs {found.count('image')} times, it "
+                "must occur once"
+            )
 
     @property
     def sha256(self) -> str:
@@ -115,7 +134,8 @@ class PromptSet:
         return self._sha256
 
     def render(self, template: str, **values: str | int | tuple[Part, ...]) -> tuple[Part, ...]:
-        """Fill a template; texts of neighbouring pieces are joined, ``image=<index>`` becomes an ``int`` piece, a tuple is pieces.
+        """Fill a template; texts of neighbouring pieces are joined, ``image=<index>`` becomes an ``int`` piece, a
+        tuple is pieces.
 
         Raises:
             PromptError: unknown template name, or a placeholder without a value.
@@ -124,7 +144,9 @@ class PromptSet:
         while name not in self.templates:
             stand_in = TEMPLATES[name].falls_back_to if name in TEMPLATES else None
             if stand_in is None:
-                raise PromptError(f"prompt set {self.name!r} has no template {template!r}; known are {sorted(TEMPLATES)}")
+                raise PromptError(
+                    f"prompt set {self.name!r} has no template {template!r}; known are {sorted(TEMPLATES)}"
+                )
             name = stand_in
         text, done = self.templates[name], 0
         pieces: list[Part] = []
@@ -155,7 +177,9 @@ class PromptSet:
         for name, text in self.templates.items():
             (directory / f"{name}.txt").write_bytes(text.encode())
         manifest = {"format": FORMAT, "name": self.name, "version": self.version, "sha256": self.sha256}
-        (directory / "prompts.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (directory / "prompts.json").write_text(
+            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         return directory
 
     @classmethod
@@ -170,16 +194,25 @@ class PromptSet:
             directory = Path(__file__).parent / path_or_name
         manifest_file = directory / "prompts.json"
         if not manifest_file.is_file():
-            raise PromptError(f"no prompt set {str(path_or_name)!r}: no {manifest_file.name} there; built in are {builtin_names()}")
+            raise PromptError(
+                f"no prompt set {str(path_or_name)!r}: no {manifest_file.name} there; built in are {builtin_names()}"
+            )
         try:
             manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
             if not isinstance(manifest, dict):
                 raise ValueError("it is not an object")
-            texts = {n: (directory / f"{n}.txt").read_bytes().decode() for n in TEMPLATES if (directory / f"{n}.txt").is_file()}
+            texts = {
+                n: (directory / f"{n}.txt").read_bytes().decode()
+                for n in TEMPLATES
+                if (directory / f"{n}.txt").is_file()
+            }
         except (ValueError, RecursionError) as error:
             raise PromptError(f"prompt set {str(directory)!r} cannot be read: {error}") from None
         if manifest.get("format", FORMAT) != FORMAT:
-            raise PromptError(f"prompt set {str(directory)!r} has format {manifest['format']}, this version reads {FORMAT}; update vilavt-hf")
+            raise PromptError(
+                f"prompt set {str(directory)!r} has format {manifest['format']}, this version reads {FORMAT}; "
+                "update vilavt-hf"
+            )
         return cls(str(manifest.get("name", directory.name)), texts, str(manifest.get("version", "1")))
 
 

@@ -1,7 +1,8 @@
 """Read a prompt set out of a user's own checkout of the published system.
 
-The released checkpoint was trained on that wording, and it is not ours to ship. The files are parsed with :mod:`ast`, never executed or
-imported. Constants are recognised by the names the published files use, and otherwise by what they must contain.
+The released checkpoint was trained on that wording, and it is not ours to ship. The files are parsed with
+:mod:`ast`, never executed or imported. Constants are recognised by the names the published files use, and otherwise
+by what they must contain.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class ImportReport:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        rows = [f"{name:20} {c.place}{' (recognised by content)' if name in self.guessed else ''}" for name, c in self.found.items()]
+        rows = [
+            f"{name:20} {c.place}{' (recognised by content)' if name in self.guessed else ''}"
+            for name, c in self.found.items()
+        ]
         rows += [f"{name:20} built-in wording; not part of the checkout" for name in self.from_default]
         return rows + [f"not parsed: {name}" for name in self.skipped_files]
 
@@ -110,7 +114,8 @@ def import_prompts(checkout: str | Path, name: str = "imported") -> ImportReport
         name: name of the new set.
 
     Raises:
-        PromptError: no such folder, no prompt found, a needed one missing, or two different texts under one name; lists the candidates.
+        PromptError: no such folder, no prompt found, a needed one missing, or two different texts under one name;
+            lists the candidates.
     """
     root = Path(checkout)
     if not root.is_dir():
@@ -130,7 +135,10 @@ def import_prompts(checkout: str | Path, name: str = "imported") -> ImportReport
     formatted = {node.func.value.id for tree in trees.values() for node in ast.walk(tree) if _is_format_call(node)}  # type: ignore[attr-defined]
     candidates = [c for relative, tree in trees.items() for c in _candidates(relative, tree, formatted)]
     if not candidates:
-        raise PromptError(f"{root}: no prompt texts in {len(files)} Python files; give the root of a checkout of the published repository")
+        raise PromptError(
+            f"{root}: no prompt texts in {len(files)} Python files; give the root of a checkout of the published "
+            "repository"
+        )
     found, guessed = {}, []
     for template in _NAMES:
         choice, by_name = _choose(template, candidates)
@@ -154,7 +162,8 @@ def import_prompts(checkout: str | Path, name: str = "imported") -> ImportReport
 
 
 def _assemble(template: str, text: str) -> str:
-    """In the published layout a picture stands before its index line, and the bare question before the several-image block."""
+    """In the published layout a picture stands before its index line, and the bare question before the
+    several-image block."""
     if template in ("original", "original_sized", "crop"):
         return "${image}" + text
     return "${question}" + text if template == "user_raw" else text
@@ -173,7 +182,9 @@ def _choose(template: str, candidates: list[Candidate]) -> tuple[Candidate | Non
 def _only(template: str, candidates: list[Candidate]) -> Candidate:
     if len({c.template for c in candidates}) > 1:
         listed = "; ".join(c.place for c in candidates)
-        raise PromptError(f"{template}: {len({c.template for c in candidates})} different texts, one is needed: {listed}")
+        raise PromptError(
+            f"{template}: {len({c.template for c in candidates})} different texts, one is needed: {listed}"
+        )
     return candidates[0]
 
 
@@ -202,23 +213,28 @@ def _is_format_call(node: ast.AST) -> bool:
 
 def _candidates(file: str, tree: ast.Module, formatted: set[str]) -> Iterator[Candidate]:
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         text = _text_of(node.value) if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None else None
         for target in targets:
             if text is not None and isinstance(target, ast.Name):
                 yield from _constant(target.id, file, node.lineno, text, formatted)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in _NAMES["fallback_user"]:
-            yield from _question_of(node, file)
-        elif isinstance(node, ast.FunctionDef) and node.name in _NAMES["user_raw"]:
-            yield from _block_of(node, file)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name in _NAMES["fallback_user"]:
+            yield from _question_of(function, file)
+        elif isinstance(function, ast.FunctionDef) and function.name in _NAMES["user_raw"]:
+            yield from _block_of(function, file)
 
 
 def _constant(name: str, file: str, line: int, text: str, formatted: set[str]) -> Iterator[Candidate]:
-    """A text that is ``.format``-ted somewhere has fields and escaped braces; one that is not is taken literally, doubled braces too."""
+    """A text that is ``.format``-ted somewhere has fields and escaped braces; one that is not is taken literally,
+    doubled braces too."""
     fields = _format_fields(text)
     if fields is not None and (name in formatted or (fields and fields <= set(_FIELDS))):
         if unknown := sorted(fields - set(_FIELDS)):
+            if all(name not in names for names in _NAMES.values()):
+                return
             raise PromptError(f"{name} ({file}:{line}): fields {unknown} are not known; known are {sorted(_FIELDS)}")
         yield Candidate(name, file, line, _translate(text), frozenset(_FIELDS[f] for f in fields), True)
     elif fields is not None or "<" in text:
@@ -230,9 +246,15 @@ def _question_of(function: ast.FunctionDef, file: str) -> Iterator[Candidate]:
     for node in ast.walk(function):
         if not isinstance(node, ast.JoinedStr):
             continue
-        names = {v.value.id if isinstance(v.value, ast.Name) else "" for v in node.values if isinstance(v, ast.FormattedValue)}
+        names = {
+            v.value.id if isinstance(v.value, ast.Name) else ""
+            for v in node.values
+            if isinstance(v, ast.FormattedValue)
+        }
         if names and all(_FIELDS.get(n) == "question" for n in names):
-            pieces = [str(v.value).replace("$", "$$") if isinstance(v, ast.Constant) else "${question}" for v in node.values]
+            pieces = [
+                str(v.value).replace("$", "$$") if isinstance(v, ast.Constant) else "${question}" for v in node.values
+            ]
             yield Candidate(function.name, file, node.lineno, "".join(pieces), frozenset({"question"}), True)
             return
 
@@ -248,7 +270,8 @@ def _block_of(function: ast.FunctionDef, file: str) -> Iterator[Candidate]:
 
 
 def _text_of(node: ast.expr) -> str | None:
-    """The value of a string expression made of constants, ``+`` and argument-free ``strip`` calls; None for anything else."""
+    """The value of a string expression made of constants, ``+`` and argument-free ``strip`` calls; None for
+    anything else."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

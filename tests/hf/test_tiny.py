@@ -1,0 +1,223 @@
+"""The tiny model: scenes, the token stream it is trained on, and what the shipped checkpoint reaches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vilavt_hf.episode import Episode
+from vilavt_hf.presets import Limits
+from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn, parse_turn
+from vilavt_hf.regions import Gallery
+from vilavt_hf.tiny import evaluate as evaluation
+from vilavt_hf.tiny.model import fast_encoder, tiny_processor
+from vilavt_hf.tiny.scenes import CELL, CROP, MAX_PIXELS, SHOWN, Kind, ask, make_scene, query_for, scan_ids
+from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example
+from vilavt_hf.train.collator import ImageGroup
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def encoder(processor):
+    return Encoder(processor.tokenizer, processor.prompts)
+
+
+def scene_and_question(kind, seed=0, split="train"):
+    rng = np.random.default_rng([seed, list(Kind).index(kind)])
+    scene = make_scene(rng, split)
+    return scene, ask(rng, scene, kind), rng
+
+
+def test_no_scan_is_in_two_splits():
+    splits = [set(scan_ids(name).tolist()) for name in ("train", "dev", "heldout")]
+    assert [len(s) for s in splits] == [1237, 200, 360]
+    assert len(set.union(*splits)) == 1797
+
+
+def test_a_scene_is_a_function_of_its_seed():
+    first, _, _ = scene_and_question(Kind.SUM, 3)
+    again, _, _ = scene_and_question(Kind.SUM, 3)
+    assert first.cards == again.cards
+    assert first.image.tobytes() == again.image.tobytes()
+
+
+def test_colours_are_unique_and_cards_stay_inside_their_cells():
+    for seed in range(20):
+        scene, _, _ = scene_and_question(Kind.ONE, seed)
+        assert len({c.colour for c in scene.cards}) == len(scene.cards)
+        for card in scene.cards:
+            x1, y1, x2, y2 = (4 * v for v in card.cell_box)
+            assert x1 <= card.box[0] < card.box[2] <= x2
+            assert y1 <= card.box[1] < card.box[3] <= y2
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_training_pictures_are_what_the_crop_rule_shows(kind):
+    scene, question, _ = scene_and_question(kind)
+    gallery = Gallery()
+    shown = gallery.add_original(scene.image, MAX_PIXELS)
+    assert shown.image.size == (SHOWN, SHOWN)
+    assert shown.image.tobytes() == scene.shown().tobytes()
+    first, *later = question.calls()
+    for view, card in zip(gallery.crop(first, MAX_PIXELS), question.targets, strict=True):
+        assert view.image.size == (CROP, CROP)
+        assert view.image.tobytes() == scene.cell(card).tobytes()
+    for call in later:
+        (view,) = gallery.crop(call, MAX_PIXELS)
+        assert view.image.tobytes() == scene.quadrant(question.targets[0]).tobytes()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("at_the_limit", [False, True])
+def test_the_training_stream_is_the_episode_s_stream(processor, encoder, kind, at_the_limit):
+    scene, question, rng = scene_and_question(kind, 1)
+    example = episode_example(encoder, scene, question, rng, final_prompt=at_the_limit)
+    calls = question.calls()
+    turns = [*calls, Answer(question.answer, question.final_thought())]
+    limits = Limits(max_turns=len(turns) if at_the_limit else 5, max_pixels=MAX_PIXELS)
+    episode = Episode.start(
+        [scene.image], question.text, tokenizer=processor.tokenizer, prompts=processor.prompts, limits=limits
+    )
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for turn in turns:
+        assert episode.next_request() is not None
+        ids = processor.tokenizer.encode(format_turn(turn), add_special_tokens=False, split_special_tokens=True)
+        episode.feed([*ids, end])
+    assert episode.result.answer == question.answer
+    record = episode.record
+    assert record.token_ids == list(example.input_ids)
+    assert [int(label != -100) for label in example.labels] == record.loss_mask
+    assert [i.query for i in record.inquiries] == [g.query for g in example.groups]
+    for inquiry, group in zip(record.inquiries, example.groups, strict=True):
+        assert [i.tobytes() for i in inquiry.images] == [i.tobytes() for i in group.images]
+
+
+def test_the_no_zoom_stream_is_the_episode_s_stream(processor, encoder):
+    scene, question, _ = scene_and_question(Kind.ONE, 2)
+    example = direct_example(encoder, scene, question)
+    episode = Episode.start(
+        [scene.image],
+        question.text,
+        tokenizer=processor.tokenizer,
+        prompts=processor.prompts,
+        limits=Limits(max_turns=1, max_pixels=MAX_PIXELS),
+    )
+    prompt = episode.next_request().all_token_ids
+    assert list(example.input_ids)[: len(prompt)] == prompt
+    assert set(example.labels[: len(prompt)]) == {-100}
+
+
+def test_every_small_integer_is_one_token_and_text_survives_the_round_trip(processor):
+    tokenizer = processor.tokenizer
+    assert all(len(tokenizer.encode(str(i))) == 1 for i in range(300))
+    for text in ("Where is it?  ünïcödé 12345 <think>no</think>", 'a {"region":[{"index":0}]} b\n\n'):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_in_text_stay_text(processor):
+    tokenizer = processor.tokenizer
+    ids = tokenizer.encode("<|image_pad|>", add_special_tokens=False, split_special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") not in ids
+
+
+def test_the_tokenizer_is_the_same_every_time(processor):
+    assert tiny_processor().tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_a_call_takes_about_twenty_tokens(processor):
+    _, question, _ = scene_and_question(Kind.ONE, 2)
+    (call,) = question.calls()
+    text = format_turn(call)
+    assert len(processor.tokenizer.encode(text)) < 30
+    parsed = parse_turn(text)
+    assert (parsed.regions, parsed.query, parsed.thought) == (call.regions, call.query, call.thought)
+
+
+def test_the_fast_image_path_gives_the_processor_s_tensors(processor):
+    scene, question, _ = scene_and_question(Kind.SUM, 4)
+    groups = [
+        ImageGroup((scene.shown(),)),
+        ImageGroup(tuple(scene.cell(c) for c in question.targets), question.query),
+        ImageGroup((scene.cell(scene.cards[0]),), query_for(scene.cards[:1])),
+    ]
+    fast, slow = fast_encoder(processor)(groups), processor.encode_inquiries(groups)
+    assert set(fast) == set(slow)
+    torch.testing.assert_close(fast.pop("pixel_values"), slow.pop("pixel_values"), atol=1e-5, rtol=0)
+    for name, value in slow.items():
+        assert torch.equal(fast[name], value), name
+
+
+def test_a_random_box_is_another_cell_of_the_same_size():
+    scene, question, _ = scene_and_question(Kind.PAIR, 5)
+    sample = evaluation.Sample([scene.image], question.text, data=evaluation.Task(scene, question))
+    (call,) = question.calls()
+    nested = ToolCall((Region(1, (0, CELL, CELL, 2 * CELL)),), "q")
+    for given in (call, nested):
+        (moved,) = INTERVENE(sample, given).regions
+        assert moved.index == given.regions[0].index
+        assert moved.box != given.regions[0].box
+        assert (moved.box[2] - moved.box[0], moved.box[3] - moved.box[1]) == (CELL, CELL)
+
+
+INTERVENE = evaluation.INTERVENTIONS["random_box"].transform_call
+
+
+def test_the_wilson_interval_has_its_known_values():
+    low, high = evaluation.Rate(45, 50).interval
+    assert (round(low, 3), round(high, 3)) == (0.786, 0.957)
+    assert evaluation.Rate(0, 0).interval == (0.0, 1.0)
+
+
+def test_the_question_set_is_fixed_and_large_enough():
+    counts = evaluation.COUNTS
+    assert sum(counts.values()) >= 500
+    few = evaluation.tasks("heldout", 20)
+    assert {t.question.kind for t in few} == set(Kind)
+    assert [t.question for t in few] == [t.question for t in evaluation.tasks("heldout", 20)]
+
+
+def test_a_plain_classifier_reads_the_crop_but_not_the_first_look():
+    figures = evaluation.pixel_classifier("dev", scenes=250)
+    assert figures["pixel_first_look"] < 0.25
+    assert figures["pixel_zoomed"] > 0.75
+
+
+def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for():
+    chat = evaluation.load(SHIPPED)
+    todo = evaluation.tasks("heldout", 60)
+    right = {}
+    for mode in ("full", "no_zoom", "random_box"):
+        results = evaluation.run(chat, todo, mode)
+        assert not [r.error for r in results if r.error]
+        right[mode] = np.mean([r.answer == t.question.answer for r, t in zip(results, todo, strict=True)])
+        if mode == "full":
+            coverage = np.mean([evaluation.covers(r, t) for r, t in zip(results, todo, strict=True)])
+    swaps = [t for t in evaluation.tasks("heldout", 120) if t.other is not None]
+    answers = evaluation.run(chat, swaps, "follows_swap")
+    followed = np.mean([r.answer == str(t.other.digit) for r, t in zip(answers, swaps, strict=True)])
+    # well under the published table, far above what a broken model reaches
+    assert coverage >= 0.8
+    assert right["full"] >= 0.65
+    assert right["full"] - right["no_zoom"] >= 0.3
+    assert right["full"] - right["random_box"] >= 0.25
+    assert followed >= 0.6
+
+
+def test_the_shipped_checkpoint_is_small_and_says_where_it_came_from():
+    size = sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file())
+    assert size < 10_000_000
+    record = json.loads((SHIPPED / "provenance.json").read_text())
+    assert record["command"].startswith("vilavt tiny build")
+    assert [s["name"].split("_")[0] for s in record["stages"]][:3] == ["read", "place", "talk"]
+    questions = json.loads((SHIPPED.parent / "pictures" / "questions.json").read_text())
+    assert len(questions) == 3
+    assert all((SHIPPED.parent / "pictures" / q["image"]).is_file() for q in questions)

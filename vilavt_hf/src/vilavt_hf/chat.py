@@ -1,0 +1,798 @@
+"""Ask a ViLaVT about pictures: episodes over a local model, one alone, several in a batch, streamed, or with follow-up
+questions.
+
+:class:`VilavtChat` ties the parts together: :mod:`vilavt_hf.episode` decides what happens next, :mod:`vilavt_hf.engine`
+computes it, each image and token once. A conversation that fails does not take the others of its batch along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from .engine import Engine, Row, Sampled, Sampler, Work
+from .episode import Episode, Inquiry, Record, Request, Result, Turn
+from .errors import CheckpointError, EngineError
+from .images import ImageLimits, load_image
+from .presets import Limits, Preset, Sampling, get_preset
+from .prompts import PromptSet
+from .protocol import Answer, Region, ToolCall, parse_turn
+from .regions import MAX_PIXELS, View
+
+if TYPE_CHECKING:
+    from .modeling_vilavt import VilavtForConditionalGeneration
+    from .processing_vilavt import VilavtProcessor
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "vilavt_chat.json"
+"""File in a checkpoint folder that says how the checkpoint wants to be run; see :func:`save_chat_settings`."""
+
+ImageSource = str | Path | bytes | Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question about some images."""
+
+    images: Sequence[ImageSource]
+    question: str
+    id: str | None = None
+    """Named in errors and results; also varies the seed."""
+    seed: int | None = None
+    """Drives this sample's sampling alone; None: made from the chat's seed and `id`."""
+    limits: Limits | None = None
+    """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
+    data: Any = None
+    """Anything; not read here, handed to the hooks of an `Intervention`."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Changes to what really happens, behind the back of the text: for ablations. Every hook is optional.
+
+    No zoom is not a hook: give the sample ``Limits(max_turns=1)``, and the prompt set says so in its own words.
+    """
+
+    transform_call: Callable[[Sample, ToolCall], ToolCall] | None = None
+    """Before cropping. Only the regions of the returned call matter; the stream keeps the call the model wrote.
+    (Random box.)
+    """
+    transform_inquiry: Callable[[Sample, Inquiry], Sequence[Inquiry]] | None = None
+    """Before encoding; the images must stay, in order, the query and the grouping may change. (No query, swapped
+    query, no joint.)
+    """
+    forced_turns: Callable[[Sample, int], str | Sequence[int] | None] | None = None
+    """Assistant turn number i (from 0) as text or token ids, instead of sampling it; None: sample it. (Teacher
+    boxes.)
+    """
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a result depends on besides the images and the question."""
+
+    preset: str
+    limits: Limits
+    sampling: Sampling
+    seed: int
+    prompts: str
+    prompts_sha256: str
+    checkpoint: str | None
+    """Folder or hub id the model came from; None: a model made in this process."""
+    fingerprint: str | None
+    """`vilavt_hf.checkpoint.fingerprint` of the folder, or the hub commit."""
+    dtype: str
+    device: str
+    attention: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class ChatResult:
+    """What came of one question."""
+
+    question: str
+    sample_id: str | None
+    episode: Result | None
+    """How the conversation ended, with all turns, images and inquiries; None if it failed."""
+    record: Record | None
+    """The token stream up to the end or the failure."""
+    provenance: Provenance
+    work: Work
+    """Cost of the whole conversation so far; both ratios are 1.00."""
+    seconds: float
+    """Wall time from the first request to the end; in a batch it includes the others' share of the machine."""
+    error: Exception | None = None
+    fallback: Result | None = None
+    """The forced-answer conversation of presets that have one."""
+
+    @property
+    def answer(self) -> str | None:
+        """The answer, or None."""
+        for result in (self.episode, self.fallback):
+            if result is not None and result.answer is not None:
+                return result.answer
+        return None
+
+    @property
+    def finish(self) -> str:
+        """A `FinishReason`, or ``error``."""
+        return "error" if self.episode is None else str(self.episode.finish)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Assistant turns; none if the conversation failed."""
+        return () if self.episode is None else self.episode.turns
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All images as shown, in conversation order."""
+        return () if self.episode is None else self.episode.views
+
+    def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
+        """Plain JSON data; with `include_images` every shown image as a PNG data URL."""
+        out: dict[str, Any] = {
+            "sample_id": self.sample_id,
+            "question": self.question,
+            "answer": self.answer,
+            "finish": self.finish,
+            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+        }
+        if self.episode is not None:
+            out |= {k: v for k, v in self.episode.to_json(include_images=include_images).items() if k not in out}
+        if self.fallback is not None:
+            out["fallback"] = self.fallback.to_json()
+        ratios = {"patches_ratio": self.work.patches_ratio, "tokens_ratio": self.work.tokens_ratio}
+        out["work"] = asdict(self.work) | ratios
+        out["seconds"] = self.seconds
+        out["provenance"] = asdict(replace(self.provenance, versions={})) | {"versions": dict(self.provenance.versions)}
+        return out
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the assistant's text, cut between characters, never inside one."""
+
+    turn: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallEvent:
+    """The turn asks for a zoom."""
+
+    turn: int
+    call: ToolCall
+
+
+@dataclass(frozen=True, eq=False)
+class CropsEvent:
+    """The zoom was carried out: these images are shown next."""
+
+    turn: int
+    views: tuple[View, ...]
+    image_indices: tuple[int, ...]
+    query: str
+
+
+@dataclass(frozen=True)
+class RefusedEvent:
+    """The turn could not be carried out."""
+
+    turn: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class AnswerEvent:
+    """The turn answers."""
+
+    turn: int
+    answer: str
+    thought: str
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """Always the last event."""
+
+    result: ChatResult
+
+
+Event = TextDelta | ToolCallEvent | CropsEvent | RefusedEvent | AnswerEvent | Finished
+
+
+@dataclass(eq=False)
+class _Run:
+    """One conversation on its way."""
+
+    sample: Sample
+    seed: int
+    row: Row
+    intervention: Intervention
+    stream: bool = False
+    episode: Episode | None = None
+    main: Episode | None = None
+    """The episode that ended without an answer, while its fallback runs in `episode`."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    shown: int = 0
+    """Sampled tokens of the turn whose text was streamed."""
+    began: float = field(default_factory=time.perf_counter)
+    asked: float = 0.0
+    spent: Work = field(default_factory=Work)
+    """Work on rows that were closed."""
+    before: Work = field(default_factory=Work)
+
+
+class VilavtChat:
+    """Runs episodes on a local model.
+
+    Args:
+        model: in eval mode.
+        processor: its processor, with a query tokenizer.
+        preset: how episodes run; see :mod:`vilavt_hf.presets`.
+        limits: budgets. None: the preset's, with the pixel bounds of the image processor where they are tighter, and
+            the context the language model was made for.
+        sampling: how tokens are chosen. None: the preset's (the default preset is greedy).
+        seed: for sampling.
+        prompts: wording. None: the checkpoint's own, else the built-in ``default``.
+        max_batch_size: conversations that run side by side.
+        image_limits: caps on files.
+        allow_urls: whether an image may be an http(s) URL.
+        checkpoint: where the model came from, for the record.
+        fingerprint: of the checkpoint, for the record.
+    """
+
+    def __init__(
+        self,
+        model: VilavtForConditionalGeneration,
+        processor: VilavtProcessor,
+        *,
+        preset: str | Preset = "default",
+        limits: Limits | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        prompts: PromptSet | str | None = None,
+        max_batch_size: int = 8,
+        image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
+        allow_urls: bool = False,
+        checkpoint: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.preset = get_preset(preset)
+        self.limits = limits or _fitting_limits(self.preset.limits, model, processor)
+        self.sampling = sampling or self.preset.sampling
+        self.seed = seed
+        named = PromptSet.load(prompts) if isinstance(prompts, str) else prompts
+        self.prompts = named or processor.prompts or PromptSet.load("default")
+        self.max_batch_size = max_batch_size
+        self.image_limits, self.allow_urls = image_limits, allow_urls
+        self.checkpoint, self.fingerprint = checkpoint, fingerprint
+        self._choose = Sampler(self.sampling)
+        self._stops = frozenset(
+            int(i) for i in processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        attn_implementation: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> VilavtChat:
+        """Load a checkpoint folder or hub id.
+
+        Args:
+            path: a folder in our format, or a hub id. A folder's ``vilavt_chat.json`` gives the defaults of `preset`
+                and `limits`.
+            dtype: ``auto`` is the checkpoint's own.
+            device: ``auto`` is CUDA if there is one, else the CPU.
+            attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: the library's choice.
+            model_kwargs: for the model's `from_pretrained`, e.g. ``revision``.
+            settings: for the constructor.
+
+        Raises:
+            CheckpointError: no such folder, or its settings file is wrong.
+        """
+        from .modeling_vilavt import VilavtForConditionalGeneration
+        from .processing_vilavt import VilavtProcessor
+
+        folder = Path(path)
+        if not folder.is_dir() and (
+            folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
+        ):
+            raise CheckpointError(f"{path}: no such folder, and not a hub id (owner/name); check the path")
+        kwargs = dict(model_kwargs or {})
+        if attn_implementation is not None:
+            kwargs["attn_implementation"] = attn_implementation
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = str(path)
+        if folder.is_dir():
+            from .checkpoint import fingerprint
+
+            # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
+            settings.setdefault("fingerprint", fingerprint(folder))
+            settings = _read_settings(folder, settings)
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        try:
+            model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
+            processor = VilavtProcessor.from_pretrained(name, **hub)
+        except OSError as error:
+            raise CheckpointError(f"{name}: cannot be loaded: {error}") from error
+        settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
+        return cls(model.to(device).eval(), processor, checkpoint=name, **settings)
+
+    # ------------------------------------------------------------------ asking
+
+    def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> ChatResult:
+        """Ask one question.
+
+        Raises:
+            VilavtError: an image cannot be loaded, …: what `ask_many` would put in `ChatResult.error`.
+        """
+        result = self.ask_many([Sample(_several(images), question, seed=seed, limits=limits)])[0]
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def ask_many(
+        self,
+        samples: Iterable[Sample | tuple[Any, str]],
+        *,
+        intervention: Intervention | None = None,
+        progress: bool = False,
+    ) -> list[ChatResult]:
+        """Ask many questions, `max_batch_size` at a time.
+
+        Args:
+            samples: `Sample`, or pairs of (images, question).
+            intervention: changes for ablations.
+            progress: show a bar.
+
+        Returns:
+            One result per sample, in their order. One that failed has ``finish == "error"`` and the exception in
+            ``error``.
+        """
+        samples = list(samples)
+        results: dict[int, ChatResult] = {}
+        bar = None
+        if progress:
+            from tqdm.auto import tqdm
+
+            bar = tqdm(total=len(samples), unit="question")
+        for index, result in self.iter_many(samples, intervention=intervention):
+            results[index] = result
+            if bar is not None:
+                bar.update()
+        if bar is not None:
+            bar.close()
+        return [results[i] for i in range(len(samples))]
+
+    def iter_many(
+        self, samples: Iterable[Sample | tuple[Any, str]], *, intervention: Intervention | None = None
+    ) -> Iterator[tuple[int, ChatResult]]:
+        """Like :meth:`ask_many`, but yields (place, result) as conversations end; images are loaded when their turn
+        comes.
+        """
+        engine = self._engine()
+        places: dict[int, int] = {}
+
+        def runs() -> Iterator[_Run]:
+            for place, entry in enumerate(samples):
+                sample = entry if isinstance(entry, Sample) else Sample(_several(entry[0]), entry[1])
+                seed = self._seed_of(sample)
+                run = _Run(sample, seed, engine.open(seed, sample.id or str(place)), intervention or Intervention())
+                places[id(run)] = place
+                yield run
+
+        for run, event in self._drive(engine, runs()):
+            if isinstance(event, Finished):
+                engine.close(run.row)
+                yield places.pop(id(run)), event.result
+
+    def stream(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> Iterator[Event]:
+        """Ask one question and watch: text as it is sampled, zooms, crops, the answer; `Finished` comes last.
+
+        Raises:
+            VilavtError: as :meth:`ask`.
+        """
+        yield from self.conversation(images, seed=seed, limits=limits).stream(question)
+
+    def conversation(
+        self,
+        images: ImageSource | Sequence[ImageSource] = (),
+        *,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> Conversation:
+        """Start a conversation in which several questions can be asked; `limits` count anew for every question."""
+        return Conversation(self, Sample(_several(images), "", seed=seed, limits=limits))
+
+    # ------------------------------------------------------------------ running
+
+    def _engine(self) -> Engine:
+        def encode(inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
+            return self.processor.encode_inquiries(inquiries, query_prefix=self.preset.query_prefix or None)
+
+        return Engine(self.model, encode, choose=self._choose, max_batch_size=self.max_batch_size)
+
+    def _seed_of(self, sample: Sample) -> int:
+        if sample.seed is not None:
+            return sample.seed
+        if sample.id is None:
+            return self.seed
+        return int.from_bytes(hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:6], "big")
+
+    def _drive(self, engine: Engine, runs: Iterator[_Run]) -> Iterator[tuple[_Run, Event]]:
+        """Keep the engine full, and turn its tokens into events."""
+        active: dict[Row, _Run] = {}
+
+        def carry_on(run: _Run, events: Callable[[], Iterator[Event]]) -> Iterator[tuple[_Run, Event]]:
+            active.pop(run.row, None)
+            finished = False
+            for event in self._guard(run, events):
+                finished = isinstance(event, Finished)
+                yield run, event
+            if not finished:
+                active[run.row] = run  # another row than before if its fallback has begun
+
+        while True:
+            while len(active) < engine.max_batch_size and (run := next(runs, None)) is not None:
+                yield from carry_on(run, partial(self._begin, engine, run))
+            if not engine.busy:
+                return
+            for sampled in engine.step():
+                run = active[sampled.row]
+                yield from carry_on(run, partial(self._take, engine, run, sampled))
+
+    def _guard(self, run: _Run, events: Callable[[], Iterator[Event]]) -> Iterator[Event]:
+        """What goes wrong in one conversation ends that one, as its result."""
+        try:
+            yield from events()
+        except Exception as error:
+            logger.debug("sample %s failed", run.row.name, exc_info=True)
+            yield Finished(self._result(run, error))
+
+    def _begin(self, engine: Engine, run: _Run) -> Iterator[Event]:
+        if run.episode is None:
+            images = [
+                load_image(source, self.image_limits, allow_urls=self.allow_urls, rules=self.preset.rules)
+                for source in run.sample.images
+            ]
+            run.episode = Episode.start(
+                images,
+                run.sample.question,
+                tokenizer=self.processor.tokenizer,
+                prompts=self.prompts,
+                preset=self.preset,
+                limits=run.sample.limits or self.limits,
+                sample_id=run.row.name or None,
+            )
+        yield from self._advance(engine, run)
+
+    def _advance(self, engine: Engine, run: _Run) -> Iterator[Event]:
+        """Submit the episode's next request, carry out forced turns, or finish."""
+        assert run.episode is not None
+        while (request := run.episode.next_request()) is not None:
+            hooks, run.asked = run.intervention, time.perf_counter()
+            inquiries = self._inquiries(run, request)
+            forced = None if hooks.forced_turns is None else hooks.forced_turns(run.sample, request.turn)
+            if forced is None:
+                engine.submit(run.row, request, inquiries)
+                return
+            ids = self._encode_turn(forced) if isinstance(forced, str) else list(forced)
+            engine.force(run.row, request, ids, inquiries)
+            run.ids, run.logprobs = ids, []
+            if run.stream:
+                yield from self._text(run, whole=True)
+            yield from self._fed(run, "stop")
+        if run.main is None and (fallback := run.episode.fallback()) is not None:
+            run.main, run.episode = run.episode, fallback
+            run.spent += run.row.work
+            engine.close(run.row)
+            run.row = engine.open(run.seed, run.row.name)
+            yield from self._advance(engine, run)
+            return
+        yield Finished(self._result(run))
+
+    def _inquiries(self, run: _Run, request: Request) -> list[Inquiry] | None:
+        change = run.intervention.transform_inquiry
+        if change is None:
+            return None
+        changed = [list(change(run.sample, inquiry)) for inquiry in request.new_inquiries]
+        for inquiry, parts in zip(request.new_inquiries, changed, strict=True):
+            if [index for part in parts for index in part.image_indices] != list(inquiry.image_indices):
+                raise EngineError(
+                    f"sample {run.row.name}, turn {request.turn}: transform_inquiry returned other images than "
+                    f"{list(inquiry.image_indices)}; it may change queries and grouping only"
+                )
+        return [part for parts in changed for part in parts]
+
+    def _take(self, engine: Engine, run: _Run, sampled: Sampled) -> Iterator[Event]:
+        if sampled.error is not None:
+            raise sampled.error
+        assert sampled.token_id is not None
+        assert sampled.logprob is not None
+        run.ids.append(sampled.token_id)
+        run.logprobs.append(sampled.logprob)
+        if run.stream:
+            yield from self._text(run, whole=sampled.finish is not None)
+        if sampled.finish is not None:
+            yield from self._fed(run, sampled.finish)
+            yield from self._advance(engine, run)
+
+    def _fed(self, run: _Run, finish: str) -> Iterator[Event]:
+        """Give the episode a whole turn and say what came of it."""
+        assert run.episode is not None
+        seconds = time.perf_counter() - run.asked
+        with _AlteredCrops(run, self._decode(run.ids)):
+            turn = run.episode.feed(
+                run.ids,
+                logprobs=run.logprobs or None,
+                finish="length" if finish == "length" else "stop",
+                seconds=seconds,
+            )
+        run.ids, run.logprobs, run.shown = [], [], 0
+        if isinstance(turn.action, ToolCall):
+            yield ToolCallEvent(turn.index, turn.action)
+            if turn.views:
+                yield CropsEvent(turn.index, turn.views, turn.image_indices, turn.action.query)
+        elif isinstance(turn.action, Answer):
+            yield AnswerEvent(turn.index, turn.action.text, turn.action.thought)
+        if turn.problem is not None:
+            yield RefusedEvent(turn.index, turn.problem)
+
+    def _text(self, run: _Run, *, whole: bool) -> Iterator[TextDelta]:
+        """Text that was not streamed yet; an unfinished character (bytes of it are still missing) waits unless the
+        turn ends.
+        """
+        assert run.episode is not None
+        text = self._decode(run.ids[run.shown :])
+        if text and (whole or not text.endswith("\ufffd")):
+            run.shown = len(run.ids)
+            yield TextDelta(len(run.episode.turns), text)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if ids and ids[-1] in self._stops:
+            ids = ids[:-1]
+        if not ids:
+            return ""
+        decode = self.processor.tokenizer.decode
+        return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encode_turn(self, text: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [*ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+    def _result(self, run: _Run, error: Exception | None = None) -> ChatResult:
+        main = run.main or run.episode
+        fallback = run.episode if run.main is not None else None
+        limits = run.sample.limits or self.limits
+        return ChatResult(
+            question=run.sample.question,
+            sample_id=run.sample.id,
+            episode=main.result if main is not None and main.finished and error is None else None,
+            record=None if main is None else main.record,
+            provenance=self.provenance(run.seed, limits),
+            work=run.spent + run.row.work,
+            seconds=time.perf_counter() - run.began,
+            error=error,
+            fallback=fallback.result if fallback is not None and fallback.finished else None,
+        )
+
+    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+        """What a result of this chat depends on."""
+        return Provenance(
+            preset=self.preset.name,
+            limits=limits or self.limits,
+            sampling=self.sampling,
+            seed=seed,
+            prompts=self.prompts.name,
+            prompts_sha256=self.prompts.sha256,
+            checkpoint=self.checkpoint,
+            fingerprint=self.fingerprint,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(self.model.device),
+            attention=str(self.model.config._attn_implementation),
+            versions=_versions(),
+        )
+
+
+class Conversation:
+    """Several questions about the same images; later ones pay only for what they add. Made by
+    `VilavtChat.conversation`.
+    """
+
+    def __init__(self, chat: VilavtChat, sample: Sample) -> None:
+        self._chat = chat
+        self._sample = sample
+        self._engine = chat._engine()
+        self._seed = chat._seed_of(sample)
+        self._row = self._engine.open(self._seed)
+        self._episode: Episode | None = None
+        self._busy = False
+
+    def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+        """Ask the next question, about further `images` too if given; `ChatResult.episode.turns` are this question's.
+
+        Raises:
+            VilavtError: an image cannot be loaded, or an earlier question failed half-way.
+        """
+        for event in self._events(question, images, stream=False):
+            if isinstance(event, Finished):
+                return event.result
+        raise EngineError("the conversation ended without a result")
+
+    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> Iterator[Event]:
+        """Like :meth:`ask`, as events. Leaving the loop early ends the conversation."""
+        return self._events(question, images, stream=True)
+
+    def close(self) -> None:
+        """Free the conversation's keys and values; further questions are refused."""
+        self._engine.close(self._row)
+
+    def _events(self, question: str, images: ImageSource | Sequence[ImageSource], stream: bool) -> Iterator[Event]:
+        if self._busy:
+            raise EngineError(
+                "the previous question of this conversation is still being answered; finish its stream first"
+            )
+        chat = self._chat
+        more = _several(images)
+        if self._episode is None:
+            sample = replace(self._sample, question=question, images=[*self._sample.images, *more])
+            run = _Run(sample, self._seed, self._row, Intervention(), stream)
+        else:
+            loaded = [
+                load_image(i, chat.image_limits, allow_urls=chat.allow_urls, rules=chat.preset.rules) for i in more
+            ]
+            sample = replace(self._sample, question=question, images=more)
+            run = _Run(sample, self._seed, self._row, Intervention(), stream, self._episode.follow_up(question, loaded))
+        self._busy, done = True, False
+        try:
+            for _, event in chat._drive(self._engine, iter([run])):
+                if isinstance(event, Finished):
+                    done = event.result.error is None
+                    if event.result.error is not None:
+                        raise event.result.error
+                    episode = run.main or run.episode
+                    # An episode that ended before its first turn left nothing to continue.
+                    self._episode = episode if run.row.tokens else self._episode
+                yield event
+        finally:
+            self._busy = False
+            if not done and run.row.tokens:
+                self._engine.close(run.row)
+
+
+def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None) -> Path:
+    """Write how a checkpoint wants to be run: ``vilavt_chat.json``, read by `VilavtChat.from_pretrained`.
+
+    Args:
+        folder: the checkpoint.
+        preset: name of a preset.
+        limits: fields of `Limits` that differ from the preset's.
+
+    Raises:
+        CheckpointError: an unknown field.
+    """
+    settings = {"preset": preset, "limits": dict(limits or {})}
+    path = Path(folder) / SETTINGS
+    _settings_of(settings, path)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _settings_of(data: Any, path: Path) -> tuple[Preset, dict[str, Any]]:
+    known = {f.name for f in fields(Limits)}
+    if not isinstance(data, dict) or set(data) - {"preset", "limits"} or not isinstance(data.get("limits", {}), dict):
+        raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}}}')
+    limits = data.get("limits", {})
+    if unknown := sorted(set(limits) - known):
+        raise CheckpointError(f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return get_preset(str(data.get("preset", "default"))), limits
+
+
+def _read_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments, with the folder's settings file as the defaults of preset and limits."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return settings
+    try:
+        preset, limits = _settings_of(json.loads(path.read_text(encoding="utf-8")), path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    chosen = get_preset(settings.get("preset") or preset)
+    return settings | {"preset": replace(chosen, limits=replace(chosen.limits, **limits))}
+
+
+def _fitting_limits(limits: Limits, model: Any, processor: Any) -> Limits:
+    """A preset's limits, no looser than the image processor's pixel bounds and the language model's context."""
+    size = processor.image_processor.size
+    low, high = size["shortest_edge"], size["longest_edge"]
+    minimum = max(limits.min_pixels, low or 0)
+    maximum = max(minimum, min(limits.max_pixels, high or MAX_PIXELS))
+    crop = limits.crop_max_pixels
+    return replace(
+        limits,
+        min_pixels=minimum,
+        max_pixels=maximum,
+        crop_max_pixels=None if crop is None else max(minimum, crop),
+        max_context=limits.max_context or model.config.text_config.max_position_embeddings,
+    )
+
+
+class _AlteredCrops:
+    """While a turn is carried out, crop what `transform_call` says instead of what the model wrote."""
+
+    def __init__(self, run: _Run, text: str) -> None:
+        self._run, self._text = run, text
+
+    def __enter__(self) -> None:
+        run, change = self._run, self._run.intervention.transform_call
+        if change is None or run.episode is None:
+            return
+        action = parse_turn(self._text, run.episode.preset.rules)
+        if not isinstance(action, ToolCall):
+            return
+        gallery, regions = run.episode.gallery, change(run.sample, action).regions
+        plan = gallery.plan
+
+        def altered(_: Iterable[Region], max_pixels: float = MAX_PIXELS) -> Any:
+            return plan(regions, max_pixels)
+
+        # An episode crops through its gallery; an instance attribute reaches this conversation only.
+        gallery.plan = altered  # type: ignore[method-assign, assignment]
+
+    def __exit__(self, *error: object) -> None:
+        if self._run.episode is not None:
+            vars(self._run.episode.gallery).pop("plan", None)
+
+
+def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    return [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("vilavt-hf", "torch", "transformers", "pillow"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,234 @@
+"""``vilavt ask`` and ``vilavt demo``: one question about your pictures, or three about the shipped ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import CheckpointError, ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
+    from ..chat import ChatResult, Event, VilavtChat
+
+NO_ANSWER = 3
+"""Exit code when the conversation ended without an answer."""
+
+
+class Dtype(StrEnum):
+    """Type the weights are loaded as."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes CUDA if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type the weights are loaded as; auto is the checkpoint's.")]
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder in our format, or a hub id.")],
+    image: Annotated[list[str], typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write the conversation as an HTML page.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the conversation as one PNG.")] = None,
+    preset: Annotated[str | None, typer.Option(help="How the episode runs; default: the checkpoint's own.")] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Turns at most, the answer included.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per turn at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the preset's.")] = None,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let pictures be http(s) URLs.")] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+    attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+) -> None:
+    """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
+    from rich.console import Console
+
+    settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
+    if preset is not None:
+        settings["preset"] = preset
+    _check_writable(trace, picture)
+    chat = _load(model, device, dtype, attention=attention, **settings)
+    changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
+    chat.limits = replace(chat.limits, **{name: value for name, value in changes.items() if value is not None})
+    if temperature is not None:
+        chat = _with_temperature(chat, temperature)
+    console = Console(stderr=as_json, highlight=False)
+    result = _show(console, chat.stream(image, question))
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
+    _write(console, [result], trace, picture)
+    if result.answer is None:
+        raise typer.Exit(NO_ANSWER)
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Checkpoint; default: the shipped tiny one.")] = None,
+    data: Annotated[Path | None, typer.Option(help="questions.json with pictures beside it; default: shipped.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path("vilavt-trace.html"),
+    picture: Annotated[Path | None, typer.Option(help="Also write the first conversation as one PNG.")] = None,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Watch a real, tiny ViLaVT answer three questions it was not trained on, and write the conversations as a web
+    page.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    questions = _questions(data or _example("pictures/questions.json", "--data"))
+    _check_writable(out, picture)
+    name = model or str(_example("vilavt-tiny", "--model"))
+    chat = _load(name, device, dtype)
+    parameters = sum(p.numel() for p in chat.model.parameters())
+    console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
+    results, right = [], 0
+    for image, question, expected in questions:
+        console.rule(style="dim")
+        console.print(_plain(question), style="bold", markup=False)
+        result = _show(console, chat.stream(image, question))
+        results.append(result)
+        correct = (result.answer or "").strip() == expected.strip()
+        right += correct
+        verdict = "[green]right[/]" if correct else "[red]wrong[/]"
+        console.print(f"  {verdict}, the answer is {_markup(expected)}")
+    console.rule(style="dim")
+    console.print(f"{right} of {len(questions)} right")
+    _write(console, results, out, picture)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("ask")(ask)
+    app.command("demo")(demo)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> VilavtChat:
+    from transformers.utils import logging as transformers_logging
+
+    from ..chat import VilavtChat
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
+
+
+def _with_temperature(chat: VilavtChat, temperature: float) -> VilavtChat:
+    from ..chat import VilavtChat
+
+    return VilavtChat(
+        chat.model,
+        chat.processor,
+        preset=chat.preset,
+        limits=chat.limits,
+        sampling=replace(chat.sampling, temperature=temperature),
+        seed=chat.seed,
+        allow_urls=chat.allow_urls,
+        checkpoint=chat.checkpoint,
+        fingerprint=chat.fingerprint,
+    )
+
+
+def _show(console: Console, events: Iterable[Event]) -> ChatResult:
+    """Print a conversation as it happens."""
+    from ..chat import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
+
+    open_turn = -1
+    for event in events:
+        if isinstance(event, TextDelta):
+            if event.turn != open_turn:
+                console.print(f"\n[dim]turn {event.turn + 1}[/]  ", end="")
+                open_turn = event.turn
+            console.print(_plain(event.text), end="", markup=False, style="dim", soft_wrap=True)
+        elif isinstance(event, CropsEvent):
+            console.print()
+            for index, view in zip(event.image_indices, event.views, strict=True):
+                box = ", ".join(f"{value:g}" for value in view.box or ())
+                console.print(
+                    f"  [cyan]image {index}[/]: region \\[{box}] of image {view.parent}, "
+                    f"shown at {view.image.width} x {view.image.height} px"
+                )
+        elif isinstance(event, RefusedEvent):
+            console.print(f"\n  [yellow]refused[/]: {_markup(event.problem)}")
+        elif isinstance(event, AnswerEvent):
+            console.print(f"\n  [bold]answer: {_markup(event.answer)}[/]")
+        elif isinstance(event, Finished):
+            result = event.result
+            if result.answer is None and result.episode is not None:
+                console.print(f"\n  [red]no answer[/] ({result.finish}): {_markup(result.episode.detail)}")
+            work = result.work
+            console.print(
+                f"  [dim]{len(result.turns)} turns, {work.tokens_decoded} tokens sampled one by one, "
+                f"{work.patches_encoded} patches encoded, {result.seconds:.1f} s[/]"
+            )
+            return result
+    raise CheckpointError("the conversation ended without a result")
+
+
+def _plain(text: str) -> str:
+    """Without control characters: what a model or a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _markup(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(_plain(text))
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Before the work, not after it."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+
+
+def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:
+    from ..trace import draw_conversation, write_html
+
+    if page is not None:
+        write_html(results, page)
+        console.print(f"trace: {page}", soft_wrap=True, markup=False)
+    if picture is not None:
+        draw_conversation(results[0]).save(picture)
+        console.print(f"picture: {picture}", soft_wrap=True, markup=False)
+
+
+def _example(name: str, option: str) -> Path:
+    """A shipped example: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    roots = [package / "_examples", *(parent / "examples" for parent in package.parents[:4])]
+    for root in roots:
+        if (root / name).exists():
+            return root / name
+    raise CheckpointError(f"examples/{name} is not here; pass {option}, or run from a checkout of the project")
+
+
+def _questions(path: Path) -> list[tuple[Path, str, str]]:
+    """Picture, question and expected answer of every entry."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [(path.parent / str(e["image"]), str(e["question"]), str(e.get("answer", ""))) for e in entries]
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}; check --data") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise ImageError(f'{path}: not a list of {{"image", "question", "answer"}} ({detail}); check --data') from None
+
+
+__all__ = ["ask", "demo", "register"]

@@ -1,0 +1,83 @@
+"""`vilavt tiny`: build, evaluate and draw scenes for the tiny example model."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+tiny_app = typer.Typer(no_args_is_help=True, help="The tiny example model: build it, evaluate it, draw its scenes.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``vilavt tiny``."""
+    app.add_typer(tiny_app, name="tiny")
+
+
+@tiny_app.command("build")
+def build_command(
+    out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")],
+    work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: beside OUT.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
+) -> None:
+    """Train the tiny model from nothing (about an hour on two cores) and save it."""
+    _keep_freed_memory()
+    from ..tiny.build import build
+
+    record = build(out, work=work, seed=seed, resume=resume)
+    typer.echo(json.dumps(record, indent=1))
+
+
+def _keep_freed_memory() -> None:
+    """Restart with an allocator that does not give memory back: glibc would unmap and fault in every large tensor anew,
+    which makes this training several times slower on some virtual machines.
+    """
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    if sys.platform == "linux" and not wanted.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
+
+
+@tiny_app.command("eval")
+def eval_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")] = Path("examples/vilavt-tiny"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask only that many questions.")] = None,
+    split: Annotated[str, typer.Option(help="heldout, or dev while developing.")] = "heldout",
+    batch: Annotated[int, typer.Option(help="Conversations side by side.")] = 64,
+) -> None:
+    """Held-out accuracy per question kind: whole conversations and every ablation, with 95% intervals."""
+    if split not in ("heldout", "dev", "train"):
+        raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
+    from ..tiny.evaluate import evaluate, load, table
+
+    chat = load(checkpoint, batch)
+    report = evaluate(
+        chat,
+        split,  # type: ignore[arg-type]
+        limit,
+        lambda mode, seconds: typer.echo(f"{mode}: {seconds:.0f} s", err=True),
+    )
+    report = {"checkpoint": str(checkpoint), "fingerprint": chat.fingerprint, **report}
+    typer.echo(table(report))
+    typer.echo(
+        f"\npercent right (95% interval); plain pixel classifier, told where the card is: "
+        f"{100 * report['pixel_first_look']:.1f} from the first look, {100 * report['pixel_zoomed']:.1f} from the crop"
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+@tiny_app.command("scenes")
+def scenes_command(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and questions.json.")],
+    count: Annotated[int, typer.Option(help="Number of scenes.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 7,
+) -> None:
+    """Draw held-out scenes as PNG files, with questions and answers."""
+    from ..tiny.build import write_examples
+
+    for name in write_examples(out, count, seed):
+        typer.echo(name)

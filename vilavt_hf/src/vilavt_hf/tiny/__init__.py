@@ -1,0 +1,1 @@
+"""The tiny example model: scenes, tokenizer, training stages, evaluation."""

@@ -1,0 +1,472 @@
+"""Build the tiny checkpoint from nothing: data, three training stages, the saved folder and where it came from.
+
+Stages, each a Trainer run over generated examples: ``read`` (the tower reads digits and finds cards), ``place`` (the
+language model binds colour words to places), ``talk`` (whole conversations). Every stage saves what it reached.
+"""
+
+import dataclasses
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from ..chat import save_chat_settings
+from ..modeling_vilavt import VilavtForConditionalGeneration
+from ..processing_vilavt import VilavtProcessor
+from ..prompts import PromptSet
+from ..train.collator import Example, VilavtCollator
+from ..train.losses import AuxiliaryLosses
+from ..train.trainer import VilavtTrainer
+from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
+from .scenes import MAX_PIXELS, Kind, Scene, Split, ask, make_scene
+from .teacher import (
+    Encoder,
+    arithmetic_example,
+    blind_example,
+    direct_example,
+    episode_example,
+    listing_example,
+    reading_example,
+)
+
+logger = logging.getLogger(__name__)
+
+TOWER = ("model.visual", "model.text_encoder", "model.text_proj")
+KIND_SHARES = {Kind.ONE: 0.2, Kind.PAIR: 0.25, Kind.NESTED: 0.25, Kind.SUM: 0.2, Kind.LARGER: 0.1}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One Trainer run."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 60
+    decay_from: float = 0.6
+    final_rate: float = 0.1
+    tower_rate: float = 1.0
+    """Factor on the rate of tower, query encoder and projection."""
+    language: bool = True
+    """Whether the language model is trained."""
+    mix: tuple[tuple[str, float], ...] = ()
+    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, direct, blind, sums."""
+    pad_to: int = 32
+    heads: tuple[tuple[str, float], ...] = ()
+    """Weights of auxiliary heads in this stage, where they differ from `tiny_auxiliary`."""
+
+
+_LATER = (("row", 0.2), ("column", 0.2), ("colour", 1.0), ("digit_seen", 0.1), ("digit", 1.0))
+
+STAGES = (
+    Stage(
+        "read",
+        500,
+        24,
+        2e-3,
+        decay_from=0.8,
+        final_rate=0.4,
+        language=False,
+        mix=(("read", 0.9), ("look", 0.1)),
+    ),
+    Stage(
+        "place",
+        300,
+        16,
+        1.5e-3,
+        tower_rate=0.7,
+        decay_from=0.9,
+        final_rate=0.7,
+        mix=(("listing", 0.75), ("episode", 0.25)),
+        heads=_LATER,
+    ),
+    Stage(
+        "talk",
+        1000,
+        16,
+        1.2e-3,
+        tower_rate=0.5,
+        decay_from=0.5,
+        final_rate=0.02,
+        mix=(("episode", 0.68), ("listing", 0.08), ("blind", 0.12), ("direct", 0.04), ("sums", 0.08)),
+        heads=_LATER,
+    ),
+)
+
+
+class Lessons(Dataset):
+    """Generated examples; item i depends on the seed and i alone, so that runs repeat exactly and can resume."""
+
+    def __init__(self, stage: Stage, encoder: Encoder, seed: int):
+        self.stage, self.encoder, self.seed = stage, encoder, seed
+        self.names = [name for name, _ in stage.mix]
+        self.shares = np.array([share for _, share in stage.mix])
+
+    def __len__(self) -> int:
+        return self.stage.steps * self.stage.batch
+
+    def __getitem__(self, i: int) -> Example:
+        rng = np.random.default_rng([self.seed, i])
+        return self.make(str(rng.choice(self.names, p=self.shares / self.shares.sum())), rng)
+
+    def make(self, name: str, rng: np.random.Generator) -> Example:
+        """An example of one kind."""
+        kind = list(KIND_SHARES)[rng.choice(len(KIND_SHARES), p=list(KIND_SHARES.values()))]
+        scene = _scene_for(rng, kind)
+        if name in ("read", "look"):
+            return reading_example(scene, rng, name == "look")
+        if name == "sums":
+            return arithmetic_example(self.encoder, rng)
+        if name == "listing":
+            return listing_example(self.encoder, scene, rng)
+        if name == "blind" and rng.random() < 0.5:
+            kind = Kind.PAIR  # where the query alone decides
+            scene = _scene_for(rng, kind)
+        question = ask(rng, scene, kind)
+        if name == "episode":
+            return episode_example(self.encoder, scene, question, rng, final_prompt=bool(rng.random() < 0.4))
+        if name == "blind":
+            return blind_example(self.encoder, scene, question, rng)
+        return direct_example(self.encoder, scene, question)
+
+
+def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train") -> Scene:
+    """A scene with the cards the kind needs and a varying number of others, six cards at most."""
+    singles = int(rng.integers(2, 4)) if kind in (Kind.SUM, Kind.LARGER) else int(rng.integers(1, 3))
+    pairs = 1 if kind is Kind.PAIR or rng.random() < 0.7 else 0
+    room = 6 - singles - 2 * pairs
+    nests = (min(int(rng.integers(1, 3)), room),) if room and (kind is Kind.NESTED or rng.random() < 0.7) else ()
+    return make_scene(rng, split, singles=singles, pairs=pairs, nests=nests)
+
+
+# ---------------------------------------------------------------------------------------------------- probing
+
+
+class Probe(TrainerCallback):
+    """Every so often: share of whole turns right under teacher forcing, on scenes made from the dev scans."""
+
+    def __init__(
+        self,
+        model: VilavtForConditionalGeneration,
+        auxiliary: AuxiliaryLosses,
+        collator: VilavtCollator,
+        encoder: Encoder,
+        every: int,
+        path: Path,
+    ):
+        self.model, self.auxiliary, self.every, self.path = model, auxiliary, every, path
+        self.batches = []
+        for kind in Kind:
+            examples = []
+            for i in range(16):
+                rng = np.random.default_rng([77, list(Kind).index(kind), i])
+                scene = _scene_for(rng, kind, "dev")
+                examples.append(episode_example(encoder, scene, ask(rng, scene, kind), rng, extra_readings=0))
+            self.batches.append((kind, collator(examples)))
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Per kind: first calls exactly right, later calls, answers."""
+        out: dict[str, float] = {}
+        self.model.eval()
+        for kind, batch in self.batches:
+            inputs = {k: v for k, v in batch.items() if k not in ("aux", "labels", "label_weights")}
+            logits = self.model(**inputs).logits[:, :-1]
+            labels = batch["labels"][:, 1:]
+            wrong = (logits.argmax(-1) != labels) & (labels != -100)
+            for row in range(len(labels)):
+                known = (labels[row] != -100).int()
+                turn = (torch.nn.functional.pad(known, (1, 0)).diff() > 0).cumsum(0) * known
+                n = int(turn.max())
+                for t in range(1, n + 1):
+                    name = "call" if t == 1 else "answer" if t == n else "again"
+                    out.setdefault(f"{kind}_{name}", 0.0)
+                    out[f"{kind}_{name}"] += float(not wrong[row][turn == t].any()) / len(labels)
+        self.model.train()
+        return {k: round(v, 3) for k, v in out.items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure and append to the curve."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            figures = {"step": state.global_step, **self.measure()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"probe": figures}) + "\n")
+            logger.info("probe %s", figures)
+            self.model.save_pretrained(self.path.parent)
+            save_file(self.auxiliary.state_dict(), self.path.parent / "auxiliary.safetensors")
+
+
+class Curve(TrainerCallback):
+    """Appends the Trainer's log to a file."""
+
+    def __init__(self, path: Path):
+        self.path, self.start = path, time.time()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """One JSON line per log."""
+        if logs and "loss" in logs:
+            line = {"step": state.global_step, "seconds": round(time.time() - self.start), **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+def run_stage(
+    stage: Stage,
+    model: VilavtForConditionalGeneration,
+    auxiliary: AuxiliaryLosses,
+    processor: VilavtProcessor,
+    work: Path,
+    seed: int,
+    *,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Train one stage in place, save model and heads under `work / stage.name`; returns its record."""
+    encoder = Encoder(processor.tokenizer, processor.prompts or PromptSet.load("tiny"))
+    collator = VilavtCollator(
+        fast_encoder(processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        image_token_id=model.config.image_token_id,
+        pad_to_multiple_of=stage.pad_to,
+    )
+    folder = work / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    curve = folder / "curve.jsonl"
+    curve.write_text("", encoding="utf-8")
+    defaults = tiny_auxiliary().specs
+    weights = dict(stage.heads)
+    auxiliary.specs = {n: dataclasses.replace(s, weight=weights.get(n, s.weight)) for n, s in defaults.items()}
+    rates = dict.fromkeys(TOWER, stage.tower_rate)
+    if not stage.language:
+        rates |= {"model.language_model": 0.0, "lm_head": 0.0}
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    callbacks: list[TrainerCallback] = [Curve(curve)]
+    if stage.language:
+        callbacks.append(Probe(model, auxiliary, collator, encoder, 100, curve))
+    start = time.time()
+    with linear_patches(model):
+        trainer = VilavtTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(folder / "trainer"),
+                max_steps=stage.steps,
+                per_device_train_batch_size=stage.batch,
+                learning_rate=stage.learning_rate,
+                warmup_steps=stage.warmup,
+                weight_decay=0.01,
+                adam_beta2=0.98,
+                max_grad_norm=1.0,
+                logging_steps=25,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_num_workers=workers,
+                dataloader_prefetch_factor=4 if workers else None,
+                dataloader_pin_memory=False,
+                use_cpu=True,
+                seed=seed,
+            ),
+            train_dataset=Lessons(stage, encoder, seed),
+            data_collator=collator,
+            auxiliary=auxiliary,
+            rates=rates,
+            decay_from=stage.decay_from,
+            final_rate=stage.final_rate,
+            in_order=True,
+            callbacks=callbacks,
+        )
+        trainer.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    seconds = round(time.time() - start)
+    model.save_pretrained(folder)
+    save_file(auxiliary.state_dict(), folder / "auxiliary.safetensors")
+    record = {**dataclasses.asdict(stage), "seed": seed, "seconds": seconds, "examples": stage.steps * stage.batch}
+    (folder / "stage.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def load_stage(folder: Path, auxiliary: AuxiliaryLosses) -> VilavtForConditionalGeneration:
+    """Model of a finished stage (attention eager); loads its heads into `auxiliary`."""
+    auxiliary.load_state_dict(load_file(folder / "auxiliary.safetensors"), strict=False)
+    return VilavtForConditionalGeneration.from_pretrained(folder, attn_implementation=ATTENTION)
+
+
+# ---------------------------------------------------------------------------------------------------- the whole
+
+
+def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = False) -> dict[str, Any]:
+    """Train all stages and write the checkpoint.
+
+    Args:
+        out: the checkpoint folder.
+        work: holds one folder per stage; default: ``<out>-work``.
+        seed: of weights and data.
+        resume: use the stages that `work` already holds.
+
+    Returns:
+        What ``provenance.json`` says.
+    """
+    work = work or out.with_name(out.name + "-work")
+    processor = tiny_processor()
+    torch.manual_seed(seed)
+    auxiliary = tiny_auxiliary()
+    model = tiny_model(tiny_config(processor.tokenizer), seed)
+    for i, stage in enumerate(STAGES):
+        folder = work / stage.name
+        if resume and (folder / "stage.json").is_file():
+            model = load_stage(folder, auxiliary)
+            continue
+        run_stage(stage, model, auxiliary, processor, work, seed=10 * seed + i + 1)
+    return publish(model, processor, [work / s.name for s in STAGES], out, seed)
+
+
+def publish(
+    model: VilavtForConditionalGeneration,
+    processor: VilavtProcessor,
+    stages: Sequence[Path],
+    out: Path,
+    seed: int,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write model, processor, chat settings and provenance to `out`; returns the provenance.
+
+    Args:
+        model: what the last stage reached; rounded in place.
+        processor: its processor.
+        stages: folders that `run_stage` wrote, in order.
+        out: the checkpoint folder.
+        seed: for the record.
+        notes: for the record: whatever was not as the command does it.
+
+    Weights are rounded to bfloat16 (half the bytes); the configuration asks for float32, so they are computed with in
+    full precision on any machine.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = "float32"
+        part.pop("_attn_implementation_autoset", None)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    ids = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    generation = {"eos_token_id": ids, "pad_token_id": ids[1], "do_sample": False}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    processor.save_pretrained(out)
+    save_chat_settings(out, limits={"max_new_tokens_per_turn": 96, "max_pixels": MAX_PIXELS})
+    records = [json.loads((folder / "stage.json").read_text(encoding="utf-8")) for folder in stages]
+    curves = {
+        folder.name: [json.loads(line) for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in stages
+    }
+    (out / "model.safetensors").chmod(0o644)
+    (out / "training.json").write_text(json.dumps(curves, separators=(",", ":")) + "\n", encoding="utf-8")
+    record = {
+        "command": f"vilavt tiny build --out {out.name} --seed {seed}",
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": "scikit-learn load_digits: 1237 train, 200 dev, 360 held-out scans",
+        "stages": records,
+        "notes": list(notes),
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: metadata.version(name)
+                for name in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy", "pillow")
+            },
+        },
+        "cpu_threads": torch.get_num_threads(),
+    }
+    (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    plot_curves(curves, out / "training.png")
+    return record
+
+
+def plot_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw reading accuracy, supervised attention and whole turns right over the seconds of all stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    lines = {
+        "digit": "asked digit read by the tower's head",
+        "attention_2_0": "attention on the named card",
+        "tokens_right": "tokens right",
+    }
+    start = 0.0
+    marks: dict[str, list[tuple[float, float]]] = {}
+    for stage, entries in curves.items():
+        seconds = 0.0
+        for entry in entries:
+            if "probe" in entry:
+                for name, value in entry["probe"].items():
+                    if name != "step":
+                        marks.setdefault(name.split("_")[1], []).append(((start + seconds) / 60, value))
+                continue
+            seconds = entry["seconds"]
+            for name in lines:
+                if name in entry:
+                    marks.setdefault(name, []).append(((start + seconds) / 60, entry[name]))
+        start += seconds
+        for axis in (left, right):
+            axis.axvline(start / 60, color="0.8", linewidth=1)
+        left.text(start / 60, 0.02, stage + " ", ha="right", color="0.4")
+    for name, label in lines.items():
+        if name in marks:
+            left.plot(*zip(*marks[name], strict=True), label=label)
+    for name, label in (("call", "first call exact"), ("again", "second call exact"), ("answer", "answer right")):
+        if name in marks:
+            points: dict[float, list[float]] = {}
+            for x, y in marks[name]:
+                points.setdefault(x, []).append(y)
+            right.plot(list(points), [sum(v) / len(v) for v in points.values()], marker=".", label=label)
+    for axis, title in ((left, "training examples"), (right, "dev scans, ideal turns before")):
+        axis.set(title=title, xlabel="minutes", ylim=(0, 1.02))
+        axis.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def write_examples(out: Path, count: int = 3, seed: int = 7) -> list[str]:
+    """Held-out scenes as ``scene-<n>.png`` and ``questions.json`` (image, question, answer, kind); returns the file
+    names.
+
+    The first asks for a nested zoom, the second for a card of a pair, the third for a sum, then the same again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    kinds = (Kind.NESTED, Kind.PAIR, Kind.SUM)
+    entries, names = [], []
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        scene = make_scene(rng, "heldout")
+        question = ask(rng, scene, kinds[i % len(kinds)])
+        name = f"scene-{i + 1}.png"
+        scene.image.save(out / name, optimize=True)
+        entries.append(
+            {"image": name, "question": question.text, "answer": question.answer, "kind": str(question.kind)}
+        )
+        names.append(name)
+    (out / "questions.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    return [*names, "questions.json"]

@@ -1,0 +1,285 @@
+"""The held-out evaluation of the tiny model: every ablation through the public engine, on digit scans it never saw."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..chat import ChatResult, Intervention, Sample, VilavtChat
+from ..episode import Inquiry
+from ..protocol import Region, ToolCall, format_turn
+from .scenes import CELL, CROP, SHOWN, Card, Kind, Question, Scene, Split, examples, make_scene, query_for
+
+COUNTS = {Kind.ONE: 110, Kind.PAIR: 150, Kind.NESTED: 110, Kind.SUM: 110, Kind.LARGER: 80}
+"""Questions of each kind in the full evaluation: 560."""
+
+SEED = 2024
+
+MODES = ("full", "teacher_boxes", "no_zoom", "random_box", "no_query", "no_joint")
+"""Ways to run every question; ``follows_swap`` runs on the pair questions with two different digits."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its count and 95% Wilson interval."""
+
+    right: int
+    count: int
+
+    @property
+    def share(self) -> float:
+        """0 to 1; 0 of nothing is 0."""
+        return self.right / self.count if self.count else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson, 95%."""
+        if not self.count:
+            return 0.0, 1.0
+        z, n, p = 1.96, self.count, self.share
+        centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+    def to_json(self) -> dict[str, Any]:
+        """Share, counts and interval."""
+        low, high = self.interval
+        return {
+            "share": round(self.share, 4),
+            "right": self.right,
+            "count": self.count,
+            "low": round(low, 4),
+            "high": round(high, 4),
+        }
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question, with what the hooks and the scoring need."""
+
+    scene: Scene
+    question: Question
+    other: Card | None = None
+    """Pair questions whose digits differ: the other card of the cell."""
+
+
+def tasks(split: Split = "heldout", limit: int | None = None) -> list[Task]:
+    """The fixed question set of a split, kinds interleaved; `limit` keeps that many, in the same proportions."""
+    counts = dict(COUNTS)
+    if limit is not None:
+        total = sum(COUNTS.values())
+        counts = {kind: max(1, round(n * limit / total)) for kind, n in COUNTS.items()}
+    out = []
+    for scene, question in examples(SEED, split, counts):
+        other = None
+        if question.kind is Kind.PAIR:
+            (card,) = question.targets
+            other = next(c for c in scene.in_cell(card) if c is not card)
+            other = other if other.digit != card.digit else None
+        out.append(Task(scene, question, other))
+    order = np.random.default_rng(SEED).permutation(len(out))
+    return [out[i] for i in order]
+
+
+# ---------------------------------------------------------------------------------------------------- modes
+
+
+def _teacher(sample: Sample, turn: int) -> str | None:
+    calls = sample.data.question.calls()
+    return format_turn(calls[turn]) if turn < len(calls) else None
+
+
+def _random_boxes(sample: Sample, call: ToolCall) -> ToolCall:
+    """Boxes of the same size elsewhere on the grid of the same image, never the one that was asked for."""
+    rng = np.random.default_rng([SEED, *sample.question.encode()[:64], len(call.regions)])
+    regions = []
+    for region in call.regions:
+        side = (SHOWN if region.index == 0 else CROP) // CELL
+        x1, y1, x2, y2 = region.box
+        width, height = min(x2 - x1, CELL), min(y2 - y1, CELL)
+        while True:
+            x, y = (CELL * int(v) for v in rng.integers(0, side, 2))
+            if (x, y) != (int(x1) // CELL * CELL, int(y1) // CELL * CELL):
+                break
+        regions.append(Region(region.index, (x, y, x + width, y + height)))
+    return replace(call, regions=tuple(regions))
+
+
+def _with_query(query: Callable[[Sample], str]) -> Callable[[Sample, Inquiry], Sequence[Inquiry]]:
+    def change(sample: Sample, inquiry: Inquiry) -> Sequence[Inquiry]:
+        return [replace(inquiry, query=query(sample))] if inquiry.query else [inquiry]
+
+    return change
+
+
+def _apart(sample: Sample, inquiry: Inquiry) -> Sequence[Inquiry]:
+    return [
+        replace(inquiry, images=(image,), image_indices=(index,))
+        for image, index in zip(inquiry.images, inquiry.image_indices, strict=True)
+    ]
+
+
+def _swapped(sample: Sample) -> str:
+    return query_for([sample.data.other])
+
+
+INTERVENTIONS: dict[str, Intervention] = {
+    "full": Intervention(),
+    "no_zoom": Intervention(),
+    "teacher_boxes": Intervention(forced_turns=_teacher),
+    "random_box": Intervention(transform_call=_random_boxes),
+    "no_query": Intervention(transform_inquiry=_with_query(lambda sample: "")),
+    "no_joint": Intervention(transform_inquiry=_apart),
+    "follows_swap": Intervention(transform_inquiry=_with_query(_swapped)),
+}
+"""What each mode changes behind the back of the text; ``no_zoom`` is a limit of one turn."""
+
+
+def run(chat: VilavtChat, todo: Sequence[Task], mode: str) -> list[ChatResult]:
+    """Ask all questions in one mode."""
+    limits = replace(chat.limits, max_turns=1) if mode == "no_zoom" else None
+    samples = [
+        Sample([task.scene.image], task.question.text, id=str(i), limits=limits, data=task)
+        for i, task in enumerate(todo)
+    ]
+    return chat.ask_many(samples, intervention=INTERVENTIONS[mode])
+
+
+# ---------------------------------------------------------------------------------------------------- scoring
+
+
+def covers(result: ChatResult, task: Task) -> bool:
+    """Whether the last crops show every wanted card to at least 90% of its area, at the scale it can be read."""
+    crops = [view for view in result.views if view.kind == "crop"]
+    shown = 0
+    for card in task.question.targets:
+        x1, y1, x2, y2 = card.box
+        for view in crops:
+            a, b, c, d = (v * task.scene.image.width for v in view.region)
+            width, height = min(x2, c) - max(x1, a), min(y2, d) - max(y1, b)
+            big_enough = view.image.width / (c - a) >= (1.0 if card.small else 0.5) - 1e-6
+            if width > 0 and height > 0 and width * height >= 0.9 * (x2 - x1) * (y2 - y1) and big_enough:
+                shown += 1
+                break
+    return shown == len(task.question.targets)
+
+
+def evaluate(
+    chat: VilavtChat,
+    split: Split = "heldout",
+    limit: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Run every mode and score it.
+
+    Args:
+        chat: the model.
+        split: whose scans; everything but ``heldout`` is for development.
+        limit: number of questions; None is the full set (`COUNTS`).
+        progress: called with each finished mode and its seconds.
+
+    Returns:
+        Top level: ``full, teacher_boxes, no_zoom, no_query, no_joint, random_box, follows_swap, coverage`` (0 to 1) and
+        ``pixel_first_look, pixel_zoomed`` (a plain classifier); ``kinds``: mode -> kind -> share, counts, interval.
+    """
+    todo = tasks(split, limit)
+    rates: dict[str, dict[str, Rate]] = {}
+    for mode in (*MODES, "follows_swap"):
+        start = time.time()
+        asked = [t for t in todo if t.other is not None] if mode == "follows_swap" else todo
+        results = run(chat, asked, mode)
+        if mode == "follows_swap":
+            right = [r.answer == str(t.other.digit) for r, t in zip(results, asked, strict=True) if t.other]
+        else:
+            right = [r.answer == t.question.answer for r, t in zip(results, asked, strict=True)]
+        rates[mode] = _by_kind([t.question.kind for t in asked], right)
+        if mode == "full":
+            rates["coverage"] = _by_kind(
+                [t.question.kind for t in asked], [covers(r, t) for r, t in zip(results, asked, strict=True)]
+            )
+        if progress is not None:
+            progress(mode, time.time() - start)
+    out: dict[str, Any] = {mode: round(by_kind["all"].share, 4) for mode, by_kind in rates.items()}
+    out |= {"questions": len(todo), "split": split, "seed": SEED}
+    out |= pixel_classifier(split)
+    out["kinds"] = {mode: {kind: rate.to_json() for kind, rate in by_kind.items()} for mode, by_kind in rates.items()}
+    return out
+
+
+def _by_kind(kinds: Sequence[Kind], right: Sequence[bool]) -> dict[str, Rate]:
+    counts: dict[str, list[bool]] = defaultdict(list)
+    for kind, ok in zip(kinds, right, strict=True):
+        counts["all"].append(ok)
+        counts[str(kind)].append(ok)
+    order = ["all", *(str(k) for k in Kind)]
+    return {kind: Rate(sum(counts[kind]), len(counts[kind])) for kind in order if kind in counts}
+
+
+def pixel_classifier(split: Split = "heldout", scenes: int = 900) -> dict[str, float]:
+    """A plain classifier's accuracy on single digits, told exactly where each card is.
+
+    A one-layer perceptron on standardised grey pixels, trained on cards made from train scans. ``pixel_first_look`` is
+    given the card's 14 x 14 pixels of the first look (big cards; small ones are harder), ``pixel_zoomed`` its 28 x 28
+    of the crop.
+    """
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def cards(which: Split, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        first, zoomed, digits = [], [], []
+        for i in range(count):
+            scene = make_scene(np.random.default_rng([seed, i]), which, singles=6, pairs=0, nests=())
+            look = np.asarray(scene.shown().convert("L"), np.float32)
+            for card in scene.cards:
+                y, x = (c * CELL + q * CELL // 2 for c, q in zip((card.row, card.column), card.quadrant, strict=True))
+                first.append(look[y : y + CELL // 2, x : x + CELL // 2].ravel())
+                qy, qx = (q * CELL for q in card.quadrant)
+                crop = np.asarray(scene.cell(card).convert("L"), np.float32)
+                zoomed.append(crop[qy : qy + CELL, qx : qx + CELL].ravel())
+                digits.append(card.digit)
+        return np.array(first), np.array(zoomed), np.array(digits)
+
+    first, zoomed, digits = cards("train", scenes, 1)
+    test_first, test_zoomed, test_digits = cards(split, 150, 2)
+    out = {}
+    for name, x, test in (("pixel_first_look", first, test_first), ("pixel_zoomed", zoomed, test_zoomed)):
+        model = make_pipeline(StandardScaler(), MLPClassifier((128,), max_iter=15, random_state=0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(x, digits)
+        out[name] = round(float(model.score(test, test_digits)), 4)
+    return out
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table: one row per mode, one column per kind."""
+    kinds = ["all", *(str(k) for k in Kind)]
+    counts = report["kinds"]["full"]
+    lines = [
+        "| | " + " | ".join(f"{k} (n={counts[k]['count']})" if k in counts else k for k in kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for mode, by_kind in report["kinds"].items():
+        cells = []
+        for kind in kinds:
+            rate = by_kind.get(kind)
+            if rate is None:
+                cells.append("")
+                continue
+            cell = f"{100 * rate['share']:.1f} ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
+            cells.append(cell + (f", n={rate['count']}" if rate["count"] != counts[kind]["count"] else ""))
+        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def load(path: str | Path, batch_size: int = 64) -> VilavtChat:
+    """The checkpoint, ready to evaluate."""
+    return VilavtChat.from_pretrained(path, max_batch_size=batch_size, dtype="float32")

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: examples to batches (`collator`), training-only losses (`losses`), HF Trainer (`trainer`)."""

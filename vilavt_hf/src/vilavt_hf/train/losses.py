@@ -1,0 +1,209 @@
+"""Training-only losses: heads on image features and supervised attention. Nothing of this is in a saved checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import compat
+
+
+@dataclass(frozen=True)
+class AuxiliaryHead:
+    """A small classifier on image features."""
+
+    name: str
+    kind: Literal["tokens", "labels", "image", "pointer"]
+    """What its targets are: ``tokens``: one class per merged token (-100: none), ``labels``: a 0/1 row (classes,) per
+    token, ``image``: one class for the mean of the image's tokens, ``pointer``: the index of one token of the image."""
+    classes: int
+    weight: float
+    block: int | None = None
+    """Read the output of this vision block instead of the merged features (images of at most one window)."""
+
+
+class AuxiliaryLosses(nn.Module):
+    """Heads and attention losses over the features of one forward pass.
+
+    Args:
+        heads: the classifiers.
+        merged: size of merged features.
+        patch: size of patch features in the tower.
+        attention_weight: of the mean negative log share of attention.
+    """
+
+    def __init__(self, heads: Sequence[AuxiliaryHead], merged: int, patch: int, attention_weight: float = 0.4):
+        super().__init__()
+        self.specs = {head.name: head for head in heads}
+        self.attention_weight = attention_weight
+        self.heads = nn.ModuleDict()
+        for head in heads:
+            out = 1 if head.kind == "pointer" else head.classes
+            if head.block is None:
+                self.heads[head.name] = nn.Linear(merged, out)
+            else:
+                self.heads[head.name] = nn.Sequential(
+                    nn.Linear(4 * patch, 2 * patch), nn.GELU(), nn.Linear(2 * patch, out)
+                )
+
+    @property
+    def blocks(self) -> list[int]:
+        """Vision blocks whose output the heads read."""
+        return sorted({head.block for head in self.specs.values() if head.block is not None})
+
+    def features_loss(
+        self, targets: dict[str, Any], merged: torch.Tensor, sizes: Sequence[int], blocks: dict[int, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Weighted sum of the heads' losses and, per head, its share of right answers.
+
+        Args:
+            targets: ``aux["tokens"]`` of a batch.
+            merged: (tokens, merged) of all images, in order.
+            sizes: merged tokens of every image.
+            blocks: (patches, patch) output of the vision blocks that are read.
+        """
+        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        total, right = merged.new_zeros(()), {}
+        for name, (images, values) in targets.items():
+            spec = self.specs[name]
+            source = merged
+            if spec.block is not None:
+                source = blocks[spec.block].unflatten(0, (-1, 4)).flatten(1)
+            counts = torch.tensor(sizes)[images]
+            token = torch.cat(
+                [torch.arange(s, s + n) for s, n in zip(starts[images].tolist(), counts.tolist(), strict=True)]
+            )
+            picked = source[token].float()
+            if spec.kind in ("image", "pointer"):
+                target = values
+                if int(counts.min()) != int(counts.max()):
+                    raise ValueError(
+                        f"head {name!r} needs images of one size, got {sorted(set(counts.tolist()))} tokens"
+                    )
+                picked = picked.unflatten(0, (len(images), -1))
+                if spec.kind == "image":
+                    scores = self.heads[name](picked.mean(1))
+                else:
+                    scores = self.heads[name](picked)[..., 0]
+            else:
+                scores, target = self.heads[name](picked), values
+            if spec.kind == "labels":
+                loss = F.binary_cross_entropy_with_logits(scores, target, pos_weight=scores.new_tensor(6.0))
+                right[name] = ((scores > 0) == (target > 0.5)).all(1)[target.any(1)].float().mean().item()
+            else:
+                loss = F.cross_entropy(scores, target, ignore_index=-100)
+                known = target != -100
+                right[name] = (scores.argmax(-1) == target)[known].float().mean().item()
+            total = total + spec.weight * loss
+        return total, right
+
+    def attention_loss(
+        self, targets: list[tuple[int, tuple[int, ...], torch.Tensor]], attentions: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean negative log of the attention that the chosen heads pay to the chosen tokens.
+
+        Args:
+            targets: ``aux["attention"]`` of a batch: (layer, heads, (K, 3) row, query and key position).
+            attentions: per layer (B, heads, L, L).
+        """
+        total, count, mass = attentions[0].new_zeros(()).float(), 0, {}
+        for layer, heads, at in targets:
+            row, query, key = at.unbind(1)
+            share = torch.stack([attentions[layer][row, h, query, key] for h in heads]).float()
+            total = total - (share + 1e-6).log().sum() / len(heads)
+            count += len(at)
+            mass[f"attention_{layer}_{heads[0]}"] = share.mean().item()
+        return self.attention_weight * total / max(1, count), mass
+
+
+class BlockOutputs:
+    """Collects the output of vision blocks during one forward pass (a context manager)."""
+
+    def __init__(self, visual: Any, blocks: Sequence[int]):
+        self.visual, self.blocks = visual, blocks
+        self.values: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> dict[int, torch.Tensor]:
+        self.handles = [self.visual.blocks[i].register_forward_hook(self._keep(i)) for i in self.blocks]
+        return self.values
+
+    def _keep(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.values[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def weighted_loss(
+    model: Any, batch: dict[str, Any], auxiliary: AuxiliaryLosses | None
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Language-model loss with label weights, plus the auxiliary losses.
+
+    Equals ``model(**batch).loss`` for weights of 1 and no auxiliary losses, but computes logits only where there are
+    labels.
+
+    Args:
+        model: a `VilavtForConditionalGeneration` (eager attention if attention is supervised).
+        batch: from `VilavtCollator`.
+        auxiliary: None leaves the ``aux`` part of the batch unused.
+
+    Returns:
+        The loss and figures to log.
+    """
+    base, aux = model.model, batch.get("aux")
+    aux = aux if auxiliary is not None else None
+    figures: dict[str, float] = {}
+    loss = torch.zeros((), device=model.lm_head.weight.device)
+    features, sizes = None, []
+    if batch.get("pixel_values") is not None:
+        grid = batch["image_grid_thw"]
+        sizes = (grid.prod(-1) // base.visual.spatial_merge_unit).tolist()
+        with BlockOutputs(base.visual, auxiliary.blocks if auxiliary and aux else []) as blocks:
+            encoded = base.get_image_features(
+                batch["pixel_values"],
+                grid,
+                query_ids=batch["query_ids"],
+                query_attention_mask=batch["query_attention_mask"],
+                images_per_query=batch["images_per_query"],
+            )
+        features = torch.cat(tuple(compat.pooled(encoded)))
+        if auxiliary is not None and aux and aux["tokens"]:
+            more, right = auxiliary.features_loss(aux["tokens"], features, sizes, blocks)
+            loss, figures = loss + more, figures | right
+            figures["heads"] = more.item()
+    if batch.get("input_ids") is None:
+        return loss, figures
+    ids, labels = batch["input_ids"], batch["labels"]
+    embeds = base.get_input_embeddings()(ids)
+    placeholders = ids == model.config.image_token_id
+    if features is not None:
+        features = features[: int(placeholders.sum())].to(embeds.dtype)
+        embeds = embeds.masked_scatter(placeholders[..., None].expand_as(embeds), features)
+    wanted = aux["attention"] if aux else []
+    output = base.language_model(
+        inputs_embeds=embeds,
+        position_ids=batch["position_ids"],
+        attention_mask=None,  # right padding: a causal mask already hides the pads
+        use_cache=False,
+        output_attentions=bool(wanted),
+    )
+    known = labels[:, 1:] != -100
+    logits = model.lm_head(output.last_hidden_state[:, :-1][known]).float()
+    target = labels[:, 1:][known]
+    losses = F.cross_entropy(logits, target, reduction="none")
+    weights = batch["label_weights"][:, 1:][known] if "label_weights" in batch else torch.ones_like(losses)
+    language = (losses * weights).sum() / weights.sum()
+    figures["language"] = language.item()
+    figures["tokens_right"] = ((logits.argmax(-1) == target).float() * weights).sum().item() / weights.sum().item()
+    loss = loss + language
+    if auxiliary is not None and wanted:
+        more, mass = auxiliary.attention_loss(wanted, output.attentions)
+        loss, figures = loss + more, figures | mass
+    return loss, figures
