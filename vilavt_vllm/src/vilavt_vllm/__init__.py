@@ -1,6 +1,30 @@
-"""ViLaVT for vLLM. Not implemented yet: this release reserves the name; see the README for what is planned."""
+"""ViLaVT in an unmodified vLLM: an out-of-tree model, found through the entry point group ``vllm.general_plugins``.
 
+Importing this package imports neither torch nor vLLM: vLLM imports it in every process it starts.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .registration import register
+
+if TYPE_CHECKING:
+    from .processing import Inquiry
 
 __version__ = version("vilavt-vllm")
-__all__ = ["__version__"]
+
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+"""For ``--chat-template``: ChatML that refuses structural tokens in the text of a message (status 400)."""
+
+_LAZY = {"Inquiry": "processing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+__all__ = ["CHAT_TEMPLATE", "Inquiry", "__version__", "register"]

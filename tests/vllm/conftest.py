@@ -1,0 +1,312 @@
+"""A tiny ViLaVT in the sizes vLLM's CPU attention supports, pictures, prompts, and engines in the test process."""
+
+import os
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor, compat
+from vilavt_hf.protocol import Region, ToolCall, format_tool_call
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+MIN_PIXELS, MAX_PIXELS = 28 * 28 * 4, 28 * 28 * 64
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, then Qwen's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **vision) -> VilavtConfig:
+    """LLM 128 x 2 layers with heads of 32, tower 64 x 4 blocks with heads of 32, query encoder 32 x 2 layers."""
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
+    size = len(tokenizer)
+    return VilavtConfig(
+        text_config={
+            "vocab_size": size,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]},
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "window_size": 56,
+            "fullatt_block_indexes": [1, 3],
+            "integration_point": "late",
+            **vision,
+        },
+        text_encoder_config={
+            "vocab_size": size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "rope_theta": 1_000_000.0,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+
+
+def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **vision) -> VilavtForConditionalGeneration:
+    """A seeded random model whose weights are scaled up so that attention is peaked and errors show."""
+    torch.manual_seed(seed)
+    model = VilavtForConditionalGeneration(tiny_config(tokenizer, **vision)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * fan_in**-0.5)
+            elif parameter.abs().sum() == 0:  # biases
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def build_checkpoint(tokenizer, tmp_path_factory):
+    """`build_checkpoint(seed=0, **vision_config)` -> (folder, the transformers model)."""
+    processor = VilavtProcessor(
+        compat.PilImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS),
+        tokenizer,
+        query_tokenizer=tokenizer,
+        chat_template=Path(chat_template_file()).read_text(),
+    )
+
+    def build(seed: int = 0, **vision):
+        model = build_tiny_model(tokenizer, seed, **vision)
+        folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder, model
+
+    return build
+
+
+def chat_template_file() -> str:
+    from vilavt_vllm import CHAT_TEMPLATE
+
+    return str(CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def tiny(build_checkpoint):
+    """The checkpoint most tests share: `.path`, `.model` (transformers), `.processor`."""
+    path, model = build_checkpoint()
+    return SimpleNamespace(path=path, model=model, processor=VilavtProcessor.from_pretrained(path))
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Smooth colours with a grain, different for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    grain = rng.integers(-20, 20, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(coarse, dtype=np.int64) + grain, 0, 255).astype(np.uint8))
+
+
+def call(query: str, *indices: int) -> str:
+    """Assistant text that asks for regions of the given images."""
+    regions = tuple(Region(i, (4.0, 4.0, 40.0, 40.0)) for i in indices or (0,))
+    return "<think>Look closer.</think>" + format_tool_call(ToolCall(regions, query))
+
+
+def conversation(*turns: tuple[str, int], question: str = "What is it?", originals: int = 1) -> str:
+    """ChatML of a conversation up to the next assistant turn; each turn is (query, number of regions)."""
+    text = "<|im_start|>system\nZoom in, then answer.<|im_end|>\n<|im_start|>user\n"
+    text += "".join(f"index={i} {IMAGE}\n" for i in range(originals)) + f"{question}<|im_end|>\n<|im_start|>assistant\n"
+    shown = originals
+    for query, count in turns:
+        crops = "".join(f"{IMAGE}index={shown + i}\n" for i in range(count))
+        text += f"{call(query)}<|im_end|>\n<|im_start|>user\n<tool_response>{crops}Go on.</tool_response><|im_end|>\n"
+        text += "<|im_start|>assistant\n"
+        shown += count
+    return text
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    """Of different sizes and shapes, small to keep runs short."""
+    sizes = [(84, 112), (56, 84), (112, 56), (140, 84), (84, 84), (56, 140), (112, 112), (84, 56), (56, 56), (168, 56)]
+    return [picture(seed, *size) for seed, size in enumerate(sizes)]
+
+
+class Engine:
+    """An in-process vLLM with the calls the tests need."""
+
+    def __init__(self, path, **options):
+        from vllm import LLM
+
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 4096,
+            "max_num_seqs": 8,
+            "block_size": 32,
+            "max_logprobs": -1,
+            "enable_prefix_caching": True,
+            "limit_mm_per_prompt": {"image": 32},
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        self.llm = LLM(model=str(path), **{**defaults, **options})
+
+    def generate(self, prompts: list[tuple], max_tokens: int = 1, logprobs: int | None = -1, **options):
+        """Greedy; each prompt is (text or token ids, images)."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True, detokenize=False
+        )
+        requests = []
+        for prompt, images in prompts:
+            key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+            requests.append({key: prompt, **({"multi_modal_data": {"image": images}} if images else {}), **options})
+        return self.llm.generate(requests, params, use_tqdm=False)
+
+    def next_logprobs(self, prompt, images, **options) -> np.ndarray:
+        """Log-probabilities of the next token over the whole vocabulary."""
+        return vocabulary(self.generate([(prompt, images)], **options)[0])
+
+    @property
+    def model(self):
+        return self.llm.apply_model(lambda model: model)[0]
+
+    @property
+    def counts(self):
+        return self.model.counts
+
+    def forget(self, *, encoder: bool = True, processor: bool = True) -> None:
+        """Empty the caches."""
+        self.llm.reset_prefix_cache()
+        if encoder:
+            self.llm.llm_engine.reset_encoder_cache()
+        if processor:
+            self.llm.llm_engine.reset_mm_cache()
+
+    def stop(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def vocabulary(output, position: int = 0) -> np.ndarray:
+    """Log-probabilities over the vocabulary of one sampled position."""
+    table = output.outputs[0].logprobs[position]
+    values = np.full(max(table) + 1, -np.inf)
+    for token, entry in table.items():
+        values[token] = entry.logprob
+    return values
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts engines that stop with the module: `start(path, **engine_arguments)`."""
+    running = []
+
+    def begin(path, **options) -> Engine:
+        while running:  # one at a time: vLLM's parallel state is global
+            running.pop().stop()
+        running.append(Engine(path, **options))
+        return running[-1]
+
+    yield begin
+    while running:
+        running.pop().stop()
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """Functions of this file for test modules (pytest's importlib mode has no imports between test files)."""
+    return SimpleNamespace(
+        call=call,
+        conversation=conversation,
+        picture=picture,
+        vocabulary=vocabulary,
+        reference=reference_logprobs,
+        greedy=reference_greedy,
+        difference=lambda a, b: float(np.abs(a[: len(b)] - b[: len(a)]).max()),
+        image=IMAGE,
+        engine=Engine,
+        config=partial(tiny_config),
+    )
+
+
+@torch.no_grad()
+def reference_logprobs(tiny, prompt: str, images, **kwargs) -> np.ndarray:
+    """The transformers model's answer to `Engine.next_logprobs`."""
+    inputs = tiny.processor(text=prompt, images=images, **kwargs)
+    return tiny.model(**inputs).logits[0, -1].float().log_softmax(-1).numpy()
+
+
+@torch.no_grad()
+def reference_greedy(tiny, prompt: str, images, max_tokens: int) -> list[int]:
+    """Greedy tokens of the transformers model; its stop token does not stop it."""
+    inputs = tiny.processor(text=prompt, images=images)
+    out = tiny.model.generate(**inputs, max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()

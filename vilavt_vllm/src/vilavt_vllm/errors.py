@@ -1,0 +1,19 @@
+"""Every error this package raises on purpose. All are ``ValueError``, which vLLM's server answers with status 400."""
+
+from vilavt_hf.errors import VilavtError
+
+
+class PlaceholderError(VilavtError):
+    """Image placeholders of a prompt and the images that came with it do not agree."""
+
+
+class LimitError(VilavtError):
+    """A request is larger than the server allows; the message names the limit and the flag that raises it."""
+
+
+class UnsupportedError(VilavtError):
+    """A vLLM feature that ViLaVT's encoder cannot honour; the message says why and what to use."""
+
+
+class WeightsError(VilavtError):
+    """A checkpoint or a weight update does not fit the model; the message names the tensors."""

@@ -1,0 +1,272 @@
+"""ViLaVT as a vLLM model: vLLM's Qwen2 language model, our vision tower, a replicated query encoder.
+
+Composed rather than derived from vLLM's Qwen2.5-VL: that class also promises encoder CUDA graphs, video pruning and a
+data-parallel tower, each of which works image by image and would take inquiries apart.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.interfaces import (
+    MultiModalEmbeddings,
+    SupportsLoRA,
+    SupportsMRoPE,
+    SupportsMultiModal,
+    SupportsPP,
+    SupportsQuant,
+)
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.sequence import IntermediateTensors
+
+from . import compat
+from .errors import WeightsError
+from .processing import PLACEHOLDER, VilavtDummyInputsBuilder, VilavtMultiModalProcessor, VilavtProcessingInfo
+from .query_encoder import QueryEncoder
+from .vision import VisionTower
+
+logger = logging.getLogger(__name__)
+
+_TOWER_PARTS = ("visual.", "text_encoder.", "text_proj.")
+_PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@dataclass
+class EncoderCounts:
+    """What the encoder did since the model was loaded (or since `reset`); a cache hit counts nothing."""
+
+    calls: int = 0
+    inquiries: int = 0
+    images: int = 0
+    patches: int = 0
+    query_tokens: int = 0
+
+    def reset(self) -> None:
+        """Start at zero again."""
+        self.__init__()  # type: ignore[misc]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    VilavtMultiModalProcessor, info=VilavtProcessingInfo, dummy_inputs=VilavtDummyInputsBuilder
+)
+class VilavtForConditionalGeneration(
+    nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP, SupportsQuant, SupportsMRoPE
+):
+    """Serves checkpoints of `vilavt_hf.VilavtForConditionalGeneration` and published ones."""
+
+    packed_modules_mapping = {**_PACKED, "qkv": ["qkv"]}  # noqa: RUF012 (the parents' type)
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            # parameter names of the transformers model, as RL trainers send them
+            "model.visual.": "visual.",
+            "model.text_encoder.": "text_encoder.",
+            "model.text_proj.": "text_proj.",
+            "model.language_model.": "language_model.model.",
+            # tensor names in checkpoint files
+            "lm_head.": "language_model.lm_head.",
+            "model.": "language_model.model.",
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        compat.check_version()
+        compat.refuse_unsupported(vllm_config)
+        self.config = compat.vilavt_config(vllm_config.model_config)
+        self.counts = EncoderCounts()
+        self._strict = vllm_config.load_config.load_format != "dummy" and self.quant_config is None
+        encoder: Any = self.config.text_encoder_config
+        parts: Any = self  # without vLLM's types the mixins' methods look like submodules
+        with parts._mark_tower_model(vllm_config, {"image"}):
+            self.visual = VisionTower(
+                self.config.vision_config, quant_config=self.quant_config, prefix=maybe_prefix(prefix, "visual")
+            )
+            self.text_encoder = QueryEncoder(encoder)
+            self.text_proj = ReplicatedLinear(
+                encoder.hidden_size,
+                self.config.vision_config.hidden_size,
+                prefix=maybe_prefix(prefix, "text_proj"),
+            )
+        with parts._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=["Qwen2ForCausalLM"],
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for an image in a prompt."""
+        if modality == "image":
+            return PLACEHOLDER
+        raise ValueError(f"ViLaVT takes images; send the frames of a {modality} as images")
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Which module is what, for LoRA."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="visual.merger.", tower_model="visual."
+        )
+
+    def embed_multimodal(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        images_per_query: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
+        query_attention_mask: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> MultiModalEmbeddings:
+        """Features of inquiries, possibly of several requests, one (tokens, hidden) tensor each.
+
+        Args:
+            pixel_values: (N, 1176).
+            image_grid_thw: (n_images, 3).
+            images_per_query: (Q,).
+            query_ids, query_attention_mask: (Q, T), right padded.
+        """
+        if pixel_values is None:
+            return []
+        assert image_grid_thw is not None
+        assert images_per_query is not None
+        assert query_ids is not None
+        assert query_attention_mask is not None
+        grid, per_query = image_grid_thw.view(-1, 3).cpu(), images_per_query.flatten().cpu()
+        mask = query_attention_mask.view(len(per_query), -1).cpu()
+        features = self.text_encoder.features(query_ids.view(len(per_query), -1), mask)
+        projected = self.text_proj(features.to(self.visual.dtype))[0]
+        merged = self.visual(pixel_values, grid, per_query, projected, mask)
+        self._count(grid, mask)
+        tokens = grid.prod(-1) // self.config.vision_config.spatial_merge_size**2
+        return merged.split([int(t.sum()) for t in tokens.split(per_query.tolist())])
+
+    def _count(self, grid: torch.Tensor, mask: torch.Tensor) -> None:
+        counts = self.counts
+        counts.calls += 1
+        counts.inquiries += len(mask)
+        counts.images += len(grid)
+        counts.patches += int(grid.prod(-1).sum())
+        counts.query_tokens += int(mask.sum())
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[torch.Tensor, int]:
+        """Qwen2.5-VL's positions (3, L) of a prompt, and what to add to a token's place after it.
+
+        An image's tokens take a grid that starts one after the largest position before it; text counts on from the
+        largest position so far (transformers: ``get_rope_index``). Regions of one inquiry may have text between them.
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        parts: list[np.ndarray] = []
+        done = 0  # tokens that have positions
+        position = 0  # of the next token
+        for start, grid in self._image_starts(mm_features):
+            t, h, w = grid[0], grid[1] // merge, grid[2] // merge
+            parts.append(np.broadcast_to(np.arange(start - done) + position, (3, start - done)))
+            position += start - done
+            parts.append(np.indices((t, h, w)).reshape(3, -1) + position)
+            position += max(t, h, w)
+            done = start + t * h * w
+        rest = len(input_tokens) - done
+        parts.append(np.broadcast_to(np.arange(rest) + position, (3, rest)))
+        positions = np.concatenate(parts, axis=1)
+        return torch.from_numpy(positions), int(positions.max(initial=-1)) + 1 - len(input_tokens)
+
+    def _image_starts(self, mm_features: list[MultiModalFeatureSpec]) -> Iterable[tuple[int, list[int]]]:
+        """(place of the first token, [t, h, w] in patches) of every image in the prompt."""
+        unit = self.config.vision_config.spatial_merge_size**2
+        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+            place = feature.mm_position
+            inside = torch.arange(place.length) if place.is_embed is None else place.is_embed.nonzero().flatten()
+            assert feature.data is not None
+            grids: Any = feature.data["image_grid_thw"].data
+            first = 0
+            for grid in grids.view(-1, 3).tolist():
+                yield place.offset + int(inside[first]), grid
+                first += grid[0] * grid[1] * grid[2] // unit
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Hidden states of a flattened batch; `positions` is (3, L)."""
+        if intermediate_tensors is not None:  # a later pipeline stage
+            inputs_embeds = None
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits over the vocabulary."""
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint, or afterwards any part of one.
+
+        The first load must bring every tensor. Later calls are weight updates (RL): they may bring any subset, under
+        checkpoint names or parameter names of the transformers model; clear vLLM's prefix and encoder caches
+        afterwards. Under ``load_format="dummy"`` and with quantised weights every call is treated as an update.
+
+        Raises:
+            WeightsError: tensors are missing on the first load, or a tensor belongs to no parameter.
+        """
+        brought: set[str] = set()
+
+        def watched() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                brought.add(checkpoint_name(name))
+                yield name, tensor
+
+        try:
+            loaded = AutoWeightsLoader(self).load_weights(watched(), mapper=self.hf_to_vllm_mapper)
+        except (ValueError, AssertionError) as error:
+            last = sorted(brought)[-1:] if len(brought) == 1 else []
+            raise WeightsError(
+                f"a tensor does not fit this model{f' ({last[0]})' if last else ''} "
+                f"(integration_point={self.config.vision_config.integration_point!r}): {error}"
+            ) from error
+        if self._strict:
+            missing = sorted(self.checkpoint_names() - brought)
+            if missing:
+                raise WeightsError(
+                    f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; "
+                    "`vilavt inspect` lists what it holds, `vilavt init` makes a ViLaVT from a plain Qwen2.5-VL"
+                )
+            self._strict = False
+        return loaded
+
+    def checkpoint_names(self) -> set[str]:
+        """Names in a checkpoint of all tensors that this rank's stage needs."""
+        names: set[str] = set()
+        for name, _ in self.named_parameters():
+            name = name.replace("language_model.lm_head.", "lm_head.").replace("language_model.model.", "model.")
+            packed = next((p for p in _PACKED if f".{p}." in name), None)
+            names |= {name.replace(packed, part) for part in _PACKED[packed]} if packed else {name}
+        return names
+
+
+def checkpoint_name(name: str) -> str:
+    """The name in a published checkpoint file of a tensor named by it or by the transformers model."""
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    inner = name.removeprefix("model.")
+    return inner if inner.startswith(_TOWER_PARTS) else name
+
+
+__all__ = ["EncoderCounts", "VilavtForConditionalGeneration"]

@@ -1,0 +1,236 @@
+"""The vision tower on vLLM's layers: sharded over tensor-parallel ranks, any attention backend of `MMEncoderAttention`.
+
+Same semantics as `vilavt_hf.modeling_vilavt`, whose `VisionLayout` packs the patches here too. What differs is how a
+query-aware block attends: query tokens are appended to *all of* q, k and v, with zero queries, so that one list of
+segment bounds serves queries and keys. Their output rows are dropped.
+
+Shapes: N patches, M query tokens kept, C vision hidden size, H heads of this rank, D head size.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed.utils import divide
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VisionMLP,
+    Qwen2_5_VisionPatchEmbed,
+    Qwen2_5_VisionPatchMerger,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, cast_overflow_tensors
+from vllm.model_executor.models.vision import get_vit_attn_backend
+
+from vilavt_hf import VilavtVisionConfig
+from vilavt_hf.vision_layout import Segments, VisionLayout
+
+NORM_EPS = 1e-6
+"""Of the tower's RMS norms (fixed in Qwen2.5-VL)."""
+
+
+@dataclass(frozen=True)
+class AttentionSpan:
+    """Segment bounds of one block kind, in the form the attention backend asks for."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: torch.Tensor
+    sequence_lengths: torch.Tensor | None
+    order: torch.Tensor | None = None
+    """(N + M,) sorts patches and query tokens by segment; None when there are no query tokens."""
+    undo: torch.Tensor | None = None
+    """(N,) places of the patches among the sorted rows."""
+
+
+class VisionAttention(nn.Module):
+    """Attention of one block; a query-aware one has projections for query tokens."""
+
+    def __init__(
+        self, config: VilavtVisionConfig, query_aware: bool, quant_config: QuantizationConfig | None, prefix: str
+    ):
+        super().__init__()
+        dim, heads = config.hidden_size, config.num_heads
+        self.head_dim = divide(dim, heads)
+        self.num_heads = divide(heads, get_tensor_model_parallel_world_size())
+        self.qkv = QKVParallelLinear(
+            dim, self.head_dim, heads, heads, quant_config=quant_config, prefix=f"{prefix}.qkv"
+        )
+        self.proj = RowParallelLinear(dim, dim, quant_config=quant_config, prefix=f"{prefix}.proj")
+        if query_aware:
+            self.instruct_key_proj = ColumnParallelLinear(
+                dim, dim, quant_config=quant_config, prefix=f"{prefix}.instruct_key_proj"
+            )
+            self.instruct_value_proj = ColumnParallelLinear(
+                dim, dim, quant_config=quant_config, prefix=f"{prefix}.instruct_value_proj"
+            )
+        self.attn = MMEncoderAttention(
+            num_heads=self.num_heads, head_size=self.head_dim, scale=self.head_dim**-0.5, prefix=f"{prefix}.attn"
+        )
+        # fp32 as in transformers; also the only way to keep large positions apart in bf16
+        self.apply_rotary_emb = ApplyRotaryEmb(enforce_enable=True, enable_fp32_compute=True)
+
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, span: AttentionSpan
+    ) -> torch.Tensor:
+        """(N, C) patches, (M, C) query tokens, (N + M, D / 2) angles -> (N, C)."""
+        n = len(x)
+        q, k, v = self.qkv(x)[0].view(n, 3, self.num_heads, self.head_dim).unbind(1)
+        if span.order is not None:
+            text_k = self.instruct_key_proj(text)[0].view(-1, self.num_heads, self.head_dim)
+            text_v = self.instruct_value_proj(text)[0].view(-1, self.num_heads, self.head_dim)
+            q, k, v = torch.cat([q, torch.zeros_like(text_k)]), torch.cat([k, text_k]), torch.cat([v, text_v])
+        rows = len(q)
+        q, k = self.apply_rotary_emb(torch.stack([q, k]), cos[:rows], sin[:rows]).unbind(0)
+        if span.order is not None:
+            q, k, v = q[span.order], k[span.order], v[span.order]
+        out = self.attn(
+            query=q[None].contiguous(),
+            key=k[None].contiguous(),
+            value=v[None].contiguous(),
+            cu_seqlens=span.cu_seqlens,
+            max_seqlen=span.max_seqlen,
+            sequence_lengths=span.sequence_lengths,
+        ).reshape(rows, -1)
+        return self.proj(out if span.undo is None else out[span.undo])[0]
+
+
+class VisionBlock(nn.Module):
+    """A block of one kind: "group" (query-aware, joint), "frame" (full per frame) or "window"."""
+
+    def __init__(self, config: VilavtVisionConfig, kind: str, quant_config: QuantizationConfig | None, prefix: str):
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, eps=NORM_EPS)
+        self.norm2 = RMSNorm(config.hidden_size, eps=NORM_EPS)
+        self.attn = VisionAttention(config, kind == "group", quant_config, f"{prefix}.attn")
+        self.mlp = Qwen2_5_VisionMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=True,
+            act_fn=get_act_and_mul_fn(config.hidden_act),
+            quant_config=quant_config,
+            prefix=f"{prefix}.mlp",
+        )
+
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, span: AttentionSpan
+    ) -> torch.Tensor:
+        """(N, C) -> (N, C)."""
+        attended, residual = self.norm2(self.attn(self.norm1(x), text, cos, sin, span), residual=x)
+        return residual + self.mlp(attended)
+
+
+class VisionTower(nn.Module):
+    """Qwen2.5-VL's tower with query-aware blocks where ``integration_point`` puts them."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".mlp.gate_proj.": (".mlp.gate_up_proj.", 0),
+            ".mlp.up_proj.": (".mlp.gate_up_proj.", 1),
+        }
+    )
+
+    def __init__(self, config: VilavtVisionConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+        self.config = config
+        self.tp_size = get_tensor_model_parallel_world_size()
+        head_dim = config.hidden_size // config.num_heads
+        self.attn_backend = get_vit_attn_backend(head_size=head_dim, dtype=torch.get_default_dtype())
+        self.patch_embed = Qwen2_5_VisionPatchEmbed(
+            patch_size=config.patch_size,
+            temporal_patch_size=config.temporal_patch_size,
+            in_channels=config.in_channels,
+            hidden_size=config.hidden_size,
+        )
+        joint, full = config.query_aware_blocks(), set(config.fullatt_block_indexes)
+        self.kinds = ["group" if i in joint else "frame" if i in full else "window" for i in range(config.depth)]
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, kind, quant_config, f"{prefix}.blocks.{i}") for i, kind in enumerate(self.kinds)
+        )
+        self.merger = Qwen2_5_VisionPatchMerger(
+            d_model=config.out_hidden_size,
+            context_dim=config.hidden_size,
+            norm_layer=partial(RMSNorm, eps=NORM_EPS),
+            spatial_merge_size=config.spatial_merge_size,
+            quant_config=quant_config,
+            prefix=f"{prefix}.merger",
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.patch_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.patch_embed.proj.weight.device
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor,
+        images_per_query: torch.Tensor,
+        query_features: torch.Tensor,
+        query_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Encode images, group by group.
+
+        Args:
+            pixel_values: (N, 1176).
+            grid_thw: (n_images, 3), on the CPU.
+            images_per_query: (Q,), on the CPU.
+            query_features: (Q, T, C) projected query tokens.
+            query_mask: (Q, T), on the CPU.
+
+        Returns:
+            (N / merge_size², out_hidden) in prompt order.
+        """
+        cpu = torch.device("cpu")  # bounds are read on the CPU: packing there costs no device sync
+        layout = VisionLayout(grid_thw, images_per_query, query_mask, self.config, cpu)
+        half = layout.cos.shape[-1] // 2
+        cos, sin = (self._here(angle[:, 0, :half]) for angle in (layout.cos, layout.sin))
+        spans = {kind: self._span(segments, len(pixel_values)) for kind, segments in layout.segments.items()}
+        text = query_features.flatten(0, 1)[self._here(layout.text_index)]
+        order = self._here(layout.order)
+        x = self.patch_embed(pixel_values.to(self.device, self.dtype))
+        x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))[order].flatten(0, 1)
+        for kind, block in zip(self.kinds, self.blocks, strict=True):
+            x = block(x, text, cos, sin, spans[kind])
+        if x.dtype == torch.float16:  # long images overflow in the last block
+            x = cast_overflow_tensors(x)
+        return self.merger(x)[torch.argsort(order)]
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _span(self, segments: Segments, n: int) -> AttentionSpan:
+        bounds = segments.cu_k.numpy()
+        attention = MMEncoderAttention
+        undo = None if segments.key_order is None else self._here(torch.argsort(segments.key_order)[:n])
+        return AttentionSpan(
+            cu_seqlens=attention.maybe_recompute_cu_seqlens(
+                self.attn_backend,
+                bounds,
+                self.config.hidden_size,
+                self.tp_size,
+                self.device,
+                # says that q, k and v are separate contiguous tensors, which ours are in every precision
+                fp8_padded_hidden_size=self.config.hidden_size,
+            ),
+            # a scalar on the CPU: backends call .item()
+            max_seqlen=torch.tensor(attention.compute_max_seqlen(self.attn_backend, bounds), dtype=torch.int32),
+            sequence_lengths=attention.maybe_compute_seq_lens(self.attn_backend, bounds, self.device),
+            order=None if segments.key_order is None else self._here(segments.key_order),
+            undo=undo,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load tensors by their names in the checkpoint, without the ``visual.`` in front."""
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
