@@ -283,9 +283,11 @@ def test_verification_failure_leaves_no_destination(sft, tmp_path, monkeypatch):
 def test_processor_query_tokenizer_and_prompts_come_along_and_load(sft, tmp_path, query_encoder):
     (sft / "prompts").mkdir()
     (sft / "prompts/system.txt").write_text("kept as it is")
+    (sft / "vilavt_chat.json").write_text('{"preset": "rl"}')
     report = convert_checkpoint(sft, tmp_path / "out", query_encoder=query_encoder)
     assert report.missing == ()
     assert (tmp_path / "out/prompts/system.txt").read_text() == "kept as it is"
+    assert json.loads((tmp_path / "out/vilavt_chat.json").read_text()) == {"preset": "rl"}
     shutil.rmtree(tmp_path / "out/prompts")  # not a whole prompt set
     loaded = AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(loaded) is VilavtProcessor

@@ -162,3 +162,15 @@ def test_offline_loading_opens_no_connection(golden, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     VilavtForConditionalGeneration.from_pretrained(golden.checkpoint)
+
+
+@pytest.mark.parametrize("stem", ["rl_before_reload", "rl_after_reload", "sft_after_reload", "sft_before_reload"])
+@pytest.mark.parametrize("version", ["4.56.2", "4.57.1"])
+def test_a_configuration_always_names_an_architecture(golden, stem, version):
+    """Published files may have none at the top level; hosts choose the model by it."""
+    raw = json.loads((golden.configs / f"{stem}.tf{version}.json").read_text())
+    raw.pop("architectures", None)
+    config = VilavtConfig.from_dict(raw)
+    assert config.to_dict()["architectures"] == ["VilavtForConditionalGeneration"]
+    (name,) = config.architectures  # ours, or on 4.57, which forwards to text_config, what the file has there
+    assert "ForConditionalGeneration" in name

@@ -106,6 +106,8 @@ class VilavtConfig(Qwen2_5_VLConfig):
         self.text_encoder_config = text_encoder_config
         self.vision_config = vision_config
         self.frozen = _checked_parts(frozen)
+        # some published files have none at the top level, and vLLM chooses the model by it
+        kwargs["architectures"] = kwargs.get("architectures") or ["VilavtForConditionalGeneration"]
         super().__init__(vision_config=vision_config, **kwargs)
 
     @classmethod

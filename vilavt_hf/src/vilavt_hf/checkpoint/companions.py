@@ -20,6 +20,7 @@ _TOKENIZER = (
 )  # fmt: skip
 _FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "vilavt_chat.json",
     *_TOKENIZER,
     "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
