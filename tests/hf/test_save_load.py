@@ -172,5 +172,5 @@ def test_a_configuration_always_names_an_architecture(golden, stem, version):
     raw.pop("architectures", None)
     config = VilavtConfig.from_dict(raw)
     assert config.to_dict()["architectures"] == ["VilavtForConditionalGeneration"]
-    (name,) = config.architectures  # ours, or on 4.57, which forwards to text_config, what the file has there
-    assert "ForConditionalGeneration" in name
+    # the attribute itself: 4.57 forwards every read to text_config, whatever the file has there
+    assert vars(config)["architectures"] == ["VilavtForConditionalGeneration"]
