@@ -182,7 +182,7 @@ def test_nothing_is_computed_twice(tiny_model, processor, tokenizer):
         assert work.patches_encoded == sum(i.width * i.height // 196 for q in talk.inquiries for i in q.images)
         assert work.tokens_prefilled + work.tokens_decoded == len(talk.tokens) - 1  # the last token is never needed
         assert work.patches_ratio == work.tokens_ratio == 1.0
-        assert rows[talk.name].keys[0].shape[2] == len(talk.tokens) - 1  # no holes are kept
+        assert rows[talk.name].layers[0].keys.shape[2] == len(talk.tokens) - 1  # no holes are kept
 
 
 def test_each_image_is_encoded_when_it_first_appears_and_never_again(tiny_model, processor, tokenizer):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.integrations import sdpa_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
@@ -15,6 +16,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 TAKES_MM_TOKEN_TYPE_IDS = "mm_token_type_ids" in inspect.signature(qwen.Qwen2_5_VLModel.forward).parameters
 # Newer 5.x `generate` encodes images before it repeats inputs for beams; 4.57 and 5.10 repeat pixels sample by sample.
 GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_get_image_nums_and_video_nums")
+
+# Newer sdpa attention treats the query heads of one key-value head as rows of one matrix, if there is a mask.
+PACKS_QUERY_HEADS = hasattr(sdpa_attention, "pack_gqa")
 
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
@@ -66,3 +70,26 @@ def rope_index(base: Any, input_ids: torch.Tensor, image_grid_thw: torch.Tensor 
         return base.get_rope_index(ids, image_grid_thw)[0][:, 0]
     types = (ids == base.config.image_token_id).int()
     return base.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=image_grid_thw)[0][:, 0]
+
+
+def decoder_mask(base: Any, mask: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """What to pass as ``attention_mask`` with L new embeddings (B, L, C) and the mask (B, S + L) of real slots.
+
+    The 2-D mask is always right. With sdpa on a CPU the finished additive mask (B, 1, L, S + L) is faster: torch makes
+    one of a boolean mask in every layer; and newer transformers read the keys once for all query heads of a group if
+    there is a mask, else once for each.
+    """
+    text = base.config.text_config
+    rows, new = embeds.shape[:2]
+    total = mask.shape[1]
+    if embeds.device.type != "cpu" or text._attn_implementation != "sdpa":
+        return mask
+    whole = bool(mask.all())
+    if whole and (new == total or (new == 1 and not PACKS_QUERY_HEADS)):
+        return mask  # no mask is needed, and transformers sees that
+    visible = mask[:, None, None].bool()
+    if new > 1:
+        slots = torch.arange(total)
+        visible = visible & (slots <= slots[-new:, None])
+    hidden = torch.finfo(embeds.dtype).min  # not -inf: a padding slot sees nothing at all
+    return torch.zeros(rows, 1, new, total, dtype=embeds.dtype).masked_fill(~visible, hidden)

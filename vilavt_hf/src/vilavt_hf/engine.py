@@ -108,9 +108,10 @@ class Row:
     """The end of `tokens` that is not in the cache yet."""
     next_position: int = 0
     """Highest M-RoPE position so far + 1."""
-    keys: list[torch.Tensor] | None = None
-    """Per layer (1, H, n, D), n = len(tokens) - len(pending); None while the row runs or before it has run."""
-    values: list[torch.Tensor] | None = None
+    layers: list[GrowingLayer] | None = None
+    """Keys and values of n = len(tokens) - len(pending) tokens, without padding; None while the row runs or before it
+    has run.
+    """
     work: Work = field(default_factory=Work)
     inquiries: list[Inquiry] = field(default_factory=list)
     """Groups whose images are in `pending` and not encoded yet."""
@@ -330,7 +331,7 @@ class Engine:
             self._waiting.remove(row)
         if self._running is not None and row in self._running.rows:
             self._leave([self._running.rows.index(row)])
-        row.request = row.keys = row.values = None
+        row.request = row.layers = None
         row.closed = True
 
     @property
@@ -394,14 +395,15 @@ class Engine:
         except Exception as error:
             if len(rows) == 1:
                 return [self._failed(rows[0], error)]
-            # Rows keep what they own until their prefill has succeeded, so each can be tried alone.
+            # Side by side rows run on copies and keep what they own until the prefill has succeeded, so each can be
+            # tried alone.
             logger.warning("prefill of %d rows failed (%s); trying them one by one", len(rows), error)
             return [event for row in rows for event in self._start([row])]
         first = len(self._running.rows) if self._running else 0
         return self._emit(self._join(batch), logits, first)
 
     def _failed(self, row: Row, error: Exception) -> Sampled:
-        row.request = row.keys = row.values = None
+        row.request = row.layers = None
         row.closed = True
         return Sampled(row, None, None, "error", error)
 
@@ -481,7 +483,7 @@ class Engine:
             row.work.distinct_tokens = len(row.tokens)
             row.next_position = end
             row.pending, row.inquiries = [], []
-            row.keys = row.values = None
+            row.layers = None
         return batch, logits
 
     def _decode(self, batch: _Batch) -> tuple[_Batch, torch.Tensor]:
@@ -505,7 +507,7 @@ class Engine:
     ) -> torch.Tensor:
         out = self.model(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=compat.decoder_mask(self.model.model, mask, embeds),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -547,19 +549,21 @@ class Engine:
 
     def _gather(self, rows: list[Row]) -> tuple[list[GrowingLayer], torch.Tensor]:
         """The rows' own caches side by side, right-aligned, and the mask (B, S) of their real slots."""
-        lengths = [row.keys[0].shape[2] if row.keys else 0 for row in rows]
+        lengths = [row.layers[0].keys.shape[2] if row.layers else 0 for row in rows]
         slots = max(lengths)
         mask = torch.zeros(len(rows), slots, dtype=torch.long)
         for b, length in enumerate(lengths):
             mask[b, slots - length :] = 1
-        example = next((row.keys for row in rows if row.keys), None)
+        example = next((row.layers for row in rows if row.layers), None)
         if example is None:
             return [GrowingLayer() for _ in range(self._layers)], mask.to(self.model.device)
-        blank = [keys[:, :, :0] for keys in example]
+        if len(rows) == 1:
+            return example, mask.to(self.model.device)  # nothing to align: it grows where it is
+        blank = [GrowingLayer(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in example]
         layers = []
-        for n in range(self._layers):
-            keys = torch.cat([_pad_left((row.keys or blank)[n], slots) for row in rows])
-            values = torch.cat([_pad_left((row.values or blank)[n], slots) for row in rows])
+        for parts in zip(*(row.layers or blank for row in rows), strict=True):
+            keys = torch.cat([_pad_left(part.keys, slots) for part in parts])
+            values = torch.cat([_pad_left(part.values, slots) for part in parts])
             layers.append(GrowingLayer(keys, values))
         return layers, mask.to(self.model.device)
 
@@ -587,8 +591,13 @@ class Engine:
         for b in places:
             row, real = batch.rows[b], batch.mask[b].bool()
             row.request = None
-            row.keys = [layer.keys[b : b + 1][:, :, real] for layer in batch.layers]
-            row.values = [layer.values[b : b + 1][:, :, real] for layer in batch.layers]
+            if len(batch.rows) == 1 and bool(real.all()):
+                row.layers = batch.layers  # with their room to grow
+                continue
+            row.layers = [
+                GrowingLayer(layer.keys[b : b + 1][:, :, real], layer.values[b : b + 1][:, :, real])
+                for layer in batch.layers
+            ]
         stay = [b for b in range(len(batch.rows)) if b not in places]
         if not stay:
             self._running = None
