@@ -8,7 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vilavt_hf.chat import (
+from vilavt_hf.chat import VilavtChat
+from vilavt_hf.engine import Sampler
+from vilavt_hf.episode import Inquiry
+from vilavt_hf.errors import CheckpointError, EngineError, ImageError
+from vilavt_hf.presets import Limits, Sampling, get_preset
+from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn
+from vilavt_hf.results import (
     AnswerEvent,
     CropsEvent,
     Finished,
@@ -17,14 +23,8 @@ from vilavt_hf.chat import (
     Sample,
     TextDelta,
     ToolCallEvent,
-    VilavtChat,
-    save_chat_settings,
 )
-from vilavt_hf.engine import Sampler
-from vilavt_hf.episode import Inquiry
-from vilavt_hf.errors import CheckpointError, EngineError, ImageError
-from vilavt_hf.presets import Limits, Sampling, get_preset
-from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn
+from vilavt_hf.settings import save_chat_settings
 
 LIMITS = Limits(max_turns=6, max_new_tokens_per_turn=200, max_pixels=84 * 84)
 

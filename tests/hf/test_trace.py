@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vilavt_hf.chat import ChatResult, Intervention, VilavtChat
+from vilavt_hf.chat import VilavtChat
 from vilavt_hf.presets import Limits
 from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn
+from vilavt_hf.results import ChatResult, Intervention
 from vilavt_hf.trace import COLOURS, annotate, draw_conversation, write_html
 
 HOSTILE = '<script>alert("x")</script> & </pre>\'"'

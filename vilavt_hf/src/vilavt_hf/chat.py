@@ -7,14 +7,11 @@ computes it, each image and token once. A conversation that fails does not take 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,31 +24,28 @@ from .errors import CheckpointError, EngineError
 from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling, get_preset
 from .prompts import PromptSet
-from .protocol import Answer, Region, ToolCall, parse_turn
+from .protocol import Region, ToolCall, parse_turn
 from .regions import MAX_PIXELS
 from .results import (
-    AnswerEvent,
     ChatResult,
-    CropsEvent,
     Event,
     Finished,
     ImageSource,
     Intervention,
     Provenance,
-    RefusedEvent,
     Sample,
     TextDelta,
-    ToolCallEvent,
+    turn_events,
+    versions,
 )
+from .settings import fitting_limits, preset_of
+from .stream import decode_turn, is_whole_text
 
 if TYPE_CHECKING:
     from .modeling_vilavt import VilavtForConditionalGeneration
     from .processing_vilavt import VilavtProcessor
 
 logger = logging.getLogger(__name__)
-
-SETTINGS = "vilavt_chat.json"
-"""File in a checkpoint folder that says how the checkpoint wants to be run; see :func:`save_chat_settings`."""
 
 
 @dataclass(eq=False)
@@ -114,7 +108,9 @@ class VilavtChat:
     ) -> None:
         self.model, self.processor = model, processor
         self.preset = get_preset(preset)
-        self.limits = limits or _fitting_limits(self.preset.limits, model, processor)
+        self.limits = limits or fitting_limits(
+            self.preset.limits, processor.image_processor.size, model.config.text_config.max_position_embeddings
+        )
         self.sampling = sampling or self.preset.sampling
         self.seed = seed
         named = PromptSet.load(prompts) if isinstance(prompts, str) else prompts
@@ -171,7 +167,7 @@ class VilavtChat:
 
             # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
             settings.setdefault("fingerprint", fingerprint(folder))
-            settings = _read_settings(folder, settings)
+            settings["preset"] = preset_of(folder, settings.get("preset"))
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         try:
             model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
@@ -290,11 +286,7 @@ class VilavtChat:
         return Engine(self.model, encode, choose=self._choose, max_batch_size=self.max_batch_size)
 
     def _seed_of(self, sample: Sample) -> int:
-        if sample.seed is not None:
-            return sample.seed
-        if sample.id is None:
-            return self.seed
-        return int.from_bytes(hashlib.sha256(f"{self.seed}:{sample.id}".encode()).digest()[:6], "big")
+        return sample.seed_from(self.seed)
 
     def _drive(self, engine: Engine, runs: Iterator[_Run]) -> Iterator[tuple[_Run, Event]]:
         """Keep the engine full, and turn its tokens into events."""
@@ -406,14 +398,7 @@ class VilavtChat:
                 seconds=seconds,
             )
         run.ids, run.logprobs, run.shown = [], [], 0
-        if isinstance(turn.action, ToolCall):
-            yield ToolCallEvent(turn.index, turn.action)
-            if turn.views:
-                yield CropsEvent(turn.index, turn.views, turn.image_indices, turn.action.query)
-        elif isinstance(turn.action, Answer):
-            yield AnswerEvent(turn.index, turn.action.text, turn.action.thought)
-        if turn.problem is not None:
-            yield RefusedEvent(turn.index, turn.problem)
+        yield from turn_events(turn)
 
     def _text(self, run: _Run, *, whole: bool) -> Iterator[TextDelta]:
         """Text that was not streamed yet; an unfinished character (bytes of it are still missing) waits unless the
@@ -421,17 +406,12 @@ class VilavtChat:
         """
         assert run.episode is not None
         text = self._decode(run.ids[run.shown :])
-        if text and (whole or not text.endswith("\ufffd")):
+        if text and (whole or is_whole_text(text)):
             run.shown = len(run.ids)
             yield TextDelta(len(run.episode.turns), text)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        if ids and ids[-1] in self._stops:
-            ids = ids[:-1]
-        if not ids:
-            return ""
-        decode = self.processor.tokenizer.decode
-        return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode_turn(self.processor.tokenizer, ids, self._stops)
 
     def _encode_turn(self, text: str) -> list[int]:
         tokenizer = self.processor.tokenizer
@@ -468,7 +448,7 @@ class VilavtChat:
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.model.device),
             attention=str(self.model.config._attn_implementation),
-            versions=_versions(),
+            versions=versions(),
         )
 
 
@@ -538,65 +518,6 @@ class Conversation:
                 self._engine.close(run.row)
 
 
-def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None) -> Path:
-    """Write how a checkpoint wants to be run: ``vilavt_chat.json``, read by `VilavtChat.from_pretrained`.
-
-    Args:
-        folder: the checkpoint.
-        preset: name of a preset.
-        limits: fields of `Limits` that differ from the preset's.
-
-    Raises:
-        CheckpointError: an unknown field.
-    """
-    settings = {"preset": preset, "limits": dict(limits or {})}
-    path = Path(folder) / SETTINGS
-    _settings_of(settings, path)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return path
-
-
-def _settings_of(data: Any, path: Path) -> tuple[Preset, dict[str, Any]]:
-    known = {f.name for f in fields(Limits)}
-    if not isinstance(data, dict) or set(data) - {"preset", "limits"} or not isinstance(data.get("limits", {}), dict):
-        raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}}}')
-    limits = data.get("limits", {})
-    if unknown := sorted(set(limits) - known):
-        raise CheckpointError(f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return get_preset(str(data.get("preset", "default"))), limits
-
-
-def _read_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments, with the folder's settings file as the defaults of preset and limits."""
-    path = folder / SETTINGS
-    if not path.is_file():
-        return settings
-    try:
-        preset, limits = _settings_of(json.loads(path.read_text(encoding="utf-8")), path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    chosen = get_preset(settings.get("preset") or preset)
-    return settings | {"preset": replace(chosen, limits=replace(chosen.limits, **limits))}
-
-
-def _fitting_limits(limits: Limits, model: Any, processor: Any) -> Limits:
-    """A preset's limits, no looser than the image processor's pixel bounds and the language model's context."""
-    size = processor.image_processor.size
-    low, high = size["shortest_edge"], size["longest_edge"]
-    minimum = max(limits.min_pixels, low or 0)
-    maximum = max(minimum, min(limits.max_pixels, high or MAX_PIXELS))
-    crop = limits.crop_max_pixels
-    return replace(
-        limits,
-        min_pixels=minimum,
-        max_pixels=maximum,
-        crop_max_pixels=None if crop is None else max(minimum, crop),
-        max_context=limits.max_context or model.config.text_config.max_position_embeddings,
-    )
-
-
 class _AlteredCrops:
     """While a turn is carried out, crop what `transform_call` says instead of what the model wrote."""
 
@@ -626,13 +547,3 @@ class _AlteredCrops:
 
 def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     return [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("vilavt-hf", "torch", "transformers", "pillow"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

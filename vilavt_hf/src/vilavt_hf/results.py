@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 from .engine import Work
 from .episode import Inquiry, Record, Result, Turn
 from .presets import Limits, Sampling
-from .protocol import ToolCall
+from .protocol import Answer, ToolCall
 from .regions import View
 
 ImageSource = str | Path | bytes | Image.Image
@@ -32,6 +34,14 @@ class Sample:
     """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
     data: Any = None
     """Anything; not read here, handed to the hooks of an `Intervention`."""
+
+    def seed_from(self, base: int) -> int:
+        """This sample's seed: its own, else made from a `base` seed and its id."""
+        if self.seed is not None:
+            return self.seed
+        if self.id is None:
+            return base
+        return int.from_bytes(hashlib.sha256(f"{base}:{self.id}".encode()).digest()[:6], "big")
 
 
 @dataclass(frozen=True)
@@ -188,3 +198,26 @@ class Finished:
 
 
 Event = TextDelta | ToolCallEvent | CropsEvent | RefusedEvent | AnswerEvent | Finished
+
+
+def turn_events(turn: Turn) -> Iterator[Event]:
+    """What a finished turn means: a zoom and its crops, an answer, a refusal."""
+    if isinstance(turn.action, ToolCall):
+        yield ToolCallEvent(turn.index, turn.action)
+        if turn.views:
+            yield CropsEvent(turn.index, turn.views, turn.image_indices, turn.action.query)
+    elif isinstance(turn.action, Answer):
+        yield AnswerEvent(turn.index, turn.action.text, turn.action.thought)
+    if turn.problem is not None:
+        yield RefusedEvent(turn.index, turn.problem)
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of the packages that decide a result, and of the `more` distributions that are installed."""
+    found = {}
+    for package in ("vilavt-hf", "torch", "transformers", "pillow", *more):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +71,17 @@ class SpecialTokens:
     def banned(self) -> tuple[int, ...]:
         """Ids that must not be sampled: they stand for image features."""
         return (self.vision_start, self.vision_end, self.image_pad, self.video_pad)
+
+
+def decode_turn(tokenizer: Tokenizer, token_ids: Sequence[int], stops: Container[int]) -> str:
+    """Text of sampled tokens, special tokens included, without the stop token at the end."""
+    ids = list(token_ids[:-1] if token_ids and token_ids[-1] in stops else token_ids)
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether decoded text ends between two characters: of an unfinished one, bytes are still missing."""
+    return not text.endswith("\ufffd")
 
 
 @dataclass(frozen=True, eq=False)

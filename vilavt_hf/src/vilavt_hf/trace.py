@@ -15,10 +15,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .chat import ChatResult
 from .episode import Turn
 from .protocol import Answer, Malformed, NoAction, ToolCall
 from .regions import View
+from .results import ChatResult
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..chat import ChatResult, Event, VilavtChat
+    from ..chat import VilavtChat
+    from ..results import ChatResult, Event
 
 NO_ANSWER = 3
 """Exit code when the conversation ended without an answer."""
@@ -146,7 +147,7 @@ def _with_temperature(chat: VilavtChat, temperature: float) -> VilavtChat:
 
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:
     """Print a conversation as it happens."""
-    from ..chat import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
+    from ..results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
 
     open_turn = -1
     for event in events:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from ..chat import save_chat_settings
 from ..modeling_vilavt import VilavtForConditionalGeneration
 from ..processing_vilavt import VilavtProcessor
 from ..prompts import PromptSet
+from ..settings import save_chat_settings
 from ..train.collator import Example, VilavtCollator
 from ..train.losses import AuxiliaryLosses
 from ..train.trainer import VilavtTrainer

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..chat import ChatResult, Intervention, Sample, VilavtChat
+from ..chat import VilavtChat
 from ..episode import Inquiry
 from ..protocol import Region, ToolCall, format_turn
+from ..results import ChatResult, Intervention, Sample
 from .scenes import CELL, CROP, SHOWN, Card, Kind, Question, Scene, Split, examples, make_scene, query_for
 
 COUNTS = {Kind.ONE: 110, Kind.PAIR: 150, Kind.NESTED: 110, Kind.SUM: 110, Kind.LARGER: 80}
