@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .registration import register
 
 if TYPE_CHECKING:
+    from .offline import VilavtLLM
+    from .online import AsyncVilavtLLM
     from .processing import Inquiry
 
 __version__ = version("vilavt-vllm")
@@ -18,7 +20,7 @@ __version__ = version("vilavt-vllm")
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 """For ``--chat-template``: ChatML that refuses structural tokens in the text of a message (status 400)."""
 
-_LAZY = {"Inquiry": "processing"}
+_LAZY = {"AsyncVilavtLLM": "online", "Inquiry": "processing", "VilavtLLM": "offline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +29,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
 
 
-__all__ = ["CHAT_TEMPLATE", "Inquiry", "__version__", "register"]
+__all__ = ["CHAT_TEMPLATE", "AsyncVilavtLLM", "Inquiry", "VilavtLLM", "__version__", "register"]

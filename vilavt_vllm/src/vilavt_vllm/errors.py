@@ -17,3 +17,7 @@ class UnsupportedError(VilavtError):
 
 class WeightsError(VilavtError):
     """A checkpoint or a weight update does not fit the model; the message names the tensors."""
+
+
+class EngineFailure(VilavtError):
+    """vLLM gave up on a request that it had accepted."""
