@@ -36,6 +36,12 @@ from vilavt_hf.episode import Inquiry, Request
 
 VOCABULARY = 2000
 IMAGE, VIDEO, VISION_START, VISION_END, STOP = range(5)
+TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 PATCH = 1176
 
 
@@ -79,14 +85,23 @@ SMALL = Size(
 )
 
 
-def random_model(size: Size) -> VilavtForConditionalGeneration:
-    """A seeded model of the published shape (late integration), about 55 million parameters at the default size."""
+def random_model(
+    size: Size, vocabulary: int = VOCABULARY, tokens: dict[str, int] = TOKENS, stop: int = STOP
+) -> VilavtForConditionalGeneration:
+    """A seeded model of the published shape (late integration), about 55 million parameters at the default size.
+
+    Args:
+        size: of the model.
+        vocabulary: number of tokens.
+        tokens: ids of the placeholders, as the configuration names them.
+        stop: id of the token that ends a turn.
+    """
     torch.manual_seed(0)
     depth, half = size.vision_depth, size.text_width // 16
     third = 3 * half // 8
     config = VilavtConfig(
         text_config={
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "hidden_size": size.text_width,
             "intermediate_size": size.text_mlp,
             "num_hidden_layers": size.text_layers,
@@ -100,7 +115,7 @@ def random_model(size: Size) -> VilavtForConditionalGeneration:
                 "mrope_section": [half - 2 * third, third, third],
             },
             "bos_token_id": None,
-            "eos_token_id": STOP,
+            "eos_token_id": stop,
             "tie_word_embeddings": True,
         },
         vision_config={
@@ -114,7 +129,7 @@ def random_model(size: Size) -> VilavtForConditionalGeneration:
             "integration_point": "late",
         },
         text_encoder_config={
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "bos_token_id": None,
             "eos_token_id": None,
             "hidden_size": size.query_width,
@@ -124,10 +139,7 @@ def random_model(size: Size) -> VilavtForConditionalGeneration:
             "num_key_value_heads": 4,
             "head_dim": size.query_width // 4,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
+        **tokens,
         tie_word_embeddings=True,
     )
     model = VilavtForConditionalGeneration(config).eval()

@@ -60,6 +60,12 @@ class EncoderCounts:
         self.__init__()  # type: ignore[misc]
 
 
+def take_counts(model: "VilavtForConditionalGeneration") -> EncoderCounts:
+    """What the encoder did since the last call, for `LLM.apply_model`; its counts start at zero again."""
+    counts, model.counts = model.counts, EncoderCounts()
+    return counts
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     VilavtMultiModalProcessor, info=VilavtProcessingInfo, dummy_inputs=VilavtDummyInputsBuilder
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM
@@ -46,7 +47,7 @@ class VilavtLLM:
 
     def __init__(
         self,
-        model: str | LLM,
+        model: str | Path | LLM,
         *,
         limits: Limits | None = None,
         preset: str | Preset | None = None,
@@ -98,48 +99,64 @@ class VilavtLLM:
         """Like :meth:`ask`, but yields (place, result) as conversations end; images are loaded when their turn comes.
         Leaving the loop early aborts what is running.
         """
-        waiting = enumerate(_sample(entry) for entry in samples)
-        active: dict[str, tuple[int, EpisodeRun]] = {}
-        engine = self.llm.llm_engine
-        try:
-            while True:
-                while len(active) < self.max_concurrent and (entry := next(waiting, None)) is not None:
-                    place, sample = entry
-                    run = EpisodeRun(sample, self.settings, name=str(place))
-                    if not self._send(run, place, active):
-                        yield place, run.result
-                if not active:
-                    return
-                for output in engine.step():
-                    if not output.finished or output.request_id not in active:
-                        continue
-                    place, run = active.pop(output.request_id)
-                    try:
-                        list(run.take(output))  # type: ignore[arg-type]
-                    except Exception as error:
-                        run.fail(error)
-                        yield place, run.result
-                        continue
-                    if not self._send(run, place, active):
-                        yield place, run.result
-        finally:
-            if active:
-                engine.abort_request(list(active))
+        places: dict[EpisodeRun, int] = {}
 
-    def _send(self, run: EpisodeRun, place: int, active: dict[str, tuple[int, EpisodeRun]]) -> bool:
-        """Send a conversation's next request; False if it has ended, well or not."""
+        def runs() -> Iterator[EpisodeRun]:
+            for place, entry in enumerate(samples):
+                run = EpisodeRun(_sample(entry), self.settings, name=str(place))
+                places[run] = place
+                yield run
+
+        for run in drive(self.llm, runs(), self.max_concurrent):
+            yield places.pop(run), run.result
+
+
+def drive(llm: LLM, runs: Iterator[EpisodeRun], max_concurrent: int) -> Iterator[EpisodeRun]:
+    """Carry out conversations, at most `max_concurrent` at a time, and yield each as it ends, well or not.
+
+    Leaving the loop early aborts what is running.
+    """
+    engine = llm.llm_engine
+    active: dict[str, EpisodeRun] = {}
+
+    def send(run: EpisodeRun) -> bool:
+        """Send a conversation's next request; False if it has ended."""
         try:
             request = run.next_request()
             if request is None:
                 return False
             name = f"vilavt-{next(_NUMBERS)}"
-            self.llm.llm_engine.add_request(name, run.prompt(request), run.sampling_params(request))  # type: ignore[arg-type]
+            engine.add_request(name, run.prompt(request), run.sampling_params(request))  # type: ignore[arg-type]
         except Exception as error:
             logger.debug("sample %s failed", run.name, exc_info=True)
             run.fail(error)
             return False
-        active[name] = (place, run)
+        active[name] = run
         return True
+
+    try:
+        while True:
+            while len(active) < max_concurrent and (started := next(runs, None)) is not None:
+                if not send(started):
+                    yield started
+            if not active:
+                return
+            for output in engine.step():
+                if not output.finished or output.request_id not in active:
+                    continue
+                run = active.pop(output.request_id)
+                try:
+                    list(run.take(output))  # type: ignore[arg-type]
+                except Exception as error:
+                    logger.debug("sample %s failed", run.name, exc_info=True)
+                    run.fail(error)
+                    yield run
+                    continue
+                if not send(run):
+                    yield run
+    finally:
+        if active:
+            engine.abort_request(list(active))
 
 
 def _sample(entry: Sample | tuple[Any, str]) -> Sample:
