@@ -121,6 +121,30 @@ def load_image(
     return _open(data, limits, label, rules)
 
 
+def image_size(
+    path: str | Path, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
+) -> tuple[int, int]:
+    """Width and height that :func:`load_image` would give, from the file's header alone.
+
+    Damage behind the header goes unseen.
+
+    Raises:
+        ImageError: as :func:`load_image`.
+    """
+    label = name or str(path)
+    _check_file(Path(path), limits, label)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=[f for f in FORMATS if f in _registered()]) as image:
+                turned = rules == "strict" and _orientation(image, label) >= 5
+                size = image.size
+    except Exception as error:
+        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
+    _check_size(size, limits, label)
+    return (size[1], size[0]) if turned else size
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any PIL mode, transparency on white; an RGB image without transparency is returned as it is.
 
@@ -228,10 +252,7 @@ def _check_bytes(count: int, limits: ImageLimits, label: str) -> None:
 def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
     try:
         path = Path(path)
-        if not path.is_file():
-            kind = "there is no such file" if not path.exists() else "it is not a regular file"
-            raise ImageError(f"{label}: {kind}; check the path")
-        _check_bytes(path.stat().st_size, limits, label)
+        _check_file(path, limits, label)
         with path.open("rb") as file:
             data = file.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:
@@ -240,6 +261,13 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
         raise ImageError(f"{label}: cannot be read: {_short(error)}") from None
     _check_bytes(len(data), limits, label)
     return data
+
+
+def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
+    if not path.is_file():
+        kind = "there is no such file" if not path.exists() else "it is not a regular file"
+        raise ImageError(f"{label}: {kind}; check the path")
+    _check_bytes(path.stat().st_size, limits, label)
 
 
 def _read_data_url(source: str, limits: ImageLimits, label: str) -> bytes:
@@ -334,4 +362,4 @@ def _short(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:200]
 
 
-__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "load_image", "to_rgb"]
+__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "image_size", "load_image", "to_rgb"]
