@@ -14,7 +14,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,7 @@ def image_size(
 ) -> tuple[int, int]:
     """Width and height that :func:`load_image` would give, from the file's header alone.
 
-    Damage behind the header goes unseen.
+    What comes behind the header goes unseen: damage, and the orientation of a PNG that states it after its pixels.
 
     Raises:
         ImageError: as :func:`load_image`.
@@ -137,7 +139,9 @@ def image_size(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=[f for f in FORMATS if f in _registered()]) as image:
-                turned = rules == "strict" and _orientation(image, label) >= 5
+                turned = (
+                    rules == "strict" and _orientation(partial(Image.Image.getexif, image), label) >= 5
+                )  # a PNG's own would decode it
                 size = image.size
     except Exception as error:
         raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
@@ -196,7 +200,7 @@ def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            orientation = _orientation(image, label) if rules == "strict" else 1
+            orientation = _orientation(image.getexif, label) if rules == "strict" else 1
             rgb = to_rgb(image)
             if orientation != 1:
                 rgb = ImageOps.exif_transpose(_tagged(rgb, orientation))
@@ -207,9 +211,9 @@ def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image, label: str) -> int:
+def _orientation(read_exif: Callable[[], Image.Exif], label: str) -> int:
     try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        value = read_exif().get(_EXIF_ORIENTATION, 1)
     except Exception as error:
         logger.info("%s: unreadable EXIF data is ignored: %s", label, _short(error))
         return 1

@@ -36,9 +36,9 @@ def version_command() -> None:
 
 
 def _register_all() -> None:
-    from . import chat, checkpoint, doctor, prompts, sft, tiny
+    from . import chat, checkpoint, data, doctor, prompts, sft, tiny
 
-    for module in (chat, checkpoint, prompts, sft, tiny, doctor):
+    for module in (chat, checkpoint, prompts, data, sft, tiny, doctor):
         module.register(app)
 
 

@@ -25,9 +25,9 @@ def sft(
     if config is None:
         raise typer.BadParameter("name a YAML file, or pass --keys", param_hint="CONFIG")
     settings = SftConfig.load(config, overrides or ())
-    from ..train.run import run
+    from ..train.run import Run
 
-    report = run(settings)
+    report = Run(settings).train()
     if int(os.environ.get("RANK", "0")) == 0:
         loss = "" if report.last_loss is None else f", last loss {report.last_loss:.4f}"
         typer.echo(f"{report.folder}: {report.steps} steps over {report.samples} samples{loss}")

@@ -81,3 +81,23 @@ def scenes_command(
 
     for name in write_examples(out, count, seed):
         typer.echo(name)
+
+
+@tiny_app.command("data")
+def data_command(
+    out: Annotated[Path, typer.Option(help="Folder for records and pictures.")],
+    checkpoint: Annotated[Path, typer.Option(help="Whose tokenizer and prompts to use.")] = Path(
+        "examples/vilavt-tiny"
+    ),
+    count: Annotated[int, typer.Option(help="Number of records.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
+) -> None:
+    """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`."""
+    from ..processing_vilavt import VilavtProcessor
+    from ..prompts import PromptSet
+    from ..tiny.records import write_training_set
+
+    processor = VilavtProcessor.from_pretrained(checkpoint)
+    prompts = processor.prompts or PromptSet.load("tiny")
+    for name in write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed):
+        typer.echo(out / name)

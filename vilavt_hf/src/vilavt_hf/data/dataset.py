@@ -93,6 +93,11 @@ class SftDataset(Dataset):
         """Name of the data set of a sample."""
         return self.sources[self._locate(i)[0]].name
 
+    def record(self, i: int) -> Any:
+        """A sample's record as it stands in its file."""
+        source, record = self._locate(i)
+        return self.annotations[source][record]
+
     def __getitem__(self, i: int) -> Example | Dropped:
         """The sample with its pictures decoded, or why it cannot be used."""
         try:
@@ -120,9 +125,9 @@ class SftDataset(Dataset):
 
     def _render(self, i: int, decode: bool) -> tuple[Rendered, int]:
         """The sample as it is trained, and its tokens before any cut."""
-        source, record = self._locate(i)
+        source, _ = self._locate(i)
         name = self.name(i)
-        data = read_record(self.annotations[source][record], name)
+        data = read_record(self.record(i), name)
         name = name if data.id is None else f"{name} ({data.id})"
         place = self.sources[source]
         rendered = self.renderer.render(

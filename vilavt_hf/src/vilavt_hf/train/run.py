@@ -58,72 +58,86 @@ class RunReport:
     last_loss: float | None
 
 
-def run(config: SftConfig) -> RunReport:
-    """Train.
+class Run:
+    """A run that is ready to train: data measured, model loaded, order settled.
 
-    Start it on every rank of a distributed run, with the same configuration.
+    Make it on every rank of a distributed run, with the same configuration.
 
     Raises:
-        TrainingError: the run cannot start, or cannot go on; says what to change.
+        TrainingError: the run cannot start; says what to change.
         DataError: a data set is not there.
         CheckpointError: the model is incomplete.
     """
-    args = _arguments(config)
-    set_seed(config.seed)
-    out = config.output.folder
-    first = args.process_index == 0
-    processor = VilavtProcessor.from_pretrained(config.model.path)
-    dataset = _dataset(config, processor)
-    with args.main_process_first(desc="cache"):
-        out.mkdir(parents=True, exist_ok=True)
-    lengths = measure_all(dataset, workers=config.data.workers, cache=out / "cache", progress=first)
-    order = _order(config, lengths)
-    record = _record(config, dataset, order, args)
-    resume = _resume_from(config, record)
-    report = _Drops(config, dataset, lengths, out / DROPPED, first, keep=resume is not None)
-    trainer = VilavtTrainer(
-        model=_model(config),
-        args=args,
-        train_dataset=dataset,  # type: ignore[arg-type]
-        data_collator=VilavtCollator(
-            processor.encode_inquiries,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            image_token_id=processor.image_token_id,
-            merge_size=processor.image_processor.merge_size,
-            packed=config.batch.packing,
-        ),
-        processing_class=processor,  # type: ignore[arg-type]
-        callbacks=[LogFile(out / LOG), ConsoleReport()],
-        order=order,
-        learning_rates=config.optimizer.learning_rates,
-        schedule=config.optimizer.schedule,
-        decay_from=config.optimizer.decay_from,
-        final_rate=config.optimizer.final_rate,
-        loss_mean=config.batch.loss_mean,
-        decay_norms=config.optimizer.decay_norms,
-        complete_checkpoint=_completion(config),
-        record=record,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.on_dropped = report.add
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    dtype = "fp32" if config.lora is not None else config.output.final_dtype
-    folder = save_final(trainer, processor, out / FINAL, dtype, _completion(config), record)
-    lines = read_log(out / LOG)
-    if first:
-        if lines and find_spec("matplotlib"):
-            plot_losses(lines, out / LOSS)
-        if config.lora is not None and config.lora.merge:
-            merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)
-    trainer.accelerator.wait_for_everyone()
-    return RunReport(
-        folder=folder,
-        steps=trainer.state.global_step,
-        samples=len(lengths.kept),
-        dropped=dict(lengths.dropped + trainer.dropped),
-        cut=int((lengths.cut_from > 0).sum()),
-        last_loss=lines[-1]["loss"] if lines else None,
-    )
+
+    def __init__(self, config: SftConfig):
+        self.config = config
+        args = _arguments(config)
+        set_seed(config.seed)
+        self.out = config.output.folder
+        first = args.process_index == 0
+        self.processor = VilavtProcessor.from_pretrained(config.model.path)
+        dataset = make_dataset(config)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
+        order = _order(config, self.lengths)
+        self.record = _record(config, dataset, order, args)
+        self.resume = _resume_from(config, self.record)
+        drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
+        self.trainer = VilavtTrainer(
+            model=_model(config),
+            args=args,
+            train_dataset=dataset,  # type: ignore[arg-type]
+            data_collator=VilavtCollator(
+                self.processor.encode_inquiries,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                image_token_id=self.processor.image_token_id,
+                merge_size=self.processor.image_processor.merge_size,
+                packed=config.batch.packing,
+            ),
+            processing_class=self.processor,  # type: ignore[arg-type]
+            callbacks=[LogFile(self.out / LOG), ConsoleReport()],
+            order=order,
+            learning_rates=config.optimizer.learning_rates,
+            schedule=config.optimizer.schedule,
+            decay_from=config.optimizer.decay_from,
+            final_rate=config.optimizer.final_rate,
+            loss_mean=config.batch.loss_mean,
+            decay_norms=config.optimizer.decay_norms,
+            complete_checkpoint=_completion(config),
+            record=self.record,
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.on_dropped = drops.add
+
+    def train(self) -> RunReport:
+        """Train, save, and say what came of it.
+
+        Raises:
+            TrainingError: the run cannot go on, or its way of sharing the model is not available here.
+        """
+        config, trainer, out = self.config, self.trainer, self.out
+        if config.parallel.strategy == "fsdp2" and not trainer.is_fsdp_enabled:
+            raise TrainingError(
+                "parallel.strategy is fsdp2, but accelerate shards on GPUs and under torchrun only; use ddp here"
+            )
+        trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
+        dtype = "fp32" if config.lora is not None else config.output.final_dtype
+        folder = save_final(trainer, self.processor, out / FINAL, dtype, _completion(config), self.record)
+        lines = read_log(out / LOG)
+        if trainer.args.process_index == 0:
+            if lines and find_spec("matplotlib"):
+                plot_losses(lines, out / LOSS)
+            if config.lora is not None and config.lora.merge:
+                merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)
+        trainer.accelerator.wait_for_everyone()
+        return RunReport(
+            folder=folder,
+            steps=trainer.state.global_step,
+            samples=len(self.lengths.kept),
+            dropped=dict(self.lengths.dropped + trainer.dropped),
+            cut=int((self.lengths.cut_from > 0).sum()),
+            last_loss=lines[-1]["loss"] if lines else None,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- preparation
@@ -195,16 +209,27 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
 
 
-def _dataset(config: SftConfig, processor: VilavtProcessor) -> SftDataset:
+def make_renderer(model: str, settings: RenderSettings, preset: str | None = None) -> Renderer:
+    """What turns records into the token streams of a checkpoint."""
+    processor = VilavtProcessor.from_pretrained(model)
+    prompts = processor.prompts or PromptSet.load("default")
+    return Renderer(processor.tokenizer, prompts, settings, preset_of(model, preset))
+
+
+def make_dataset(config: SftConfig) -> SftDataset:
+    """The data set of a run.
+
+    Raises:
+        DataError: a data set is not there.
+    """
     data = config.data
-    renderer = Renderer(
-        processor.tokenizer,
-        processor.prompts or PromptSet.load("default"),
-        RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules),
-        preset_of(config.model.path, data.preset),
-    )
+    settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
     return SftDataset(
-        find_sources(data), renderer, max_length=data.max_length, over_long=data.over_long, seed=config.seed
+        find_sources(data),
+        make_renderer(config.model.path, settings, data.preset),
+        max_length=data.max_length,
+        over_long=data.over_long,
+        seed=config.seed,
     )
 
 
@@ -346,7 +371,7 @@ def save_final(
 ) -> Path:
     """Write the trained model as a complete checkpoint (an adapter run: the adapter); call it on every rank."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = trainer.whole_state_dict()
     if trainer.args.should_save:
         target = torch.bfloat16 if dtype == "bf16" else torch.float32
         cast = {name: value.to(target) if value.is_floating_point() else value for name, value in state.items()}

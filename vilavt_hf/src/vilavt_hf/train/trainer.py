@@ -231,10 +231,14 @@ class VilavtTrainer(Trainer):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights, gathered from all ranks, on rank 0; call it on every rank."""
+        return self.accelerator.get_state_dict(self.model_wrapped)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; under FSDP also with sharded resume states: the model itself is always saved whole."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            self._save(output_dir, state_dict=self.whole_state_dict())
             return
         super().save_model(output_dir, _internal_call)
 
