@@ -80,7 +80,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
         order = _order(config, self.lengths)
-        self.record = _record(config, dataset, order, args)
+        self.record = _record(config, self.lengths, order, args)
         self.resume = _resume_from(config, self.record)
         drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
@@ -118,7 +118,7 @@ class Run:
         config, trainer, out = self.config, self.trainer, self.out
         if config.parallel.strategy == "fsdp2" and not trainer.is_fsdp_enabled:
             raise TrainingError(
-                "parallel.strategy is fsdp2, but accelerate shards on GPUs and under torchrun only; use ddp here"
+                "parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here"
             )
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
         dtype = "fp32" if config.lora is not None else config.output.final_dtype
@@ -151,6 +151,8 @@ def _arguments(config: SftConfig) -> TrainingArguments:
     settings = _parallel_settings(config)
     strategy: dict[str, Any] = {}
     if parallel.strategy == "fsdp2":
+        if "LOCAL_RANK" not in os.environ:
+            raise TrainingError("parallel.strategy is fsdp2: start the run with torchrun")
         strategy["fsdp"] = settings
     elif parallel.strategy in ("zero2", "zero3"):
         if find_spec("deepspeed") is None:
@@ -263,17 +265,16 @@ def _model(config: SftConfig) -> Any:
 # ---------------------------------------------------------------------------------------------------- bookkeeping
 
 
-def _record(config: SftConfig, dataset: SftDataset, order: Order, args: TrainingArguments) -> dict[str, Any]:
+def _record(config: SftConfig, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
     """What every checkpoint's provenance says; `_resume_from` compares ``resume``."""
     source = Path(config.model.path)
     return {
         "made_by": "sft",
         "config": config.model_dump(mode="json"),
         "base_fingerprint": fingerprint(source) if source.is_dir() else None,
-        "data_fingerprint": dataset.fingerprint,
         "ranks": args.world_size,
         "resume": {
-            "data": dataset.fingerprint,
+            "data": lengths.digest,
             "micro-batches of an epoch": len(order),
             "micro-batches of a step (ranks x batch.accumulation)": args.world_size * config.batch.accumulation,
             "batch.packing": config.batch.packing,
