@@ -23,6 +23,12 @@ from vilavt_hf.train.parts import PARTS, freeze, part_of
 from vilavt_hf.train.trainer import VilavtTrainer, label_weight
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_left_behind(monkeypatch):
+    """4.57 hands the precision on through the environment, to every later run of the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="module")
 def processor():
     return tiny_processor()

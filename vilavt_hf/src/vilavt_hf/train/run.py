@@ -158,6 +158,9 @@ def _arguments(config: SftConfig) -> TrainingArguments:
         if find_spec("deepspeed") is None:
             raise TrainingError(f'parallel.strategy is {parallel.strategy}: pip install "vilavt-hf[deepspeed]"')
         strategy["deepspeed"] = settings
+    bf16 = config.model.precision == "bf16"
+    # the configuration decides, not what a launcher or an earlier run of this process left there
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     workers = config.data.workers
     return compat.training_arguments(
         output_dir=str(output.folder),
@@ -174,7 +177,7 @@ def _arguments(config: SftConfig) -> TrainingArguments:
         adam_beta2=optimizer.betas[1],
         adam_epsilon=optimizer.epsilon,
         max_grad_norm=optimizer.max_grad_norm,
-        bf16=config.model.precision == "bf16",
+        bf16=bf16,
         recompute=config.model.gradient_checkpointing,
         seed=config.seed,
         save_strategy="steps",

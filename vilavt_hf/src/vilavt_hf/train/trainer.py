@@ -110,7 +110,8 @@ class VilavtTrainer(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         for batch in batches:
             self._count(batch.pop("counts", BatchCounts()))
-        total = torch.stack([label_weight(batch) for batch in batches]).sum().to(device)
+        # 4.57 asks once more at the end of an epoch that was resumed, and gets nothing
+        total = sum((label_weight(batch) for batch in batches), start=torch.zeros(())).to(device)
         return batches, self.accelerator.reduce(total, "sum")  # type: ignore[return-value]
 
     def _count(self, counts: BatchCounts) -> None:
