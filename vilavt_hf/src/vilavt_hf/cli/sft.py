@@ -1,10 +1,11 @@
 """``vilavt sft``: supervised fine-tuning; ``vilavt merge-lora``: an adapter back into its model."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .allocator import keep_freed_memory
 
 
 def sft(
@@ -25,16 +26,11 @@ def sft(
     if config is None:
         raise typer.BadParameter("name a YAML file, or pass --keys", param_hint="CONFIG")
     settings = SftConfig.load(config, overrides or ())
+    if settings.parallel.cpu:
+        keep_freed_memory()
     from ..train.run import Run
 
-    report = Run(settings).train()
-    if int(os.environ.get("RANK", "0")) == 0:
-        loss = "" if report.last_loss is None else f", last loss {report.last_loss:.4f}"
-        typer.echo(f"{report.folder}: {report.steps} steps over {report.samples} samples{loss}")
-        for kind, count in sorted(report.dropped.items()):
-            typer.secho(f"left out: {count} ({kind})", fg="yellow")
-        if report.cut:
-            typer.secho(f"cut at a turn: {report.cut}", fg="yellow")
+    typer.echo(Run(settings).train().summary())
 
 
 def merge_lora(

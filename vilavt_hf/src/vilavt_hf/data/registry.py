@@ -37,10 +37,12 @@ class DataSource(BaseModel):
 
     name: str = Field(description="name, for `data.use` and in reports", pattern=r"^[\w.\-]+$")
     annotations: Path = Field(description="the .jsonl or .json file; relative to the YAML file")
-    images: Path | None = Field(None, description="image root; default: the folder of the annotations")
-    rate: float = Field(1.0, gt=0, le=1, description="share of the records that is used, drawn with the run's seed")
+    images: Path | None = Field(default=None, description="image root; default: the folder of the annotations")
+    rate: float = Field(
+        default=1.0, gt=0, le=1, description="share of the records that is used, drawn with the run's seed"
+    )
     crops: Crops = Field(
-        "files",
+        default="files",
         description="of published records: take crops from files, or cut them from the boxes of the tool calls",
     )
 
@@ -56,9 +58,9 @@ class Registry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data_root: Path | None = Field(
-        None, description="folder of the published sets (ViLaVT-data/sft); relative to the YAML file"
+        default=None, description="folder of the published sets (ViLaVT-data/sft); relative to the YAML file"
     )
-    datasets: tuple[DataSource, ...] = Field((), description="further data sets")
+    datasets: tuple[DataSource, ...] = Field(default=(), description="further data sets")
 
     @classmethod
     def load(cls, path: str | Path) -> "Registry":

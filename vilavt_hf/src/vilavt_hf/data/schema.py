@@ -47,17 +47,20 @@ class PublishedRecord(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    id: str | int | None = Field(None, description="name in reports")
+    id: str | int | None = Field(default=None, description="name in reports")
     images: list[str] = Field(
-        [], description="files of originals and crops, in the order of the <image> marks; relative to the image root"
+        default=[],
+        description="files of originals and crops, in the order of the <image> marks; relative to the image root",
     )
     conversations: list[PublishedTurn] = Field(min_length=1, description="the turns")
-    queries: list[str] | None = Field(None, description='distinct queries; "" for none; default: one "" per image')
-    image_to_query_mapping: list[int] | None = Field(
-        None, description="for every image the index of its query; default: 0, 1, 2, …"
+    queries: list[str] | None = Field(
+        default=None, description='distinct queries; "" for none; default: one "" per image'
     )
-    max_pixels: float | None = Field(None, gt=0, description="most pixels of each image of this record")
-    mask_history: int = Field(0, ge=0, description="entries of conversations below this index are not trained")
+    image_to_query_mapping: list[int] | None = Field(
+        default=None, description="for every image the index of its query; default: 0, 1, 2, …"
+    )
+    max_pixels: float | None = Field(default=None, gt=0, description="most pixels of each image of this record")
+    mask_history: int = Field(default=0, ge=0, description="entries of conversations below this index are not trained")
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +80,7 @@ class EpisodeTurn(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str = Field(description="<think>…</think> and a <tool>…</tool> call or an <answer>…</answer>")
-    train: bool = Field(True, description="whether the turn is trained")
+    train: bool = Field(default=True, description="whether the turn is trained")
 
 
 class EpisodeRecord(BaseModel):
@@ -85,16 +88,18 @@ class EpisodeRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str | int | None = Field(None, description="name in reports")
+    id: str | int | None = Field(default=None, description="name in reports")
     images: list[str] = Field(
-        [], description="source pictures, relative to the image root; frames of a video are pictures"
+        default=[], description="source pictures, relative to the image root; frames of a video are pictures"
     )
     question: str = Field(description="the user's text")
     turns: list[EpisodeTurn] = Field(
         min_length=1, description="assistant turns, as text or as {text, train}; the last answers"
     )
-    max_pixels: float | None = Field(None, gt=0, description="overrides the limit of the run, for originals and crops")
-    max_turns: int | None = Field(None, ge=1, description="overrides the limit of the run; 1 offers no zoom")
+    max_pixels: float | None = Field(
+        default=None, gt=0, description="overrides the limit of the run, for originals and crops"
+    )
+    max_turns: int | None = Field(default=None, ge=1, description="overrides the limit of the run; 1 offers no zoom")
 
     @field_validator("turns", mode="before")
     @classmethod

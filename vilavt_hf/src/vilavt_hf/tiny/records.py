@@ -52,15 +52,16 @@ def write_training_set(
         rng = np.random.default_rng([seed, i])
         if i % TEXT_EVERY == TEXT_EVERY - 1:
             a, b = (int(digit) for digit in rng.integers(0, 10, 2))
-            question, turns = f"What is the sum of {a} and {b}?", [Answer(str(a + b), f"{a}+{b}")]
+            question = f"What is the sum of {a} and {b}?"
+            texts = [format_turn(Answer(str(a + b), f"{a}+{b}"))]
             names, pictures = [], []
         else:
             scene = make_scene(rng, split)
             asked = ask(rng, scene, kinds[i % len(kinds)])
-            question, turns = asked.text, [*asked.calls(), Answer(asked.answer, asked.final_thought())]
+            question = asked.text
+            texts = [*map(format_turn, asked.calls()), format_turn(Answer(asked.answer, asked.final_thought()))]
             names, pictures = [f"pictures/{i:05d}.png"], [scene.image]
             scene.image.save(out / names[0])
-        texts = [format_turn(turn) for turn in turns]
         episode = _played(pictures, question, texts, tokenizer, prompts)
         published.append(_published(episode, i, names, out))
         episodes.append({"id": f"{i:05d}", "images": names, "question": question, "turns": texts})

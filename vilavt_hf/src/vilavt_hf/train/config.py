@@ -27,66 +27,77 @@ class ModelConfig(_Section):
 
     path: str = Field(description="checkpoint folder or hub id; `vilavt init` makes one from a Qwen2.5-VL")
     attention: Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = Field(
-        "auto",
+        default="auto",
         description="of language model and tower; auto: SDPA, and torch's variable-length kernel for packs on CUDA",
     )
     frozen: tuple[Part, ...] = Field(
-        ("text_encoder",), description="parts without gradient; the published recipe also freezes text_proj"
+        default=("text_encoder",), description="parts without gradient; the published recipe also freezes text_proj"
     )
-    gradient_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
+    gradient_checkpointing: bool = Field(default=True, description="recompute activations in the backward pass")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of the computation; weights and optimiser states are fp32 in any case"
+        default="bf16", description="of the computation; weights and optimiser states are fp32 in any case"
     )
 
 
 class LoraSettings(_Section):
     """Low-rank adapters on the language model, through peft; everything else is frozen then."""
 
-    rank: int = Field(64, ge=1, description="rank of the update")
-    alpha: float = Field(128, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
+    rank: int = Field(default=64, ge=1, description="rank of the update")
+    alpha: float = Field(default=128, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapters' input")
     targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="linear layers of each block of the language model",
     )
-    merge: bool = Field(True, description="also write the merged checkpoint, to merged/, at the end")
+    merge: bool = Field(default=True, description="also write the merged checkpoint, to merged/, at the end")
 
 
 class DataConfig(_Section):
     """What it is trained on."""
 
     use: tuple[str, ...] = Field(min_length=1, description="names of data sets; name%25 takes a quarter of one")
-    registry: Path | None = Field(None, description="YAML file of data sets of your own")
-    root: Path | None = Field(None, description="folder of the published data sets; wins over the registry's data_root")
-    max_length: int = Field(24576, ge=16, description="tokens of a sample")
-    over_long: OverLong = Field("drop", description="longer samples: drop, or cut behind the last turn that fits")
-    max_pixels: float = Field(200704, gt=0, description="pixels of one image, unless the record says otherwise")
-    min_pixels: float = Field(MIN_PIXELS, gt=0, description="smaller images are enlarged to this many pixels")
+    registry: Path | None = Field(default=None, description="YAML file of data sets of your own")
+    root: Path | None = Field(
+        default=None, description="folder of the published data sets; wins over the registry's data_root"
+    )
+    max_length: int = Field(default=24576, ge=16, description="tokens of a sample")
+    over_long: OverLong = Field(
+        default="drop", description="longer samples: drop, or cut behind the last turn that fits"
+    )
+    max_pixels: float = Field(default=200704, gt=0, description="pixels of one image, unless the record says otherwise")
+    min_pixels: float = Field(default=MIN_PIXELS, gt=0, description="smaller images are enlarged to this many pixels")
     labels: Labels = Field(
-        "turn",
+        default="turn",
         description="turn: what the model samples, <|im_end|> included; turn_and_newline: the published mask, which "
         "also trains the newline after it",
     )
     system: str | None = Field(
-        QWEN_SYSTEM, description="system turn of published records that have none; null for no system turn"
+        default=QWEN_SYSTEM, description="system turn of published records that have none; null for no system turn"
     )
-    image_rules: Rules = Field("strict", description="published: leave the EXIF orientation unapplied")
-    preset: str | None = Field(None, description="how episode records run; default: what the checkpoint asks for")
+    image_rules: Rules = Field(default="strict", description="published: leave the EXIF orientation unapplied")
+    preset: str | None = Field(
+        default=None, description="how episode records run; default: what the checkpoint asks for"
+    )
     max_dropped: float = Field(
-        0.01, ge=0, le=1, description="share of samples that may be unusable (too long ones aside); more end the run"
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of samples that may be unusable (too long ones aside); more end the run",
     )
-    workers: int = Field(4, ge=0, description="data loader processes per rank")
+    workers: int = Field(default=4, ge=0, description="data loader processes per rank")
 
 
 class BatchConfig(_Section):
     """What one step holds. Tokens of a step: ranks x accumulation x micro-batch."""
 
-    packing: bool = Field(True, description="pack samples into one row of block-diagonal attention instead of padding")
-    pack_tokens: int | None = Field(None, ge=16, description="tokens of a pack; default: data.max_length")
-    samples: int = Field(1, ge=1, description="samples of a micro-batch without packing")
-    accumulation: int = Field(4, ge=1, description="micro-batches of a rank per step")
+    packing: bool = Field(
+        default=True, description="pack samples into one row of block-diagonal attention instead of padding"
+    )
+    pack_tokens: int | None = Field(default=None, ge=16, description="tokens of a pack; default: data.max_length")
+    samples: int = Field(default=1, ge=1, description="samples of a micro-batch without packing")
+    accumulation: int = Field(default=4, ge=1, description="micro-batches of a rank per step")
     loss_mean: LossMean = Field(
-        "tokens",
+        default="tokens",
         description="tokens: mean over the labelled tokens of the step, on all ranks; micro_batch: mean of the "
         "micro-batches' means, as published",
     )
@@ -95,47 +106,53 @@ class BatchConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(5e-5, gt=0, description="peak")
-    learning_rates: dict[Part, float] = Field({}, description="peaks of single parts, where they differ")
-    weight_decay: float = Field(0.0, ge=0, description="of matrices")
-    decay_norms: bool = Field(False, description="weight decay on norms as well, as published")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    epsilon: float = Field(1e-8, gt=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    schedule: Schedule = Field("cosine", description="after the warm-up; stable_decay is constant, then linear")
-    decay_from: float = Field(0.6, ge=0, le=1, description="of stable_decay: fraction of the steps where it starts")
-    final_rate: float = Field(0.03, ge=0, le=1, description="of stable_decay: last rate, as a fraction of the peak")
-    warmup: float = Field(0.03, ge=0, description="steps, or below 1 a fraction of all steps")
-    epochs: float = Field(3, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
+    learning_rate: float = Field(default=5e-5, gt=0, description="peak")
+    learning_rates: dict[Part, float] = Field(default={}, description="peaks of single parts, where they differ")
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices")
+    decay_norms: bool = Field(default=False, description="weight decay on norms as well, as published")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
+    epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    schedule: Schedule = Field(default="cosine", description="after the warm-up; stable_decay is constant, then linear")
+    decay_from: float = Field(
+        default=0.6, ge=0, le=1, description="of stable_decay: fraction of the steps where it starts"
+    )
+    final_rate: float = Field(
+        default=0.03, ge=0, le=1, description="of stable_decay: last rate, as a fraction of the peak"
+    )
+    warmup: float = Field(default=0.03, ge=0, description="steps, or below 1 a fraction of all steps")
+    epochs: float = Field(default=3, gt=0, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever epochs says")
 
 
 class ParallelConfig(_Section):
     """How ranks share the work; start them with torchrun."""
 
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
-        "ddp", description="copies (ddp), or shards through FSDP2 or DeepSpeed ZeRO with the shipped settings"
+        default="ddp", description="copies (ddp), or shards through FSDP2 or DeepSpeed ZeRO with the shipped settings"
     )
-    settings: Path | None = Field(None, description="JSON file instead of the shipped settings of the strategy")
-    timeout: int = Field(7200, ge=1, description="seconds that ranks wait for one another")
-    cpu: bool = Field(False, description="stay off the GPUs")
+    settings: Path | None = Field(default=None, description="JSON file instead of the shipped settings of the strategy")
+    timeout: int = Field(default=7200, ge=1, description="seconds that ranks wait for one another")
+    cpu: bool = Field(default=False, description="stay off the GPUs")
 
 
 class OutputConfig(_Section):
     """What is written."""
 
     folder: Path = Field(description="of the run: checkpoint-<step>/, final/, log.jsonl, loss.png, dropped.jsonl")
-    save_steps: float = Field(300, gt=0, description="steps between checkpoints, or below 1 a fraction of all steps")
-    keep: int | None = Field(4, ge=1, description="checkpoints that are kept; null keeps all")
+    save_steps: float = Field(
+        default=300, gt=0, description="steps between checkpoints, or below 1 a fraction of all steps"
+    )
+    keep: int | None = Field(default=4, ge=1, description="checkpoints that are kept; null keeps all")
     resume: Literal["auto", "never"] | Path = Field(
-        "auto", description="auto: go on from the last whole checkpoint in the folder; or a checkpoint"
+        default="auto", description="auto: go on from the last whole checkpoint in the folder; or a checkpoint"
     )
-    final_dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the weights in final/")
-    log_steps: int = Field(1, ge=1, description="steps between log lines")
+    final_dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="of the weights in final/")
+    log_steps: int = Field(default=1, ge=1, description="steps between log lines")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="further places for the log; the packages must be installed"
+        default=(), description="further places for the log; the packages must be installed"
     )
-    run_name: str | None = Field(None, description="name there")
+    run_name: str | None = Field(default=None, description="name there")
 
 
 class SftConfig(_Section):
@@ -145,10 +162,10 @@ class SftConfig(_Section):
     data: DataConfig
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    lora: LoraSettings | None = Field(None, description="train adapters instead of the weights")
+    lora: LoraSettings | None = Field(default=None, description="train adapters instead of the weights")
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig
-    seed: int = Field(0, ge=0, description="of data order, samples drawn and new weights")
+    seed: int = Field(default=0, ge=0, description="of data order, samples drawn and new weights")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "SftConfig":

@@ -32,7 +32,7 @@ class VilavtForTraining(VilavtForConditionalGeneration):
         self.auxiliary: AuxiliaryLosses | None = None
         """Training-only heads on image features; assign a module to train it along."""
 
-    def forward(self, input_ids: torch.Tensor | None = None, **batch: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor | None = None, **batch: Any) -> Any:  # type: ignore[override]
         """Losses of a batch of `VilavtCollator`.
 
         Logits are computed only where there are labels.

@@ -57,6 +57,13 @@ class RunReport:
     cut: int
     last_loss: float | None
 
+    def summary(self) -> str:
+        """In a few lines."""
+        loss = "" if self.last_loss is None else f", last loss {self.last_loss:.4f}"
+        lines = [f"{self.folder}: {self.steps} steps over {self.samples} samples{loss}"]
+        lines += [f"left out: {count} ({kind})" for kind, count in sorted(self.dropped.items())]
+        return "\n".join([*lines, *([f"cut at a turn: {self.cut}"] if self.cut else [])])
+
 
 class Run:
     """A run that is ready to train: data measured, model loaded, order settled.
@@ -117,9 +124,7 @@ class Run:
         """
         config, trainer, out = self.config, self.trainer, self.out
         if config.parallel.strategy == "fsdp2" and not trainer.is_fsdp_enabled:
-            raise TrainingError(
-                "parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here"
-            )
+            raise TrainingError("parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here")
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
         dtype = "fp32" if config.lora is not None else config.output.final_dtype
         folder = save_final(trainer, self.processor, out / FINAL, dtype, _completion(config), self.record)
