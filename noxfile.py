@@ -109,3 +109,14 @@ def vllm_cpu(session: nox.Session) -> None:
     session.env["HF_HUB_OFFLINE"] = "1"
     session.env["OMP_NUM_THREADS"] = "1"
     session.run("pytest", *(session.posargs or ["tests/vllm"]))
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """ZeRO-2 and ZeRO-3 on two CPU processes; not in CI, because DeepSpeed compiles for minutes first."""
+    _install(
+        session, NEWEST, *TEST_TOOLS, "wheel", "setuptools<81", "ninja", "py-cpuinfo", "hjson", "msgpack", "einops"
+    )
+    session.env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    session.install("--no-build-isolation", "--no-deps", "deepspeed==0.19.8")
+    session.run("pytest", *(session.posargs or ["tests/deepspeed"]))
