@@ -9,7 +9,9 @@ from .allocator import keep_freed_memory
 
 
 def sft(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; recipes/ has the published one.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file, or a shipped recipe: vilavt_7b_sft.yaml, vilavt_tiny_sft.yaml.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its default, and stop.")] = False,
 ) -> None:

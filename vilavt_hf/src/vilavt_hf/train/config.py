@@ -180,13 +180,14 @@ class SftConfig(_Section):
         """Read a YAML file.
 
         Args:
-            path: the file; relative paths in it start at the current folder, as on the command line.
+            path: the file, or the name of a shipped recipe; relative paths in it start at the current folder, as on
+                the command line.
             overrides: ``section.key=value``, values as in YAML.
 
         Raises:
             TrainingError: the file cannot be read, or a key is unknown or has a wrong value; names all of them.
         """
-        path = Path(path)
+        path = _shipped(Path(path))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
@@ -232,6 +233,13 @@ def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator
             continue
         default = "required" if field.is_required() else _shown(field.default)
         yield key, default, field.description or ""
+
+
+def _shipped(path: Path) -> Path:
+    """A recipe inside an installed wheel, or beside the package in a checkout, if there is no such file here."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "_recipes", *(parent / "recipes" for parent in package.parents[:4]))
+    return next((p for p in (path, *(folder / path.name for folder in folders)) if p.is_file()), path)
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:
