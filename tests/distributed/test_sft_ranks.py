@@ -108,6 +108,15 @@ def test_two_ranks_have_the_curve_of_one_process(two_ranks, one_process, name):
         assert norm == pytest.approx(same_norm, rel=1e-3)
 
 
+def test_one_process_goes_on_where_two_ranks_stopped(two_ranks):
+    """Ranks x accumulation stays, so a step takes the same samples."""
+    folder = two_ranks / "fewer"
+    shutil.copytree(two_ranks / "copies", folder, ignore=shutil.ignore_patterns("final", "checkpoint-20"))
+    Run(SftConfig.model_validate(config(two_ranks, "fewer", batch={"packing": False, "accumulation": 2}))).train()
+    for (step, loss, _), (same, expected, _) in zip(curve(folder), curve(two_ranks / "copies"), strict=True):
+        assert (step, loss) == (same, pytest.approx(expected, abs=1e-3))
+
+
 def tokens_right(folder, checkpoint):
     """Share of the labelled tokens that a checkpoint predicts, over the whole training set."""
     dataset: SftDataset = make_dataset(SftConfig.model_validate(config(folder, "unused")))

@@ -20,7 +20,7 @@ from vilavt_hf.train.collator import VilavtCollator, mrope_positions
 from vilavt_hf.train.losses import AuxiliaryHead, AuxiliaryLosses
 from vilavt_hf.train.order import InOrder
 from vilavt_hf.train.parts import PARTS, freeze, part_of
-from vilavt_hf.train.trainer import VilavtTrainer, label_weight
+from vilavt_hf.train.trainer import StableDecay, VilavtTrainer, label_weight
 
 
 @pytest.fixture(autouse=True)
@@ -378,6 +378,12 @@ def test_heads_of_every_kind_learn_only_from_their_targets():
     assert set(right) == set(targets)
     assert merged.grad[3].abs().sum() == 0  # its only target is -100
     assert merged.grad[:3].abs().sum(1).min() > 0
+
+
+def test_a_stable_rate_rises_stays_and_falls():
+    rates = [StableDecay(decay_from=0.5, final_rate=0.1).factor(step, warmup=4, steps=20) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1, 1]
+    assert rates[9] == 1 > rates[11] > rates[19] > 0.1
 
 
 def test_every_parameter_belongs_to_a_part(config):

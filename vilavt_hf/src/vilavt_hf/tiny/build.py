@@ -32,7 +32,7 @@ from ..train.model import VilavtForTraining
 from ..train.order import InOrder
 from ..train.parts import Part, part_of
 from ..train.reporting import LogFile
-from ..train.trainer import VilavtTrainer
+from ..train.trainer import StableDecay, VilavtTrainer
 from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
 from .scenes import MAX_PIXELS, Kind, Scene, Split, ask, make_scene
 from .teacher import (
@@ -273,9 +273,7 @@ def run_stage(
             data_collator=collator,
             order=InOrder(len(lessons), stage.batch // args.world_size),
             learning_rates=rates,
-            schedule="stable_decay",
-            decay_from=stage.decay_from,
-            final_rate=stage.final_rate,
+            stable_decay=StableDecay(stage.decay_from, stage.final_rate),
             callbacks=callbacks,
         )
         trainer.train()

@@ -15,7 +15,9 @@ from ..errors import TrainingError
 from ..protocol import Rules
 from ..regions import MIN_PIXELS
 from .parts import Part
-from .trainer import LossMean, Schedule
+from .trainer import LossMean
+
+Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
 
 
 class _Section(BaseModel):

@@ -35,7 +35,7 @@ from .model import VilavtForTraining
 from .order import Order, Packed, Shuffled
 from .parts import freeze
 from .reporting import ConsoleReport, LogFile, plot_losses, read_log
-from .trainer import VilavtTrainer, checkpoints
+from .trainer import StableDecay, VilavtTrainer, checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,7 @@ class Run:
             callbacks=[LogFile(self.out / LOG), ConsoleReport()],
             order=order,
             learning_rates=config.optimizer.learning_rates,
-            schedule=config.optimizer.schedule,
-            decay_from=config.optimizer.decay_from,
-            final_rate=config.optimizer.final_rate,
+            stable_decay=_stable_decay(config),
             loss_mean=config.batch.loss_mean,
             decay_norms=config.optimizer.decay_norms,
             complete_checkpoint=_completion(config),
@@ -206,6 +204,12 @@ def _arguments(config: SftConfig) -> TrainingArguments:
         use_cpu=parallel.cpu or not torch.cuda.is_available(),
         **strategy,
     )  # fmt: skip
+
+
+def _stable_decay(config: SftConfig) -> StableDecay | None:
+    optimizer = config.optimizer
+    wanted = optimizer.schedule == "stable_decay"
+    return StableDecay(optimizer.decay_from, optimizer.final_rate) if wanted else None
 
 
 def _parallel_settings(config: SftConfig) -> dict[str, Any]:

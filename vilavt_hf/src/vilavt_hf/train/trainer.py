@@ -6,6 +6,8 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,25 @@ CHECKPOINT = "checkpoint-"
 """Start of the names of checkpoint folders; the number of finished steps follows."""
 
 LossMean = Literal["tokens", "micro_batch"]
-Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
+
+
+@dataclass(frozen=True)
+class StableDecay:
+    """A learning rate that rises linearly, stays, and falls linearly."""
+
+    decay_from: float = 0.6
+    """Fraction of the steps after which it falls."""
+    final_rate: float = 0.03
+    """What it falls to, as a fraction of its peak."""
+
+    def factor(self, step: int, warmup: int, steps: int) -> float:
+        """Share of the peak at a step."""
+        rise = min(1.0, (step + 1) / max(1, warmup))
+        start = self.decay_from * steps
+        if step < start:
+            return rise
+        left = (steps - step) / max(1.0, steps - start)
+        return rise * (self.final_rate + (1 - self.final_rate) * left)
 
 
 class VilavtTrainer(Trainer):
@@ -37,10 +57,7 @@ class VilavtTrainer(Trainer):
     Args:
         order: which samples make which micro-batch.
         learning_rates: by part, where one differs from ``args.learning_rate``; 0 freezes the part.
-        schedule: over the steps, after a linear warm-up: ``cosine`` and ``linear`` to 0, ``constant``, or
-            ``stable_decay``: constant, then linear.
-        decay_from: of ``stable_decay``: fraction of the steps after which the rate falls.
-        final_rate: of ``stable_decay``: what it falls to, as a fraction of its peak.
+        stable_decay: a schedule in place of ``args.lr_scheduler_type``.
         loss_mean: ``tokens``: the mean over the labelled tokens of all micro-batches and ranks of a step;
             ``micro_batch``: the mean of the micro-batches' means, as the published trainer takes it.
         decay_norms: whether weight decay applies to norms, as the published trainer has it.
@@ -54,9 +71,7 @@ class VilavtTrainer(Trainer):
         *args: Any,
         order: Order,
         learning_rates: Mapping[Part, float] | None = None,
-        schedule: Schedule = "cosine",
-        decay_from: float = 0.6,
-        final_rate: float = 0.03,
+        stable_decay: StableDecay | None = None,
         loss_mean: LossMean = "tokens",
         decay_norms: bool = False,
         complete_checkpoint: Callable[[Path], None] | None = None,
@@ -66,8 +81,7 @@ class VilavtTrainer(Trainer):
         self.order, self.learning_rates = order, dict(learning_rates or {})
         if unknown := sorted(set(self.learning_rates) - set(PARTS)):
             raise TrainingError(f"learning rates of {unknown}: parts are {', '.join(PARTS)}")
-        self.schedule, self.decay_from, self.final_rate = schedule, decay_from, final_rate
-        self.loss_mean, self.decay_norms = loss_mean, decay_norms
+        self.stable_decay, self.loss_mean, self.decay_norms = stable_decay, loss_mean, decay_norms
         self.complete_checkpoint, self.record = complete_checkpoint, dict(record or {})
         self.optimizer: Any
         self.lr_scheduler: Any
@@ -89,6 +103,7 @@ class VilavtTrainer(Trainer):
         args = self.args
         share = RankShare(self.order, args.process_index, args.world_size, self._current_epoch)
         self._micro_batches = len(share)
+        self._log_time = time.perf_counter()
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=share,  # type: ignore[arg-type]
@@ -202,19 +217,12 @@ class VilavtTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The parent's for its own schedules; ``stable_decay``: linear warm-up, constant, linear decay."""
-        if self.schedule != "stable_decay":
+        """The parent's, unless `stable_decay` was given."""
+        if self.stable_decay is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        start = self.decay_from * num_training_steps
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / max(1, warmup))
-            if step < start:
-                return rise
-            left = (num_training_steps - step) / max(1.0, num_training_steps - start)
-            return rise * (self.final_rate + (1 - self.final_rate) * left)
-
+        factor = partial(
+            self.stable_decay.factor, warmup=self.args.get_warmup_steps(num_training_steps), steps=num_training_steps
+        )
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
@@ -252,6 +260,7 @@ class VilavtTrainer(Trainer):
         A process that is killed meanwhile leaves the previous checkpoint as it was, and nothing that looks like a
         newer one.
         """
+        begin = time.perf_counter()
         output = Path(self.args.output_dir)
         name = f"{CHECKPOINT}{self.state.global_step}"
         staging = output / "unfinished.partial"
@@ -275,6 +284,7 @@ class VilavtTrainer(Trainer):
                 for old in checkpoints(output)[: -self.args.save_total_limit]:
                     shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a checkpoint under its name
         self.accelerator.wait_for_everyone()
+        self._log_time += time.perf_counter() - begin
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The parent's for sharded models and adapters; it would not know the published tensor names of ours."""
