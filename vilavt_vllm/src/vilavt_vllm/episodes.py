@@ -302,6 +302,15 @@ class EpisodeRun:
         return Finished(self.result)
 
     @property
+    def picture_bytes(self) -> int:
+        """Bytes of the decoded pictures that this conversation holds: sources and what was shown of them."""
+        episode = self._main or self.episode
+        if episode is None:
+            return 0
+        shown = [view.image for view in episode.views]
+        return sum(image.width * image.height * 3 for image in (*episode.gallery.sources, *shown))
+
+    @property
     def finished(self) -> Finished:
         """The last event."""
         return Finished(self.result)

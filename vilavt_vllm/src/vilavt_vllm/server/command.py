@@ -22,7 +22,8 @@ OURS = {
     "max_image_pixels": "pixels of a picture as sent, checked before it is decoded",
     "max_body_bytes": "bytes of a request",
     "max_episodes": "questions answered at the same time; more get 503",
-    "max_conversations": "finished conversations kept for follow-up questions, with their pictures",
+    "max_conversations": "finished questions kept, with their pictures, so that follow-ups continue them",
+    "max_conversation_bytes": "bytes of decoded pictures that those may hold",
 }
 """Field of `ServerOptions` -> help text."""
 

@@ -1,8 +1,8 @@
 """The plug-in that vLLM's OpenAI server loads (entry point group ``vllm.endpoint_plugins``).
 
-vLLM lets a plug-in's route replace one of its own with the same path: ``POST /v1/chat/completions`` becomes the loop, and
-vLLM's handler moves to ``/v1/raw/chat/completions``. Everything else (models, health, metrics, keys, shutdown) stays
-vLLM's.
+vLLM lets a plug-in's route replace one of its own with the same path: ``POST /v1/chat/completions`` becomes the loop,
+and vLLM's handler moves to ``/v1/raw/chat/completions``, so that ``/v1/raw`` is the base URL of a client that loops
+itself. Everything else (models, health, metrics, keys, shutdown) stays vLLM's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, RAW_PATH = "/v1/chat/completions", "/v1/raw/chat/completions"
+PATH, MODELS = "/v1/chat/completions", "/v1/models"
+RAW = "/v1/raw/"
+"""Prefix under which a client that runs the loop itself finds both as vLLM made them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ServerOptions:
     max_body_bytes: int = 256 * 1024 * 1024
     max_episodes: int = 256
     max_conversations: int = 64
+    max_conversation_bytes: int = 2 * 1024**3
 
 
 class Loop:
@@ -79,15 +82,43 @@ class Loop:
         self.llm = AsyncVilavtLLM(engine, settings)
         self.models = state.openai_serving_models
         self.pictures = Pictures(config, image_limits, settings.preset.rules)
-        self.history = History(options.max_conversations)
+        self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.running = 0
 
-    async def run(self, request: ChatRequest) -> tuple[EpisodeRun, list[Exchange]]:
-        """The question of a request, ready to be carried out.
+    async def answer(self, request: ChatRequest) -> AsyncGenerator[Any, None]:
+        """Carry a request out: yields its `EpisodeRun` as soon as that stands, then the run's events. Counts it, and
+        remembers it for follow-up questions.
 
         Raises:
-            VilavtError: it cannot be.
+            BusyError: as many questions as allowed are being answered.
+            VilavtError, ValueError: the request cannot be carried out.
         """
+        if self.running >= self.options.max_episodes:
+            raise BusyError(
+                f"{self.running} questions are being answered, at most {self.options.max_episodes} may be; try again "
+                "later, or raise it with --max-episodes"
+            )
+        self.running += 1
+        metrics().running.inc()
+        run, finish = None, "refused"
+        try:
+            run, talk = await self._run(request)
+            finish = "aborted"
+            yield run
+            async with aclosing(self.llm.events(run)) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        finish = event.result.finish
+                        if event.result.answer is not None:
+                            self.history.keep([*talk[:-1], replace(talk[-1], answer=event.result.answer)], run)
+                    yield event
+        finally:
+            self.running -= 1
+            metrics().running.dec()
+            metrics().finished(run, finish)
+
+    async def _run(self, request: ChatRequest) -> tuple[EpisodeRun, list[Exchange]]:
+        """The question of a request, ready to be carried out, and the conversation it belongs to."""
         request.refuse_unknown()
         settings = self.llm.settings
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
@@ -97,17 +128,15 @@ class Loop:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
         *past, last = talk
         before = self.history.find(past) if past else None
-        if before is not None:
-            metrics().follow_ups.labels("kept").inc()
-        elif past:
-            metrics().follow_ups.labels("rebuilt").inc()
+        if past:
+            metrics().follow_ups.labels("rebuilt" if before is None else "kept").inc()
+        if past and before is None:
             before = await self._rebuild(past, limits)
         images = [await self.pictures.load(url) for url in last.images]
         sample = Sample(images, last.question, seed=request.seed, limits=limits)
-        in_thread = asyncio.get_running_loop().run_in_executor
         if before is None:
             return EpisodeRun(sample, settings, name="request", stream=request.stream, sampling=sampling), talk
-        run = await in_thread(
+        run = await asyncio.get_running_loop().run_in_executor(
             self.llm.worker, lambda: before.follow_up(sample, stream=request.stream, sampling=sampling)
         )
         return run, talk
@@ -128,27 +157,6 @@ class Loop:
         run.replay(exchange.answer or "")
         return run
 
-    async def events(self, run: EpisodeRun, talk: list[Exchange]) -> AsyncIterator[Event]:
-        """Carry a question out, count it, and remember how it ended."""
-        if self.running >= self.options.max_episodes:
-            raise BusyError(f"{self.running} questions are being answered, at most {self.options.max_episodes} may be")
-        self.running += 1
-        metrics().running.inc()
-        finish = "aborted"
-        try:
-            async with aclosing(self.llm.events(run)) as events:
-                async for event in events:
-                    if isinstance(event, Finished):
-                        finish = event.result.finish
-                        if event.result.answer is not None:
-                            done = [*talk[:-1], replace(talk[-1], answer=event.result.answer)]
-                            self.history.keep(done, run)
-                    yield event
-        finally:
-            self.running -= 1
-            metrics().running.dec()
-            metrics().finished(run, finish)
-
 
 def _tightened(limits: Limits, options: ServerOptions) -> Limits:
     names = ("max_turns", "max_images", "max_new_tokens_per_turn", "max_pixels")
@@ -164,8 +172,9 @@ class VilavtEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Put the loop in place of vLLM's chat completions, and theirs beside it."""
         for route in list(app.routes):
-            if isinstance(route, APIRoute) and route.path == PATH and "POST" in route.methods:
-                app.add_api_route(RAW_PATH, route.endpoint, methods=["POST"], dependencies=route.dependencies)
+            if isinstance(route, APIRoute) and route.path in (PATH, MODELS):
+                raw = route.path.replace("/v1/", RAW, 1)
+                app.add_api_route(raw, route.endpoint, methods=[*route.methods], dependencies=route.dependencies)
         app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
@@ -187,21 +196,27 @@ async def chat_completions(raw: Request) -> Response:
         request = await _parsed(raw, loop.options)
         if request.model is not None and not loop.models.is_base_model(request.model):
             return _error(RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
-        run, talk = await loop.run(request)
         reply = Reply(request.model or loop.models.model_name())
+        answer = loop.answer(request)
         if request.stream:
+            run, first = await anext(answer), await anext(answer)
+            if isinstance(first, Finished) and first.result.error is not None:  # still gets a status code
+                await answer.aclose()
+                return _error(first.result.error, _status(first.result.error))
             usage = bool(request.stream_options and request.stream_options.include_usage)
-            events = loop.events(run, talk)
-            first = await anext(events)  # what is wrong from the start still gets a status code
-            stream = _stream(raw, reply, events, first, run, usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        result = await _unless_disconnected(raw, _last(loop, run, talk))
+            return StreamingResponse(
+                _stream(raw, reply, answer, run, first, usage),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
+            )
+        finished = await _unless_disconnected(raw, _last(answer))
     except BusyError as error:
         return _error(error, 503, {"Retry-After": "1"})
     except (VilavtError, ValueError) as error:
         return _error(error, 400)
-    if result is None:
+    if finished is None:
         return Response(status_code=499)  # nobody is there to read it
+    run, result = finished
     if result.error is not None:
         return _error(result.error, _status(result.error))
     return JSONResponse(reply.whole(result, _usage(run)))
@@ -227,15 +242,16 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
         raise RequestError(f"{where}: {found['msg']}") from None
 
 
-async def _last(loop: Loop, run: EpisodeRun, talk: list[Exchange]) -> ChatResult:
-    async with aclosing(loop.events(run, talk)) as events:
-        async for event in events:
+async def _last(answer: AsyncGenerator[Any, None]) -> tuple[EpisodeRun, ChatResult]:
+    async with aclosing(answer):
+        run = await anext(answer)
+        async for event in answer:
             if isinstance(event, Finished):
-                return event.result
+                return run, event.result
     raise EngineFailure("the question ended without a result")
 
 
-async def _unless_disconnected(raw: Request, work: Any) -> ChatResult | None:
+async def _unless_disconnected(raw: Request, work: Any) -> Any:
     """The result of `work`, which is cancelled when the client goes away; None then."""
 
     async def gone() -> None:
@@ -254,9 +270,9 @@ async def _unless_disconnected(raw: Request, work: Any) -> ChatResult | None:
 
 
 async def _stream(
-    raw: Request, reply: Reply, events: AsyncIterator[Event], first: Event, run: EpisodeRun, include_usage: bool
+    raw: Request, reply: Reply, answer: AsyncGenerator[Any, None], run: EpisodeRun, first: Event, include_usage: bool
 ) -> AsyncIterator[str]:
-    async with aclosing(events):  # type: ignore[type-var]
+    async with aclosing(answer):
         event: Event | None = first
         yield reply.begin()
         while event is not None:
@@ -272,7 +288,7 @@ async def _stream(
                 yield progress
             if await raw.is_disconnected():
                 return
-            event = await anext(events, None)
+            event = await anext(answer, None)
 
 
 def _usage(run: EpisodeRun) -> Usage:

@@ -17,12 +17,13 @@ class History:
     A follow-up that is found continues the token stream the model really wrote, so vLLM's caches hold all of it.
 
     Args:
-        capacity: questions kept; the one used longest ago goes first. Each holds its pictures.
+        capacity: questions kept; the one used longest ago goes first.
+        max_bytes: of their decoded pictures, crops included; a picture that several questions share counts for each.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._runs: OrderedDict[str, EpisodeRun] = OrderedDict()
+    def __init__(self, capacity: int, max_bytes: int) -> None:
+        self.capacity, self.max_bytes, self.bytes = capacity, max_bytes, 0
+        self._runs: OrderedDict[str, tuple[EpisodeRun, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -30,19 +31,20 @@ class History:
     def find(self, exchanges: Sequence[Exchange]) -> EpisodeRun | None:
         """The run that answered the last of these exchanges."""
         key = _key(exchanges)
-        run = self._runs.get(key)
-        if run is not None:
-            self._runs.move_to_end(key)
-        return run
+        if key not in self._runs:
+            return None
+        self._runs.move_to_end(key)
+        return self._runs[key][0]
 
     def keep(self, exchanges: Sequence[Exchange], run: EpisodeRun) -> None:
         """Remember a finished run under its exchanges, the answer included."""
-        if self.capacity < 1:
-            return
-        self._runs[_key(exchanges)] = run
-        self._runs.move_to_end(_key(exchanges))
-        while len(self._runs) > self.capacity:
-            self._runs.popitem(last=False)
+        key = _key(exchanges)
+        _, before = self._runs.pop(key, (None, 0))
+        self._runs[key] = run, run.picture_bytes
+        self.bytes += run.picture_bytes - before
+        while len(self._runs) > self.capacity or (self.bytes > self.max_bytes and self._runs):
+            _, (_, size) = self._runs.popitem(last=False)
+            self.bytes -= size
 
 
 def _key(exchanges: Sequence[Exchange]) -> str:

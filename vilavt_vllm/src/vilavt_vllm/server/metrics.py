@@ -15,7 +15,9 @@ class Metrics:
     def __init__(self) -> None:
         self.running = Gauge("vilavt_episodes_running", "Questions being answered.", multiprocess_mode="livesum")
         self.episodes = Counter(
-            "vilavt_episodes", "Questions answered, by how they finished; aborted and error among them.", ["finish"]
+            "vilavt_episodes",
+            "Questions answered, by how they finished; aborted, error and refused among them.",
+            ["finish"],
         )
         self.turns = Counter("vilavt_turns", "Assistant turns.")
         self.crops = Counter("vilavt_crops", "Regions cropped and shown.")
@@ -28,9 +30,11 @@ class Metrics:
         self.cached_tokens = Counter("vilavt_cached_tokens", "Of these, tokens that vLLM's prefix cache held.")
         self.sampled_tokens = Counter("vilavt_sampled_tokens", "Sampled tokens.")
 
-    def finished(self, run: EpisodeRun, finish: str) -> None:
-        """Count a question that ended."""
+    def finished(self, run: EpisodeRun | None, finish: str) -> None:
+        """Count a question that ended; without a run it was refused before it began."""
         self.episodes.labels(finish).inc()
+        if run is None:
+            return
         self.turns.inc(len(run.result.turns))
         self.crops.inc(sum(view.kind == "crop" for view in run.result.views) - run.crops_before)
         self.prompt_tokens.inc(run.prompt_tokens)

@@ -126,8 +126,8 @@ class ChatRequest(BaseModel):
             if value is None or name in harmless or (name in defaults and value == defaults[name]):
                 continue
             raise RequestError(
-                f"{name}={_short(value)} is not supported here, where the server runs the model's zoom loop; leave it out, "
-                "or run the loop yourself against /v1/raw/chat/completions"
+                f"{name}={_short(value)} is not supported here, where the server runs the model's zoom loop; leave it "
+                "out, or run the loop yourself against /v1/raw/chat/completions"
             )
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -184,8 +184,8 @@ def exchanges(messages: list[Message]) -> list[Exchange]:
         wanted = "user" if place % 2 == 0 else "assistant"
         if message.role != wanted:
             raise RequestError(
-                f"message {place + len(system)} has role {message.role!r}, expected {wanted!r}: after an optional system "
-                "message, user and assistant take turns"
+                f"message {place + len(system)} has role {message.role!r}, expected {wanted!r}: after an optional "
+                "system message, user and assistant take turns"
             )
         if message.role == "user":
             out.append(
