@@ -32,6 +32,7 @@ from vilavt_vllm.server.protocol import ChatRequest, Exchange, Reply, Thoughts, 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = str(EXAMPLES / "vilavt-tiny")
 PICTURES = EXAMPLES / "pictures"
+README = EXAMPLES.parent / "vilavt_vllm" / "README.md"
 
 
 def request(**fields) -> ChatRequest:
@@ -250,6 +251,13 @@ def test_every_option_has_a_flag_and_a_help_text():
     assert set(OURS) == {field.name for field in dataclasses.fields(ServerOptions)}
     help_text = " ".join(parser().format_help().split())
     assert all(f"--{name.replace('_', '-')}" in help_text for name in OURS)
+
+
+def test_the_readme_lists_every_flag():
+    text = " ".join(README.read_text().split())
+    for field in dataclasses.fields(ServerOptions):
+        default = "" if field.default is None else f"{field.default} "
+        assert f"| `--{field.name.replace('_', '-')}` | {OURS[field.name]} | {default}|" in text
 
 
 def test_allowing_our_plugins_leaves_the_others_allowed(monkeypatch):
