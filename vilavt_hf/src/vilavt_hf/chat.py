@@ -27,14 +27,18 @@ from .prompts import PromptSet
 from .protocol import Region, ToolCall, parse_turn
 from .regions import MAX_PIXELS
 from .results import (
+    AnswerEvent,
     ChatResult,
+    CropsEvent,
     Event,
     Finished,
     ImageSource,
     Intervention,
     Provenance,
+    RefusedEvent,
     Sample,
     TextDelta,
+    ToolCallEvent,
     turn_events,
     versions,
 )
@@ -547,3 +551,21 @@ class _AlteredCrops:
 
 def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     return [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
+
+
+__all__ = [
+    "AnswerEvent",
+    "ChatResult",
+    "Conversation",
+    "CropsEvent",
+    "Event",
+    "Finished",
+    "ImageSource",
+    "Intervention",
+    "Provenance",
+    "RefusedEvent",
+    "Sample",
+    "TextDelta",
+    "ToolCallEvent",
+    "VilavtChat",
+]
