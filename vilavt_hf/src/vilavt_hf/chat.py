@@ -24,8 +24,6 @@ from .errors import CheckpointError, EngineError
 from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling, get_preset
 from .prompts import PromptSet
-from .protocol import Region, ToolCall, parse_turn
-from .regions import MAX_PIXELS
 from .results import (
     AnswerEvent,
     ChatResult,
@@ -394,13 +392,14 @@ class VilavtChat:
         """Give the episode a whole turn and say what came of it."""
         assert run.episode is not None
         seconds = time.perf_counter() - run.asked
-        with _AlteredCrops(run, self._decode(run.ids)):
-            turn = run.episode.feed(
-                run.ids,
-                logprobs=run.logprobs or None,
-                finish="length" if finish == "length" else "stop",
-                seconds=seconds,
-            )
+        change = run.intervention.transform_call
+        turn = run.episode.feed(
+            run.ids,
+            logprobs=run.logprobs or None,
+            finish="length" if finish == "length" else "stop",
+            seconds=seconds,
+            redirect=None if change is None else partial(change, run.sample),
+        )
         run.ids, run.logprobs, run.shown = [], [], 0
         yield from turn_events(turn)
 
@@ -520,33 +519,6 @@ class Conversation:
             self._busy = False
             if not done and run.row.tokens:
                 self._engine.close(run.row)
-
-
-class _AlteredCrops:
-    """While a turn is carried out, crop what `transform_call` says instead of what the model wrote."""
-
-    def __init__(self, run: _Run, text: str) -> None:
-        self._run, self._text = run, text
-
-    def __enter__(self) -> None:
-        run, change = self._run, self._run.intervention.transform_call
-        if change is None or run.episode is None:
-            return
-        action = parse_turn(self._text, run.episode.preset.rules)
-        if not isinstance(action, ToolCall):
-            return
-        gallery, regions = run.episode.gallery, change(run.sample, action).regions
-        plan = gallery.plan
-
-        def altered(_: Iterable[Region], max_pixels: float = MAX_PIXELS) -> Any:
-            return plan(regions, max_pixels)
-
-        # An episode crops through its gallery; an instance attribute reaches this conversation only.
-        gallery.plan = altered  # type: ignore[method-assign, assignment]
-
-    def __exit__(self, *error: object) -> None:
-        if self._run.episode is not None:
-            vars(self._run.episode.gallery).pop("plan", None)
 
 
 def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
