@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from .engine import Engine, Row, Sampled, Sampler, Work
+from .engine import MAX_PREFILL_TOKENS, Engine, Row, Sampled, Sampler, Work
 from .episode import Episode, Inquiry, Request
 from .errors import CheckpointError, EngineError
 from .images import ImageLimits, load_image
@@ -86,6 +86,7 @@ class VilavtChat:
         seed: for sampling.
         prompts: wording. None: the checkpoint's own, else the built-in ``default``.
         max_batch_size: conversations that run side by side.
+        max_prefill_tokens: new tokens of waiting conversations that are computed at once; lower it if memory is short.
         image_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
         checkpoint: where the model came from, for the record.
@@ -103,6 +104,7 @@ class VilavtChat:
         seed: int = 0,
         prompts: PromptSet | str | None = None,
         max_batch_size: int = 8,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
         allow_urls: bool = False,
         checkpoint: str | None = None,
@@ -117,7 +119,7 @@ class VilavtChat:
         self.seed = seed
         named = PromptSet.load(prompts) if isinstance(prompts, str) else prompts
         self.prompts = named or processor.prompts or PromptSet.load("default")
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.max_prefill_tokens = max_batch_size, max_prefill_tokens
         self.image_limits, self.allow_urls = image_limits, allow_urls
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self._choose = Sampler(self.sampling)
@@ -285,7 +287,13 @@ class VilavtChat:
         def encode(inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
             return self.processor.encode_inquiries(inquiries, query_prefix=self.preset.query_prefix or None)
 
-        return Engine(self.model, encode, choose=self._choose, max_batch_size=self.max_batch_size)
+        return Engine(
+            self.model,
+            encode,
+            choose=self._choose,
+            max_batch_size=self.max_batch_size,
+            max_prefill_tokens=self.max_prefill_tokens,
+        )
 
     def _seed_of(self, sample: Sample) -> int:
         return sample.seed_from(self.seed)
