@@ -33,7 +33,7 @@ MODEL_TESTS = (
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.install(TORCH, "numpy")
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny]", *more)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,server]", *more)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
