@@ -89,9 +89,21 @@ class StubServer:
         self._server.server_close()
 
 
+@pytest.fixture(scope="module")
+def start_stub():
+    """Starts servers that stop with the module."""
+    running = []
+
+    def start() -> StubServer:
+        running.append(StubServer())
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
 @pytest.fixture
-def stub_server():
+def stub_server(start_stub):
     """A server that answers ``A``; see `StubServer`."""
-    server = StubServer()
-    yield server
-    server.close()
+    return start_stub()

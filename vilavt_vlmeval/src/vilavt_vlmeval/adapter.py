@@ -7,9 +7,11 @@ import json
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from vilavt_hf.backends import open_backend
+from vilavt_hf.backends import is_url, open_backend
 from vilavt_hf.results import Sample
 
 from .messages import Question
@@ -27,7 +29,7 @@ class Adapter:
 
     Args:
         settings: how.
-        name: of the model, in traces.
+        name: of the model, in traces; empty: the folder's, or the server's address.
 
     Raises:
         SettingsError: no checkpoint is named, or the trace folder cannot be made.
@@ -36,7 +38,8 @@ class Adapter:
 
     def __init__(self, settings: AdapterSettings, name: str = "") -> None:
         path = settings.path
-        self.settings, self.name = settings, name or os.path.basename(path.rstrip("/"))
+        self.settings = settings
+        self.name = name or (urlsplit(path).netloc if is_url(path) else Path(path).name)
         options = settings.options()
         if settings.backend_name == "hf" and options.device == "auto":
             options = replace(options, device=own_gpu())
@@ -83,9 +86,9 @@ class Adapter:
     def _write(self, benchmark: str, question: Question, key: str, said: dict[str, Any]) -> None:
         traces = self._traces_of(benchmark)
         if traces is not None:
-            images = [image if isinstance(image, str) else "" for image in question.images]
+            files = [image for image in question.images if isinstance(image, str)]
             head = {"key": key, "model": self.name, "benchmark": benchmark, "sample_id": question.sample_id}
-            traces.write({**said, **head, "images_from": images})
+            traces.write({**said, **head, "image_files": files})
 
     def _traces_of(self, benchmark: str) -> Traces | None:
         folder = self.settings.trace_dir

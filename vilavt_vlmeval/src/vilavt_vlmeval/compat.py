@@ -40,7 +40,12 @@ def runner() -> Path:
     )
 
 
-def distribution() -> str:
-    """Name and version of what is installed, e.g. ``ms-vlmeval 0.0.20``; a checkout on the path has none."""
+def distribution_found() -> str:
+    """Name, version and folder of what is installed; a checkout on the path has no name.
+
+    Raises:
+        VlmevalMissing: there is none.
+    """
+    folder = package()
     names = packages_distributions().get("vlmeval", [])
-    return ", ".join(f"{name} {version(name)}" for name in names) or "a checkout"
+    return f"{', '.join(f'{name} {version(name)}' for name in names) or 'a checkout'} in {folder}"

@@ -30,15 +30,14 @@ class Question:
 
     @property
     def sample_id(self) -> str:
-        """The row's index, else the first image file's name and 8 hex digits of everything that is asked: several
-        questions may share one image, and several ranks must agree.
+        """The row's index, else the first image's folder and name, and 8 hex digits of everything that is asked:
+        questions may share an image, and the same question must have the same id in every run on every machine.
         """
         if self.id is not None:
             return self.id
-        names = [image if isinstance(image, str) else f"{image.size}" for image in self.images]
+        names = ["/".join(Path(i).parts[-2:]) if isinstance(i, str) else f"{i.size}" for i in self.images]
         digest = hashlib.sha256("\0".join([self.text, *names]).encode("utf-8", "replace")).hexdigest()[:8]
-        first = self.images[0] if self.images else None
-        return f"{Path(first).stem}-{digest}" if isinstance(first, str) else digest
+        return f"{names[0]}-{digest}" if names else digest
 
     def digest(self) -> str:
         """SHA-256 (hex) of the text and of what is in the images."""
