@@ -16,7 +16,7 @@ from vilavt_hf.results import Sample
 
 from .messages import Question
 from .settings import PREFIX, AdapterSettings
-from .traces import Traces
+from .traces import Traces, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ class Adapter:
         path = settings.path
         self.settings = settings
         self.name = name or (urlsplit(path).netloc if is_url(path) else Path(path).name)
+        if settings.trace_dir is not None:
+            make_folder(settings.trace_dir)
         options = settings.options()
         if settings.backend_name == "hf" and options.device == "auto":
             options = replace(options, device=own_gpu())

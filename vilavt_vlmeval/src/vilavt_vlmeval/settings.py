@@ -84,7 +84,7 @@ class AdapterSettings(BaseModel):
         }
         try:
             return cls(**{**found, **given})
-        except (ValidationError, json.JSONDecodeError) as error:
+        except ValidationError as error:
             raise SettingsError(_first(error, given, cls)) from None
 
     @property
@@ -134,10 +134,8 @@ BENCHMARK_IMAGES = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000)
 """Caps on a benchmark's own files, which the user has chosen: HR-Bench holds pictures of 33 million pixels as PNG."""
 
 
-def _first(error: ValueError, given: Mapping[str, Any], cls: type[BaseModel]) -> str:
+def _first(error: ValidationError, given: Mapping[str, Any], cls: type[BaseModel]) -> str:
     """What the first problem is, in one line."""
-    if not isinstance(error, ValidationError):
-        return f"engine: not JSON: {error}"
     problem = error.errors(include_url=False)[0]
     name = str(problem["loc"][0])
     label = repr(name) if name in given else PREFIX + name.upper()

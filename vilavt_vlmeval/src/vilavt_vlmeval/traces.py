@@ -19,23 +19,16 @@ class Traces:
     """Lines of one model on one benchmark; every rank has its file, all ranks' files are read.
 
     Args:
-        folder: made if missing.
+        folder: see `make_folder`.
         model: its name.
         benchmark: its name.
         rank: of this process.
-
-    Raises:
-        SettingsError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, model: str, benchmark: str, rank: int) -> None:
         stem = "_".join(re.sub(r"[^\w.-]+", "-", part) for part in (model, benchmark))
         self.path = folder / f"{stem}_rank{rank}.jsonl"
         self._lock = threading.Lock()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"trace_dir {folder}: cannot be made: {error.strerror}; name another folder") from None
         self._answers = {
             row["key"]: row["answer"]
             for path in sorted(folder.glob(f"{stem}_rank*.jsonl"))
@@ -61,6 +54,18 @@ class Traces:
                     file.write(line.encode())
             except OSError as error:
                 logger.error("%s: sample %s cannot be traced: %s", self.path, row.get("sample_id"), error.strerror)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the traces if it is missing.
+
+    Raises:
+        SettingsError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"trace_dir {folder}: cannot be made: {error.strerror}; name another folder") from None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
