@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,25 +53,35 @@ class Adapter:
         """The bare final answer, without thoughts and tags; ``""`` if there is none. Whatever goes wrong is in the
         trace and in the log, and ends this sample only. May be called from several threads with a server.
         """
+        return self.answers([question], benchmark)[0]
+
+    def answers(self, questions: Sequence[Question], benchmark: str | None = None) -> list[str]:
+        """Like :meth:`answer`, for many questions, as many side by side as the engine takes; in their order."""
         benchmark = benchmark or NO_BENCHMARK
-        try:
-            key = self._key(question, benchmark)
-        except Exception as error:
-            self.fail(question, benchmark, error)
-            return ""
         traces = self._traces_of(benchmark)
-        if traces is not None and self.settings.resume and (known := traces.answer(key)) is not None:
-            return known
-        sample = Sample(question.images, question.text, id=question.sample_id)
+        found, asked, samples = [""] * len(questions), {}, []
+        for place, question in enumerate(questions):
+            try:
+                key = self._key(question, benchmark)
+            except Exception as error:
+                self.fail(question, benchmark, error)
+                continue
+            if traces is not None and self.settings.resume and (known := traces.answer(key)) is not None:
+                found[place] = known
+                continue
+            asked[len(samples)] = place, key
+            samples.append(Sample(question.images, question.text, id=question.sample_id))
         try:
-            ((_, result),) = self.backend.iter_many([sample])
+            for number, result in self.backend.iter_many(samples):
+                place, key = asked.pop(number)
+                if result.error is not None:
+                    self._log(questions[place], benchmark, result.error)
+                self._write(benchmark, questions[place], key, result.to_json())
+                found[place] = result.answer or ""
         except Exception as error:
-            self.fail(question, benchmark, error, key)
-            return ""
-        if result.error is not None:
-            self._log(question, benchmark, result.error)
-        self._write(benchmark, question, key, result.to_json())
-        return result.answer or ""
+            for place, key in asked.values():
+                self.fail(questions[place], benchmark, error, key)
+        return found
 
     def fail(self, question: Question, benchmark: str, error: Exception, key: str = "") -> None:
         """Record a sample that could not be asked."""

@@ -63,12 +63,16 @@ def question_of(message: Sequence[Mapping[str, Any]]) -> Question:
             "of frames, e.g. VSI-Bench_32frame"
         )
     kinds = [item["type"] for item in message]
-    images = tuple(str(item["value"]) for item in message if item["type"] == "image")
+    images = tuple(_image(item["value"]) for item in message if item["type"] == "image")
     between = len(images) > 1 and "image" in kinds[kinds.index("text") :] if "text" in kinds else False
     pieces = [str(item["value"]) if item["type"] == "text" else IMAGE_MARK for item in message]
     text = "\n".join(piece for piece, kind in zip(pieces, kinds, strict=True) if between or kind == "text")
     index = next((item[INDEX] for item in message if INDEX in item), None)
     return Question(text, images, None if index is None else str(index))
+
+
+def _image(value: Any) -> str | Image.Image:
+    return value if isinstance(value, Image.Image) else str(value)
 
 
 def _given(line: Mapping[str, Any], name: str) -> str | None:

@@ -34,6 +34,13 @@ def build(name: str = "", verbose: bool = False, **settings: Any) -> Any:
     return ViLaVT(name=name, verbose=verbose, **settings)
 
 
+def lmms_manifest() -> Any:
+    """lmms-eval's description of a model, for its entry point group ``lmms_eval.models``."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest("vilavt", chat_class_path="vilavt_vlmeval.lmms.ViLaVT")
+
+
 def register(supported: MutableMapping[str, Callable[..., Any]]) -> None:
     """Add our names to VLMEvalKit's table of models, and `CLASS` to its module of models.
 
