@@ -213,7 +213,7 @@ def test_a_line_cut_off_by_a_kill_costs_that_line_only(tmp_path):
 
 def test_a_trace_folder_that_cannot_be_made_is_refused(served, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="trace_dir .* cannot be made"):
+    with pytest.raises(SettingsError, match=r"trace_dir .* cannot be made"):
         served(trace_dir=tmp_path / "file")
 
 

@@ -1,6 +1,6 @@
 """ViLaVT for VLMEvalKit: install this package, and every VLMEvalKit of the environment knows ``--model ViLaVT-7B``.
 
-Importing it imports nothing else: a ``.pth`` file does so at every start of the interpreter (see `_autoload`).
+Importing it imports nothing else; see `_autoload` for how VLMEvalKit comes to know it.
 """
 
 __all__ = ["__version__"]

@@ -59,7 +59,9 @@ class Adapter:
         """Like :meth:`answer`, for many questions, as many side by side as the engine takes; in their order."""
         benchmark = benchmark or NO_BENCHMARK
         traces = self._traces_of(benchmark)
-        found, asked, samples = [""] * len(questions), {}, []
+        found = [""] * len(questions)
+        samples: list[Sample] = []
+        asked: dict[int, tuple[int, str]] = {}
         for place, question in enumerate(questions):
             try:
                 key = self._key(question, benchmark)

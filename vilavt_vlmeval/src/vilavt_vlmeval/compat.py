@@ -1,4 +1,4 @@
-"""The only module that knows how the distributions of ``vlmeval`` differ: upstream's checkout, ms-vlmeval, nvidia-vlmeval.
+"""The only module that knows how the distributions of ``vlmeval`` differ: a checkout, ms-vlmeval, nvidia-vlmeval.
 
 All three own the module name, so this package depends on none of them.
 """

@@ -3,7 +3,6 @@
 It is not imported: that would switch gradients off in the process that asks.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,11 @@ def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
 
 
 def _hook() -> Check:
-    if _autoload.VlmevalFinder in sys.meta_path or _autoload.TARGET in sys.modules:
-        return Check("vlmeval names", Status.OK, "registered when vlmeval is imported")
     remedy = "start evaluations with `python -m vilavt_vlmeval`"
-    if os.environ.get(_autoload.SWITCH) == "0":
+    if not _autoload.switched_on():
         return Check("vlmeval names", Status.NOTE, f"{_autoload.SWITCH}=0", remedy)
+    if _autoload.installed() or _autoload.TARGET in sys.modules:
+        return Check("vlmeval names", Status.OK, "registered when vlmeval is imported")
     return Check(
         "vlmeval names", Status.NOTE, "vilavt_vlmeval.pth was not run at the start of this interpreter", remedy
     )

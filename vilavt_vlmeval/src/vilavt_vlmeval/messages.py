@@ -59,8 +59,8 @@ def question_of(message: Sequence[Mapping[str, Any]]) -> Question:
     """
     if odd := [item["type"] for item in message if item["type"] not in ("text", "image")]:
         raise MessageError(
-            f"the message holds a {odd[0]}; ViLaVT is shown frames as images: use a variant of the benchmark with a number "
-            "of frames, e.g. VSI-Bench_32frame"
+            f"the message holds a {odd[0]}; ViLaVT is shown frames as images: use a variant of the benchmark with a "
+            "number of frames, e.g. VSI-Bench_32frame"
         )
     kinds = [item["type"] for item in message]
     images = tuple(_image(item["value"]) for item in message if item["type"] == "image")
@@ -99,4 +99,4 @@ CUSTOM_PROMPTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     **dict.fromkeys(("HRBench4K", "HRBench8K", "VStarBench", "MMSIBench_circular"), with_options),
     TINY_BENCHMARK: question_only,
 }
-"""Benchmarks whose options are in columns A, B, …; all others know best how to ask, options, units and images included."""
+"""Benchmarks whose options are in columns A, B, …; the others know best how to ask, with options, units and images."""

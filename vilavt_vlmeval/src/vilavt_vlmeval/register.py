@@ -44,7 +44,7 @@ def lmms_manifest() -> Any:
 def register(supported: MutableMapping[str, Callable[..., Any]]) -> None:
     """Add our names to VLMEvalKit's table of models, and `CLASS` to its module of models.
 
-    A name it has already is left alone. An entry must be a `partial` with a `verbose` keyword: the runner looks into it.
+    A name it has already is left alone. An entry is a `partial` with a `verbose` keyword: the runner looks into it.
     """
     import vlmeval.vlm
 

@@ -58,7 +58,7 @@ def write(folder: Path, limit: int | None = None) -> Path:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m vilavt_vlmeval.tiny_benchmark", description=__doc__)
-    default = os.environ.get("LMUData") or Path.home() / "LMUData"
+    default = os.environ.get("LMUData") or Path.home() / "LMUData"  # noqa: SIM112 (the toolkit's name)
     parser.add_argument("--out", type=Path, default=default, help="default: $LMUData, else ~/LMUData")
     parser.add_argument("--limit", type=int, help="questions; default: all 560")
     arguments = parser.parse_args()
