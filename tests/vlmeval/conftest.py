@@ -22,6 +22,26 @@ QUESTIONS = 40
 """Asked for; the benchmark rounds per kind."""
 
 
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def _own_environment() -> dict[str, str]:
+    """This process's, without what other tests or the developer have set for vLLM and for us."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VILAVT_", "VLLM_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="session")
+def vllm_settings() -> dict[str, str]:
+    """Environment of an in-process vLLM on a small machine."""
+    return VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 def _load(name):
     """A module of this folder: pytest's importlib mode has no imports between test files."""
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
@@ -44,12 +64,9 @@ class Toolkit:
         self.data, self.hub = data, hub
 
     def environment(self, **settings: str) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("VILAVT_")}
-        return ours | {
+        return _own_environment() | {
             "LMUData": str(self.data),
             "HF_HUB_CACHE": str(self.hub),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(HERE / "run_env"),
             "VLMEVALKIT_USE_MODELSCOPE": "0",
             **settings,
@@ -133,8 +150,7 @@ def served(tmp_path_factory):
     ]
     command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
     log = tmp_path_factory.mktemp("served") / "log"
-    settings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
-    settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    settings = _own_environment() | VLLM
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
     try:

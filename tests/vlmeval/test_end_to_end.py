@@ -74,7 +74,7 @@ def test_two_ranks_give_the_table_of_one_through_the_wrapper_without_the_hook(to
 
 
 @pytest.mark.engine
-def test_vllm_and_a_server_give_the_same_score_from_a_config_file(toolkit, served, resumed, tmp_path):
+def test_vllm_and_a_server_give_the_same_score_from_a_config_file(toolkit, served, resumed, vllm_settings, tmp_path):
     engine = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "disable_log_stats": True}
     models = {
         "by-vllm": {"checkpoint": "tiny", "backend": "vllm", "dtype": "float32", "engine": engine},
@@ -83,10 +83,8 @@ def test_vllm_and_a_server_give_the_same_score_from_a_config_file(toolkit, serve
     models = {name: {"class": "ViLaVT", "name": name, **settings} for name, settings in models.items()}
     data = {BENCHMARK: {"class": "CustomMCQDataset", "dataset": BENCHMARK}}
     (tmp_path / "config.json").write_text(json.dumps({"model": models, "data": data}))
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     arguments = ("--config", "config.json", "--judge", "exact_matching", "--api-nproc", "8")
-    toolkit.run(tmp_path, "-m", "vlmeval", *arguments, **settings)
+    toolkit.run(tmp_path, "-m", "vlmeval", *arguments, **vllm_settings)
     expected = toolkit.table(resumed, MODEL, BENCHMARK)
     for model in models:
         assert toolkit.table(tmp_path, model, BENCHMARK) == expected
