@@ -83,8 +83,7 @@ def test_a_name_says_which_path_is_its_checkpoint():
 def test_every_setting_is_described_in_the_readme():
     readme = (ROOT / "vilavt_vlmeval" / "README.md").read_text()
     for name, field in AdapterSettings.model_fields.items():
-        if name != "checkpoint":
-            assert f"| `{PREFIX}{name.upper()}` | {field.description} |" in readme
+        assert f"| `{PREFIX}{name.upper()}` | {field.description} |" in readme
 
 
 # ---------------------------------------------------------------------- messages
@@ -187,6 +186,38 @@ def test_no_answer_is_an_answer_and_is_not_asked_again(served, stub_server):
     stub_server.answer = lambda request: None
     assert [served().answer(Question("What?", (), "5"), "Bench") for _ in range(2)] == ["", ""]
     assert len(stub_server.requests) == 1
+
+
+def test_an_engine_that_breaks_down_fails_its_questions_and_the_run_goes_on(served, tmp_path):
+    adapter = served()
+
+    class Broken:
+        provenance = adapter.backend.provenance
+
+        def iter_many(self, samples):
+            next(samples)
+            raise RuntimeError("CUDA error")
+            yield
+
+    adapter.backend = Broken()
+    questions = [Question("What?", (), str(i)) for i in range(3)]
+    assert adapter.answers([*questions[:2], None, questions[2]], "Bench") == [""] * 4
+    assert [(row["sample_id"], row["error"]) for row in rows(tmp_path / "traces")] == [
+        (str(i), "RuntimeError: CUDA error") for i in range(3)
+    ]
+
+
+def test_questions_are_drawn_when_their_turn_comes(served, stub_server):
+    drawn = []
+
+    def questions():
+        for i in range(40):
+            drawn.append(len(stub_server.requests))
+            yield Question(f"What is {i}?", (), str(i))
+
+    stub_server.answer = lambda request: request["messages"][0]["content"][-1]["text"]
+    assert served().answers(questions(), "Bench") == [f"What is {i}?" for i in range(40)]
+    assert drawn[-1] > 0, "all questions were drawn before the first was asked"
 
 
 def test_without_a_trace_folder_nothing_is_written_or_resumed(served, stub_server, tmp_path):

@@ -172,6 +172,23 @@ def test_importing_all_of_us_leaves_gradients_on():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_doctor_finds_the_toolkit_without_importing_it(monkeypatch):
+    from vilavt_vlmeval import _autoload
+    from vilavt_vlmeval.doctor import checks
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delenv(_autoload.SWITCH, raising=False)
+    _autoload.install()
+    found = {check.name: check for check in checks(None, False)}
+    assert {check.status for check in found.values()} == {"ok"}, found
+    assert "ms-vlmeval 0.0.20" in found["vlmeval"].detail
+    assert found["vlmeval runner"].detail.endswith("vlmeval/run.py")
+    monkeypatch.setenv(_autoload.SWITCH, "0")
+    (last,) = (check for check in checks(None, False) if check.name == "vlmeval names")
+    assert (last.status, last.remedy) == ("note", "start evaluations with `python -m vilavt_vlmeval`")
+    assert "vlmeval" not in sys.modules
+
+
 def test_vlmutil_lists_our_names_and_the_toolkit_knows_every_benchmark_of_the_readme(toolkit, tmp_path):
     section = (PACKAGE / "README.md").read_text().split("## Benchmarks")[1].split("Tested on")[0]
     wanted = {name for row in re.findall(r"\n\| [^|]+ \| ([^|]+) \|", section) for name in re.findall("`([^`]+)`", row)}

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Adapter:
             options = replace(options, device=own_gpu())
         self.backend = open_backend(path, settings.backend_name, options)
         self._traces: dict[str, Traces] = {}
+        self._lock = threading.Lock()
 
     def answer(self, question: Question, benchmark: str | None = None) -> str:
         """The bare final answer, without thoughts and tags; ``""`` if there is none. Whatever goes wrong is in the
@@ -55,34 +57,46 @@ class Adapter:
         """
         return self.answers([question], benchmark)[0]
 
-    def answers(self, questions: Sequence[Question], benchmark: str | None = None) -> list[str]:
-        """Like :meth:`answer`, for many questions, as many side by side as the engine takes; in their order."""
+    def answers(self, questions: Iterable[Question | None], benchmark: str | None = None) -> list[str]:
+        """Like :meth:`answer`, for many questions, as many side by side as the engine takes; in their order. They are
+        drawn when their turn comes, and their images let go when they are answered; None is answered with ``""``.
+        """
         benchmark = benchmark or NO_BENCHMARK
         traces = self._traces_of(benchmark)
-        found = [""] * len(questions)
-        samples: list[Sample] = []
-        asked: dict[int, tuple[int, str]] = {}
-        for place, question in enumerate(questions):
-            try:
-                key = self._key(question, benchmark)
-            except Exception as error:
-                self.fail(question, benchmark, error)
-                continue
-            if traces is not None and self.settings.resume and (known := traces.answer(key)) is not None:
-                found[place] = known
-                continue
-            asked[len(samples)] = place, key
-            samples.append(Sample(question.images, question.text, id=question.sample_id))
+        found: list[str] = []
+        waiting: dict[int, tuple[int, Question, str]] = {}
+
+        def samples() -> Iterator[Sample]:
+            number = 0
+            for place, question in enumerate(questions):
+                found.append("")
+                if question is None:
+                    continue
+                try:
+                    key = self._key(question, benchmark)
+                except Exception as error:
+                    self.fail(question, benchmark, error)
+                    continue
+                if traces is not None and self.settings.resume and (known := traces.answer(key)) is not None:
+                    found[place] = known
+                    continue
+                waiting[number] = place, question, key
+                number += 1
+                yield Sample(question.images, question.text, id=question.sample_id)
+
+        drawn = samples()
         try:
-            for number, result in self.backend.iter_many(samples):
-                place, key = asked.pop(number)
+            for number, result in self.backend.iter_many(drawn):
+                place, question, key = waiting.pop(number)
                 if result.error is not None:
-                    self._log(questions[place], benchmark, result.error)
-                self._write(benchmark, questions[place], key, result.to_json())
+                    self._log(question, benchmark, result.error)
+                self._write(benchmark, question, key, result.to_json())
                 found[place] = result.answer or ""
-        except Exception as error:
-            for place, key in asked.values():
-                self.fail(questions[place], benchmark, error, key)
+        except Exception as error:  # of the engine as a whole
+            for _ in drawn:
+                pass
+            for _, question, key in waiting.values():
+                self.fail(question, benchmark, error, key)
         return found
 
     def fail(self, question: Question, benchmark: str, error: Exception, key: str = "") -> None:
@@ -109,19 +123,20 @@ class Adapter:
         folder = self.settings.trace_dir
         if folder is None:
             return None
-        if benchmark not in self._traces:
-            traces = Traces(folder, self.name, benchmark, int(os.environ.get("RANK", 0)))
-            self._traces[benchmark] = traces
-            if self.settings.resume and len(traces):
-                logger.warning(
-                    "%s: %s holds %d answers; they are taken where settings and question are the same (%sRESUME=0 asks "
-                    "again)",
-                    benchmark,
-                    folder,
-                    len(traces),
-                    PREFIX,
-                )
-        return self._traces[benchmark]
+        with self._lock:
+            if benchmark not in self._traces:
+                traces = Traces(folder, self.name, benchmark, int(os.environ.get("RANK", 0)))
+                self._traces[benchmark] = traces
+                if self.settings.resume and len(traces):
+                    logger.warning(
+                        "%s: %s holds %d answers; they are taken where settings and question are the same (%sRESUME=0 "
+                        "asks again)",
+                        benchmark,
+                        folder,
+                        len(traces),
+                        PREFIX,
+                    )
+            return self._traces[benchmark]
 
     def _log(self, question: Question, benchmark: str, error: Exception) -> None:
         logger.warning("%s, sample %s: counted as no answer: %s", benchmark, question.sample_id, error)

@@ -55,10 +55,7 @@ class ViLaVT(lmms):
         """The bare answer to every request; ``""`` where there is none."""
         found: list[str] = []
         for task, several in groupby(requests, key=lambda request: request.args[4]):
-            asked = [self._question(request) for request in several]
-            good = [question for question in asked if question is not None]
-            answers = iter(self.adapter.answers(good, task))
-            found += ["" if question is None else next(answers) for question in asked]
+            found += self.adapter.answers(map(self._question, several), task)
         return found
 
     def _question(self, request: Any) -> Question | None:

@@ -13,9 +13,9 @@ CLASS = "ViLaVT"
 """``"class"`` of a model in a ``--config`` file."""
 
 MODELS: dict[str, dict[str, Any]] = {
-    "ViLaVT-7B": {},
+    "ViLaVT-7B": {"checkpoint": "rl"},
     "ViLaVT-SFT-7B": {"checkpoint": "sft"},
-    "ViLaVT-7B-vLLM": {"backend": "vllm"},
+    "ViLaVT-7B-vLLM": {"checkpoint": "rl", "backend": "vllm"},
     "ViLaVT-Tiny": {"checkpoint": "tiny"},
 }
 """Name -> settings that the name stands for; everything else comes from the environment (see `settings`)."""

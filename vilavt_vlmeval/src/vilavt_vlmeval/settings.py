@@ -35,7 +35,7 @@ class AdapterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     checkpoint: Literal["rl", "sft", "tiny"] = Field(
-        "rl", description="which path setting names the checkpoint; the name of the model decides"
+        "rl", description="`rl`, `sft` (at the paths below) or `tiny` (shipped); our model names say it themselves"
     )
     model_path: str | None = Field(None, description="checkpoint folder or hub id of `ViLaVT-7B` and `ViLaVT-7B-vLLM`")
     sft_model_path: str | None = Field(None, description="checkpoint folder or hub id of `ViLaVT-SFT-7B`")
