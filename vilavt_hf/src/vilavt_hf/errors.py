@@ -38,3 +38,15 @@ class CheckpointError(VilavtError):
 
 class EngineError(VilavtError):
     """The local engine was set up or driven against its contract."""
+
+
+class DataError(VilavtError):
+    """A training record, or a collection of them, cannot be used; ``kind`` is a short name to count by."""
+
+    def __init__(self, message: str, kind: str = "record") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class TrainingError(VilavtError):
+    """A training run was set up against its contract, or cannot go on."""

@@ -14,7 +14,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,32 @@ def load_image(
     return _open(data, limits, label, rules)
 
 
+def image_size(
+    path: str | Path, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
+) -> tuple[int, int]:
+    """Width and height that :func:`load_image` would give, from the file's header alone.
+
+    What comes behind the header goes unseen: damage, and the orientation of a PNG that states it after its pixels.
+
+    Raises:
+        ImageError: as :func:`load_image`.
+    """
+    label = name or str(path)
+    _check_file(Path(path), limits, label)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=[f for f in FORMATS if f in _registered()]) as image:
+                turned = (
+                    rules == "strict" and _orientation(partial(Image.Image.getexif, image), label) >= 5
+                )  # a PNG's own would decode it
+                size = image.size
+    except Exception as error:
+        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
+    _check_size(size, limits, label)
+    return (size[1], size[0]) if turned else size
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any PIL mode, transparency on white; an RGB image without transparency is returned as it is.
 
@@ -172,7 +200,7 @@ def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            orientation = _orientation(image, label) if rules == "strict" else 1
+            orientation = _orientation(image.getexif, label) if rules == "strict" else 1
             rgb = to_rgb(image)
             if orientation != 1:
                 rgb = ImageOps.exif_transpose(_tagged(rgb, orientation))
@@ -183,9 +211,9 @@ def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image, label: str) -> int:
+def _orientation(read_exif: Callable[[], Image.Exif], label: str) -> int:
     try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        value = read_exif().get(_EXIF_ORIENTATION, 1)
     except Exception as error:
         logger.info("%s: unreadable EXIF data is ignored: %s", label, _short(error))
         return 1
@@ -228,10 +256,7 @@ def _check_bytes(count: int, limits: ImageLimits, label: str) -> None:
 def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
     try:
         path = Path(path)
-        if not path.is_file():
-            kind = "there is no such file" if not path.exists() else "it is not a regular file"
-            raise ImageError(f"{label}: {kind}; check the path")
-        _check_bytes(path.stat().st_size, limits, label)
+        _check_file(path, limits, label)
         with path.open("rb") as file:
             data = file.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:
@@ -240,6 +265,13 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
         raise ImageError(f"{label}: cannot be read: {_short(error)}") from None
     _check_bytes(len(data), limits, label)
     return data
+
+
+def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
+    if not path.is_file():
+        kind = "there is no such file" if not path.exists() else "it is not a regular file"
+        raise ImageError(f"{label}: {kind}; check the path")
+    _check_bytes(path.stat().st_size, limits, label)
 
 
 def _read_data_url(source: str, limits: ImageLimits, label: str) -> bytes:
@@ -334,4 +366,4 @@ def _short(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:200]
 
 
-__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "load_image", "to_rgb"]
+__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "image_size", "load_image", "to_rgb"]

@@ -15,8 +15,9 @@ from PIL import Image
 
 from .errors import EpisodeError
 from .presets import Limits
+from .prompts import Part
 from .protocol import Action, Answer, FinishReason, Malformed, ToolCall
-from .regions import View
+from .regions import FACTOR, View
 
 
 class Tokenizer(Protocol):
@@ -267,6 +268,55 @@ class Mark:
     """A structural token among the pieces of a turn."""
 
     token_id: int
+
+
+def compose(
+    parts: Sequence[Part | Mark], sizes: Mapping[int, tuple[int, int]], tokenizer: Tokenizer, special: SpecialTokens
+) -> Chunk:
+    """Tokens of a piece of conversation; neighbouring texts are joined before they are encoded, as a chat template
+    would.
+
+    Args:
+        parts: texts, structural tokens, and images by their index.
+        sizes: width and height in pixels of every image, multiples of 28.
+        tokenizer: encodes the texts; whatever they hold, none becomes a structural token.
+        special: its structural tokens.
+    """
+    tokens: list[int] = []
+    spans: list[tuple[int, int, int]] = []
+    transcript: list[str] = []
+    text = ""
+    for part in [*parts, Mark(-1)]:
+        if isinstance(part, str):
+            text += part
+            continue
+        if text:
+            tokens += encode_text(text, tokenizer, special)
+            transcript.append(text)
+            text = ""
+        if isinstance(part, int):
+            width, height = sizes[part]
+            count = (width // FACTOR) * (height // FACTOR)
+            tokens.append(special.vision_start)
+            spans.append((len(tokens), count, part))
+            tokens += [special.image_pad] * count
+            tokens.append(special.vision_end)
+            transcript.append(f"<image {width}x{height}>")
+        elif part.token_id >= 0:
+            tokens.append(part.token_id)
+            transcript.append("<|im_start|>" if part.token_id == special.im_start else "<|im_end|>")
+    return Chunk(tokens, spans, "".join(transcript))
+
+
+def encode_text(text: str, tokenizer: Tokenizer, special: SpecialTokens) -> list[int]:
+    """Text to ids such that no text becomes a structural token."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    if {special.im_start, *special.stops, *special.banned}.isdisjoint(ids):
+        return ids
+    # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that it recognises no special token.
+    pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
+    return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
 
 
 def _png_url(image: Image.Image) -> str:

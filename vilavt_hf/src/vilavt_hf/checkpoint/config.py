@@ -158,3 +158,13 @@ def check_query_encoder(encoder: Mapping[str, Any], shapes: Mapping[str, tuple[i
                 f"{origin} calls for {name} with shape {list(shape)}, the checkpoint has {list(shapes[name])}; "
                 "it is the configuration of another query encoder"
             )
+
+
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Make a configuration, and its parts, ask for a type (``bfloat16``); in place."""
+    for section in (config, config.get("text_config"), config.get("text_encoder_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(section, dict) and key in section:
+                section[key] = dtype
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype

@@ -22,7 +22,14 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ..errors import CheckpointError
 from .companions import Companions, Missing, bring_companions
-from .config import ARCHITECTURE, check_query_encoder, derived_text_encoder_config, query_encoder_config, vilavt_config
+from .config import (
+    ARCHITECTURE,
+    check_query_encoder,
+    derived_text_encoder_config,
+    query_encoder_config,
+    set_dtype,
+    vilavt_config,
+)
 from .layout import CONFIG, disagreements, expected_tensors, is_tied, published_name, read_json
 from .provenance import write_provenance
 from .writing import (
@@ -130,7 +137,7 @@ def merge_shards(
         raise CheckpointError(f"the shards in {folder} are not the model of {settings / CONFIG}: {'; '.join(errors)}")
     target_dtype = _DTYPES[dtype]
     if target_dtype is not None:
-        _set_dtype(final, str(target_dtype).removeprefix("torch."))
+        set_dtype(final, str(target_dtype).removeprefix("torch."))
     sources = [_tensor_source(plan, ranks, target_dtype) for plan in plans.values()]
     with staged_folder(destination, force) as partial:
         _write_weights(sources, partial, max_shard_bytes)
@@ -368,15 +375,6 @@ def _text_encoder(
 
 
 # ---------------------------------------------------------------------- writing
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    for section in (config, config.get("text_config"), config.get("text_encoder_config"), config.get("vision_config")):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(section, dict) and key in section:
-                section[key] = dtype
-    if "torch_dtype" not in config:
-        config["dtype"] = dtype
 
 
 def _tensor_source(plan: _Plan, ranks: "_Ranks", dtype: torch.dtype | None) -> TensorSource:

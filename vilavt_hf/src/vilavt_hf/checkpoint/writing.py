@@ -59,22 +59,27 @@ def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterat
     partial.mkdir()
     try:
         yield partial
-        _sync_tree(partial)
-        if os.path.lexists(target):
-            replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
-            os.rename(target, replaced)
-            try:
-                os.rename(partial, target)
-            except BaseException:
-                os.rename(replaced, target)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            os.rename(partial, target)
-        _sync(target.parent)
+        replace_folder(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Give a finished folder its name, once all of it is on disk; a folder of that name is replaced as a whole."""
+    _sync_tree(partial)
+    if os.path.lexists(target):
+        replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+        os.rename(target, replaced)
+        try:
+            os.rename(partial, target)
+        except BaseException:
+            os.rename(replaced, target)
+            raise
+        shutil.rmtree(replaced)
+    else:
+        os.rename(partial, target)
+    _sync(target.parent)
 
 
 def separate_folders(source: str | os.PathLike, destination: str | os.PathLike) -> None:

@@ -36,19 +36,29 @@ def version_command() -> None:
 
 
 def _register_all() -> None:
-    from . import chat, checkpoint, doctor, prompts, tiny
+    from . import chat, checkpoint, data, doctor, prompts, sft, tiny
 
-    for module in (chat, checkpoint, prompts, tiny, doctor):
+    for module in (chat, checkpoint, prompts, data, sft, tiny, doctor):
         module.register(app)
 
 
 _register_all()
 
 
+_EXTRAS = {"pydantic": "train", "yaml": "train", "accelerate": "train", "matplotlib": "train", "sklearn": "tiny"}
+"""Packages that some commands need -> the extra that brings them."""
+
+
 def main() -> None:
     """Entry point: an error we raise on purpose is one line on stderr and exit code 1, never a traceback."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        typer.secho(f'vilavt: this command needs {error.name}: pip install "vilavt-hf[{extra}]"', fg="red", err=True)
+        sys.exit(1)
     except VilavtError as error:
         typer.secho(f"vilavt: {type(error).__name__}: {error}", fg="red", err=True)
         sys.exit(1)

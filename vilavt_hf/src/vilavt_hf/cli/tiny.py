@@ -1,12 +1,12 @@
 """`vilavt tiny`: build, evaluate and draw scenes for the tiny example model."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .allocator import keep_freed_memory
 
 tiny_app = typer.Typer(no_args_is_help=True, help="The tiny example model: build it, evaluate it, draw its scenes.")
 
@@ -24,20 +24,11 @@ def build_command(
     resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
 ) -> None:
     """Train the tiny model from nothing (about an hour on two cores) and save it."""
-    _keep_freed_memory()
+    keep_freed_memory()
     from ..tiny.build import build
 
     record = build(out, work=work, seed=seed, resume=resume)
     typer.echo(json.dumps(record, indent=1))
-
-
-def _keep_freed_memory() -> None:
-    """Restart with an allocator that does not give memory back: glibc would unmap and fault in every large tensor anew,
-    which makes this training several times slower on some virtual machines.
-    """
-    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-    if sys.platform == "linux" and not wanted.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
 
 
 @tiny_app.command("eval")
@@ -81,3 +72,23 @@ def scenes_command(
 
     for name in write_examples(out, count, seed):
         typer.echo(name)
+
+
+@tiny_app.command("data")
+def data_command(
+    out: Annotated[Path, typer.Option(help="Folder for records and pictures.")],
+    checkpoint: Annotated[Path, typer.Option(help="Whose tokenizer and prompts to use.")] = Path(
+        "examples/vilavt-tiny"
+    ),
+    count: Annotated[int, typer.Option(help="Number of records.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
+) -> None:
+    """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`."""
+    from ..processing_vilavt import VilavtProcessor
+    from ..prompts import PromptSet
+    from ..tiny.records import write_training_set
+
+    processor = VilavtProcessor.from_pretrained(checkpoint)
+    prompts = processor.prompts or PromptSet.load("tiny")
+    for name in write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed):
+        typer.echo(out / name)

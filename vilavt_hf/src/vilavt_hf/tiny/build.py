@@ -21,12 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from ..modeling_vilavt import VilavtForConditionalGeneration
+from ..data.example import Example
+from ..errors import TrainingError
 from ..processing_vilavt import VilavtProcessor
 from ..prompts import PromptSet
 from ..settings import save_chat_settings
-from ..train.collator import Example, VilavtCollator
-from ..train.losses import AuxiliaryLosses
+from ..train.collator import VilavtCollator
+from ..train.model import VilavtForTraining
+from ..train.order import InOrder
+from ..train.parts import Part, part_of
+from ..train.reporting import LogFile
 from ..train.trainer import VilavtTrainer
 from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
 from .scenes import MAX_PIXELS, Kind, Scene, Split, ask, make_scene
@@ -42,7 +46,7 @@ from .teacher import (
 
 logger = logging.getLogger(__name__)
 
-TOWER = ("model.visual", "model.text_encoder", "model.text_proj")
+TOWER: tuple[Part, ...] = ("vision_tower", "merger", "text_encoder", "text_proj")
 KIND_SHARES = {Kind.ONE: 0.2, Kind.PAIR: 0.25, Kind.NESTED: 0.25, Kind.SUM: 0.2, Kind.LARGER: 0.1}
 
 
@@ -157,16 +161,8 @@ def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train") -> 
 class Probe(TrainerCallback):
     """Every so often: share of whole turns right under teacher forcing, on scenes made from the dev scans."""
 
-    def __init__(
-        self,
-        model: VilavtForConditionalGeneration,
-        auxiliary: AuxiliaryLosses,
-        collator: VilavtCollator,
-        encoder: Encoder,
-        every: int,
-        path: Path,
-    ):
-        self.model, self.auxiliary, self.every, self.path = model, auxiliary, every, path
+    def __init__(self, model: VilavtForTraining, collator: VilavtCollator, encoder: Encoder, every: int, path: Path):
+        self.model, self.every, self.path = model, every, path
         self.batches = []
         for kind in Kind:
             examples = []
@@ -182,7 +178,7 @@ class Probe(TrainerCallback):
         out: dict[str, float] = {}
         self.model.eval()
         for kind, batch in self.batches:
-            inputs = {k: v for k, v in batch.items() if k not in ("aux", "labels", "label_weights")}
+            inputs = {k: v for k, v in batch.items() if k not in ("aux", "counts", "labels", "label_weights")}
             logits = self.model(**inputs).logits[:, :-1]
             labels = batch["labels"][:, 1:]
             wrong = (logits.argmax(-1) != labels) & (labels != -100)
@@ -199,43 +195,27 @@ class Probe(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure and append to the curve."""
+        if not state.is_world_process_zero:
+            return
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             figures = {"step": state.global_step, **self.measure()}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"probe": figures}) + "\n")
             logger.info("probe %s", figures)
-            self.model.save_pretrained(self.path.parent)
-            save_file(self.auxiliary.state_dict(), self.path.parent / "auxiliary.safetensors")
-
-
-class Curve(TrainerCallback):
-    """Appends the Trainer's log to a file."""
-
-    def __init__(self, path: Path):
-        self.path, self.start = path, time.time()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One JSON line per log."""
-        if logs and "loss" in logs:
-            line = {"step": state.global_step, "seconds": round(time.time() - self.start), **logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            save_stage(self.model, self.path.parent)
 
 
 # ---------------------------------------------------------------------------------------------------- stages
 
 
 def run_stage(
-    stage: Stage,
-    model: VilavtForConditionalGeneration,
-    auxiliary: AuxiliaryLosses,
-    processor: VilavtProcessor,
-    work: Path,
-    seed: int,
-    *,
-    workers: int = 1,
+    stage: Stage, model: VilavtForTraining, processor: VilavtProcessor, work: Path, seed: int, *, workers: int = 1
 ) -> dict[str, Any]:
-    """Train one stage in place, save model and heads under `work / stage.name`; returns its record."""
+    """Train one stage in place, save model and heads under `work / stage.name`; returns its record.
+
+    Started on several ranks (torchrun), these share every batch.
+    """
+    assert model.auxiliary is not None
     encoder = Encoder(processor.tokenizer, processor.prompts or PromptSet.load("tiny"))
     collator = VilavtCollator(
         fast_encoder(processor),
@@ -246,66 +226,87 @@ def run_stage(
     folder = work / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     curve = folder / "curve.jsonl"
-    curve.write_text("", encoding="utf-8")
     defaults = tiny_auxiliary().specs
     weights = dict(stage.heads)
-    auxiliary.specs = {n: dataclasses.replace(s, weight=weights.get(n, s.weight)) for n, s in defaults.items()}
-    rates = dict.fromkeys(TOWER, stage.tower_rate)
+    model.auxiliary.specs = {n: dataclasses.replace(s, weight=weights.get(n, s.weight)) for n, s in defaults.items()}
+    rates: dict[Part, float] = dict.fromkeys(TOWER, stage.learning_rate * stage.tower_rate)
     if not stage.language:
-        rates |= {"model.language_model": 0.0, "lm_head": 0.0}
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    callbacks: list[TrainerCallback] = [Curve(curve)]
-    if stage.language:
-        callbacks.append(Probe(model, auxiliary, collator, encoder, 100, curve))
+        rates |= {"language_model": 0.0, "lm_head": 0.0}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates.get(part_of(name), 1.0) > 0)
     start = time.time()
+    args = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch,
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=25,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=4 if workers else None,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=True,  # heads whose targets a batch lacks
+        use_cpu=True,
+        seed=seed,
+    )
+    if stage.batch % args.world_size:
+        raise TrainingError(f"stage {stage.name}: a batch of {stage.batch} cannot be shared by {args.world_size} ranks")
+    if args.should_save:
+        curve.write_text("", encoding="utf-8")
+    callbacks: list[TrainerCallback] = [LogFile(curve)]
+    if stage.language:
+        callbacks.append(Probe(model, collator, encoder, 100, curve))
+    lessons = Lessons(stage, encoder, seed)
     with linear_patches(model):
         trainer = VilavtTrainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(folder / "trainer"),
-                max_steps=stage.steps,
-                per_device_train_batch_size=stage.batch,
-                learning_rate=stage.learning_rate,
-                warmup_steps=stage.warmup,
-                weight_decay=0.01,
-                adam_beta2=0.98,
-                max_grad_norm=1.0,
-                logging_steps=25,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_num_workers=workers,
-                dataloader_prefetch_factor=4 if workers else None,
-                dataloader_pin_memory=False,
-                use_cpu=True,
-                seed=seed,
-            ),
-            train_dataset=Lessons(stage, encoder, seed),
+            args=args,
+            train_dataset=lessons,
             data_collator=collator,
-            auxiliary=auxiliary,
-            rates=rates,
+            order=InOrder(len(lessons), stage.batch // args.world_size),
+            learning_rates=rates,
+            schedule="stable_decay",
             decay_from=stage.decay_from,
             final_rate=stage.final_rate,
-            in_order=True,
             callbacks=callbacks,
         )
         trainer.train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    seconds = round(time.time() - start)
-    model.save_pretrained(folder)
-    save_file(auxiliary.state_dict(), folder / "auxiliary.safetensors")
-    record = {**dataclasses.asdict(stage), "seed": seed, "seconds": seconds, "examples": stage.steps * stage.batch}
-    (folder / "stage.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {
+        **dataclasses.asdict(stage),
+        "seed": seed,
+        "seconds": round(time.time() - start),
+        "examples": stage.steps * stage.batch,
+        "ranks": args.world_size,
+    }
+    if args.should_save:
+        save_stage(model, folder)
+        (folder / "stage.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
     return record
 
 
-def load_stage(folder: Path, auxiliary: AuxiliaryLosses) -> VilavtForConditionalGeneration:
-    """Model of a finished stage (attention eager); loads its heads into `auxiliary`."""
-    auxiliary.load_state_dict(load_file(folder / "auxiliary.safetensors"), strict=False)
-    return VilavtForConditionalGeneration.from_pretrained(folder, attn_implementation=ATTENTION)
+def save_stage(model: VilavtForTraining, folder: Path) -> None:
+    """Model and heads."""
+    assert model.auxiliary is not None
+    model.save_pretrained(folder)
+    save_file(model.auxiliary.state_dict(), folder / "auxiliary.safetensors")
+
+
+def load_stage(folder: Path) -> VilavtForTraining:
+    """Model of a finished stage (attention eager) with its heads."""
+    model = VilavtForTraining.from_pretrained(folder, attn_implementation=ATTENTION)
+    model.auxiliary = tiny_auxiliary()
+    model.auxiliary.load_state_dict(load_file(folder / "auxiliary.safetensors"), strict=False)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- the whole
@@ -328,17 +329,19 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
     torch.manual_seed(seed)
     auxiliary = tiny_auxiliary()
     model = tiny_model(tiny_config(processor.tokenizer), seed)
+    model.auxiliary = auxiliary
     for i, stage in enumerate(STAGES):
         folder = work / stage.name
         if resume and (folder / "stage.json").is_file():
-            model = load_stage(folder, auxiliary)
+            model = load_stage(folder)
             continue
-        run_stage(stage, model, auxiliary, processor, work, seed=10 * seed + i + 1)
+        run_stage(stage, model, processor, work, seed=10 * seed + i + 1)
+    model.auxiliary = None
     return publish(model, processor, [work / s.name for s in STAGES], out, seed)
 
 
 def publish(
-    model: VilavtForConditionalGeneration,
+    model: VilavtForTraining,
     processor: VilavtProcessor,
     stages: Sequence[Path],
     out: Path,

@@ -12,11 +12,12 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 from .. import compat
 from ..configuration_vilavt import VilavtConfig, VilavtVisionConfig
+from ..data.example import ImageGroup
 from ..modeling_vilavt import VilavtForConditionalGeneration
 from ..processing_vilavt import VilavtProcessor
 from ..prompts import PromptSet
-from ..train.collator import ImageGroup
 from ..train.losses import AuxiliaryHead, AuxiliaryLosses
+from ..train.model import VilavtForTraining
 from .scenes import CELLS, COLOURS, MAX_PIXELS
 from .teacher import corpus
 from .tokenizer import train_tokenizer, wrap
@@ -105,10 +106,10 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> VilavtConfig:
     )
 
 
-def tiny_model(config: VilavtConfig, seed: int) -> VilavtForConditionalGeneration:
+def tiny_model(config: VilavtConfig, seed: int) -> VilavtForTraining:
     """Weights N(0, 1 / fan-in), embeddings N(0, 0.05²): with the usual 0.02 so small a model hardly learns."""
     torch.manual_seed(seed)
-    model = VilavtForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
+    model = VilavtForTraining._from_config(config, attn_implementation=ATTENTION)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.05)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..data.example import AttentionTarget, Example, ImageGroup, TokenTarget
 from ..prompts import PromptSet
 from ..protocol import Answer, format_turn
-from ..train.collator import AttentionTarget, Example, ImageGroup, TokenTarget
 from .scenes import CELLS, COLOURS, Card, Kind, Question, Scene, ask, make_scene, query_for
 
 COLOUR_NAMES = list(COLOURS)

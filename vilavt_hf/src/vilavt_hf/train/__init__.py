@@ -1,1 +1,2 @@
-"""Supervised fine-tuning: examples to batches (`collator`), training-only losses (`losses`), HF Trainer (`trainer`)."""
+"""Supervised fine-tuning: configuration (`config`), order of samples (`order`), batches (`collator`), the model and its
+losses (`model`, `losses`), HF Trainer (`trainer`), and a run of all of it (`run`)."""

@@ -1,68 +1,34 @@
-"""Tokenised conversations to padded batches, with joint image groups and training-only targets.
+"""Tokenised conversations to batches, padded or packed, with joint image groups and training-only targets.
 
-Shapes: B samples, L tokens, N patches, n images, Q groups, T query columns, K targets.
+Shapes: B rows, L tokens, N patches, n images, Q groups, T query columns, K targets, S samples.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-IGNORE = -100
+from ..data.example import IGNORE, Dropped, Example, ImageGroup
+
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Keys of a packed batch that say where its samples begin, under the names that transformers gives them."""
 
 
 @dataclass(frozen=True)
-class ImageGroup:
-    """Images encoded together under one query ("" for none); sides are multiples of 28 pixels."""
+class BatchCounts:
+    """What a micro-batch holds, for the log; ``batch["counts"]``."""
 
-    images: tuple[Image.Image, ...]
-    query: str = ""
-
-
-@dataclass(frozen=True)
-class AttentionTarget:
-    """Where some heads should look: training only."""
-
-    layer: int
-    """Index of the language model layer."""
-    heads: tuple[int, ...]
-    query: int
-    """Position in the example's token stream."""
-    key: int
-    """Position whose share of the attention should be 1."""
-
-
-@dataclass(frozen=True)
-class TokenTarget:
-    """What an auxiliary head should find in the features of one image: training only."""
-
-    head: str
-    image: int
-    """Index among the example's images, those of `Example.groups` first."""
-    values: np.ndarray
-    """What the head's kind expects for one image, see `losses.AuxiliaryHead`."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised conversation.
-
-    ``labels`` equal ``input_ids`` where the model is trained and -100 elsewhere (they are shifted by the loss, not
-    here); ``weights`` scale single labels. An example without tokens trains the tower alone, through ``tokens``.
-    """
-
-    input_ids: Sequence[int]
-    labels: Sequence[int]
-    weights: Sequence[float] = ()
-    groups: tuple[ImageGroup, ...] = ()
-    """In prompt order: their images fill the placeholders."""
-    extra_groups: tuple[ImageGroup, ...] = ()
-    """Encoded for the auxiliary heads only."""
-    attention: tuple[AttentionTarget, ...] = ()
-    tokens: tuple[TokenTarget, ...] = ()
+    samples: int = 0
+    tokens: int = 0
+    """Without padding."""
+    slots: int = 0
+    """With padding."""
+    images: int = 0
+    dropped: tuple[Dropped, ...] = ()
 
 
 def mrope_positions(input_ids: Sequence[int], grids: Sequence[tuple[int, int]], image_token_id: int) -> np.ndarray:
@@ -101,6 +67,10 @@ class VilavtCollator:
         image_token_id: the image placeholder.
         merge_size: patches per side of a merged token.
         pad_to_multiple_of: of the token length; fixed shapes are faster on CPUs.
+        packed: put all samples into one row, each in a segment of its own, instead of one row each.
+        ask_always: where no group of a batch has a query, add one whose features count nothing. Then tower, query
+            encoder and projections have a gradient in every step of every rank, which sharded training needs: ranks
+            that skip a part would wait for one another, or reduce different gradients.
     """
 
     def __init__(
@@ -111,72 +81,109 @@ class VilavtCollator:
         image_token_id: int,
         merge_size: int = 2,
         pad_to_multiple_of: int = 1,
+        packed: bool = False,
+        ask_always: bool = True,
     ):
         self.encode_inquiries = encode_inquiries
         self.pad_token_id, self.image_token_id = pad_token_id, image_token_id
         self.merge_size, self.pad_to_multiple_of = merge_size, pad_to_multiple_of
+        self.packed, self.ask_always = packed, ask_always
+        self.idle = ImageGroup((Image.new("RGB", (28, 28)),), "nothing")
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Pad on the right and concatenate the images.
+    def __call__(self, samples: Sequence[Example | Dropped]) -> dict[str, Any]:
+        """Put tokens into rows and concatenate the images.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` (B, L), ``position_ids`` (3, B, L), and with images
-            ``pixel_values``, ``image_grid_thw``, ``query_ids``, ``query_attention_mask``, ``images_per_query``.
-            Examples without tokens have no row. ``label_weights`` (B, L) if an example has weights; ``aux`` if any has
-            targets or extra groups: the image groups of ``extra_groups`` then follow all others.
+            ``input_ids``, ``labels`` (B, L), ``position_ids`` (3, B, L) which begin anew with every sample, and with
+            images ``pixel_values``, ``image_grid_thw``, ``query_ids``, ``query_attention_mask``,
+            ``images_per_query``; images that no placeholder stands for come last. Padded: ``attention_mask`` (B, L).
+            Packed: `BOUNDARIES`, for the one row. ``label_weights`` (B, L) if an example has weights; ``aux`` if any
+            has targets or extra groups. ``counts``: a `BatchCounts`. Examples without tokens have no row. A batch
+            without any example has two tokens that nothing is learnt from.
 
         Raises:
             ValueError: an example's placeholders and images disagree; names the example.
         """
+        examples = [s for s in samples if isinstance(s, Example)]
         rows = [e for e in examples if len(e.input_ids)]
         if any(e.groups for e in examples if not len(e.input_ids)):
             raise ValueError("an example without tokens can only have extra_groups")
+        counts = BatchCounts(
+            samples=len(examples),
+            tokens=sum(len(e.input_ids) for e in rows),
+            images=sum(len(g.images) for e in examples for g in (*e.groups, *e.extra_groups)),
+            dropped=tuple(s for s in samples if isinstance(s, Dropped)),
+        )
+        if not examples:
+            rows = [Example([self.pad_token_id] * 2, [IGNORE] * 2)]
         groups = [g for e in rows for g in e.groups] + [g for e in examples for g in e.extra_groups]
+        if self.ask_always and not any(g.query.strip() for g in groups):
+            groups.append(self.idle)
         batch: dict[str, Any] = {}
         if groups:
             batch |= self.encode_inquiries(groups)
-        grids = (batch["image_grid_thw"][:, 1:] // self.merge_size).tolist() if groups else []
-        batch |= self._text(rows, grids)
+        if rows:
+            grids = (batch["image_grid_thw"][:, 1:] // self.merge_size).tolist() if groups else []
+            batch |= self._text(rows, grids)
         if any(e.attention or e.tokens or e.extra_groups for e in examples):
+            if self.packed:
+                raise ValueError("auxiliary targets name rows: they need padded batches")
             batch["aux"] = self._targets(examples, rows)
-        return batch
+        slots = batch["input_ids"].numel() if rows and examples else 0
+        return batch | {"counts": BatchCounts(counts.samples, counts.tokens, slots, counts.images, counts.dropped)}
 
-    def _text(self, rows: Sequence[Example], grids: list[list[int]]) -> dict[str, torch.Tensor]:
-        if not rows:
-            return {}
-        step = self.pad_to_multiple_of
-        length = -(-max(len(e.input_ids) for e in rows) // step) * step
-        shape = (len(rows), length)
-        ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
-        mask, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-        positions = torch.ones((3, *shape), dtype=torch.long)
-        first = 0
+    def _text(self, rows: Sequence[Example], grids: list[list[int]]) -> dict[str, Any]:
+        positions, first = [], 0
         for i, example in enumerate(rows):
-            n = len(example.input_ids)
             count = sum(len(g.images) for g in example.groups)
             mine = [(h, w) for h, w in grids[first : first + count]]
             first += count
-            wanted, found = sum(h * w for h, w in mine), list(example.input_ids).count(self.image_token_id)
-            if wanted != found:
-                raise ValueError(
-                    f"example {i} of the batch: {found} image placeholders, but its {count} images make {wanted} "
-                    "tokens; "
-                    "put height / 28 x width / 28 placeholders per image into the stream"
-                )
-            if len(example.labels) != n or (example.weights and len(example.weights) != n):
-                raise ValueError(
-                    f"example {i} of the batch: {n} tokens, {len(example.labels)} labels, {len(example.weights)} "
-                    "weights; all three need one entry per token"
-                )
-            ids[i, :n] = torch.tensor(example.input_ids)
-            labels[i, :n] = torch.tensor(example.labels)
-            mask[i, :n] = 1
-            weights[i, :n] = torch.tensor(example.weights) if example.weights else 1.0
-            positions[:, i, :n] = torch.from_numpy(mrope_positions(example.input_ids, mine, self.image_token_id))
-        out = {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+            self._check(i, example, mine)
+            positions.append(mrope_positions(example.input_ids, mine, self.image_token_id))
+        lines = [list(range(len(rows)))] if self.packed else [[i] for i in range(len(rows))]
+        step = self.pad_to_multiple_of
+        length = -(-max(sum(len(rows[i].input_ids) for i in line) for line in lines) // step) * step
+        shape = (len(lines), length)
+        ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE)
+        mask, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        places = torch.ones((3, *shape), dtype=torch.long)
+        for row, line in enumerate(lines):
+            at = 0
+            for i in line:
+                example, own = rows[i], slice(at, at + len(rows[i].input_ids))
+                ids[row, own] = torch.tensor(example.input_ids)
+                labels[row, own] = torch.tensor(example.labels)
+                labels[row, at] = IGNORE  # nothing of its sample comes before it
+                mask[row, own] = 1
+                weights[row, own] = torch.tensor(example.weights) if example.weights else 1.0
+                places[:, row, own] = torch.from_numpy(positions[i])
+                at = own.stop
+        out: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": places}
+        if self.packed:
+            ends = list(accumulate(len(e.input_ids) for e in rows))
+            ends += [length] if length > ends[-1] else []
+            starts = torch.tensor([0, *ends], dtype=torch.int32)
+            longest = int(starts.diff().max())
+            out |= dict(zip(BOUNDARIES, (starts, starts, longest, longest), strict=True))
+        else:
+            out["attention_mask"] = mask
         if any(len(e.weights) for e in rows):
             out["label_weights"] = weights
         return out
+
+    def _check(self, i: int, example: Example, grids: Sequence[tuple[int, int]]) -> None:
+        n = len(example.input_ids)
+        wanted, found = sum(h * w for h, w in grids), list(example.input_ids).count(self.image_token_id)
+        if wanted != found:
+            raise ValueError(
+                f"example {i} of the batch: {found} image placeholders, but its {len(grids)} images make {wanted} "
+                "tokens; put height / 28 x width / 28 placeholders per image into the stream"
+            )
+        if len(example.labels) != n or (example.weights and len(example.weights) != n):
+            raise ValueError(
+                f"example {i} of the batch: {n} tokens, {len(example.labels)} labels, {len(example.weights)} "
+                "weights; all three need one entry per token"
+            )
 
     @staticmethod
     def _targets(examples: Sequence[Example], rows: Sequence[Example]) -> dict[str, Any]:

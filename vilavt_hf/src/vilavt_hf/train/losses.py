@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import compat
-
 
 @dataclass(frozen=True)
 class AuxiliaryHead:
@@ -56,7 +54,7 @@ class AuxiliaryLosses(nn.Module):
 
     def features_loss(
         self, targets: dict[str, Any], merged: torch.Tensor, sizes: Sequence[int], blocks: dict[int, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted sum of the heads' losses and, per head, its share of right answers.
 
         Args:
@@ -92,17 +90,17 @@ class AuxiliaryLosses(nn.Module):
                 scores, target = self.heads[name](picked), values
             if spec.kind == "labels":
                 loss = F.binary_cross_entropy_with_logits(scores, target, pos_weight=scores.new_tensor(6.0))
-                right[name] = ((scores > 0) == (target > 0.5)).all(1)[target.any(1)].float().mean().item()
+                right[name] = ((scores > 0) == (target > 0.5)).all(1)[target.any(1)].float().mean()
             else:
                 loss = F.cross_entropy(scores, target, ignore_index=-100)
                 known = target != -100
-                right[name] = (scores.argmax(-1) == target)[known].float().mean().item()
+                right[name] = (scores.argmax(-1) == target)[known].float().mean()
             total = total + spec.weight * loss
         return total, right
 
     def attention_loss(
         self, targets: list[tuple[int, tuple[int, ...], torch.Tensor]], attentions: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean negative log of the attention that the chosen heads pay to the chosen tokens.
 
         Args:
@@ -115,7 +113,7 @@ class AuxiliaryLosses(nn.Module):
             share = torch.stack([attentions[layer][row, h, query, key] for h in heads]).float()
             total = total - (share + 1e-6).log().sum() / len(heads)
             count += len(at)
-            mass[f"attention_{layer}_{heads[0]}"] = share.mean().item()
+            mass[f"attention_{layer}_{heads[0]}"] = share.detach().mean()
         return self.attention_weight * total / max(1, count), mass
 
 
@@ -139,71 +137,3 @@ class BlockOutputs:
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def weighted_loss(
-    model: Any, batch: dict[str, Any], auxiliary: AuxiliaryLosses | None
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Language-model loss with label weights, plus the auxiliary losses.
-
-    Equals ``model(**batch).loss`` for weights of 1 and no auxiliary losses, but computes logits only where there are
-    labels.
-
-    Args:
-        model: a `VilavtForConditionalGeneration` (eager attention if attention is supervised).
-        batch: from `VilavtCollator`.
-        auxiliary: None leaves the ``aux`` part of the batch unused.
-
-    Returns:
-        The loss and figures to log.
-    """
-    base, aux = model.model, batch.get("aux")
-    aux = aux if auxiliary is not None else None
-    figures: dict[str, float] = {}
-    loss = torch.zeros((), device=model.lm_head.weight.device)
-    features, sizes = None, []
-    if batch.get("pixel_values") is not None:
-        grid = batch["image_grid_thw"]
-        sizes = (grid.prod(-1) // base.visual.spatial_merge_unit).tolist()
-        with BlockOutputs(base.visual, auxiliary.blocks if auxiliary and aux else []) as blocks:
-            encoded = base.get_image_features(
-                batch["pixel_values"],
-                grid,
-                query_ids=batch["query_ids"],
-                query_attention_mask=batch["query_attention_mask"],
-                images_per_query=batch["images_per_query"],
-            )
-        features = torch.cat(tuple(compat.pooled(encoded)))
-        if auxiliary is not None and aux and aux["tokens"]:
-            more, right = auxiliary.features_loss(aux["tokens"], features, sizes, blocks)
-            loss, figures = loss + more, figures | right
-            figures["heads"] = more.item()
-    if batch.get("input_ids") is None:
-        return loss, figures
-    ids, labels = batch["input_ids"], batch["labels"]
-    embeds = base.get_input_embeddings()(ids)
-    placeholders = ids == model.config.image_token_id
-    if features is not None:
-        features = features[: int(placeholders.sum())].to(embeds.dtype)
-        embeds = embeds.masked_scatter(placeholders[..., None].expand_as(embeds), features)
-    wanted = aux["attention"] if aux else []
-    output = base.language_model(
-        inputs_embeds=embeds,
-        position_ids=batch["position_ids"],
-        attention_mask=None,  # right padding: a causal mask already hides the pads
-        use_cache=False,
-        output_attentions=bool(wanted),
-    )
-    known = labels[:, 1:] != -100
-    logits = model.lm_head(output.last_hidden_state[:, :-1][known]).float()
-    target = labels[:, 1:][known]
-    losses = F.cross_entropy(logits, target, reduction="none")
-    weights = batch["label_weights"][:, 1:][known] if "label_weights" in batch else torch.ones_like(losses)
-    language = (losses * weights).sum() / weights.sum()
-    figures["language"] = language.item()
-    figures["tokens_right"] = ((logits.argmax(-1) == target).float() * weights).sum().item() / weights.sum().item()
-    loss = loss + language
-    if auxiliary is not None and wanted:
-        more, mass = auxiliary.attention_loss(wanted, output.attentions)
-        loss, figures = loss + more, figures | mass
-    return loss, figures

@@ -1,90 +1,198 @@
-"""HF Trainer for ViLaVT: our collator's batches, auxiliary losses, a rate per part of the model."""
+"""HF Trainer for ViLaVT: our batches and losses, one global order, a rate per part, checkpoints that are whole."""
 
+import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
 
-from .losses import AuxiliaryLosses, weighted_loss
+from ..checkpoint import write_provenance
+from ..checkpoint.writing import replace_folder
+from ..data.example import IGNORE, Dropped
+from ..errors import TrainingError
+from .collator import BatchCounts
+from .order import Order, RankShare
+from .parts import PARTS, Part, part_of
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("model.visual", "model.text_encoder", "model.text_proj", "model.language_model", "lm_head")
+CHECKPOINT = "checkpoint-"
+"""Start of the names of checkpoint folders; the number of finished steps follows."""
+
+LossMean = Literal["tokens", "micro_batch"]
+Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
 
 
 class VilavtTrainer(Trainer):
-    """Trainer whose batches come from `VilavtCollator`.
+    """Trainer whose batches come from `VilavtCollator` and whose model is a `VilavtForTraining`.
 
     Args:
-        auxiliary: training-only losses, or None. Their heads are trained along and never saved by `save_model`.
-        rates: factors on the learning rate by parameter-name prefix (see `PARTS`).
-        decay_from: fraction of the steps after which the rate falls linearly to `final_rate` of its peak.
-        final_rate: see there.
-        in_order: visit the data set in order (generated data with a curriculum) instead of shuffled.
+        order: which samples make which micro-batch.
+        learning_rates: by part, where one differs from ``args.learning_rate``; 0 freezes the part.
+        schedule: over the steps, after a linear warm-up: ``cosine`` and ``linear`` to 0, ``constant``, or
+            ``stable_decay``: constant, then linear.
+        decay_from: of ``stable_decay``: fraction of the steps after which the rate falls.
+        final_rate: of ``stable_decay``: what it falls to, as a fraction of its peak.
+        loss_mean: ``tokens``: the mean over the labelled tokens of all micro-batches and ranks of a step;
+            ``micro_batch``: the mean of the micro-batches' means, as the published trainer takes it.
+        decay_norms: whether weight decay applies to norms, as the published trainer has it.
+        complete_checkpoint: called with every checkpoint folder before it appears under its name, on one rank.
+        record: for each checkpoint's ``provenance.json``.
         kwargs: the parent's.
     """
 
     def __init__(
         self,
         *args: Any,
-        auxiliary: AuxiliaryLosses | None = None,
-        rates: Mapping[str, float] | None = None,
+        order: Order,
+        learning_rates: Mapping[Part, float] | None = None,
+        schedule: Schedule = "cosine",
         decay_from: float = 0.6,
         final_rate: float = 0.03,
-        in_order: bool = False,
+        loss_mean: LossMean = "tokens",
+        decay_norms: bool = False,
+        complete_checkpoint: Callable[[Path], None] | None = None,
+        record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
-        self.auxiliary, self.rates = auxiliary, dict(rates or {})
-        self.decay_from, self.final_rate, self.in_order = decay_from, final_rate, in_order
+        self.order, self.learning_rates = order, dict(learning_rates or {})
+        if unknown := sorted(set(self.learning_rates) - set(PARTS)):
+            raise TrainingError(f"learning rates of {unknown}: parts are {', '.join(PARTS)}")
+        self.schedule, self.decay_from, self.final_rate = schedule, decay_from, final_rate
+        self.loss_mean, self.decay_norms = loss_mean, decay_norms
+        self.complete_checkpoint, self.record = complete_checkpoint, dict(record or {})
         self.optimizer: Any
         self.lr_scheduler: Any
-        self._figures: dict[str, list[float]] = defaultdict(list)
+        self.dropped: Counter[str] = Counter()
+        """Samples that this rank could not use, by kind."""
+        self.on_dropped: Callable[[Dropped], None] | None = None
+        self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._since_log: Counter[str] = Counter()
+        self._log_time = time.perf_counter()
+        self._staging: Path | None = None
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            False  # our loss is a mean per micro-batch: let the parent average over accumulation
+        # our loss is already scaled for the whole step
+        self.model_accepts_loss_kwargs = True
+
+    # ------------------------------------------------------------------ data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches; not sharded once more by accelerate."""
+        args = self.args
+        share = RankShare(self.order, args.process_index, args.world_size, self._current_epoch)
+        self._micro_batches = len(share)
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=share,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory,
         )
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """`losses.weighted_loss`; its figures go to the log."""
-        with self.accelerator.autocast():  # the parts are called one by one, past the wrapped forward of the whole
-            loss, figures = weighted_loss(self.accelerator.unwrap_model(model), inputs, self.auxiliary)
+    def _current_epoch(self) -> int:
+        per_epoch = -(-self._micro_batches // self.args.gradient_accumulation_steps)
+        return self.state.global_step // per_epoch
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """The micro-batches of one step, and the weight of all labelled tokens of all ranks in it."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        for batch in batches:
+            self._count(batch.pop("counts", BatchCounts()))
+        # 4.57 asks once more at the end of an epoch that was resumed, and gets nothing
+        total = sum((label_weight(batch) for batch in batches), start=torch.zeros(())).to(device)
+        return batches, self.accelerator.reduce(total, "sum")  # type: ignore[return-value]
+
+    def _count(self, counts: BatchCounts) -> None:
+        self._since_log.update(samples=counts.samples, tokens=counts.tokens, slots=counts.slots, images=counts.images)
+        for dropped in counts.dropped:
+            self.dropped[dropped.kind] += 1
+            self._since_log["dropped"] += 1
+            logger.warning("dropped: %s", dropped.reason)
+            if self.on_dropped is not None:
+                self.on_dropped(dropped)
+
+    # ------------------------------------------------------------------ loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """What this micro-batch adds to the step's loss, times the number of ranks (gradients are averaged over them).
+
+        Auxiliary losses are means and averaged over micro-batches and ranks.
+        """
+        steps = self.current_gradient_accumulation_steps
+        outputs = model(**inputs)
+        own = label_weight(inputs)
+        if self.loss_mean == "tokens" and num_items_in_batch is not None:
+            loss = outputs["loss"] * self.args.world_size / num_items_in_batch.clamp(min=1e-6)
+        else:
+            loss = outputs["loss"] / own.clamp(min=1e-6) / steps
+        figures = outputs["figures"]
+        if "tokens_right" in figures:
+            figures["tokens_right"] = figures["tokens_right"] / own.clamp(min=1e-6)
         for name, value in figures.items():
             self._figures[name].append(value)
-        return (loss, {}) if return_outputs else loss
+        loss = loss + outputs["auxiliary"] / steps
+        return (loss, outputs) if return_outputs else loss
+
+    # ------------------------------------------------------------------ log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means of the loss figures since the last log."""
+        """Add throughput over all ranks, and this rank's means of the loss figures, since the last log."""
         if "loss" in logs:
-            logs |= {name: round(sum(v) / len(v), 4) for name, v in self._figures.items() if v}
+            names = ("samples", "tokens", "slots", "images", "dropped")
+            mine = torch.tensor([self._since_log[n] for n in names], dtype=torch.float64, device=self.args.device)
+            everyone: Any = self.accelerator.reduce(mine, "sum")
+            counts = dict(zip(names, everyone.tolist(), strict=True))
+            seconds = max(1e-9, time.perf_counter() - self._log_time)
+            logs |= {name: round(torch.stack(v).float().mean().item(), 4) for name, v in self._figures.items()}
+            logs |= {
+                "tokens_per_second": round(counts["tokens"] / seconds, 1),
+                "images_per_second": round(counts["images"] / seconds, 2),
+                "padding_share": round(1 - counts["tokens"] / counts["slots"], 4) if counts["slots"] else 0.0,
+                "samples": counts["samples"],
+                "dropped": counts["dropped"],
+            }
             self._figures.clear()
+            self._since_log.clear()
+            self._log_time = time.perf_counter()
         super().log(logs, *args, **kwargs)
 
+    # ------------------------------------------------------------------ optimiser
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """AdamW with one group per rate; biases and norms without decay."""
+        """AdamW with one group per rate; biases, and by default norms, without decay."""
         if self.optimizer is not None:
             return self.optimizer
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        if self.auxiliary is not None:
-            named += [(f"auxiliary.{n}", p) for n, p in self.auxiliary.named_parameters()]
         groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = defaultdict(list)
-        for name, parameter in named:
-            rate = next((f for prefix, f in self.rates.items() if name.startswith(prefix)), 1.0)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rate = self.learning_rates.get(part_of(name), self.args.learning_rate)
             if rate > 0:
-                groups[rate, parameter.dim() > 1].append(parameter)
+                decays = parameter.dim() > 1 or (self.decay_norms and not name.endswith("bias"))
+                groups[rate, decays].append(parameter)
             else:
                 parameter.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             [
-                {
-                    "params": parameters,
-                    "lr": self.args.learning_rate * rate,
-                    "weight_decay": self.args.weight_decay * decays,
-                }
+                {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay * decays}
                 for (rate, decays), parameters in groups.items()
             ],
             betas=(self.args.adam_beta1, self.args.adam_beta2),
@@ -93,8 +201,10 @@ class VilavtTrainer(Trainer):
         )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Linear warm-up, constant, then linear decay."""
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The parent's for its own schedules; ``stable_decay``: linear warm-up, constant, linear decay."""
+        if self.schedule != "stable_decay":
+            return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
         start = self.decay_from * num_training_steps
 
@@ -109,7 +219,86 @@ class VilavtTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if self.in_order:
-            return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-        return super()._get_train_sampler(train_dataset)
+    # ------------------------------------------------------------------ sharding
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; FSDP2 in 16 bits reduces gradients in fp32."""
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and self.accelerator.mixed_precision == "bf16":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights, gathered from all ranks, on rank 0; call it on every rank."""
+        return self.accelerator.get_state_dict(self.model_wrapped)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's; under FSDP also with sharded resume states: the model itself is always saved whole."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=self.whole_state_dict())
+            return
+        super().save_model(output_dir, _internal_call)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The parent's, in a folder of its own that gets its name when everything is on disk.
+
+        A process that is killed meanwhile leaves the previous checkpoint as it was, and nothing that looks like a
+        newer one.
+        """
+        output = Path(self.args.output_dir)
+        name = f"{CHECKPOINT}{self.state.global_step}"
+        staging = output / "unfinished.partial"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = staging / name
+            if self.complete_checkpoint is not None:
+                self.complete_checkpoint(folder)
+            write_provenance(folder, {**self.record, "step": self.state.global_step, "epoch": self.state.epoch})
+            replace_folder(folder, output / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            if self.args.save_total_limit:
+                for old in checkpoints(output)[: -self.args.save_total_limit]:
+                    shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a checkpoint under its name
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The parent's for sharded models and adapters; it would not know the published tensor names of ours."""
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(target, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        if getattr(target, "auxiliary", None) is not None:
+            raise TrainingError(f"{resume_from_checkpoint} holds no training-only heads: this run cannot be resumed")
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
+
+def label_weight(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Weights of a batch's labelled tokens, summed; their number if it has no weights."""
+    if "labels" not in batch:
+        return torch.zeros(())
+    known = batch["labels"][:, 1:] != IGNORE
+    if "label_weights" in batch:
+        return batch["label_weights"][:, 1:][known].float().sum()
+    return known.sum().float()
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [p for p in output.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(CHECKPOINT)))

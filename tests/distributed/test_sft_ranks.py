@@ -1,0 +1,169 @@
+"""Two processes over gloo: copies (DDP) and shards (FSDP2) learn what one process learns, from the same samples."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
+from vilavt_hf.checkpoint import inspect_checkpoint
+from vilavt_hf.data.dataset import SftDataset
+from vilavt_hf.tiny.records import REGISTRY, write_training_set
+from vilavt_hf.tiny.scenes import MAX_PIXELS
+from vilavt_hf.train.collator import VilavtCollator
+from vilavt_hf.train.config import SftConfig
+from vilavt_hf.train.reporting import read_log
+from vilavt_hf.train.run import Run, make_dataset
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "vilavt-tiny"
+RECORDS = 19
+"""Odd in every way: the last step of an epoch has a sample for one of two ranks only."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A training set, and the shipped model with a new head, so that there is something to learn."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("ranks")
+    processor = VilavtProcessor.from_pretrained(SHIPPED)
+    write_training_set(folder / "data", processor.tokenizer, processor.prompts, count=RECORDS)
+    shutil.copytree(SHIPPED, folder / "base")
+    tensors = load_file(folder / "base" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors["lm_head.weight"] = 0.02 * torch.randn(tensors["lm_head.weight"].shape, generator=generator)
+    save_file({name: value.float() for name, value in tensors.items()}, folder / "base" / "model.safetensors")
+    return folder
+
+
+def config(folder, name, **sections):
+    values = {
+        "model": {"path": str(folder / "base"), "precision": "fp32", "gradient_checkpointing": False, "frozen": []},
+        "data": {"registry": str(folder / "data" / REGISTRY), "use": ["tiny_published"], "max_length": 512,
+                 "max_pixels": MAX_PIXELS, "workers": 0},
+        "batch": {"packing": False, "samples": 1, "accumulation": 1},
+        "optimizer": {"learning_rate": 3e-3, "warmup": 2, "epochs": 2},
+        "parallel": {"cpu": True},
+        "output": {"folder": str(folder / name), "save_steps": 8, "final_dtype": "fp32"},
+    }  # fmt: skip
+    return {key: value | sections.get(key, {}) for key, value in values.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    """Three runs of two ranks: copies, shards, and shards that were broken off at step 16 and go on."""
+    resumed = config(folder, "resumed", parallel={"cpu": True, "strategy": "fsdp2"})
+    runs = [config(folder, "copies"), config(folder, "shards", parallel={"cpu": True, "strategy": "fsdp2"}), resumed]
+    job = folder / "job.json"
+
+    def start(configs):
+        job.write_text(json.dumps(configs))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                   str(Path(__file__).with_name("sft_ranks.py")), str(job)]  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_MAX_": "0",
+               "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # fmt: skip
+        with (folder / "ranks.log").open("w") as log:
+            ranks = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+            try:
+                code = ranks.wait(timeout=480)
+            except subprocess.TimeoutExpired:
+                os.killpg(ranks.pid, signal.SIGKILL)  # torchrun and both ranks
+                code = "they hang"
+        assert code == 0, f"{code}: {(folder / 'ranks.log').read_text()[-6000:]}"
+
+    start(runs[:2])
+    shutil.copytree(folder / "shards", folder / "resumed", ignore=shutil.ignore_patterns("final", "checkpoint-20"))
+    start(runs[2:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """The same steps in this process: two micro-batches each."""
+    Run(SftConfig.model_validate(config(folder, "alone", batch={"packing": False, "accumulation": 2}))).train()
+    return folder / "alone"
+
+
+def curve(folder):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_log(folder / "log.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["copies", "shards", "resumed"])
+def test_two_ranks_have_the_curve_of_one_process(two_ranks, one_process, name):
+    found, expected = curve(two_ranks / name), curve(one_process)
+    assert [step for step, _, _ in found] == list(range(1, 21))
+    for (step, loss, norm), (_, same_loss, same_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(same_loss, abs=2e-3, rel=2e-3), step
+        assert norm == pytest.approx(same_norm, rel=0.02), step
+    for (_, loss, norm), (_, same_loss, same_norm) in zip(found[:5], expected[:5], strict=True):
+        assert loss == pytest.approx(same_loss, abs=1e-4)
+        assert norm == pytest.approx(same_norm, rel=1e-3)
+
+
+def tokens_right(folder, checkpoint):
+    """Share of the labelled tokens that a checkpoint predicts, over the whole training set."""
+    dataset: SftDataset = make_dataset(SftConfig.model_validate(config(folder, "unused")))
+    processor = VilavtProcessor.from_pretrained(checkpoint)
+    collate = VilavtCollator(
+        processor.encode_inquiries,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        image_token_id=processor.image_token_id,
+        ask_always=False,
+    )
+    model = VilavtForConditionalGeneration.from_pretrained(checkpoint).eval()
+    right = total = 0
+    for i in range(len(dataset)):
+        batch = collate([dataset[i]])
+        batch.pop("counts")
+        labels = batch.pop("labels")[:, 1:]
+        with torch.no_grad():
+            predicted = model(**batch).logits[:, :-1].argmax(-1)
+        right += int((predicted == labels)[labels != -100].sum())
+        total += int((labels != -100).sum())
+    return right / total
+
+
+def test_two_ranks_reach_the_accuracy_of_one_process(two_ranks, one_process):
+    before = tokens_right(two_ranks, two_ranks / "base")
+    alone = tokens_right(two_ranks, one_process / "final")
+    assert before < 0.1
+    assert alone > 0.6
+    for name in ("copies", "shards"):
+        assert tokens_right(two_ranks, two_ranks / name / "final") == pytest.approx(alone, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["copies", "shards"])
+def test_an_epoch_of_two_ranks_visits_every_sample_exactly_once(two_ranks, name):
+    ranks = json.loads((two_ranks / name / "seen.json").read_text())["ranks"]
+    assert len({len(rank) for rank in ranks}) == 1
+    half = len(ranks[0]) // 2
+    for epoch in (0, 1):
+        visited = Counter(
+            s for rank in ranks for step in rank[epoch * half : (epoch + 1) * half] for s in step["samples"]
+        )
+        assert visited == Counter(range(RECORDS))
+
+
+def test_shards_survive_steps_in_which_one_rank_has_no_picture_or_no_sample(two_ranks):
+    seen = json.loads((two_ranks / "shards" / "seen.json").read_text())
+    assert seen["sharded"] == seen["parameters"] > 100
+    pairs = list(zip(*seen["ranks"], strict=True))
+    assert sum((one["images"] == 0) != (other["images"] == 0) for one, other in pairs) >= 3
+    assert sum(not other["samples"] for _, other in pairs) == 2  # the last step of each epoch
+
+
+@pytest.mark.parametrize("name", ["copies", "shards", "resumed"])
+def test_checkpoints_of_two_ranks_are_complete(two_ranks, name):
+    for checkpoint in (*sorted((two_ranks / name).glob("checkpoint-*")), two_ranks / name / "final"):
+        found = inspect_checkpoint(checkpoint)
+        assert found.complete, (checkpoint, found)
+        assert not found.nested_names
+    VilavtForConditionalGeneration.from_pretrained(two_ranks / name / "checkpoint-20")

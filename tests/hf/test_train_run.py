@@ -1,0 +1,424 @@
+"""Whole training runs of a model that fits in a test: order, resuming, checkpoints, adapters, what is refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
+from vilavt_hf.checkpoint import inspect_checkpoint
+from vilavt_hf.errors import DataError, TrainingError
+from vilavt_hf.prompts import PromptSet
+from vilavt_hf.train.config import SftConfig, describe
+from vilavt_hf.train.lora import merge_adapter
+from vilavt_hf.train.order import InOrder, Packed, RankShare, Shuffled, best_fit
+from vilavt_hf.train.reporting import read_log
+from vilavt_hf.train.run import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+# ------------------------------------------------------------------------------------------- order
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=80),
+    world=st.integers(1, 5),
+    size=st.integers(1, 7),
+    kind=st.sampled_from(["shuffled", "packed", "in order"]),
+)
+def test_an_epoch_visits_every_sample_exactly_once_on_any_number_of_ranks(lengths, world, size, kind):
+    samples, tokens = np.arange(len(lengths)), np.array(lengths)
+    order = {
+        "shuffled": lambda: Shuffled(samples, size, 1),
+        "packed": lambda: Packed(samples, tokens, 100 + size, 1),
+        "in order": lambda: InOrder(len(lengths), size),
+    }[kind]()
+    for epoch in range(3):
+        shares = [list(RankShare(order, rank, world, lambda epoch=epoch: epoch)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1  # no rank waits for another
+        visited = Counter(sample for share in shares for batch in share for sample in batch)
+        assert visited == Counter(samples.tolist())
+    if kind == "packed":
+        assert all(tokens[pack].sum() <= 100 + size for pack in order.packs)
+
+
+def test_the_order_is_the_seed_s_and_changes_with_the_epoch():
+    samples, tokens = np.arange(50), np.full(50, 10)
+    for make in (lambda seed: Shuffled(samples, 2, seed), lambda seed: Packed(samples, tokens, 20, seed)):
+        first = [list(b) for b in make(3).epoch(0)]
+        assert first == [list(b) for b in make(3).epoch(0)]
+        assert first != [list(b) for b in make(3).epoch(1)]
+        assert first != [list(b) for b in make(4).epoch(0)]
+
+
+def test_samples_that_are_left_out_are_in_no_batch():
+    kept = np.array([1, 4, 7])
+    assert sorted(s for b in Shuffled(kept, 2, 0).epoch(0) for s in b) == [1, 4, 7]
+    assert sorted(s for b in Packed(kept, np.full(9, 5), 10, 0).epoch(0) for s in b) == [1, 4, 7]
+
+
+def test_packs_are_nearly_full():
+    lengths = np.random.default_rng(0).lognormal(7.5, 0.7, 3000).astype(int).clip(50, 16384)
+    packs = best_fit(np.arange(3000), lengths, 16384)
+    assert lengths.sum() / (len(packs) * 16384) > 0.98
+
+
+def test_a_sample_longer_than_a_pack_is_refused():
+    with pytest.raises(TrainingError, match=r"has 30 tokens, a pack holds 20; raise batch\.pack_tokens"):
+        Packed(np.array([0, 1]), np.array([5, 30]), 20, 0)
+
+
+# ------------------------------------------------------------------------------------------- configuration
+
+
+def test_the_published_recipe_has_the_published_hyper_parameters():
+    config = SftConfig.load(ROOT / "recipes" / "vilavt_7b_sft.yaml")
+    optimizer = config.optimizer
+    assert set(config.model.frozen) == {"text_encoder", "text_proj"}
+    assert (optimizer.learning_rate, set(optimizer.learning_rates.values())) == (5e-5, {5e-5})
+    assert (optimizer.epochs, optimizer.warmup, optimizer.schedule) == (3, 0.03, "cosine")
+    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0, 1)
+    assert (config.batch.samples, config.batch.accumulation, config.batch.loss_mean) == (1, 4, "micro_batch")
+    assert (config.data.max_length, config.data.max_pixels, config.data.min_pixels) == (24576, 200704, 3136)
+    assert len(config.data.use) == 9
+    assert (config.output.save_steps, config.output.keep, config.parallel.strategy) == (300, 4, "zero2")
+
+
+def test_every_recipe_is_valid():
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        SftConfig.load(path)
+
+
+def test_every_key_has_a_description_and_stands_in_the_documentation():
+    page = (ROOT / "docs" / "sft.md").read_text()
+    for key, _, text in describe():
+        assert text, key
+        assert f"`{key}`" in page, key
+
+
+@pytest.mark.parametrize(
+    "overrides, problem",
+    [
+        (["optimizer.learning_rat=1"], r"optimizer\.learning_rat: Extra inputs are not permitted"),
+        (["optimizer.learning_rate=-1"], r"optimizer\.learning_rate: Input should be greater than 0"),
+        (["optimizer.learning_rates={nose: 1}"], r"optimizer\.learning_rates\.nose"),
+        (["seed"], "write section.key=value"),
+        (["seed.x=1"], "seed is a value, not a section"),
+    ],
+)
+def test_a_wrong_key_is_refused_by_name(tmp_path, overrides, problem):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {use: [a]}\noutput: {folder: out}\nseed: 1\n")
+    with pytest.raises(TrainingError, match=problem):
+        SftConfig.load(path, overrides)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {use: [a]}\noutput: {folder: out}\n")
+    config = SftConfig.load(
+        path, ["optimizer.learning_rate=1e-3", "data.use=[b, c%5]", "lora.rank=4", "output.keep=null"]
+    )
+    assert (config.optimizer.learning_rate, config.data.use) == (1e-3, ("b", "c%5"))
+    assert (config.lora.rank, config.output.keep) == (4, None)
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint, tmp_path_factory):
+    """A complete checkpoint with prompts and settings."""
+    folder = tmp_path_factory.mktemp("base") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    PromptSet.load("tiny").save(folder / "prompts")
+    (folder / "vilavt_chat.json").write_text('{"preset": "default", "limits": {"max_turns": 3}}')
+    return folder
+
+
+def records(folder, count):
+    """Published records with pictures, crops under a query, and text alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize((112, 84)).convert("RGB").save(folder / "a.png")
+    Image.radial_gradient("L").resize((56, 56)).convert("RGB").save(folder / "b.png")
+    out = []
+    for i in range(count):
+        if i % 3 == 2:
+            record = {
+                "conversations": [{"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": "x" * (i + 2)}]
+            }
+        else:
+            record = {
+                "images": ["a.png", "b.png", "b.png"],
+                "conversations": [
+                    {"from": "human", "value": f"<image>find {i}"},
+                    {"from": "gpt", "value": "<think>" + "y" * i + "</think>zoom"},
+                    {"from": "human", "value": "<image><image>"},
+                    {"from": "gpt", "value": f"<answer>{i}</answer>"},
+                ],
+                "queries": ["", f"number {i}"],
+                "image_to_query_mapping": [0, 1, 1],
+            }
+        out.append(record)
+    path = folder / "set.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in out))
+    (folder / "sets.yaml").write_text("datasets: [{name: set, annotations: set.jsonl}]")
+    return folder / "sets.yaml"
+
+
+@pytest.fixture(scope="module")
+def configure(base, tmp_path_factory):
+    """`configure(folder, **{"section.key": value})` -> SftConfig; 12 records in 5 packs, 3 steps an epoch."""
+    registry = records(tmp_path_factory.mktemp("data"), 12)
+
+    def make(folder, **overrides):
+        values = {
+            "model": {"path": str(base), "precision": "fp32", "gradient_checkpointing": False, "frozen": []},
+            "data": {"registry": str(registry), "use": ["set"], "max_length": 300, "max_pixels": 28 * 28 * 16,
+                     "workers": 0},
+            "batch": {"packing": True, "pack_tokens": 320, "accumulation": 2},
+            "optimizer": {"learning_rate": 1e-3, "epochs": 2, "warmup": 1},
+            "parallel": {"cpu": True},
+            "output": {"folder": str(folder), "save_steps": 2, "final_dtype": "fp32"},
+        }  # fmt: skip
+        for key, value in overrides.items():
+            section, _, name = key.rpartition(".")
+            (values.setdefault(section, {}) if section else values)[name] = value
+        return SftConfig.model_validate(values)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(configure, tmp_path_factory):
+    """A run of two epochs of three steps."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    run = Run(configure(folder))
+    assert len(run.trainer.order) == 5
+    report = run.train()
+    return folder, report
+
+
+def curve(folder):
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in read_log(folder / "log.jsonl")}
+
+
+def assert_same_curve(found, expected):
+    assert found.keys() == expected.keys()
+    for step, (loss, norm) in expected.items():
+        assert found[step][0] == pytest.approx(loss, abs=1e-5), step
+        assert found[step][1] == pytest.approx(norm, rel=1e-4), step
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one, other, tolerance=1e-6):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name].float(), value.float(), atol=tolerance, rtol=0, msg=name)
+
+
+def test_a_run_learns_and_leaves_its_figures(unbroken):
+    folder, report = unbroken
+    lines = read_log(folder / "log.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"loss", "grad_norm", "tokens_per_second", "images_per_second", "padding_share"} <= lines[0].keys()
+    assert sum(line["samples"] for line in lines) == 24  # two epochs of twelve
+    assert sum(line["samples"] for line in lines[:3]) == 12
+    assert all(line["padding_share"] == 0 for line in lines)
+    assert (folder / "loss.png").stat().st_size > 5000
+    assert (report.steps, report.samples, report.dropped, report.cut) == (6, 12, {}, 0)
+    assert report.last_loss == lines[-1]["loss"]
+
+
+def test_every_checkpoint_is_complete(unbroken, base):
+    folder, _ = unbroken
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    for checkpoint in (*folder.glob("checkpoint-*"), folder / "final"):
+        found = inspect_checkpoint(checkpoint)
+        assert found.complete, found
+        assert not found.nested_names
+        assert found.prompts
+        record = json.loads((checkpoint / "provenance.json").read_text())
+        assert record["details"]["config"]["optimizer"]["learning_rate"] == 1e-3
+        assert record["details"]["base_fingerprint"] == inspect_checkpoint(base).fingerprint
+        assert json.loads((checkpoint / "vilavt_chat.json").read_text())["limits"] == {"max_turns": 3}
+        VilavtForConditionalGeneration.from_pretrained(checkpoint)
+        assert VilavtProcessor.from_pretrained(checkpoint).query_tokenizer is not None
+    assert_same_weights(folder / "checkpoint-6", folder / "final")
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_has_the_curve_of_the_unbroken_one(unbroken, configure, tmp_path, step):
+    """Step 2 lies within the first epoch, step 4 within the second."""
+    folder, _ = unbroken
+    broken = tmp_path / "run"
+    shutil.copytree(folder, broken, ignore=lambda path, names: {n for n in names if n == "final" or (
+        n.startswith("checkpoint-") and int(n.split("-")[1]) > step)})  # fmt: skip
+    report = Run(configure(broken)).train()
+    assert report.steps == 6
+    assert_same_curve(curve(broken), curve(folder))
+    assert_same_weights(folder / "final", broken / "final", 1e-5)
+
+
+KILLED = """
+import json, os, signal, sys
+from vilavt_hf.train.config import SftConfig
+from vilavt_hf.train.run import Run
+
+run = Run(SftConfig.model_validate(json.loads(sys.argv[1])))
+
+def die(folder):
+    if run.trainer.state.global_step == 4:  # the weights are written, the state is not
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run.trainer._save_rng_state = die
+run.trainer.train()
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken, configure, tmp_path):
+    folder, _ = unbroken
+    config = configure(tmp_path / "run", **{"output.keep": 1})
+    command = [sys.executable, "-c", KILLED, config.model_dump_json()]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "run"
+    assert (run / "unfinished.partial" / "checkpoint-4" / "model.safetensors").is_file()
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert inspect_checkpoint(run / "checkpoint-2").complete
+    Run(config).train()
+    assert_same_curve(curve(run), curve(folder))
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_resumed_run_must_be_the_same_run(unbroken, configure, tmp_path):
+    folder, _ = unbroken
+    with pytest.raises(TrainingError, match="seed was 0 and is 1 now"):
+        Run(configure(folder, seed=1))
+    with pytest.raises(TrainingError, match=r"ranks x batch\.accumulation\) was 2 and is 3 now"):
+        Run(configure(folder, **{"batch.accumulation": 3}))
+    with pytest.raises(TrainingError, match=r"data was '.*' and is '.*' now"):
+        Run(configure(folder, **{"data.use": ["set%50"]}))
+    with pytest.raises(TrainingError, match="checkpoint-6 of an earlier run"):
+        Run(configure(folder, **{"output.resume": "never"}))
+
+
+def test_gradient_checkpointing_and_bf16_change_cost_and_not_the_loss(unbroken, configure, tmp_path):
+    folder, _ = unbroken
+    short = {"optimizer.max_steps": 1, "optimizer.warmup": 6}
+    recomputed = configure(tmp_path / "a", **short, **{"model.gradient_checkpointing": True})
+    Run(recomputed).train()
+    loss, norm = curve(tmp_path / "a")[1]
+    assert (loss, norm) == (pytest.approx(curve(folder)[1][0], abs=1e-5), pytest.approx(curve(folder)[1][1], rel=1e-4))
+    half = configure(tmp_path / "b", **short, **{"model.precision": "bf16", "output.final_dtype": "bf16"})
+    report = Run(half).train()
+    assert report.last_loss == pytest.approx(loss, rel=0.02)
+    assert {value.dtype for value in weights(report.folder).values()} == {torch.bfloat16}
+    assert json.loads((report.folder / "config.json").read_text()).get("dtype", "") in ("bfloat16", "")
+    assert {value.dtype for value in weights(tmp_path / "b" / "checkpoint-1").values()} == {torch.float32}
+
+
+def test_padded_batches_have_the_same_loss_as_packs(configure, tmp_path):
+    """One step over all twelve samples, so that the order does not matter."""
+    one = {"optimizer.max_steps": 1, "batch.accumulation": 1}
+    packed = Run(configure(tmp_path / "a", **one, **{"batch.pack_tokens": 4000})).train()
+    padded = Run(configure(tmp_path / "b", **one, **{"batch.packing": False, "batch.samples": 12})).train()
+    assert padded.last_loss == pytest.approx(packed.last_loss, abs=1e-5)
+    assert read_log(tmp_path / "b" / "log.jsonl")[0]["padding_share"] > 0.1
+
+
+def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, tmp_path):
+    run = Run(configure(tmp_path / "run", lora={"rank": 4, "alpha": 8}, **{"optimizer.epochs": 1}))
+    trained = {n for n, p in run.trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".language_model.layers." in n and ".lora_" in n for n in trained)
+    adapter = run.train().folder
+    assert {p.name for p in adapter.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+                                                   "query_tokenizer", "provenance.json"}  # fmt: skip
+    assert max(v.abs().max() for n, v in load_file(adapter / "adapter_model.safetensors").items() if "lora_B" in n) > 0
+    merged = tmp_path / "run" / "merged"
+    assert inspect_checkpoint(merged).complete
+    processor = VilavtProcessor.from_pretrained(merged)
+    inputs = processor(text="<|im_start|>user\nfind 3<|im_end|>\n<|im_start|>assistant\n")
+    with torch.no_grad():
+        run.trainer.model.eval()
+        expected = run.trainer.model(**inputs).logits
+        found = VilavtForConditionalGeneration.from_pretrained(merged)(**inputs).logits
+        before = VilavtForConditionalGeneration.from_pretrained(base)(**inputs).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (found - before).abs().max() > 1e-3
+    again = merge_adapter(adapter, tmp_path / "again", dtype="fp32")
+    assert_same_weights(merged, again)
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_damaged_pictures_are_counted_and_reported(configure, tmp_path):
+    registry = records(tmp_path / "data", 12)
+    lines = [json.loads(line) for line in (tmp_path / "data" / "set.jsonl").read_text().splitlines()]
+    whole = (tmp_path / "data" / "a.png").read_bytes()
+    (tmp_path / "data" / "half.png").write_bytes(whole[: len(whole) // 2])
+    lines[0]["images"][0] = "half.png"
+    lines[1]["images"][0] = "gone.png"
+    (tmp_path / "data" / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"data.registry": str(registry), "optimizer.epochs": 1}
+    with pytest.raises(TrainingError, match=r"1 of 12 samples cannot be used, data.max_dropped allows 1.00%: set\[1\]"):
+        Run(configure(tmp_path / "strict", **options))
+    report = Run(configure(tmp_path / "run", **options, **{"data.max_dropped": 0.2})).train()
+    assert report.dropped == {"missing file": 1, "image": 1}
+    assert report.samples == 11
+    told = [json.loads(line) for line in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()]
+    assert [(line["sample"], line["kind"]) for line in told] == [("set[1]", "missing file"), ("set[0]", "image")]
+    logged = read_log(tmp_path / "run" / "log.jsonl")
+    assert sum(line["samples"] for line in logged) == 10
+    assert sum(line["dropped"] for line in logged) == 1
+
+
+def test_long_samples_are_left_out_with_a_count(configure, tmp_path):
+    report = Run(configure(tmp_path / "run", **{"data.max_length": 150, "optimizer.max_steps": 1})).train()
+    assert set(report.dropped) == {"too long"}
+    assert report.samples + report.dropped["too long"] == 12
+
+
+def test_a_run_that_cannot_start_says_what_to_change(configure, tmp_path):
+    with pytest.raises(TrainingError, match=r"none of 12 samples can be trained on: .* at most 16"):
+        Run(configure(tmp_path / "a", **{"data.max_length": 16}))
+    with pytest.raises(TrainingError, match="packs need SDPA or flash attention"):
+        Run(configure(tmp_path / "b", **{"model.attention": "eager"}))
+    with pytest.raises(DataError, match="there is no data set 'sett'"):
+        Run(configure(tmp_path / "c", **{"data.use": ["sett"]}))
+    with pytest.raises(TrainingError, match="start the run with torchrun"):
+        Run(configure(tmp_path / "d", **{"parallel.strategy": "fsdp2"}))
+
+
+def test_the_log_goes_to_tensorboard_too(configure, tmp_path):
+    pytest.importorskip("tensorboard")
+    Run(configure(tmp_path / "run", **{"output.report_to": ["tensorboard"], "optimizer.max_steps": 1})).train()
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_configuration_files_are_what_provenance_records(unbroken, tmp_path):
+    """A run can be repeated from what its checkpoint says."""
+    folder, _ = unbroken
+    config = json.loads((folder / "final" / "provenance.json").read_text())["details"]["config"]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    assert SftConfig.load(tmp_path / "again.yaml").model_dump(mode="json") == config

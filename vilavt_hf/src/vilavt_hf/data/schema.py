@@ -1,0 +1,149 @@
+"""What a training record may be: the published annotation, or an episode record of ours.
+
+A published record (``conversations``) spells out every turn, prompts included, and usually lists the crops as files. An
+episode record (``turns``) holds what the model said; prompts come from the checkpoint and crops are cut from the
+boxes, so that it trains on exactly the tokens that chat, serving and RL produce. `docs/data.md` shows both.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import DataError
+
+IMAGE_MARK = "<image>"
+"""Stands in a user turn where an image belongs."""
+
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Names of roles in published records -> names in the chat format; others stay."""
+
+
+class PublishedTurn(BaseModel):
+    """One turn of a published record, as ``{from, value}`` or ``{role, content}``."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    role: str = Field(description="system, user (or human), assistant (or gpt)")
+    content: str = Field(description="text; <image> in a user turn stands for the next image")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "from" in value:
+            return {"role": value["from"], "content": value.get("value")}
+        return value
+
+    @field_validator("role")
+    @classmethod
+    def _role(cls, value: str) -> str:
+        role = ROLES.get(value, value)
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"unknown role {value!r}; use system, user (human) or assistant (gpt)")
+        return role
+
+
+class PublishedRecord(BaseModel):
+    """A record of the published training sets; keys that are not listed here are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str | int | None = Field(default=None, description="name in reports")
+    images: list[str] = Field(
+        default=[],
+        description="files of originals and crops, in the order of the <image> marks; relative to the image root",
+    )
+    conversations: list[PublishedTurn] = Field(min_length=1, description="the turns")
+    queries: list[str] | None = Field(
+        default=None, description='distinct queries; "" for none; default: one "" per image'
+    )
+    image_to_query_mapping: list[int] | None = Field(
+        default=None, description="for every image the index of its query; default: 0, 1, 2, …"
+    )
+    max_pixels: float | None = Field(default=None, gt=0, description="most pixels of each image of this record")
+    mask_history: int = Field(default=0, ge=0, description="entries of conversations below this index are not trained")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _media(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("video") or value.get("videos"):
+            raise ValueError("video is not supported: extract frames and list them under images, one <image> each")
+        if value.get("image") and not value.get("images"):
+            raise ValueError("the key is images (a list), not image")
+        return {**value, "images": [value["images"]]} if isinstance(value.get("images"), str) else value
+
+
+class EpisodeTurn(BaseModel):
+    """What the model says in one turn."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field(description="<think>…</think> and a <tool>…</tool> call or an <answer>…</answer>")
+    train: bool = Field(default=True, description="whether the turn is trained")
+
+
+class EpisodeRecord(BaseModel):
+    """A conversation as the model sees it: pictures, a question, and what it should say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str | int | None = Field(default=None, description="name in reports")
+    images: list[str] = Field(
+        default=[], description="source pictures, relative to the image root; frames of a video are pictures"
+    )
+    question: str = Field(description="the user's text")
+    turns: list[EpisodeTurn] = Field(
+        min_length=1, description="assistant turns, as text or as {text, train}; the last answers"
+    )
+    max_pixels: float | None = Field(
+        default=None, gt=0, description="overrides the limit of the run, for originals and crops"
+    )
+    max_turns: int | None = Field(default=None, ge=1, description="overrides the limit of the run; 1 offers no zoom")
+
+    @field_validator("turns", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return (
+            [{"text": turn} if isinstance(turn, str) else turn for turn in value] if isinstance(value, list) else value
+        )
+
+
+Record = PublishedRecord | EpisodeRecord
+Kind = Literal["published", "episode"]
+
+
+def read_record(data: Any, sample: str) -> Record:
+    """Validate one record.
+
+    Args:
+        data: parsed JSON.
+        sample: names it in errors.
+
+    Raises:
+        DataError: neither schema fits; names the sample and every field that is wrong.
+    """
+    if not isinstance(data, dict):
+        raise DataError(f"{sample}: a record is a JSON object, this is a {type(data).__name__}", "schema")
+    if "conversations" in data:
+        schema: type[PublishedRecord] | type[EpisodeRecord] = PublishedRecord
+    elif "turns" in data:
+        schema = EpisodeRecord
+    else:
+        raise DataError(
+            f"{sample}: neither conversations (published) nor turns (episode) among {sorted(data)}", "schema"
+        )
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise DataError(f"{sample}: {problems(error)}", "schema") from None
+
+
+def problems(error: ValidationError) -> str:
+    """One line out of a validation error: every field with what is wrong with it."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(map(str, item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {text}" if where else text)
+    return "; ".join(lines)

@@ -1,0 +1,88 @@
+"""Low-rank adapters on the language model, through peft."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import write_provenance
+from ..checkpoint.companions import bring_companions
+from ..checkpoint.writing import staged_folder
+from ..errors import TrainingError
+from ..modeling_vilavt import VilavtForConditionalGeneration
+from .config import LoraSettings
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def add_adapters(model: Any, settings: LoraSettings, base: str) -> Any:
+    """The model with adapters in its language model; nothing else is trained.
+
+    Args:
+        model: a `VilavtForTraining`.
+        settings: see there.
+        base: where the model came from, noted in the adapter.
+
+    Raises:
+        TrainingError: peft is not installed.
+    """
+    peft = _peft()
+    layers = "|".join(map(re.escape, settings.targets))
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        # the query encoder has layers of the same names
+        target_modules=rf".*\blanguage_model\.layers\.\d+\.\w+\.({layers})",
+        bias="none",
+        base_model_name_or_path=base,
+    )
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def merge_adapter(
+    adapter: str | os.PathLike, destination: str | os.PathLike, *, base: str | None = None, dtype: str = "bf16"
+) -> Path:
+    """Add an adapter's update to the weights it was trained on, and write a complete checkpoint.
+
+    Args:
+        adapter: folder that a LoRA run saved.
+        destination: new folder.
+        base: checkpoint folder; default: the one that the adapter names.
+        dtype: of the weights written, ``bf16`` or ``fp32``; the sum is taken in fp32.
+
+    Raises:
+        TrainingError: not an adapter of ours, or peft is not installed.
+        CheckpointError: the destination exists.
+    """
+    peft = _peft()
+    adapter = Path(adapter)
+    try:
+        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}: {error}; name an adapter's folder") from None
+    base = base or named
+    if not base:
+        raise TrainingError(f"{adapter} does not say what it was trained on; pass --base")
+    model = VilavtForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    with staged_folder(destination) as partial:
+        merged.save_pretrained(partial)
+        (partial / "generation_config.json").unlink(missing_ok=True)
+        bring_companions(partial, [adapter, Path(base)])
+        write_provenance(partial, {"adapter": str(adapter), "base": str(base)})
+    return Path(destination)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise TrainingError('LoRA needs peft: pip install "vilavt-hf[lora]"') from None
+    return peft

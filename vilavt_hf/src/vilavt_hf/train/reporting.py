@@ -1,0 +1,122 @@
+"""What a run shows and leaves behind: the console, ``log.jsonl``, a picture of the loss."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class LogFile(TrainerCallback):
+    """One JSON line per log: step, seconds since the start of this process, and the figures.
+
+    A resumed run drops the lines behind the step it goes on from, which the killed run had written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.start = path, time.time()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what is still true."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(self.path) if line.get("step", 0) <= state.global_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append."""
+        if logs and "loss" in logs and state.is_world_process_zero:
+            line = {"step": state.global_step, "seconds": round(time.time() - self.start, 2), **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class ConsoleReport(TrainerCallback):
+    """A bar with the last figures on a terminal, a line per log elsewhere; on one rank only."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=self.console)
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the figures."""
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        figures = (
+            f"loss {logs['loss']:.4f}  |grad| {logs.get('grad_norm', float('nan')):.2f}  "
+            f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {logs.get('images_per_second', 0):.1f} images/s  "
+            f"padding {100 * logs.get('padding_share', 0):.0f} %"
+        )
+        if logs.get("dropped"):
+            figures += f"  dropped {logs['dropped']:.0f}"
+        if self.bar is not None:
+            self.bar.update(self.task, figures=figures)
+        else:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of a `LogFile`; an unfinished last line is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def plot_losses(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw loss (with its running mean) and gradient norm over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1))
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    top.plot(steps, losses, color="0.75", linewidth=1, label="loss")
+    mean, means = losses[0], []
+    for i, loss in enumerate(losses):
+        mean += (loss - mean) * max(0.05, 1 / (i + 1))
+        means.append(mean)
+    top.plot(steps, means, label="running mean")
+    top.set(ylabel="loss per token")
+    top.legend()
+    norms = [(line["step"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+    if norms:
+        bottom.plot(*zip(*norms, strict=True), color="0.5", linewidth=1)
+    bottom.set(xlabel="step", ylabel="gradient norm")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

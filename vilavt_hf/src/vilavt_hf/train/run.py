@@ -1,0 +1,404 @@
+"""A training run from its configuration: data measured, model prepared, trained, saved."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from .. import compat
+from ..checkpoint import fingerprint
+from ..checkpoint.config import set_dtype
+from ..checkpoint.layout import CONFIG
+from ..checkpoint.provenance import PROVENANCE, write_provenance
+from ..checkpoint.writing import place_file, replace_folder, write_json
+from ..data.dataset import Lengths, SftDataset, measure_all
+from ..data.example import Dropped
+from ..data.rendering import Renderer, RenderSettings
+from ..errors import TrainingError
+from ..processing_vilavt import VilavtProcessor
+from ..prompts import PromptSet
+from ..settings import SETTINGS, preset_of
+from .attention import PACKED
+from .collator import VilavtCollator
+from .config import SftConfig, find_sources
+from .lora import add_adapters, merge_adapter
+from .model import VilavtForTraining
+from .order import Order, Packed, Shuffled
+from .parts import freeze
+from .reporting import ConsoleReport, LogFile, plot_losses, read_log
+from .trainer import VilavtTrainer, checkpoints
+
+logger = logging.getLogger(__name__)
+
+FINAL, MERGED, LOG, LOSS, DROPPED = "final", "merged", "log.jsonl", "loss.png", "dropped.jsonl"
+"""What a run leaves in its folder, beside its checkpoints."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What came of a run."""
+
+    folder: Path
+    """The finished checkpoint, or adapter."""
+    steps: int
+    samples: int
+    """Trained on, per epoch."""
+    dropped: dict[str, int]
+    """Samples left out, by reason: when they were measured, and of this rank while it trained."""
+    cut: int
+    last_loss: float | None
+
+    def summary(self) -> str:
+        """In a few lines."""
+        loss = "" if self.last_loss is None else f", last loss {self.last_loss:.4f}"
+        lines = [f"{self.folder}: {self.steps} steps over {self.samples} samples{loss}"]
+        lines += [f"left out: {count} ({kind})" for kind, count in sorted(self.dropped.items())]
+        return "\n".join([*lines, *([f"cut at a turn: {self.cut}"] if self.cut else [])])
+
+
+class Run:
+    """A run that is ready to train: data measured, model loaded, order settled.
+
+    Make it on every rank of a distributed run, with the same configuration.
+
+    Raises:
+        TrainingError: the run cannot start; says what to change.
+        DataError: a data set is not there.
+        CheckpointError: the model is incomplete.
+    """
+
+    def __init__(self, config: SftConfig):
+        self.config = config
+        args = _arguments(config)
+        set_seed(config.seed)
+        self.out = config.output.folder
+        first = args.process_index == 0
+        self.processor = VilavtProcessor.from_pretrained(config.model.path)
+        dataset = make_dataset(config)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
+        order = _order(config, self.lengths)
+        self.record = _record(config, self.lengths, order, args)
+        self.resume = _resume_from(config, self.record)
+        drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
+        self.trainer = VilavtTrainer(
+            model=_model(config),
+            args=args,
+            train_dataset=dataset,  # type: ignore[arg-type]
+            data_collator=VilavtCollator(
+                self.processor.encode_inquiries,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                image_token_id=self.processor.image_token_id,
+                merge_size=self.processor.image_processor.merge_size,
+                packed=config.batch.packing,
+            ),
+            processing_class=self.processor,  # type: ignore[arg-type]
+            callbacks=[LogFile(self.out / LOG), ConsoleReport()],
+            order=order,
+            learning_rates=config.optimizer.learning_rates,
+            schedule=config.optimizer.schedule,
+            decay_from=config.optimizer.decay_from,
+            final_rate=config.optimizer.final_rate,
+            loss_mean=config.batch.loss_mean,
+            decay_norms=config.optimizer.decay_norms,
+            complete_checkpoint=_completion(config),
+            record=self.record,
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.on_dropped = drops.add
+
+    def train(self) -> RunReport:
+        """Train, save, and say what came of it.
+
+        Raises:
+            TrainingError: the run cannot go on, or its way of sharing the model is not available here.
+        """
+        config, trainer, out = self.config, self.trainer, self.out
+        if config.parallel.strategy == "fsdp2" and not trainer.is_fsdp_enabled:
+            raise TrainingError("parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here")
+        trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
+        dtype = "fp32" if config.lora is not None else config.output.final_dtype
+        folder = save_final(trainer, self.processor, out / FINAL, dtype, _completion(config), self.record)
+        lines = read_log(out / LOG)
+        if trainer.args.process_index == 0:
+            if lines and find_spec("matplotlib"):
+                plot_losses(lines, out / LOSS)
+            if config.lora is not None and config.lora.merge:
+                merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)
+        trainer.accelerator.wait_for_everyone()
+        return RunReport(
+            folder=folder,
+            steps=trainer.state.global_step,
+            samples=len(self.lengths.kept),
+            dropped=dict(self.lengths.dropped + trainer.dropped),
+            cut=int((self.lengths.cut_from > 0).sum()),
+            last_loss=lines[-1]["loss"] if lines else None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- preparation
+
+
+def _arguments(config: SftConfig) -> TrainingArguments:
+    optimizer, output, parallel = config.optimizer, config.output, config.parallel
+    for package in output.report_to:
+        if find_spec(package) is None:
+            raise TrainingError(f"output.report_to names {package}, which is not installed: pip install {package}")
+    settings = _parallel_settings(config)
+    strategy: dict[str, Any] = {}
+    if parallel.strategy == "fsdp2":
+        if "LOCAL_RANK" not in os.environ:
+            raise TrainingError("parallel.strategy is fsdp2: start the run with torchrun")
+        strategy["fsdp"] = settings
+    elif parallel.strategy in ("zero2", "zero3"):
+        if find_spec("deepspeed") is None:
+            raise TrainingError(f'parallel.strategy is {parallel.strategy}: pip install "vilavt-hf[deepspeed]"')
+        strategy["deepspeed"] = settings
+    bf16 = config.model.precision == "bf16"
+    # the configuration decides, not what a launcher or an earlier run of this process left there
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
+    workers = config.data.workers
+    return compat.training_arguments(
+        output_dir=str(output.folder),
+        num_train_epochs=optimizer.epochs,
+        max_steps=optimizer.max_steps or -1,
+        per_device_train_batch_size=1 if config.batch.packing else config.batch.samples,
+        gradient_accumulation_steps=config.batch.accumulation,
+        learning_rate=optimizer.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if optimizer.schedule in ("constant", "stable_decay")
+        else optimizer.schedule,
+        warmup=optimizer.warmup,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.epsilon,
+        max_grad_norm=optimizer.max_grad_norm,
+        bf16=bf16,
+        recompute=config.model.gradient_checkpointing,
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=output.save_steps,
+        save_total_limit=output.keep,
+        logging_steps=output.log_steps,
+        logging_nan_inf_filter=False,
+        logging_first_step=True,
+        report_to=list(output.report_to),
+        run_name=output.run_name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        average_tokens_across_devices=False,
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=2 if workers else None,
+        dataloader_pin_memory=torch.cuda.is_available() and not parallel.cpu,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=parallel.timeout,
+        use_cpu=parallel.cpu or not torch.cuda.is_available(),
+        **strategy,
+    )  # fmt: skip
+
+
+def _parallel_settings(config: SftConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    if parallel.strategy == "ddp":
+        return {}
+    if parallel.settings is None:
+        shipped = resources.files("vilavt_hf.train") / "parallel" / f"{parallel.strategy}.json"
+        return json.loads(shipped.read_text(encoding="utf-8"))
+    try:
+        return json.loads(parallel.settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
+
+
+def make_renderer(model: str, settings: RenderSettings, preset: str | None = None) -> Renderer:
+    """What turns records into the token streams of a checkpoint."""
+    processor = VilavtProcessor.from_pretrained(model)
+    prompts = processor.prompts or PromptSet.load("default")
+    return Renderer(processor.tokenizer, prompts, settings, preset_of(model, preset))
+
+
+def make_dataset(config: SftConfig) -> SftDataset:
+    """The data set of a run.
+
+    Raises:
+        DataError: a data set is not there.
+    """
+    data = config.data
+    settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
+    return SftDataset(
+        find_sources(data),
+        make_renderer(config.model.path, settings, data.preset),
+        max_length=data.max_length,
+        over_long=data.over_long,
+        seed=config.seed,
+    )
+
+
+def _order(config: SftConfig, lengths: Lengths) -> Order:
+    if not len(lengths.kept):
+        reasons = "; ".join(text for _, text in list(lengths.problems.values())[:3])
+        raise TrainingError(f"none of {len(lengths.tokens)} samples can be trained on: {reasons}")
+    if config.batch.packing:
+        if config.model.attention == "eager":
+            raise TrainingError("packs need SDPA or flash attention: change model.attention or batch.packing")
+        return Packed(lengths.kept, lengths.tokens, config.pack_tokens, config.seed)
+    return Shuffled(lengths.kept, config.batch.samples, config.seed)
+
+
+def _model(config: SftConfig) -> Any:
+    choice = config.model.attention
+    plain = "sdpa" if choice == "auto" else choice
+    text = PACKED if config.batch.packing and plain == "sdpa" else plain
+    model = VilavtForTraining.from_pretrained(
+        config.model.path,
+        dtype=torch.float32,
+        attn_implementation={"text_config": text, "vision_config": plain, "text_encoder_config": "sdpa"},
+    )
+    model.config.use_cache = False
+    if config.lora is not None:
+        return add_adapters(model, config.lora, config.model.path)
+    freeze(model, config.model.frozen)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- bookkeeping
+
+
+def _record(config: SftConfig, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
+    """What every checkpoint's provenance says; `_resume_from` compares ``resume``."""
+    source = Path(config.model.path)
+    return {
+        "made_by": "sft",
+        "config": config.model_dump(mode="json"),
+        "base_fingerprint": fingerprint(source) if source.is_dir() else None,
+        "ranks": args.world_size,
+        "resume": {
+            "data": lengths.digest,
+            "micro-batches of an epoch": len(order),
+            "micro-batches of a step (ranks x batch.accumulation)": args.world_size * config.batch.accumulation,
+            "batch.packing": config.batch.packing,
+            "seed": config.seed,
+        },
+    }
+
+
+def _resume_from(config: SftConfig, record: Mapping[str, Any]) -> Path | None:
+    wanted = config.output.resume
+    found = checkpoints(config.output.folder)
+    if wanted == "never":
+        if found:
+            raise TrainingError(
+                f"{config.output.folder} holds {found[-1].name} of an earlier run; choose another output.folder, or go "
+                "on with output.resume=auto"
+            )
+        return None
+    if wanted == "auto":
+        if not found:
+            return None
+        wanted = found[-1]
+    folder = Path(wanted)
+    try:
+        details = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["details"]["resume"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"{folder} is no checkpoint of a run of ours: {PROVENANCE}: {error}") from None
+    for name, now in record["resume"].items():
+        if details.get(name) != now:
+            raise TrainingError(
+                f"{folder}: {name} was {details.get(name)!r} and is {now!r} now: samples would be seen twice or never; "
+                "restore it, or start anew in another output.folder"
+            )
+    logger.info("going on from %s", folder)
+    return folder
+
+
+class _Drops:
+    """Reports every sample that is left out, and stops a run that leaves out too many."""
+
+    def __init__(self, config: SftConfig, dataset: SftDataset, lengths: Lengths, path: Path, first: bool, keep: bool):
+        self.path = path
+        bad = sum(n for kind, n in lengths.dropped.items() if kind != "too long")
+        allowed = config.data.max_dropped
+        if first and not keep:
+            path.write_text("", encoding="utf-8")
+            for i, (kind, text) in lengths.problems.items():
+                self._write(Dropped(dataset.name(i), kind, text))
+        if bad > allowed * len(dataset):
+            worst = "; ".join(text for kind, text in lengths.problems.values() if kind != "too long")[:600]
+            raise TrainingError(
+                f"{bad} of {len(dataset)} samples cannot be used, data.max_dropped allows {allowed:.2%}: {worst} "
+                f"({path} lists all)"
+            )
+        if lengths.problems and first:
+            logger.warning("%d samples are left out: %s; %s lists them", len(lengths.problems),
+                           dict(lengths.dropped), path)  # fmt: skip
+        self.seen = 0
+        self.most = max(10, allowed * len(lengths.kept))
+
+    def add(self, dropped: Dropped) -> None:
+        """A sample whose pictures turned out to be damaged when it was its turn."""
+        self._write(dropped)
+        self.seen += 1
+        if self.seen > self.most:
+            raise TrainingError(
+                f"{self.seen} samples could not be loaded, data.max_dropped allows {self.most:.0f}; {self.path} lists "
+                "them"
+            )
+
+    def _write(self, dropped: Dropped) -> None:
+        line = {"sample": dropped.sample, "kind": dropped.kind, "reason": dropped.reason}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _completion(config: SftConfig) -> Callable[[Path], None]:
+    """Adds to a checkpoint what neither model nor processor write: how it wants to be run."""
+    settings = Path(config.model.path) / SETTINGS
+
+    def complete(folder: Path) -> None:
+        if settings.is_file():
+            place_file(settings, folder / SETTINGS, link=False)
+
+    return complete
+
+
+def save_final(
+    trainer: VilavtTrainer,
+    processor: VilavtProcessor,
+    folder: Path,
+    dtype: str,
+    complete: Callable[[Path], None],
+    record: Mapping[str, Any],
+) -> Path:
+    """Write the trained model as a complete checkpoint (an adapter run: the adapter); call it on every rank."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.whole_state_dict()
+    if trainer.args.should_save:
+        target = torch.bfloat16 if dtype == "bf16" else torch.float32
+        cast = {name: value.to(target) if value.is_floating_point() else value for name, value in state.items()}
+        partial = _fresh(folder.with_name(f"{folder.name}.partial-{os.getpid()}"))
+        model.save_pretrained(partial, state_dict=cast)
+        processor.save_pretrained(partial)
+        if (partial / CONFIG).is_file():
+            values = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
+            set_dtype(values, str(target).removeprefix("torch."))
+            write_json(partial / CONFIG, values)
+        complete(partial)
+        write_provenance(partial, {**record, "step": trainer.state.global_step, "epoch": trainer.state.epoch})
+        replace_folder(partial, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _fresh(folder: Path) -> Path:
+    """This folder, gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
