@@ -38,3 +38,7 @@ class CheckpointError(VilavtError):
 
 class EngineError(VilavtError):
     """The local engine was set up or driven against its contract."""
+
+
+class ScoringError(VilavtError):
+    """A question cannot be scored: its type is unknown, its target does not fit the type, or a package is missing."""
