@@ -50,7 +50,8 @@ class VilavtAgentLoop(AgentLoopBase):
         trace_every: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # Prompts are the episode's; naming the parent's family only spares a warning per trajectory.
+        super().__init__(*args, **{**kwargs, "hf_model_type": "qwen2_5_vl"})
         self.preset = preset
         self.limits = tuple(sorted((limits or {}).items()))
         self.reward = None if reward is None else RewardSettings(**reward)
