@@ -39,6 +39,7 @@ def config(recipe_config, tiny: Path):
         "tiny_cpu",
         f"actor_rollout_ref.model.path={tiny}",
         "actor_rollout_ref.actor.optim.total_training_steps=10",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # the first step of a warm-up has rate 0
         "+actor_rollout_ref.model.override_config.frozen=[vision_tower]",
     )
     OmegaConf.resolve(found)
@@ -127,7 +128,7 @@ def logprobs(trainer, batch, micro_batch: int) -> torch.Tensor:
 def test_the_trajectories_are_real_ones(rollouts) -> None:
     batch, _ = rollouts
     assert set(batch.non_tensor_batch["finish"]) == {"answer"}
-    assert batch.non_tensor_batch["zooms"].min() >= 1
+    assert batch.non_tensor_batch["zooms"].sum() >= 8
     assert max(len(inputs["image_grid_thw"]) for inputs in batch.non_tensor_batch["multi_modal_inputs"]) >= 3
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, BatchFeature
 
 from vilavt_hf import VilavtProcessor
+from vilavt_hf.settings import SETTINGS
 from vilavt_hf.train.collator import mrope_positions
 
 
@@ -18,6 +21,11 @@ class VerlVilavtProcessor(VilavtProcessor):
     verl asks its processor twice: with the images of a trajectory (and the queries, through ``mm_processor_kwargs``),
     and for M-RoPE positions. The text it passes along has lost its image placeholders, so it is not looked at.
     """
+
+    config: Any = None
+    """The model's; verl puts it there, too."""
+    source: str | Path = ""
+    """Folder of the checkpoint."""
 
     def __call__(
         self,
@@ -65,11 +73,24 @@ class VerlVilavtProcessor(VilavtProcessor):
         return positions, None
 
 
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Checkpoints that verl saves name the public class."""
+        return {**super().to_dict(*args, **kwargs), "processor_class": VilavtProcessor.__name__}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, and how the checkpoint wants to be run, which training does not change."""
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        settings = Path(self.source) / SETTINGS
+        if settings.is_file():
+            shutil.copyfile(settings, Path(save_directory) / SETTINGS)
+        return written
+
+
 def load_processor(path: str, **kwargs: Any) -> VerlVilavtProcessor | None:
     """The processor of a ViLaVT checkpoint, or None if the checkpoint is another model's."""
     config = AutoConfig.from_pretrained(path, **kwargs)
     if config.model_type != "vilavt":
         return None
     processor = VerlVilavtProcessor.from_pretrained(path)
-    processor.config = config
+    processor.config, processor.source = config, path
     return processor
