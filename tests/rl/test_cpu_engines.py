@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
-from vilavt_rl.data import read_rows  # noqa: E402
+from vilavt_rl.data import read_rows
 
 
 class Direct:

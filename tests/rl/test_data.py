@@ -54,7 +54,8 @@ def test_a_step_count_of_0_is_not_set(folder: Path) -> None:
 
 
 def test_parquet_and_json_hold_the_same_rows(folder: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="only verl brings it")
+    pytest.importorskip("pyarrow", reason="only verl brings it")
+    import pyarrow
     import pyarrow.parquet
 
     expected = read_rows(write(folder, RECORD, RECORD))

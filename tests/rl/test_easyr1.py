@@ -17,8 +17,8 @@ from vilavt_rl.easyr1.settings import Settings
 from vilavt_rl.errors import HostError
 
 CALL = (
-    '<think>red</think><tool>{{"region": [{{"index": 0, "bbox_2d": [0, 0, {0}, 28]}}], "query": "digit on the red card"}}'
-    "</tool>"
+    '<think>red</think><tool>{{"region": [{{"index": 0, "bbox_2d": [0, 0, {0}, 28]}}], '
+    '"query": "digit on the red card"}}</tool>'
 )
 ANSWER = "<think>7</think><answer>7</answer>"
 
@@ -50,7 +50,9 @@ def played(tokenizer):
         for c in ("red", "blue")
     ]
     llm = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
-    sampling = SimpleNamespace(n=4, max_tokens=1, stop_token_ids=None, ignore_eos=True, logit_bias=None, temperature=1.0)
+    sampling = SimpleNamespace(
+        n=4, max_tokens=1, stop_token_ids=None, ignore_eos=True, logit_bias=None, temperature=1.0
+    )
     batch.run_episodes(
         episodes,
         lambda prompts, params: llm.generate(prompts, params),
@@ -96,7 +98,9 @@ def test_the_response_mask_is_the_loss_mask(played, tokenizer) -> None:
     episodes, _, _ = played
     tensors, objects = packed(episodes, tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    expected = [t for text in (CALL.format(28), ANSWER) for t in [*tokenizer.encode(text, add_special_tokens=False), end]]
+    expected = [
+        t for text in (CALL.format(28), ANSWER) for t in [*tokenizer.encode(text, add_special_tokens=False), end]
+    ]
     for row in range(2):
         mask = tensors["response_mask"][row].bool()
         assert tensors["responses"][row][mask].tolist() == expected
@@ -115,7 +119,9 @@ def test_model_inputs_are_made_per_trajectory(played, tokenizer, processor) -> N
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
 
 
-def test_the_reward_manager_sees_the_conversation_and_pays_on_a_trained_token(played, tokenizer, rows_file: Path) -> None:
+def test_the_reward_manager_sees_the_conversation_and_pays_on_a_trained_token(
+    played, tokenizer, rows_file: Path
+) -> None:
     episodes, _, _ = played
     tensors, objects = packed(episodes, tokenizer)
     row = read_rows(rows_file)[0].to_json()
@@ -142,7 +148,9 @@ def test_the_reward_file_has_easyr1s_signature() -> None:
 
 def test_the_dataset_gives_what_the_trainer_splits(rows_file: Path) -> None:
     item = VilavtDataset(str(rows_file))[0]
-    assert {"input_ids", "attention_mask", "position_ids", "raw_prompt_ids", "multi_modal_data", "ground_truth"} <= set(item)
+    assert {"input_ids", "attention_mask", "position_ids", "raw_prompt_ids", "multi_modal_data", "ground_truth"} <= set(
+        item
+    )
     assert item["multi_modal_data"]["row"] == item["row"]
 
 

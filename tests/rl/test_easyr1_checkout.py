@@ -171,7 +171,6 @@ def test_the_actor_computes_our_log_probabilities_and_learns(tiny: Path, process
     from verl.protocol import DataProto
     from verl.workers.actor.config import ActorConfig
 
-    from vilavt_hf.chat import VilavtChat
     from vilavt_rl.easyr1.batch import model_inputs, pack
     from vilavt_rl.policy import VilavtPolicy
     from vilavt_rl.replay import model_logprobs

@@ -13,6 +13,7 @@ pytest.importorskip("verl", reason="verl has an environment of its own")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+NO_MEMORY_MONITOR = {"memory_monitor_refresh_ms": 0}  # other work on the machine must not decide a test
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def train(work: Path, tiny: Path, data: Path, name: str, *overrides: str, run: s
         **os.environ,
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "RAY_AUTH_MODE": "disabled",
-        "RAY_memory_monitor_refresh_ms": "0",  # other work on the machine must not decide a test
+        "RAY_memory_monitor_refresh_ms": "0",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -74,7 +75,14 @@ def train(work: Path, tiny: Path, data: Path, name: str, *overrides: str, run: s
 def first(work: Path, tiny: Path, data: Path) -> list[dict]:
     """Two steps on one node, saved, with a validation at the end."""
     return train(
-        work, tiny, data, "first", "trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=2", run="run"
+        work,
+        tiny,
+        data,
+        "first",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=2",
+        "trainer.test_freq=2",
+        run="run",
     )
 
 
@@ -119,8 +127,9 @@ def test_two_ray_nodes_train_together(work: Path, tiny: Path, data: Path) -> Non
     from vilavt_hf.checkpoint.merge import merge_shards
 
     node = {"num_cpus": 8, "num_gpus": 1, "object_store_memory": 300_000_000}
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": NO_MEMORY_MONITOR}
+    )
     try:
         cluster.add_node(**node)
         cluster.wait_for_nodes()

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
-from vilavt_rl import compat  # noqa: E402
-from vilavt_rl.errors import HostError  # noqa: E402
-from vilavt_rl.launch import verl_command  # noqa: E402
+from vilavt_rl import compat
+from vilavt_rl.errors import HostError
+from vilavt_rl.launch import verl_command
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,9 @@ def test_verl_loads_the_plugin_by_itself() -> None:
 
 def test_without_the_cpu_platform_only_the_policy_and_the_processor_are_registered() -> None:
     code = "import verl; from vilavt_rl.verl import plugin; print(plugin.LIVE)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_without_platform())
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_without_platform()
+    )
     assert run.stdout.strip().endswith("['policy', 'processor']")
 
 
@@ -49,7 +51,7 @@ def test_every_place_that_took_the_factory_by_name_has_ours() -> None:
 
 def test_torch_still_refuses_the_two_backends_that_verl_asks_for_on_a_cpu() -> None:
     # When this fails, `compat.use_gloo` can go.
-    with pytest.raises(ValueError, match="[Dd]uplicate"):
+    with pytest.raises(ValueError, match=r"[Dd]uplicate"):
         torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend("cpu:gloo,cpu:gloo"))
 
 

@@ -60,8 +60,10 @@ def doctor_command() -> None:
     colours = {Status.OK: "green", Status.NOTE: "yellow", Status.FAILED: "red"}
     for check in checks(None, False):
         failed = failed or check.status is Status.FAILED
-        console.print(f"[{colours[check.status]}]{check.status.value:>6}[/]  [bold]{escape(check.name)}[/]: "
-                      f"{escape(check.detail)}")
+        console.print(
+            f"[{colours[check.status]}]{check.status.value:>6}[/]  [bold]{escape(check.name)}[/]: "
+            f"{escape(check.detail)}"
+        )
         if check.remedy:
             console.print(f"        {escape(check.remedy)}")
     if failed:
@@ -75,7 +77,9 @@ def replay_command(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("rollouts.html"),
     limit: Annotated[int, typer.Option(help="Show at most that many.")] = 32,
     step: Annotated[int | None, typer.Option(help="Of this step only.")] = None,
-    gaps: Annotated[bool, typer.Option("--gaps", help="Compare with the log-probabilities of MODEL's weights.")] = False,
+    gaps: Annotated[
+        bool, typer.Option("--gaps", help="Compare with the log-probabilities of MODEL's weights.")
+    ] = False,
 ) -> None:
     """Show rollouts as one HTML page: images, turns, rewards, loss masks, log-probabilities."""
     from itertools import islice

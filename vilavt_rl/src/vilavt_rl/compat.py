@@ -30,8 +30,10 @@ def flavour() -> Flavour | None:
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if any((place / "workers" / "engine_workers.py").is_file() for place in places):
         return "verl"
-    if any((place / "workers" / "fsdp_workers.py").is_file() and (place / "trainer" / "data_loader.py").is_file()
-           for place in places):
+    if any(
+        (place / "workers" / "fsdp_workers.py").is_file() and (place / "trainer" / "data_loader.py").is_file()
+        for place in places
+    ):
         return "easyr1"
     return "other"
 
@@ -87,8 +89,6 @@ def patch_processor_factory() -> None:
     The one function of verl 0.9 that ViLaVT needs and that has no seam: it matches on class names and answers None,
     with a warning, for a class it does not know. Everything that is not a ViLaVT checkpoint still goes to the original.
     """
-    import verl.utils
-    import verl.utils.tokenizer
     import verl.utils.tokenizer.tokenizer as home
 
     original = home.hf_processor
@@ -102,8 +102,13 @@ def patch_processor_factory() -> None:
         return load_processor(name_or_path, **kwargs) or original(name_or_path, **kwargs)
 
     hf_processor.vilavt = True  # type: ignore[attr-defined]
-    names = ("verl.utils", "verl.utils.tokenizer", "verl.utils.tokenizer.tokenizer", "verl.workers.config.model",
-             "verl.model_merger.base_model_merger")
+    names = (
+        "verl.utils",
+        "verl.utils.tokenizer",
+        "verl.utils.tokenizer.tokenizer",
+        "verl.workers.config.model",
+        "verl.model_merger.base_model_merger",
+    )
     for name in names:
         module = sys.modules.get(name)
         if module is not None and getattr(module, "hf_processor", None) is original:

@@ -1,6 +1,6 @@
-"""What `vilavt doctor` and `vilavt-rl doctor` say about training: which trainer is here, and which plugs are live in it.
+"""What `vilavt doctor` and `vilavt-rl doctor` say about training: which trainer is here, and which of our plugs are live.
 
-verl swallows what a plug-in raises, so a run without us looks like a run with us until it fails somewhere else.
+verl swallows what a plug-in raises: a run without us looks like a run with us until it fails somewhere else.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _verl_plugs() -> Iterator[Check]:
         ("dataset", "vilavt_rl.verl.dataset"),
         ("reward", "vilavt_rl.verl.reward"),
     ):
-        yield guarded(name, lambda module=module: _importable(module), "see the error; docs/verl.md lists what is needed")  # type: ignore[misc]
+        yield guarded(name, partial(_importable, module), "see the error; docs/verl.md lists what is needed")
     yield guarded("CPU mode", _cpu)
     yield guarded("trl", _trl)
 

@@ -159,9 +159,11 @@ def model_logprobs(model: Any, processor: Any, episode: Episode, temperature: fl
 
     record = episode.record
     ids = torch.tensor(record.token_ids)
-    inputs = dict(processor.encode_inquiries(record.inquiries, query_prefix=episode.preset.query_prefix or None)) if (
-        record.inquiries
-    ) else {}
+    inputs = (
+        dict(processor.encode_inquiries(record.inquiries, query_prefix=episode.preset.query_prefix or None))
+        if (record.inquiries)
+        else {}
+    )
     positions = compat.rope_index(model.model, ids, inputs.get("image_grid_thw"))
     with torch.inference_mode():
         logits = model(
@@ -172,7 +174,12 @@ def model_logprobs(model: Any, processor: Any, episode: Episode, temperature: fl
 
 
 def write_page(
-    rollouts: Iterable[Rollout], settings: EpisodeSettings, path: str | Path, *, model: Any = None, processor: Any = None
+    rollouts: Iterable[Rollout],
+    settings: EpisodeSettings,
+    path: str | Path,
+    *,
+    model: Any = None,
+    processor: Any = None,
 ) -> Path:
     """Write one HTML page that needs nothing else: every rollout with its images, reward, loss mask, and log-probs.
 
@@ -229,11 +236,11 @@ def _section(rollout: Rollout, episode: Episode, computed: Sequence[float | None
         "mean log-probability": f"{sum(recorded) / len(recorded):.4f}" if recorded else "not recorded",
     }
     if computed is not None and recorded:
-        gaps = [
-            abs(a - b) for a, b in zip(record.logprobs, computed, strict=True) if a is not None and b is not None
-        ]
+        gaps = [abs(a - b) for a, b in zip(record.logprobs, computed, strict=True) if a is not None and b is not None]
         rows["gap to the model given"] = f"largest {max(gaps):.2e}, mean {sum(gaps) / len(gaps):.2e}"
-    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
+    cells = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items()
+    )
     return (
         f"<section><table>{cells}</table><details><summary>tokens: marked ones carry loss, darker is less likely"
         f"</summary><pre>{_tokens(episode, computed)}</pre></details></section>"

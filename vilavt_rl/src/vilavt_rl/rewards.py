@@ -145,7 +145,7 @@ class Reward:
         return out
 
 
-def reward(trajectory: Trajectory, task: Task, settings: RewardSettings = RewardSettings()) -> Reward:  # noqa: B008 (frozen)
+def reward(trajectory: Trajectory, task: Task, settings: RewardSettings = RewardSettings()) -> Reward:
     """The reward of one trajectory.
 
     Raises:

@@ -58,7 +58,9 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
     return path
 
 
-def build_start(out: str | Path, *, talk_steps: int = TALK_STEPS, seed: int = 0, work: Path | None = None) -> dict[str, Any]:
+def build_start(
+    out: str | Path, *, talk_steps: int = TALK_STEPS, seed: int = 0, work: Path | None = None
+) -> dict[str, Any]:
     """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`."""
     import torch
 

@@ -121,7 +121,7 @@ def pack(
         "response_mask": loss,
         "position_ids": positions,
     }
-    objects = {
+    objects: dict[str, list[Any]] = {
         "multi_modal_data": [
             {"images": r.images, "queries": r.queries, "images_per_query": r.images_per_query} for r in records
         ],
@@ -131,8 +131,8 @@ def pack(
 
 
 def model_inputs(data: Any, processor: Any) -> np.ndarray:
-    """Model inputs of every row of ``multi_modal_data``; nothing is shared by uid, each trajectory has its own crops."""
-    out = []
+    """Model inputs of every row of ``multi_modal_data``. Nothing is shared by uid: a trajectory has its own crops."""
+    out: list[dict[str, torch.Tensor]] = []
     for row in data:
         if not row["images"]:
             out.append({})

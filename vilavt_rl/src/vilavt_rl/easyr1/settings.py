@@ -40,8 +40,10 @@ class Settings:
         """
         block = dict(block or {})
         if unknown := sorted(set(block) - set(cls.__dataclass_fields__)):
-            raise HostError(f"unknown keys in the block vilavt: {', '.join(unknown)}; known are "
-                            f"{', '.join(cls.__dataclass_fields__)}")
+            raise HostError(
+                f"unknown keys in the block vilavt: {', '.join(unknown)}; known are "
+                f"{', '.join(cls.__dataclass_fields__)}"
+            )
         if block.get("queries", "prompt") not in ("prompt", "tensors"):
             raise HostError(f"vilavt.queries is {block['queries']!r}, it must be prompt or tensors")
         if "frozen" in block:

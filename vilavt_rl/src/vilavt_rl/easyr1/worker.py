@@ -85,7 +85,7 @@ def make_worker(pivot_base: type, base: type, workers_module: Any, patch_module:
         """Actor, rollout and reference of one rank."""
 
         def __init__(self, config: Any, role: str) -> None:
-            base.__init__(self, config, role)
+            base.__init__(self, config, role)  # type: ignore[misc]
 
         def _build_model_optimizer(self, model_config: Any, fsdp_config: Any, **kwargs: Any) -> None:
             from transformers import AutoModelForImageTextToText

@@ -94,8 +94,9 @@ class VilavtAgentLoop(AgentLoopBase):
             await self.loop.run_in_executor(None, feed)
             generating += sampled - began
             zooming += time.perf_counter() - sampled
-        return await self._output(row, episode, AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming),
-                                  versions, fields)
+        return await self._output(
+            row, episode, AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming), versions, fields
+        )
 
     def _told(self, episode: Episode, request: Request) -> dict[str, Any]:
         """Our CPU engine gets the groups as they are; vLLM's plug-in would take the argument for a processor
@@ -171,5 +172,3 @@ def _sampling(params: Mapping[str, Any], request: Request) -> dict[str, Any]:
         "stop_token_ids": list(request.stop_token_ids),
         "logit_bias": dict.fromkeys(request.banned_token_ids, _NEVER),
     }
-
-

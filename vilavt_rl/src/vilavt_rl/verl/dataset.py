@@ -81,6 +81,11 @@ def _prompt_length(row: Row, tokenizer: Any) -> int:
             sizes.append(image.size)
     blank = [Image.new("RGB", size) for size in sizes]
     episode = Episode.start(
-        blank, row.question, tokenizer=settings.tokenizer, prompts=settings.prompts, preset=settings.preset, limits=limits
+        blank,
+        row.question,
+        tokenizer=settings.tokenizer,
+        prompts=settings.prompts,
+        preset=settings.preset,
+        limits=limits,
     )
     return len(episode.record.token_ids)

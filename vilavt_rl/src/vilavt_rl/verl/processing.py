@@ -27,7 +27,7 @@ class VerlVilavtProcessor(VilavtProcessor):
     source: str | Path = ""
     """Folder of the checkpoint."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # videos, paddings and the rest travel in kwargs
         self,
         images: Any = None,
         text: Any = None,
@@ -71,7 +71,6 @@ class VerlVilavtProcessor(VilavtProcessor):
         positions = torch.ones(3, *input_ids.shape, dtype=torch.long)
         positions[:, 0, real] = torch.from_numpy(found)
         return positions, None
-
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Checkpoints that verl saves name the public class."""
