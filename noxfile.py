@@ -27,6 +27,20 @@ VERL = (
     "uvicorn",
     "fastapi",
 )
+EASYR1 = (
+    "ray==2.60.0",
+    "tensordict==0.10.0",
+    "torchdata==0.11.0",
+    "datasets<4",
+    "omegaconf",
+    "codetiming",
+    "einops",
+    "peft",
+    "msgspec",
+    "psutil",
+    "qwen-vl-utils",
+    "accelerate",
+)
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22")
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
@@ -119,6 +133,17 @@ def verl_cpu(session: nox.Session) -> None:
     _torchvision_beside_cpu_torch(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
     session.run("pytest", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+
+
+@nox.session
+def easyr1(session: nox.Session) -> None:
+    """Our parts in the EasyR1 checkout that EASYR1_HOME names; not part of CI, it is on no package index."""
+    session.install(TORCH, "numpy")
+    session.install(f"transformers=={OLDEST}", *EASYR1, TORCHVISION, "pytest>=8", "./vilavt_hf[tiny,math]")
+    session.install("--no-deps", "./vilavt_rl")
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
+    session.run("pytest", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
 
 
 @nox.session

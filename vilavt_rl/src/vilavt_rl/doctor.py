@@ -1,4 +1,4 @@
-"""What `vilavt doctor` and `vilavt-rl doctor` say about training: which trainer is here, and which of our plugs are live.
+"""What `vilavt doctor` and `vilavt-rl doctor` say about training: which trainer is here, which of our plugs are live.
 
 verl swallows what a plug-in raises: a run without us looks like a run with us until it fails somewhere else.
 """
