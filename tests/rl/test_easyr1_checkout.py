@@ -151,6 +151,7 @@ def test_two_roles_share_a_ray_process_with_our_worker(tmp_path: Path) -> None:
 
     made = make_worker(Worker, Host, namespace, types.SimpleNamespace(SUPPORTED_MODEL_TYPE=()), "ours")
     ray.init(
+        address="local",
         num_cpus=8,  # a pool reserves five places per process
         include_dashboard=False,
         object_store_memory=200_000_000,

@@ -143,7 +143,7 @@ def test_two_ray_nodes_train_together(work: Path, tiny: Path, data: Path) -> Non
             "trainer.save_freq=1",
             "~ray_kwargs.ray_init.num_cpus",
             "~ray_kwargs.ray_init.num_gpus",
-            f"+ray_kwargs.ray_init.address={cluster.address}",
+            f"ray_kwargs.ray_init.address={cluster.address}",
             # here the reward comes from verl's reward workers
             f"actor_rollout_ref.rollout.agent.agent_loop_config_path={_loop_without_reward(work)}",
             "reward.custom_reward_function.path=pkg://vilavt_rl.verl.reward",

@@ -23,7 +23,7 @@ NEEDED = ("transfer_queue", "cachetools", "ray", "uvicorn", "fastapi")
 
 def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
     """See `vilavt_hf.doctor`."""
-    yield guarded("math questions", _math, 'pip install "vilavt-hf[math]"')
+    yield _math()
     found = flavour()
     if found is None:
         yield Check("trainer", Status.NOTE, "neither verl nor EasyR1 is importable", INSTALL_VERL)
@@ -37,8 +37,12 @@ def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
             yield from _verl_plugs()
 
 
-def _math() -> str:
-    return f"math_verify {metadata.version('math-verify')}"
+def _math() -> Check:
+    try:
+        return Check("math questions", Status.OK, f"math_verify {metadata.version('math-verify')}")
+    except metadata.PackageNotFoundError:
+        remedy = 'pip install "vilavt-hf[math]"'
+        return Check("math questions", Status.NOTE, "math_verify is not installed, they cannot be rewarded", remedy)
 
 
 def _verl() -> str:
