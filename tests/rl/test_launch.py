@@ -29,13 +29,19 @@ def test_the_command_is_verls_own_entry_point_with_absolute_paths(tiny: Path, mo
     assert environment["VERL_PLATFORM"] == "cpu"
 
 
+def test_a_recipe_that_comes_with_the_package_is_known_by_name() -> None:
+    command, _ = verl_command("tiny_cpu")
+    assert "--config-name=tiny_cpu" in command
+    assert any(part.endswith("recipes/agent_loop.yaml") for part in command)
+
+
 def test_a_gpu_recipe_sets_no_platform() -> None:
     _, environment = verl_command(ROOT / "recipes" / "vilavt_7b_grpo.yaml")
     assert "VERL_PLATFORM" not in environment
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match=r"gone\.yaml: no such recipe"):
+    with pytest.raises(HostError, match=r"gone\.yaml: no such recipe; it must be a file, or one of .*tiny_cpu"):
         verl_command(tmp_path / "gone.yaml")
 
 

@@ -32,7 +32,7 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
 @app.command("verl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def verl_command(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="Recipe, e.g. recipes/tiny_cpu.yaml.")],
+    config: Annotated[Path, typer.Argument(help="Recipe: a YAML file, or the name of ours: tiny_cpu, vilavt_7b_grpo.")],
     show: Annotated[bool, typer.Option("--show", help="Print the command instead of running it.")] = False,
 ) -> None:
     """Train with verl: its own entry point, configured by CONFIG and key=value overrides after it."""

@@ -12,6 +12,8 @@ import yaml
 from .compat import require_verl
 from .errors import HostError
 
+RECIPES = Path(__file__).with_name("recipes")
+"""Those that come with the package; the repository's ``recipes/`` links to them."""
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
 
 
@@ -22,15 +24,17 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
     that of the agent loop's configuration, become absolute: Ray's workers may have another working directory.
 
     Args:
-        recipe: a YAML file that Hydra can compose, see ``recipes/``.
+        recipe: a YAML file that Hydra can compose, or the name of one in `RECIPES`, as ``tiny_cpu``.
         overrides: Hydra's ``key=value``.
 
     Raises:
         HostError: no such recipe, or verl cannot be used.
     """
-    recipe = Path(recipe).absolute()
+    shipped = RECIPES / f"{recipe}.yaml"
+    recipe = Path(recipe).absolute() if Path(recipe).is_file() else shipped
     if not recipe.is_file():
-        raise HostError(f"{recipe}: no such recipe")
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise HostError(f"{recipe.stem}: no such recipe; it must be a file, or one of {known}")
     require_verl()
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     given = [_absolute(override) for override in overrides]
