@@ -193,7 +193,8 @@ def test_an_update_trains_what_is_not_frozen_and_reaches_the_rollout(
     old = logprobs(trainer, batch, 2)
     mask = batch.batch["response_mask"]
     batch.batch["old_log_probs"] = old.float()
-    batch.batch["advantages"] = mask.float() * torch.tensor([1.0, -1.0]).repeat(len(mask) // 2)[:, None]
+    praised = torch.arange(len(mask)) < len(mask) // 2  # whole groups: the two trajectories of a row may be equal
+    batch.batch["advantages"] = mask.float() * torch.where(praised, 1.0, -1.0)[:, None]
     trainer.engine.engine_config.micro_batch_size_per_gpu = 2
     data = left_right_2_no_padding(batch.to_tensordict())
     tu.assign_non_tensor(
@@ -211,6 +212,9 @@ def test_an_update_trains_what_is_not_frozen_and_reaches_the_rollout(
     trainer.train_mini_batch(data)
     changed = {n for n, p in module.named_parameters() if not torch.equal(before[n], p.detach().full_tensor())}
     assert not changed & frozen
+    gained = ((logprobs(trainer, batch, 2) - old) * mask).sum(-1)
+    assert float(gained[praised].mean()) > float(gained[~praised].mean())
+    assert float(gained[~praised].mean()) < 0
     assert {"lm_head.weight", "model.text_proj.weight"} <= changed
     tensors, _ = trainer.engine.get_per_tensor_param()
     sent = {name: tensor.detach().clone() for name, tensor in tensors}
