@@ -30,7 +30,7 @@ VLMEVAL_NEEDS = """
     num2words opencv-python-headless openpyxl pandas portalocker pylatexenc==2.10 python-dotenv pyyaml
     qwen_vl_utils regex requests rouge scipy sty tabulate termcolor timeout-decorator validators xlsxwriter
     evaluate loguru pytablewriter pytz sacrebleu tenacity
-""".split()
+""".split()  # noqa: SIM905
 VERL = (
     "verl==0.9.1",
     "transformers==5.10.4",
