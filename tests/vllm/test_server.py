@@ -193,7 +193,7 @@ def test_hanging_up_aborts_the_question_in_the_engine(client, server):
             headers={"Authorization": f"Bearer {server.key}"},
             timeout=httpx.Timeout(10, read=0.05),
         )
-    for _ in range(100):
+    for _ in range(600):
         if server.metric('vilavt_episodes_total{finish="aborted"}') >= aborted + 2:
             break
         time.sleep(0.1)

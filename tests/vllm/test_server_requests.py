@@ -14,6 +14,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from PIL import Image
+from prometheus_client import REGISTRY
 from vllm.config import ModelConfig
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
@@ -373,4 +374,32 @@ def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app,
     server.state.vilavt_loop.llm.engine.generate = generate
     response = post(server, question(data_url((PICTURES / "scene-1.png").read_bytes()), stream=stream))
     assert (response.status_code, error_of(response)) == (status, str(error))
+    assert server.state.vilavt_loop.running == 0
+
+
+def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_place(app):
+    server = app()
+
+    async def never(url):
+        await asyncio.sleep(3600)
+
+    def aborted():
+        return REGISTRY.get_sample_value("vilavt_episodes_total", {"finish": "aborted"}) or 0
+
+    server.state.vilavt_loop.pictures.load = never
+    before = aborted()
+    body = json.dumps(question("http://slow/x.png")).encode()
+    came = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+
+    async def receive():
+        await asyncio.sleep(0)
+        return next(came)
+
+    async def send(message):
+        pass
+
+    asyncio.run(asyncio.wait_for(server(scope, receive, send), 30))
+    assert aborted() == before + 1
     assert server.state.vilavt_loop.running == 0

@@ -101,10 +101,13 @@ class Loop:
             )
         self.running += 1
         metrics().running.inc()
-        run, finish = None, "refused"
+        run, finish = None, "aborted"
         try:
-            run, talk = await self._run(request)
-            finish = "aborted"
+            try:
+                run, talk = await self._run(request)
+            except Exception:
+                finish = "refused"
+                raise
             yield run
             async with aclosing(self.llm.events(run)) as events:
                 async for event in events:
