@@ -96,6 +96,15 @@ def test_grpo_runs_and_what_was_sampled_is_what_is_trained_on(first: list[dict])
     assert any(name.startswith("val-core/") for name in first[-1])
 
 
+def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
+    from vilavt_rl.tiny import plot_curve, read_curve
+
+    rewards, accuracies = read_curve(work / "first.jsonl")
+    assert [step for step, _ in rewards] == [1, 2]
+    assert [step for step, _ in accuracies] == [2]
+    assert plot_curve(work / "first.jsonl", work / "curve.png").stat().st_size > 1000
+
+
 def test_a_run_resumes_where_it_was_saved(work: Path, tiny: Path, data: Path, first: list[dict]) -> None:
     second = train(work, tiny, data, "second", "trainer.total_training_steps=3", run="run")
     assert [step["training/global_step"] for step in second] == [3]
