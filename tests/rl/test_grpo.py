@@ -52,13 +52,14 @@ def train(work: Path, tiny: Path, data: Path, name: str, *overrides: str, run: s
         "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
         f"trainer.default_local_dir={work / run}",
         "trainer.logger=[file]",
+        # a cluster that is running already has another environment
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={metrics}",
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",
         *overrides,
     ]
     env = {
         **os.environ,
-        "VERL_FILE_LOGGER_PATH": str(metrics),
         "RAY_AUTH_MODE": "disabled",
         "RAY_memory_monitor_refresh_ms": "0",
         "OMP_NUM_THREADS": "1",
