@@ -52,13 +52,14 @@ def train(work: Path, tiny: Path, data: Path, name: str, *overrides: str, run: s
         "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
         f"trainer.default_local_dir={work / run}",
         "trainer.logger=[file]",
+        # a cluster that is running already has another environment
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={metrics}",
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",
         *overrides,
     ]
     env = {
         **os.environ,
-        "VERL_FILE_LOGGER_PATH": str(metrics),
         "RAY_AUTH_MODE": "disabled",
         "RAY_memory_monitor_refresh_ms": "0",
         "OMP_NUM_THREADS": "1",
@@ -94,6 +95,15 @@ def test_grpo_runs_and_what_was_sampled_is_what_is_trained_on(first: list[dict])
         assert step["num_turns/mean"] >= 3  # question, call, crops, answer
         assert step["critic/score/max"] == pytest.approx(1.0)
     assert any(name.startswith("val-core/") for name in first[-1])
+
+
+def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
+    from vilavt_rl.tiny import plot_curve, read_curve
+
+    rewards, accuracies = read_curve(work / "first.jsonl")
+    assert [step for step, _ in rewards] == [1, 2]
+    assert [step for step, _ in accuracies] == [2]
+    assert plot_curve(work / "first.jsonl", work / "curve.png").stat().st_size > 1000
 
 
 def test_a_run_resumes_where_it_was_saved(work: Path, tiny: Path, data: Path, first: list[dict]) -> None:

@@ -116,6 +116,17 @@ def tiny_data_command(
     typer.echo(str(write_data(out, count=val, split="heldout", seed=seed + 1, name="val")))
 
 
+@tiny_app.command("curve")
+def tiny_curve_command(
+    metrics: Annotated[Path, typer.Argument(help="What verl's file logger wrote (trainer.logger=[console,file]).")],
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curve.png"),
+) -> None:
+    """Draw reward and held-out accuracy over the steps of a run."""
+    from .tiny import plot_curve
+
+    typer.echo(str(plot_curve(metrics, out)))
+
+
 @tiny_app.command("checkpoint")
 def tiny_checkpoint_command(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],

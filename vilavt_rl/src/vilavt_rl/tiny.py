@@ -78,3 +78,40 @@ def build_start(
         run_stage(stage, model, auxiliary, processor, work, seed=10 * seed + number, workers=0)
     note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps"
     return publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
+
+
+def read_curve(metrics: str | Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, mean reward of the rollouts) and (step, accuracy on the validation questions), from verl's file logger.
+
+    The accuracy is the mean over kinds of questions.
+    """
+    rewards, accuracies = [], []
+    for line in Path(metrics).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        step, data = entry["step"], entry["data"]
+        if "critic/score/mean" in data:
+            rewards.append((step, data["critic/score/mean"]))
+        kinds = [v for k, v in data.items() if k.startswith("val-core/") and k.endswith("/acc/mean@1")]
+        if kinds:
+            accuracies.append((step, sum(kinds) / len(kinds)))
+    return rewards, accuracies
+
+
+def plot_curve(metrics: str | Path, out: str | Path) -> Path:
+    """Draw :func:`read_curve` as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rewards, accuracies = read_curve(metrics)
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    axis.plot(*zip(*rewards, strict=True), color="0.7", label="reward of the rollouts, temperature 1")
+    if accuracies:
+        axis.plot(*zip(*accuracies, strict=True), marker=".", label="held-out accuracy, greedy")
+    axis.set(xlabel="step", ylim=(0, 1))
+    axis.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=90)
+    pyplot.close(figure)
+    return Path(out)
