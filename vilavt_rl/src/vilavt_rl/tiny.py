@@ -72,10 +72,12 @@ def build_start(
     stages = [*STAGES[:-1], replace(STAGES[-1], steps=talk_steps)]
     processor = tiny_processor()
     torch.manual_seed(seed)
-    auxiliary = tiny_auxiliary()
+    auxiliary = tiny_auxiliary()  # before the model: both draw from the same stream
     model = tiny_model(tiny_config(processor.tokenizer), seed)
+    model.auxiliary = auxiliary
     for number, stage in enumerate(stages, 1):
-        run_stage(stage, model, auxiliary, processor, work, seed=10 * seed + number, workers=0)
+        run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
+    model.auxiliary = None
     note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps"
     return publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
 
