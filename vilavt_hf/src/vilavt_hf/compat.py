@@ -20,8 +20,8 @@ GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_
 # Newer sdpa attention treats the query heads of one key-value head as rows of one matrix, if there is a mask.
 PACKS_QUERY_HEADS = hasattr(sdpa_attention, "pack_gqa")
 
-# The Trainer's arguments of 5.x: another name for recomputing activations, one warm-up, a switch for FSDP.
-HAS_ACTIVATION_CHECKPOINTING = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+# Newer 5.x: another name for recomputing activations; all 5.x: one warm-up in steps or as a fraction.
+TRAINING_ARGUMENTS = frozenset(transformers.TrainingArguments.__dataclass_fields__)
 
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
@@ -49,6 +49,17 @@ def register_key_names(class_name: str, renames: dict[str, str]) -> None:
     register_checkpoint_conversion_mapping(
         class_name, [WeightRenaming(old, new) for old, new in renames.items()], overwrite=True
     )
+
+
+def save_under(model: Any, renames: dict[str, str]) -> None:
+    """Make 5.x save this model through the reverse of `renames` alone.
+
+    Loaded under ZeRO-3 it also remembers renames of old checkpoints, and would undo those as well.
+    """
+    if getattr(model, "_weight_conversions", None) is not None:
+        from transformers.core_model_loading import WeightRenaming
+
+        model._weight_conversions = [WeightRenaming(old, new) for old, new in renames.items()]
 
 
 def make_tokenizer_portable(folder: str | os.PathLike) -> None:
@@ -125,14 +136,12 @@ def training_arguments(
         fsdp: settings of FSDP2, None for no FSDP.
         kwargs: arguments that have one name in all versions.
     """
-    if HAS_ACTIVATION_CHECKPOINTING:
-        kwargs |= {"warmup_steps": warmup}
-    else:
-        kwargs |= {"warmup_steps": int(warmup)} if warmup >= 1 else {"warmup_ratio": warmup}
+    two_warmups = "warmup_ratio" in TRAINING_ARGUMENTS
+    kwargs["warmup_ratio" if two_warmups and warmup < 1 else "warmup_steps"] = int(warmup) if warmup >= 1 else warmup
     if recompute and fsdp is None:
-        name = "activation" if HAS_ACTIVATION_CHECKPOINTING else "gradient"
+        name = "activation" if "activation_checkpointing" in TRAINING_ARGUMENTS else "gradient"
         kwargs |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
     if fsdp is not None:
         kwargs["fsdp_config"] = {**fsdp, "activation_checkpointing": recompute}
-        kwargs["fsdp"] = True if HAS_ACTIVATION_CHECKPOINTING else "full_shard auto_wrap"
+        kwargs["fsdp"] = "full_shard auto_wrap" if two_warmups else True
     return transformers.TrainingArguments(**kwargs)

@@ -27,8 +27,8 @@ def build_command(
     keep_freed_memory()
     from ..tiny.build import build
 
-    record = build(out, work=work, seed=seed, resume=resume)
-    typer.echo(json.dumps(record, indent=1))
+    if record := build(out, work=work, seed=seed, resume=resume):
+        typer.echo(json.dumps(record, indent=1))
 
 
 @tiny_app.command("eval")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..errors import DataError
 from .annotations import Annotations
 from .example import Dropped, Example
+from .ranks import all_agree, rank_and_world
 from .registry import DataSource
 from .rendering import Rendered, Renderer
 from .schema import read_record
@@ -247,8 +248,8 @@ def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = N
         progress: show a bar.
     """
     file = None if cache is None else cache / f"lengths-{dataset.fingerprint[:16]}.npz"
-    rank, world = _rank_and_world()
-    found = _agreed(file is not None and file.is_file(), world)
+    rank, world = rank_and_world()
+    found = all_agree(file is not None and file.is_file())
     if found and file is not None:
         return Lengths.load(file)
     mine = _measure(dataset, range(rank, len(dataset), world), workers, progress and rank == 0)
@@ -273,18 +274,3 @@ def _measure(dataset: SftDataset, indices: Sequence[int], workers: int, progress
             out += batch
             bar.update(len(batch))
     return out
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _agreed(mine: bool, world: int) -> bool:
-    """Whether all ranks say so: a file may not be visible everywhere at the same time."""
-    if world == 1:
-        return mine
-    answers = [False] * world
-    torch.distributed.all_gather_object(answers, mine)
-    return all(answers)

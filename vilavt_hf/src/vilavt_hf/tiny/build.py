@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from ..data.example import Example
+from ..data.ranks import rank_and_world
 from ..errors import TrainingError
 from ..processing_vilavt import VilavtProcessor
 from ..prompts import PromptSet
@@ -321,8 +322,10 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
         seed: of weights and data.
         resume: use the stages that `work` already holds.
 
+    Started by torchrun, the ranks share every batch.
+
     Returns:
-        What ``provenance.json`` says.
+        What ``provenance.json`` says; nothing on other ranks than the first.
     """
     work = work or out.with_name(out.name + "-work")
     processor = tiny_processor()
@@ -337,6 +340,8 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
             continue
         run_stage(stage, model, processor, work, seed=10 * seed + i + 1)
     model.auxiliary = None
+    if rank_and_world()[0]:
+        return {}
     return publish(model, processor, [work / s.name for s in STAGES], out, seed)
 
 

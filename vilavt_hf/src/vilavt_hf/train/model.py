@@ -104,6 +104,7 @@ class VilavtForTraining(VilavtForConditionalGeneration):
         self, save_directory: str | os.PathLike, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """The parent's checkpoint, without the training-only heads."""
+        compat.save_under(self, FLAT_KEYS)
         state = self.state_dict() if state_dict is None else state_dict
         state = {name: value for name, value in state.items() if not name.startswith("auxiliary.")}
         super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)

@@ -1,0 +1,173 @@
+"""What packing saves: tokens trained per second in packs, against padded batches of the same samples.
+
+    python benchmarks/packing.py [--small] [--samples 48] [--repeats 3] [--json FILE]
+
+The length mix is that of conversations with pictures: text of log-normal length (median 500 tokens, 90 % below 1200),
+one to three pictures of 64 to 196 tokens in three of four samples, and in half of those two crops under a query. Model:
+the encoder and language model of `multi_turn.py` (random, fp32, one thread, SDPA). Forward and backward pass, logits
+only where there are labels; batches are made beforehand. Packs hold 8192 tokens in block-diagonal attention; padded
+batches hold 4 or 8 samples drawn at random, as a data loader does. Seconds are process CPU seconds, the minimum of
+interleaved repeats; every way does the same samples, and a token counts if it is no padding. All losses must agree to
+1e-4 per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from multi_turn import IMAGE, PATCH, SMALL, VOCABULARY, Size, random_model
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from vision_groups import keep_freed_memory
+
+from vilavt_hf.data.example import IGNORE, Example, ImageGroup
+from vilavt_hf.train.attention import PACKED
+from vilavt_hf.train.collator import VilavtCollator
+from vilavt_hf.train.model import VilavtForTraining
+from vilavt_hf.train.order import best_fit
+from vilavt_hf.train.trainer import label_weight
+
+BUDGET = 8192
+PADDED = (4, 8)
+
+
+def sample(rng: np.random.Generator, scale: float) -> Example:
+    """A random conversation; a quarter of its text tokens are trained."""
+    text = int(np.clip(rng.lognormal(np.log(500), 0.7), 60, 5000) * scale) + 8
+    groups: list[ImageGroup] = []
+    if rng.random() < 0.75:
+        groups += [ImageGroup((picture(rng, scale),)) for _ in range(rng.integers(1, 4))]
+        if rng.random() < 0.5:
+            groups.append(ImageGroup((picture(rng, scale), picture(rng, scale)), "what does the sign say"))
+    images = sum(i.width * i.height // 784 for g in groups for i in g.images)
+    words = rng.integers(10, VOCABULARY, text).tolist()
+    trained = text // 4
+    return Example(
+        [IMAGE] * images + words,
+        [IGNORE] * (images + text - trained) + words[text - trained :],
+        groups=tuple(groups),
+    )
+
+
+def picture(rng: np.random.Generator, scale: float) -> Image.Image:
+    side = max(1, int(rng.integers(8, 15) * scale**0.5))
+    return Image.new("RGB", (28 * side, 28 * side), (int(rng.integers(255)), 90, 90))
+
+
+def encode(groups: Sequence[ImageGroup]) -> dict[str, torch.Tensor]:
+    """Random pixels and query tokens in place of a processor's."""
+    grid = torch.tensor([[1, i.height // 14, i.width // 14] for g in groups for i in g.images])
+    generator = torch.Generator().manual_seed(len(grid))
+    asked = torch.tensor([[bool(g.query)] * 12 for g in groups]).long()
+    return {
+        "pixel_values": torch.randn(int(grid.prod(-1).sum()), PATCH, generator=generator),
+        "image_grid_thw": grid,
+        "query_ids": torch.randint(10, VOCABULARY, asked.shape, generator=generator),
+        "query_attention_mask": asked,
+        "images_per_query": torch.tensor([len(g.images) for g in groups]),
+    }
+
+
+def model_for(size: Size, attention: str) -> VilavtForTraining:
+    base = random_model(size)
+    model = VilavtForTraining(base.config).train()
+    model.load_state_dict(base.state_dict())
+    model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa", "text_encoder_config": "sdpa"})
+    return model
+
+
+def benchmark(size: Size, count: int, scale: float, repeats: int) -> dict[str, Any]:
+    """Figures of every way of batching the same samples."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    examples = [sample(rng, scale) for _ in range(count)]
+    lengths = np.array([len(e.input_ids) for e in examples])
+    budget = max(int(BUDGET * scale), int(lengths.max()))
+    shuffled = rng.permutation(count)
+    ways: dict[str, tuple[str, list[Any]]] = {
+        "packed": (PACKED, batches(examples, best_fit(shuffled, lengths, budget), packed=True))
+    }
+    for n in PADDED:
+        rows = [shuffled[i : i + n].tolist() for i in range(0, count, n)]
+        ways[f"padded, {n} a batch"] = ("sdpa", batches(examples, rows, packed=False))
+    models = {attention: model_for(size, attention) for attention in (PACKED, "sdpa")}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    losses: dict[str, float] = {}
+    for _ in range(repeats):
+        for name, (attention, prepared) in ways.items():
+            begin = time.process_time()
+            losses[name] = train(models[attention], prepared)
+            seconds[name].append(time.process_time() - begin)
+    expected = losses["packed"]
+    if any(abs(loss - expected) > 1e-4 for loss in losses.values()):
+        raise SystemExit(f"the losses differ: {losses}")
+    tokens = int(lengths.sum())
+    rows = []
+    for name, (_, prepared) in ways.items():
+        slots = sum(batch["input_ids"].numel() for batch in prepared)
+        rows.append(
+            {
+                "batches": name,
+                "padding": 1 - tokens / slots,
+                "tokens_per_second": tokens / min(seconds[name]),
+                "ratio": min(seconds[name]) / min(seconds["packed"]),
+                "loss": losses[name],
+            }
+        )
+    return {"samples": count, "tokens": tokens, "longest": int(lengths.max()), "budget": budget, "rows": rows}
+
+
+def batches(examples: Sequence[Example], rows: Sequence[Sequence[int]], *, packed: bool) -> list[dict[str, Any]]:
+    collate = VilavtCollator(encode, pad_token_id=9, image_token_id=IMAGE, packed=packed, ask_always=False)
+    made = [collate([examples[i] for i in row]) for row in rows]
+    for batch in made:
+        batch.pop("counts")
+        # the same pixels for a sample whatever it is batched with, so that the losses can be compared
+        if "pixel_values" in batch:
+            batch["pixel_values"] = torch.ones_like(batch["pixel_values"]) * 0.1
+            batch["query_ids"] = torch.full_like(batch["query_ids"], 11)
+    return made
+
+
+def train(model: VilavtForTraining, prepared: Sequence[dict[str, Any]]) -> float:
+    """Forward and backward over all batches; the loss per labelled token."""
+    model.zero_grad()
+    total, weight = 0.0, 0.0
+    for batch in prepared:
+        loss = model(**batch)["loss"]
+        loss.backward()
+        total, weight = total + loss.item(), weight + label_weight(batch).item()
+    return total / weight
+
+
+def main() -> None:
+    """Print the table; exit with 1 if the losses differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a model and samples that take seconds")
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    size, scale = (SMALL, 0.2) if options.small else (Size(), 1.0)
+    report = benchmark(size, options.samples, scale, options.repeats)
+    table = Table("batches", "padding", "tokens/s", "seconds / packed", title=f"{report['tokens']} tokens")
+    for row in report["rows"]:
+        table.add_row(
+            row["batches"], f"{100 * row['padding']:.1f} %", f"{row['tokens_per_second']:.0f}", f"{row['ratio']:.2f}"
+        )
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
