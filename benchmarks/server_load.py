@@ -10,8 +10,8 @@ answered is asked once more, alone: the answer, the thoughts and every region mu
 to another client shows, unless both questions have the same transcript (their share is printed).
 
 Memory is measured before and after that load, of the process that holds the loop and of all processes of the server.
-Before it come ``--warm-up`` requests of the same kind: vLLM's CPU build prepares its kernels anew for every number of
-tokens it has not seen, which takes about 900 requests to level off. Needs the ``tiny`` extra of vilavt-hf and the
+Before it come ``--warm-up`` requests of the same kind: the worker of vLLM's CPU build grows until it levels off after
+about 900 requests (probably kernels prepared per number of tokens). Needs the ``tiny`` extra of vilavt-hf and the
 ``openai`` client.
 """
 
