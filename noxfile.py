@@ -207,3 +207,14 @@ def _python_of_next_vllm(session: nox.Session) -> Path:
             shutil.copy(extension, partial / "vllm")
         partial.rename(folder)
     return folder
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """ZeRO-2 and ZeRO-3 on two CPU processes; not in CI, because DeepSpeed compiles for minutes first."""
+    _install(
+        session, NEWEST, *TEST_TOOLS, "wheel", "setuptools<81", "ninja", "py-cpuinfo", "hjson", "msgpack", "einops"
+    )
+    session.env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    session.install("--no-build-isolation", "--no-deps", "deepspeed==0.19.8")
+    session.run("pytest", *(session.posargs or ["tests/deepspeed"]))

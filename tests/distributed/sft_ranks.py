@@ -23,9 +23,20 @@ def shard_on_cpu(trainer: VilavtTrainer) -> None:
     trainer.is_fsdp_enabled = True
 
 
+def join_deepspeed() -> None:
+    """On accelerators accelerate does this; ZeRO-3 needs it before the model is made."""
+    import deepspeed
+
+    torch.distributed.init_process_group("gloo")
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
 def main(job: Path) -> None:
     """Train every run of the job; rank 0 writes ``seen.json`` into each run's folder."""
-    for values in json.loads(job.read_text()):
+    runs = json.loads(job.read_text())
+    if any(values["parallel"].get("strategy", "").startswith("zero") for values in runs):
+        join_deepspeed()
+    for values in runs:
         config = SftConfig.model_validate(values)
         run = Run(config)
         trainer = run.trainer

@@ -1,5 +1,6 @@
 """The tiny model: scenes, the token stream it is trained on, and what the shipped checkpoint reaches."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,17 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from vilavt_hf.checkpoint import inspect_checkpoint
+from vilavt_hf.data.check import check
+from vilavt_hf.data.example import IGNORE, ImageGroup
+from vilavt_hf.data.registry import Registry
 from vilavt_hf.episode import Episode
 from vilavt_hf.presets import Limits
 from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn, parse_turn
 from vilavt_hf.regions import Gallery
+from vilavt_hf.tiny import build as building
 from vilavt_hf.tiny import evaluate as evaluation
 from vilavt_hf.tiny.model import fast_encoder, tiny_processor
+from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import CELL, CROP, MAX_PIXELS, SHOWN, Kind, ask, make_scene, query_for, scan_ids
 from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example
-from vilavt_hf.train.collator import ImageGroup
+from vilavt_hf.train.config import SftConfig
+from vilavt_hf.train.run import Run, make_dataset
 
-SHIPPED = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "vilavt-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +178,81 @@ def test_a_random_box_is_another_cell_of_the_same_size():
 
 
 INTERVENE = evaluation.INTERVENTIONS["random_box"].transform_call
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def training_set(tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("set")
+    write_training_set(folder, processor.tokenizer, processor.prompts, count=10)
+    return folder
+
+
+def recipe(training_set, out, name="tiny_published", *overrides):
+    settings = [f"model.path={SHIPPED}", f"data.registry={training_set / REGISTRY}", f"data.use=[{name}]",
+                f"output.folder={out}", "data.workers=0", *overrides]  # fmt: skip
+    return SftConfig.load(ROOT / "recipes" / "vilavt_tiny_sft.yaml", settings)
+
+
+def test_both_schemas_of_a_training_set_give_the_same_conversations(training_set, tmp_path):
+    published = make_dataset(recipe(training_set, tmp_path))
+    episodes = make_dataset(recipe(training_set, tmp_path, "tiny_episodes"))
+    assert not list(check(published)) + list(check(episodes))
+    kinds = set()
+    for i in range(len(published)):
+        one, other = published[i], episodes[i]
+        n = len(other.input_ids)  # the published one goes on with a newline
+        assert one.input_ids[:n] == other.input_ids
+        assert list(one.labels[:n]) == list(other.labels)
+        assert set(one.labels[n:]) == {IGNORE}
+        assert [g.query for g in one.groups] == [g.query for g in other.groups]
+        for first, second in zip(one.groups, other.groups, strict=True):
+            assert [image.tobytes() for image in first.images] == [image.tobytes() for image in second.images]
+        kinds.add(len(one.groups))
+    assert kinds == {0, 2, 3}  # text alone, one zoom, nested zooms
+
+
+def test_crops_of_the_training_set_can_be_cut_on_the_fly(training_set, tmp_path):
+    filed = make_dataset(recipe(training_set, tmp_path))
+    source = Registry.load(training_set / REGISTRY).find("tiny_published")
+    lines = [json.loads(line) for line in source.annotations.read_text().splitlines()]
+    for line in lines:
+        line |= {"images": line["images"][:1], "queries": None, "image_to_query_mapping": None}
+    (training_set / "boxes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (training_set / "boxes.yaml").write_text("datasets: [{name: boxes, annotations: boxes.jsonl, crops: cut}]")
+    cut = make_dataset(recipe(training_set, tmp_path, "boxes", f"data.registry={training_set / 'boxes.yaml'}"))
+    for i in range(len(filed)):
+        assert cut[i].input_ids == filed[i].input_ids
+        pixels = [[image.tobytes() for image in group.images] for group in cut[i].groups]
+        assert pixels == [[image.tobytes() for image in group.images] for group in filed[i].groups]
+
+
+def test_the_shipped_model_is_at_home_in_its_published_records(training_set, tmp_path):
+    """A stream that differed in a token or a pixel from what it was trained on would cost it far more."""
+    report = Run(recipe(training_set, tmp_path, "tiny_published", "batch.pack_tokens=1024", "optimizer.max_steps=2",
+                        "output.log_steps=1")).train()  # fmt: skip
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < 0.6
+    assert (report.samples, report.dropped) == (10, {})
+    assert inspect_checkpoint(report.folder).complete
+
+
+def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch):
+    stages = tuple(dataclasses.replace(s, steps=2, batch=3, warmup=1) for s in building.STAGES)
+    monkeypatch.setattr(building, "STAGES", stages)
+    record = building.build(tmp_path / "built")
+    assert [s["name"] for s in record["stages"]] == ["read", "place", "talk"]
+    found = inspect_checkpoint(tmp_path / "built")
+    assert found.complete
+    assert found.parameters == record["parameters"]
+    for stage in stages:
+        curve = (tmp_path / "built-work" / stage.name / "curve.jsonl").read_text().splitlines()
+        probes = [line for line in map(json.loads, curve) if "probe" in line]
+        assert len(probes) == stage.language
+    again = building.build(tmp_path / "again", work=tmp_path / "built-work", resume=True)
+    assert again["stages"] == record["stages"]
 
 
 def test_the_wilson_interval_has_its_known_values():

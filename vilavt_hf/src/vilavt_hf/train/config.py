@@ -31,7 +31,9 @@ class ModelConfig(_Section):
         description="of language model and tower; auto: SDPA, and torch's variable-length kernel for packs on CUDA",
     )
     frozen: tuple[Part, ...] = Field(
-        default=("text_encoder",), description="parts without gradient; the published recipe also freezes text_proj"
+        default=("text_encoder",),
+        description="parts without gradient, out of vision_tower, merger, text_encoder, text_proj, language_model, "
+        "lm_head; the published recipe also freezes text_proj",
     )
     gradient_checkpointing: bool = Field(default=True, description="recompute activations in the backward pass")
     precision: Literal["bf16", "fp32"] = Field(
@@ -107,13 +109,18 @@ class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
     learning_rate: float = Field(default=5e-5, gt=0, description="peak")
-    learning_rates: dict[Part, float] = Field(default={}, description="peaks of single parts, where they differ")
+    learning_rates: dict[Part, float] = Field(
+        default={}, description="peaks of single parts (as in model.frozen), where they differ"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="of matrices")
     decay_norms: bool = Field(default=False, description="weight decay on norms as well, as published")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
     epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
-    schedule: Schedule = Field(default="cosine", description="after the warm-up; stable_decay is constant, then linear")
+    schedule: Schedule = Field(
+        default="cosine",
+        description="cosine, linear, constant, or stable_decay (constant, then linear), after a linear warm-up",
+    )
     decay_from: float = Field(
         default=0.6, ge=0, le=1, description="of stable_decay: fraction of the steps where it starts"
     )
@@ -129,7 +136,8 @@ class ParallelConfig(_Section):
     """How ranks share the work; start them with torchrun."""
 
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
-        default="ddp", description="copies (ddp), or shards through FSDP2 or DeepSpeed ZeRO with the shipped settings"
+        default="ddp",
+        description="ddp: copies; fsdp2, zero2, zero3: shards, through accelerate, with the shipped settings",
     )
     settings: Path | None = Field(default=None, description="JSON file instead of the shipped settings of the strategy")
     timeout: int = Field(default=7200, ge=1, description="seconds that ranks wait for one another")
@@ -150,7 +158,7 @@ class OutputConfig(_Section):
     final_dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="of the weights in final/")
     log_steps: int = Field(default=1, ge=1, description="steps between log lines")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        default=(), description="further places for the log; the packages must be installed"
+        default=(), description="tensorboard, wandb, trackio, beside the console and log.jsonl; they must be installed"
     )
     run_name: str | None = Field(default=None, description="name there")
 

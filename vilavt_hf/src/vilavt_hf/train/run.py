@@ -166,6 +166,8 @@ def _arguments(config: SftConfig) -> TrainingArguments:
     bf16 = config.model.precision == "bf16"
     # the configuration decides, not what a launcher or an earlier run of this process left there
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
+    # read when the model is loaded: the other ranks then leave the weights to the first one
+    os.environ["ACCELERATE_USE_FSDP"] = str(parallel.strategy == "fsdp2").lower()
     workers = config.data.workers
     return compat.training_arguments(
         output_dir=str(output.folder),
