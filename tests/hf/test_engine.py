@@ -199,6 +199,25 @@ def test_each_image_is_encoded_when_it_first_appears_and_never_again(tiny_model,
     assert len(calls) < sum(len(talk.inquiries) for talk in talks)  # groups of different rows share a call
 
 
+@pytest.mark.parametrize(("tokens", "most_rows"), [(1, 1), (80, 2), (10_000, 4)])
+def test_what_is_prefilled_at_once_is_bounded(tiny_model, processor, tokenizer, tokens, most_rows):
+    sizes = []
+
+    class Watched(Engine):
+        def _prefill(self, rows):
+            sizes.append((len(rows), max(len(row.pending) for row in rows)))
+            return super()._prefill(rows)
+
+    script = Script()
+    talks = [Talk(tokenizer, name, turns=2, seed=i) for i, name in enumerate("abcd")]
+    engine = Watched(tiny_model, processor.encode_inquiries, choose=script, max_prefill_tokens=tokens)
+    rows = run(engine, talks)
+    assert max(count for count, _ in sizes) == most_rows
+    assert all(count * longest <= tokens for count, longest in sizes if count > 1)
+    for talk in talks:
+        assert_reuse_is_exact(tiny_model, processor, talk, script.seen[talk.name], rows[talk.name])
+
+
 def test_no_state_is_left_on_the_module(tiny_model, processor, tokenizer):
     tiny_model.model.rope_deltas = "untouched"
     before = {name: dict(vars(module)) for name, module in tiny_model.named_modules()}

@@ -10,7 +10,7 @@ from vilavt_hf.episode import Episode, SpecialTokens
 from vilavt_hf.errors import EpisodeError, ImageError
 from vilavt_hf.presets import PRESETS, Limits
 from vilavt_hf.prompts import PromptSet
-from vilavt_hf.protocol import Answer, FinishReason, MalformedReason, NoAction, ToolCall
+from vilavt_hf.protocol import Answer, FinishReason, MalformedReason, NoAction, Region, ToolCall
 
 SMALL = Limits(max_turns=4, max_images=6, max_new_tokens_per_turn=200, max_pixels=64 * 784)
 TINY = PromptSet.load("tiny")
@@ -230,6 +230,23 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
 
     with pytest.raises(EpisodeError, match=r"no token <\|im_start\|>"):
         SpecialTokens.of(Plain())
+
+
+def test_a_redirected_call_crops_elsewhere_and_the_stream_keeps_what_was_sampled(begin):
+    straight, elsewhere = begin(), begin()
+    other = Region(0, (84, 84, 168, 168))
+    expected = say(straight, zoom())
+    turn = say(elsewhere, zoom(), redirect=lambda call: replace(call, regions=(other,), query="not used"))
+    assert [view.box for view in turn.views] == [other.box]
+    assert (turn.action, elsewhere.inquiries[-1].query) == (expected.action, "the sign")
+    assert turn.views[0].image.size == expected.views[0].image.size
+    assert elsewhere.record.token_ids == straight.record.token_ids
+
+
+def test_a_redirected_call_is_checked_like_any_other(begin):
+    episode = begin()
+    turn = say(episode, zoom(), redirect=lambda call: replace(call, regions=(Region(7, (0, 0, 84, 84)),)))
+    assert turn.problem == "region 0 names image 7, but images 0 to 0 were shown"
 
 
 def test_feedback_names_the_wrong_region_and_the_conversation_goes_on(begin, tokenizer):

@@ -1,6 +1,7 @@
 """The model as its users drive it: inputs, batches, gradients, freezing, precision, generation."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -290,6 +291,15 @@ def test_torch_varlen_can_be_selected_and_says_what_it_needs(tiny_checkpoint, ti
     assert torch.isfinite(model(**batch(tiny_model, [2])).logits).all()  # the language model falls back to SDPA
     with pytest.raises(ValueError, match="needs CUDA and float16 or bfloat16"):
         model(**batch(tiny_model, [0]))
+
+
+@torch.no_grad()
+def test_torch_varlen_on_a_torch_without_it_is_refused_with_the_remedy(build_model, monkeypatch):
+    model = build_model()
+    model.model.visual.config._attn_implementation = "torch_varlen"
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    with pytest.raises(ValueError, match="install a newer torch, or use 'sdpa'"):
+        model(**batch(model, [0]))
 
 
 @torch.no_grad()

@@ -13,11 +13,17 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import gc
+import socket
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -28,6 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor, compat
 from vilavt_hf.protocol import Region, ToolCall, format_tool_call
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -278,6 +285,46 @@ def start():
     yield begin
     while running:
         running.pop().stop()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One ``vilavt-serve`` for vilavt-tiny with processes of its own: `.url`, `.base`, `.key`, `.pid`, `.metric(…)`."""
+    key = "secret"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vilavt_vllm.server.command", str(EXAMPLES / "vilavt-tiny"), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--api-key", key]
+    command += ["--enable-prompt-tokens-details", "--allowed-local-media-path", str(EXAMPLES / "pictures")]
+    # Caches small enough for the load test's first round to fill: what grows after it is no cache.
+    command += ["--num-gpu-blocks-override", "1024", "--mm-processor-cache-gb", "0.05"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    settings = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS")}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
+    base = f"http://127.0.0.1:{port}"
+
+    def metric(name: str) -> float:
+        """Sum over the series of a metric, or the one series that is named with its labels."""
+        series = [line.rsplit(" ", 1) for line in httpx.get(f"{base}/metrics", timeout=30).text.splitlines()]
+        return sum(float(row[1]) for row in series if name in (row[0], row[0].split("{")[0]))
+
+    try:
+        for _ in range(360):
+            if process.poll() is not None:
+                pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{base}/health", timeout=2).status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield SimpleNamespace(url=f"{base}/v1", base=base, key=key, pid=process.pid, log=log, metric=metric)
+        process.terminate()
+        assert process.wait(60) == 0, "a SIGTERM did not end the server in the ordinary way"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(30)
 
 
 @pytest.fixture(scope="session")

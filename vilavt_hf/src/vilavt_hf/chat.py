@@ -18,23 +18,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from .engine import Engine, Row, Sampled, Sampler, Work
+from .engine import MAX_PREFILL_TOKENS, Engine, Row, Sampled, Sampler, Work
 from .episode import Episode, Inquiry, Request
 from .errors import CheckpointError, EngineError
 from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling, get_preset
 from .prompts import PromptSet
-from .protocol import Region, ToolCall, parse_turn
-from .regions import MAX_PIXELS
 from .results import (
+    AnswerEvent,
     ChatResult,
+    CropsEvent,
     Event,
     Finished,
     ImageSource,
     Intervention,
     Provenance,
+    RefusedEvent,
     Sample,
     TextDelta,
+    ToolCallEvent,
     turn_events,
     versions,
 )
@@ -84,6 +86,7 @@ class VilavtChat:
         seed: for sampling.
         prompts: wording. None: the checkpoint's own, else the built-in ``default``.
         max_batch_size: conversations that run side by side.
+        max_prefill_tokens: new tokens of waiting conversations that are computed at once; lower it if memory is short.
         image_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
         checkpoint: where the model came from, for the record.
@@ -101,6 +104,7 @@ class VilavtChat:
         seed: int = 0,
         prompts: PromptSet | str | None = None,
         max_batch_size: int = 8,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
         allow_urls: bool = False,
         checkpoint: str | None = None,
@@ -115,7 +119,7 @@ class VilavtChat:
         self.seed = seed
         named = PromptSet.load(prompts) if isinstance(prompts, str) else prompts
         self.prompts = named or processor.prompts or PromptSet.load("default")
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.max_prefill_tokens = max_batch_size, max_prefill_tokens
         self.image_limits, self.allow_urls = image_limits, allow_urls
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self._choose = Sampler(self.sampling)
@@ -283,7 +287,13 @@ class VilavtChat:
         def encode(inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
             return self.processor.encode_inquiries(inquiries, query_prefix=self.preset.query_prefix or None)
 
-        return Engine(self.model, encode, choose=self._choose, max_batch_size=self.max_batch_size)
+        return Engine(
+            self.model,
+            encode,
+            choose=self._choose,
+            max_batch_size=self.max_batch_size,
+            max_prefill_tokens=self.max_prefill_tokens,
+        )
 
     def _seed_of(self, sample: Sample) -> int:
         return sample.seed_from(self.seed)
@@ -390,13 +400,14 @@ class VilavtChat:
         """Give the episode a whole turn and say what came of it."""
         assert run.episode is not None
         seconds = time.perf_counter() - run.asked
-        with _AlteredCrops(run, self._decode(run.ids)):
-            turn = run.episode.feed(
-                run.ids,
-                logprobs=run.logprobs or None,
-                finish="length" if finish == "length" else "stop",
-                seconds=seconds,
-            )
+        change = run.intervention.transform_call
+        turn = run.episode.feed(
+            run.ids,
+            logprobs=run.logprobs or None,
+            finish="length" if finish == "length" else "stop",
+            seconds=seconds,
+            redirect=None if change is None else partial(change, run.sample),
+        )
         run.ids, run.logprobs, run.shown = [], [], 0
         yield from turn_events(turn)
 
@@ -518,32 +529,23 @@ class Conversation:
                 self._engine.close(run.row)
 
 
-class _AlteredCrops:
-    """While a turn is carried out, crop what `transform_call` says instead of what the model wrote."""
-
-    def __init__(self, run: _Run, text: str) -> None:
-        self._run, self._text = run, text
-
-    def __enter__(self) -> None:
-        run, change = self._run, self._run.intervention.transform_call
-        if change is None or run.episode is None:
-            return
-        action = parse_turn(self._text, run.episode.preset.rules)
-        if not isinstance(action, ToolCall):
-            return
-        gallery, regions = run.episode.gallery, change(run.sample, action).regions
-        plan = gallery.plan
-
-        def altered(_: Iterable[Region], max_pixels: float = MAX_PIXELS) -> Any:
-            return plan(regions, max_pixels)
-
-        # An episode crops through its gallery; an instance attribute reaches this conversation only.
-        gallery.plan = altered  # type: ignore[method-assign, assignment]
-
-    def __exit__(self, *error: object) -> None:
-        if self._run.episode is not None:
-            vars(self._run.episode.gallery).pop("plan", None)
-
-
 def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     return [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
+
+
+__all__ = [
+    "AnswerEvent",
+    "ChatResult",
+    "Conversation",
+    "CropsEvent",
+    "Event",
+    "Finished",
+    "ImageSource",
+    "Intervention",
+    "Provenance",
+    "RefusedEvent",
+    "Sample",
+    "TextDelta",
+    "ToolCallEvent",
+    "VilavtChat",
+]

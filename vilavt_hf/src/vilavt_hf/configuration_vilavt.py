@@ -11,10 +11,10 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
-logger = logging.getLogger(__name__)
+from .checkpoint.config import derived_text_encoder_config
+from .checkpoint.layout import Checkpoint, query_aware_blocks
 
-PUBLISHED_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration_Vilavt"
-"""Class name in published config files; loading never depends on it, and saved files name ours."""
+logger = logging.getLogger(__name__)
 
 QWEN3_EMBEDDING = {
     "vocab_size": 151669,
@@ -48,24 +48,11 @@ class VilavtVisionConfig(Qwen2_5_VLVisionConfig):
         """Indices of the query-aware blocks.
 
         Raises:
-            ValueError: ``integration_point`` is not a known name.
+            CheckpointError: ``integration_point`` is not a known name.
         """
-        depth = self.depth
-        spans: dict[str | None, Any] = {
-            "all": range(depth),
-            "early": range(depth // 2),
-            "late": range(depth // 2, depth),
-            "late2": range(3 * depth // 4, depth),
-            "late3": range(depth // 4, depth),
-            "sparse": self.fullatt_block_indexes,
-            "none": (),
-            None: (),
-        }
-        if self.integration_point not in spans:
-            raise ValueError(
-                f"vision_config.integration_point={self.integration_point!r}, expected one of {sorted(map(str, spans))}"
-            )
-        return frozenset(spans[self.integration_point])
+        return query_aware_blocks(
+            {name: getattr(self, name) for name in ("depth", "fullatt_block_indexes", "integration_point")}
+        )
 
 
 class VilavtConfig(Qwen2_5_VLConfig):
@@ -159,9 +146,6 @@ def _checked_parts(parts: list[str] | tuple[str, ...]) -> list[str]:
 
 def _query_encoder_of(folder: str | os.PathLike) -> dict[str, Any]:
     """Configuration of the query encoder inside a checkpoint folder, from the headers of its tensors."""
-    from .checkpoint.config import derived_text_encoder_config
-    from .checkpoint.layout import Checkpoint
-
     prefix = "text_encoder."
     tensors = Checkpoint.open(folder).require_sound().tensors
     shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_PREFILL_TOKENS = 16384
+"""What `Engine` prefills at once by default."""
+
 Encode = Callable[[Sequence["Inquiry"]], dict[str, torch.Tensor]]
 """Inquiries to the inputs of `get_image_features`, as `VilavtProcessor.encode_inquiries` does."""
 
@@ -258,6 +261,8 @@ class Engine:
         encode: inquiries to encoder inputs.
         choose: picks tokens; greedy by default.
         max_batch_size: rows that run side by side; more wait in line.
+        max_prefill_tokens: new tokens, padding included, that one step prefills (and whose images it encodes) at most,
+            unless one row alone has more; bounds the memory of a step.
         clock: what `timings` is measured with, e.g. `time.process_time`.
 
     Raises:
@@ -271,6 +276,7 @@ class Engine:
         *,
         choose: Choose | None = None,
         max_batch_size: int = 8,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config: Any = model.config
@@ -285,6 +291,7 @@ class Engine:
         self.encode = encode
         self.choose = choose or Sampler(Sampling())
         self.max_batch_size = max_batch_size
+        self.max_prefill_tokens = max_prefill_tokens
         self._layers: int = config.text_config.num_hidden_layers
         self._merge_unit: int = config.vision_config.spatial_merge_size**2
         self.clock = clock
@@ -366,7 +373,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
-        """Prefill the rows that wait, if there is room, else decode one token for all running rows.
+        """Prefill rows that wait, if there is room, else decode one token for all running rows.
 
         Returns:
             One entry per row that moved. A row whose computation raised gets ``finish="error"`` and is closed; the
@@ -374,8 +381,7 @@ class Engine:
         """
         room = self.max_batch_size - (len(self._running.rows) if self._running else 0)
         if self._waiting and room > 0:
-            rows, self._waiting = self._waiting[:room], self._waiting[room:]
-            return self._start(rows)
+            return self._start(self._next_rows(room))
         if self._running is None:
             return []
         batch = self._running
@@ -388,6 +394,18 @@ class Engine:
             logger.exception("decoding failed for %d rows", len(batch.rows))
             self._running = None
             return [self._failed(row, error) for row in batch.rows]
+
+    def _next_rows(self, room: int) -> list[Row]:
+        """Take the rows that are prefilled together out of the line: the first always, then while they fit."""
+        rows = self._waiting[:1]
+        longest = len(rows[0].pending)
+        for row in self._waiting[1:room]:
+            longest = max(longest, len(row.pending))
+            if (len(rows) + 1) * longest > self.max_prefill_tokens:
+                break
+            rows.append(row)
+        del self._waiting[: len(rows)]
+        return rows
 
     def _start(self, rows: list[Row]) -> list[Sampled]:
         try:

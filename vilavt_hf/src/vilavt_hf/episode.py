@@ -15,7 +15,7 @@ responses, and for an ``<|im_end|>`` that the episode had to add.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any, Literal
@@ -307,16 +307,18 @@ class Episode:
         logprobs: Sequence[float] | None = None,
         finish: Literal["stop", "length"] = "stop",
         seconds: float | None = None,
+        redirect: Callable[[ToolCall], ToolCall] | None = None,
     ) -> Turn:
         """Take one sampled turn, act on it, and append the reply or end the episode.
 
         Args:
             token_ids: what was sampled, its stop token included. If ``finish`` is ``stop`` and none is there,
-                ``<|im_end|>`` is appended
-                without loss.
+                ``<|im_end|>`` is appended without loss.
             logprobs: one per token.
             finish: why sampling ended; a stop token at the end counts as ``stop`` whatever is said here.
             seconds: time it took, for the record.
+            redirect: for ablations: its call's regions are cropped instead of those of the turn's call. Stream, turn
+                and query stay as the model wrote them.
 
         Returns:
             The finished turn.
@@ -356,7 +358,7 @@ class Episode:
         elif self.preset.close_tag_ends and ANSWER_CLOSE in text:
             self._end(FinishReason.MALFORMED, f"the turn holds {ANSWER_CLOSE} without an answer before it")
         else:
-            turn = self._act(turn)
+            turn = self._act(turn, redirect)
         self._turns.append(turn)
         return turn
 
@@ -481,7 +483,7 @@ class Episode:
             body = (body[0].lstrip("\n"), *body[1:])
         return [*(part for line in lines for part in line), *body]
 
-    def _act(self, turn: Turn) -> Turn:
+    def _act(self, turn: Turn, redirect: Callable[[ToolCall], ToolCall] | None) -> Turn:
         """Carry out a turn that stopped in the ordinary way and is no answer."""
         limits, action = self.limits, turn.action
         last = turn.index + 1 >= limits.max_turns
@@ -490,8 +492,9 @@ class Episode:
                 problem = f"turn {turn.index + 1} of {limits.max_turns} asked for another zoom; raise Limits.max_turns"
                 self._end(FinishReason.TURN_LIMIT, problem)
                 return replace(turn, problem=problem)
+            regions = (action if redirect is None else redirect(action)).regions
             try:
-                plans = self._gallery.plan(action.regions, limits.crop_max_pixels or limits.max_pixels)
+                plans = self._gallery.plan(regions, limits.crop_max_pixels or limits.max_pixels)
             except RegionError as error:
                 return self._refuse(turn, FinishReason.BAD_REGION, str(error), "bad_call", last)
             return self._zoom(turn, action, plans)

@@ -50,3 +50,7 @@ class DataError(VilavtError):
 
 class TrainingError(VilavtError):
     """A training run was set up against its contract, or cannot go on."""
+
+
+class ScoringError(VilavtError):
+    """A question cannot be scored: its type is unknown, its target does not fit the type, or a package is missing."""

@@ -32,8 +32,6 @@ class Limits:
     """Tokens the model may sample in one turn."""
     max_context: int | None = None
     """Tokens of the whole conversation, sampled ones included; None: unlimited."""
-    max_query_tokens: int = 50
-    """Tokens of a query, its end token included; longer ones are cut by the processor."""
     max_pixels: float = FULL_PIXELS
     """Pixels of one original, or of all originals together if the preset splits the budget."""
     crop_max_pixels: float | None = None
@@ -44,7 +42,7 @@ class Limits:
     """Pixels of all images of the conversation as shown; None: unlimited. Counts as an image limit."""
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_images", "max_new_tokens_per_turn", "max_query_tokens"):
+        for name in ("max_turns", "max_images", "max_new_tokens_per_turn"):
             if getattr(self, name) < 1:
                 raise EpisodeError(f"Limits.{name} is {getattr(self, name)}, it must be at least 1")
         for name in ("max_context", "max_total_pixels"):

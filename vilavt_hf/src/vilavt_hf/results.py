@@ -84,6 +84,20 @@ class Provenance:
     attention: str
     versions: Mapping[str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(replace(self, versions={})) | {"versions": dict(self.versions)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            TypeError, KeyError: other fields than this version's.
+        """
+        nested = {"limits": Limits(**data["limits"]), "sampling": Sampling(**data["sampling"])}
+        return cls(**{**data, **nested})
+
 
 @dataclass(frozen=True, eq=False)
 class ChatResult:
@@ -143,7 +157,7 @@ class ChatResult:
         ratios = {"patches_ratio": self.work.patches_ratio, "tokens_ratio": self.work.tokens_ratio}
         out["work"] = asdict(self.work) | ratios
         out["seconds"] = self.seconds
-        out["provenance"] = asdict(replace(self.provenance, versions={})) | {"versions": dict(self.provenance.versions)}
+        out["provenance"] = self.provenance.to_json()
         return out
 
 

@@ -31,11 +31,16 @@ def colour(index: int) -> str:
     return COLOURS[(index - 1) % len(COLOURS)]
 
 
-def write_html(results: ChatResult | Sequence[ChatResult], path: str | Path) -> Path:
-    """Write one page with all given conversations, and return its path. The page needs no network and no script."""
+def write_html(
+    results: ChatResult | Sequence[ChatResult], path: str | Path, *, sections: Sequence[str] | None = None
+) -> Path:
+    """Write one page with all given conversations, and return its path. The page needs no network and no script.
+
+    `sections`, one per conversation, is HTML to put after it; the caller has escaped what came from elsewhere.
+    """
     several = [results] if isinstance(results, ChatResult) else list(results)
     path = Path(path)
-    path.write_text(_page(several), encoding="utf-8")
+    path.write_text(_page(several, sections or [""] * len(several)), encoding="utf-8")
     return path
 
 
@@ -95,8 +100,8 @@ td:first-child { color: var(--soft); white-space: nowrap; } td { overflow-wrap: 
 """
 
 
-def _page(results: Sequence[ChatResult]) -> str:
-    body = "\n".join(_conversation(result) for result in results)
+def _page(results: Sequence[ChatResult], sections: Sequence[str]) -> str:
+    body = "\n".join(_conversation(result, section) for result, section in zip(results, sections, strict=True))
     # The policy makes "self-contained" a promise that the browser keeps.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
@@ -108,7 +113,7 @@ def _page(results: Sequence[ChatResult]) -> str:
     )
 
 
-def _conversation(result: ChatResult) -> str:
+def _conversation(result: ChatResult, section: str) -> str:
     views = result.views
     shown = {index for turn in result.turns for index in turn.image_indices}
     first = [index for index in range(len(views)) if index not in shown]
@@ -124,7 +129,7 @@ def _conversation(result: ChatResult) -> str:
     elif result.answer is None and result.episode is not None:
         problem = _escape(f"No answer ({result.finish}): {result.episode.detail}")
         parts.append(f'<section><p class="bad">{problem}</p></section>')
-    parts.append(_facts(result))
+    parts += [_facts(result), section]
     return "<article>\n" + "\n".join(parts) + "\n</article>"
 
 

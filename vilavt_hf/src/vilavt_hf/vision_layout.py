@@ -88,13 +88,18 @@ class Segments:
         return torch.cat(out)[self.unbucket].flatten(1)
 
     def _torch_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            raise ValueError(
+                f"attn_implementation={TORCH_VARLEN!r} needs torch.nn.attention.varlen, which this torch "
+                f"({torch.__version__}) does not have; install a newer torch, or use 'sdpa'"
+            ) from None
         if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"attn_implementation={TORCH_VARLEN!r} needs CUDA and float16 or bfloat16, the tower runs in "
                 f"{q.dtype} on {q.device}; use 'sdpa'"
             )
-        from torch.nn.attention.varlen import varlen_attn
-
         out: Any = varlen_attn(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale=scale)
         return out.flatten(1)
 

@@ -1,4 +1,4 @@
-"""GRPO for ViLaVT. Not implemented yet: this release reserves the name; see the README for what is planned."""
+"""GRPO for ViLaVT in unmodified trainers: verl, and EasyR1 from a checkout. Importing this package imports neither."""
 
 from importlib.metadata import version
 

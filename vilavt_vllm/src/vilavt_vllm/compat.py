@@ -78,3 +78,34 @@ def refuse_unsupported(vllm_config: Any) -> None:
             raise UnsupportedError(
                 f"{feature} is not supported by ViLaVT: {UNSUPPORTED[feature].removeprefix('refused: ')}"
             )
+
+
+def serve(arguments: list[str], options: Any) -> None:
+    """Run vLLM's API server in this process until it is told to stop.
+
+    Args:
+        arguments: its command line.
+        options: put on its namespace as ``vilavt``, where our endpoint plug-in finds them.
+    """
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+    args = parser.parse_args(arguments)
+    validate_parsed_serve_args(args)
+    if (args.api_server_count or 1) > 1:
+        raise UnsupportedError(
+            f"--api-server-count {args.api_server_count}: a conversation is remembered in the process that answered "
+            "it; run several servers behind a proxy that keeps a client on one of them"
+        )
+    args.vilavt = options
+    uvloop.run(run_server(args))

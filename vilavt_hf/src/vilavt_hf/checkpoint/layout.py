@@ -62,12 +62,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its tensors in file order, its metadata, and where the data starts."""
+    """One safetensors file: its tensors in file order, and its metadata."""
 
     path: Path
     tensors: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
-    data_start: int
     size: int
 
 
@@ -138,7 +137,7 @@ def read_shard(path: Path) -> Shard:
     if position != size:
         problem = "is truncated" if size < position else "has trailing bytes"
         raise CheckpointError(f"{path} {problem}: {size} bytes, its header describes {position}; copy it again")
-    return Shard(path, tuple(tensors), metadata, 8 + length, size)
+    return Shard(path, tuple(tensors), metadata, size)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -269,7 +268,7 @@ def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def query_aware_blocks(vision: Mapping[str, Any]) -> frozenset[int]:
-    """Indices of the blocks with query projections, as `VilavtVisionConfig.query_aware_blocks`, from a plain dict.
+    """Indices of the blocks that see a query, from a ``vision_config`` (see `VilavtVisionConfig` for the names).
 
     Raises:
         CheckpointError: ``integration_point`` is not a known name.

@@ -57,15 +57,17 @@ def ask(
     """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
     from rich.console import Console
 
+    from ..settings import preset_of
+
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
         settings["preset"] = preset
+    if temperature is not None:
+        settings["sampling"] = replace(preset_of(model, preset).sampling, temperature=temperature)
     _check_writable(trace, picture)
     chat = _load(model, device, dtype, attention=attention, **settings)
     changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
     chat.limits = replace(chat.limits, **{name: value for name, value in changes.items() if value is not None})
-    if temperature is not None:
-        chat = _with_temperature(chat, temperature)
     console = Console(stderr=as_json, highlight=False)
     result = _show(console, chat.stream(image, question))
     if as_json:
@@ -88,10 +90,12 @@ def demo(
     """
     from rich.console import Console
 
+    from ..tiny.shipped import shipped
+
     console = Console(highlight=False)
-    questions = _questions(data or _example("pictures/questions.json", "--data"))
+    questions = _questions(data or shipped("pictures/questions.json", "pass --data"))
     _check_writable(out, picture)
-    name = model or str(_example("vilavt-tiny", "--model"))
+    name = model or str(shipped("vilavt-tiny", "pass --model"))
     chat = _load(name, device, dtype)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
@@ -127,22 +131,6 @@ def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
-
-
-def _with_temperature(chat: VilavtChat, temperature: float) -> VilavtChat:
-    from ..chat import VilavtChat
-
-    return VilavtChat(
-        chat.model,
-        chat.processor,
-        preset=chat.preset,
-        limits=chat.limits,
-        sampling=replace(chat.sampling, temperature=temperature),
-        seed=chat.seed,
-        allow_urls=chat.allow_urls,
-        checkpoint=chat.checkpoint,
-        fingerprint=chat.fingerprint,
-    )
 
 
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:
@@ -208,16 +196,6 @@ def _write(console: Console, results: list[ChatResult], page: Path | None, pictu
     if picture is not None:
         draw_conversation(results[0]).save(picture)
         console.print(f"picture: {picture}", soft_wrap=True, markup=False)
-
-
-def _example(name: str, option: str) -> Path:
-    """A shipped example: inside an installed wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    roots = [package / "_examples", *(parent / "examples" for parent in package.parents[:4])]
-    for root in roots:
-        if (root / name).exists():
-            return root / name
-    raise CheckpointError(f"examples/{name} is not here; pass {option}, or run from a checkout of the project")
 
 
 def _questions(path: Path) -> list[tuple[Path, str, str]]:

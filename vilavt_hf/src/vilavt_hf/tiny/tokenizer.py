@@ -1,6 +1,6 @@
 """The tiny model's tokenizer: byte-level BPE trained on the fly, Qwen's special tokens, one token per small integer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -89,13 +89,3 @@ def wrap(tokenizer: Tokenizer, *, query: bool = False) -> PreTrainedTokenizerFas
         chat_template=None if query else CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def ids_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:
-    """Ids of tokens by name.
-
-    Raises:
-        KeyError: a token is not in the vocabulary.
-    """
-    vocabulary = tokenizer.get_vocab()
-    return [vocabulary[token] for token in tokens]

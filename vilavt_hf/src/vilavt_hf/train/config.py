@@ -19,6 +19,9 @@ from .trainer import LossMean
 
 Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Those that come with the package; the repository's ``recipes/`` links to them."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
@@ -189,7 +192,7 @@ class SftConfig(_Section):
         Raises:
             TrainingError: the file cannot be read, or a key is unknown or has a wrong value; names all of them.
         """
-        path = _shipped(Path(path))
+        path = _named(Path(path))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
@@ -237,11 +240,10 @@ def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator
         yield key, default, field.description or ""
 
 
-def _shipped(path: Path) -> Path:
-    """A recipe inside an installed wheel, or beside the package in a checkout, if there is no such file here."""
-    package = Path(__file__).resolve().parents[1]
-    folders = (package / "_recipes", *(parent / "recipes" for parent in package.parents[:4]))
-    return next((p for p in (path, *(folder / path.name for folder in folders)) if p.is_file()), path)
+def _named(path: Path) -> Path:
+    """A recipe that comes with the package, if there is no such file here."""
+    recipe = RECIPES / path.name
+    return recipe if recipe.is_file() and not path.is_file() else path
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:

@@ -1,0 +1,209 @@
+"""One trajectory through verl's own agent loop worker, against a server that plays a script."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl has an environment of its own")
+
+from vilavt_rl.data import read_rows
+
+CALL = (
+    '<think>red row 0 column 0</think><tool>{"region": [{"index": 0, "bbox_2d": [0, 0, 28, 28]}, '
+    '{"index": 0, "bbox_2d": [28, 0, 84, 56]}], "query": "digit on the red card"}</tool>'
+)
+ANSWER = "<think>7</think><answer>7</answer>"
+
+
+class Script:
+    """Stands for verl's server client; says the given turns, the longest prompt the latest."""
+
+    def __init__(self, tokenizer, turns) -> None:
+        self.tokenizer, self.turns, self.calls = tokenizer, turns, []
+
+    async def generate(self, request_id, *, prompt_ids, sampling_params, image_data=None, **more):
+        from verl.workers.rollout.replica import TokenOutput
+
+        turn = sum(call["request_id"] == request_id for call in self.calls)
+        self.calls.append(
+            {
+                "request_id": request_id,
+                "prompt": list(prompt_ids),
+                "params": dict(sampling_params),
+                "images": list(image_data or []),
+                "more": more,
+            }
+        )
+        allowed = sampling_params["max_tokens"]
+        sampling_params.clear()  # servers take keys out
+        text = self.turns[turn]
+        ids = [
+            *self.tokenizer.encode(text, add_special_tokens=False),
+            self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        ]
+        ids = ids[:allowed]
+        return TokenOutput(
+            token_ids=ids,
+            log_probs=[-0.25 - turn] * len(ids),
+            stop_reason="completed",
+            extra_fields={"min_global_steps": turn, "max_global_steps": turn},
+        )
+
+
+@pytest.fixture(scope="module")
+def worker(tiny: Path, recipe_config):
+    from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+
+    config = recipe_config("tiny_cpu", f"actor_rollout_ref.model.path={tiny}")
+    return AgentLoopWorker(config, None)
+
+
+def run(worker, rows, turns, **fields):
+    from verl.protocol import DataProto
+
+    worker.llm_client = Script(worker.tokenizer, turns)
+    columns = {
+        "row": [row.to_json() for row in rows],
+        "raw_prompt": [[{"role": "user", "content": row.question}] for row in rows],
+        **{name: [value] * len(rows) for name, value in fields.items()},
+    }
+    arrays = {}
+    for name, values in columns.items():
+        arrays[name] = np.empty(len(values), dtype=object)
+        arrays[name][:] = values
+    batch = DataProto.from_dict(tensors={"dummy": torch.zeros(len(rows), 1)}, non_tensors=arrays)
+    return asyncio.run(worker.generate_sequences(batch)), worker.llm_client.calls
+
+
+@pytest.fixture(scope="module")
+def played(worker, rows_file: Path):
+    return run(worker, read_rows(rows_file)[:2], [CALL, ANSWER])
+
+
+def test_the_trained_tokens_are_the_sampled_ones_the_end_of_turn_included(played, worker) -> None:
+    out, _ = played
+    end = worker.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = [t for text in (CALL, ANSWER) for t in [*worker.tokenizer.encode(text, add_special_tokens=False), end]]
+    for row in range(2):
+        mask = out.batch["response_mask"][row].bool()
+        assert out.batch["responses"][row][mask].tolist() == expected
+        assert int(mask.sum()) == len(expected)
+        assert out.batch["responses"][row][mask].tolist().count(end) == 2
+
+
+def test_every_token_after_the_prompt_came_from_the_episode_or_the_engine(played) -> None:
+    out, calls = played
+    trained = [out.batch["input_ids"][i][out.batch["attention_mask"][i].bool()].tolist() for i in range(2)]
+    for call in calls:
+        assert sum(ids[: len(call["prompt"])] == call["prompt"] for ids in trained) == 1
+
+
+def test_a_session_keeps_its_id_and_its_sampling_parameters(played) -> None:
+    _, calls = played
+    assert len({call["request_id"] for call in calls}) == 2
+    assert len(calls) == 4
+    for call in calls:
+        assert call["params"]["max_tokens"] == 96
+        assert len(call["params"]["logit_bias"]) == 4
+        assert set(call["params"]["logit_bias"].values()) == {-100.0}
+        assert len(call["params"]["stop_token_ids"]) == 2
+
+
+def test_groups_travel_as_counts_and_can_be_concatenated(played) -> None:
+    out, calls = played
+    told = calls[-1]["more"]["mm_processor_kwargs"]
+    assert told == {"queries": ["", "digit on the red card"], "images_per_query": [1, 2]}
+    assert len(calls[-1]["images"]) == 3
+    from verl.utils.model import extract_multi_modal_inputs
+
+    inputs = extract_multi_modal_inputs(out.non_tensor_batch["multi_modal_inputs"])
+    assert inputs["images_per_query"].tolist() == [1, 2, 1, 2]
+    assert inputs["query_ids"].shape == inputs["query_attention_mask"].shape == (4, 50)
+    assert inputs["image_grid_thw"].shape == (6, 3)
+
+
+def test_positions_are_the_models_own(played, tiny) -> None:
+    from vilavt_hf import VilavtConfig, VilavtModel
+    from vilavt_hf.compat import rope_index
+
+    out, _ = played
+    with torch.device("meta"):
+        model = VilavtModel._from_config(VilavtConfig.from_pretrained(tiny))
+    real = out.batch["attention_mask"][0].bool()
+    grid = out.non_tensor_batch["multi_modal_inputs"][0]["image_grid_thw"]
+    expected = rope_index(model, out.batch["input_ids"][0][real], grid)
+    assert torch.equal(out.batch["position_ids"][0, 1:, real], expected)
+    assert torch.equal(out.batch["position_ids"][0, 0, real], torch.arange(int(real.sum())))
+
+
+def test_logprobs_weight_versions_and_rewards_come_along(played, rows_file: Path) -> None:
+    out, _ = played
+    mask = out.batch["response_mask"][0].bool()
+    assert set(out.batch["rollout_log_probs"][0][mask].tolist()) == {-0.25, -1.25}
+    assert out.batch["rollout_log_probs"][0][~mask].abs().max() == pytest.approx(0.0)
+    assert out.non_tensor_batch["min_global_steps"].tolist() == [0, 0]
+    assert out.non_tensor_batch["max_global_steps"].tolist() == [1, 1]
+    rows = read_rows(rows_file)[:2]
+    expected = [1.0 if row.answer == "7" else 0.0 for row in rows]
+    assert out.batch["rm_scores"].sum(-1).tolist() == pytest.approx(expected)
+    assert out.non_tensor_batch["zooms"].tolist() == [1.0, 1.0]
+
+
+def test_a_trajectory_never_outgrows_the_response_length(worker, rows_file: Path) -> None:
+    out, calls = run(worker, read_rows(rows_file)[:1], [CALL, CALL, CALL, CALL, ANSWER])
+    lengths = out.batch["attention_mask"].sum(-1)
+    assert int(lengths.max()) <= 192 + 320
+    assert out.non_tensor_batch["finish"][0] in ("turn_limit", "context_limit")
+    assert calls[-1]["params"]["max_tokens"] <= 192 + 320 - len(calls[-1]["prompt"])
+
+
+def test_an_engine_other_than_ours_is_not_told_the_groups(worker, rows_file: Path) -> None:
+    config = worker.config.copy()
+    config.actor_rollout_ref.rollout.name = "vllm"
+    before, worker.config = worker.config, config
+    try:
+        out, calls = run(worker, read_rows(rows_file)[:1], [CALL, ANSWER])
+    finally:
+        worker.config = before
+    assert calls[-1]["more"] == {}
+    assert out.non_tensor_batch["multi_modal_inputs"][0]["images_per_query"].tolist() == [1, 2]
+
+
+def test_rollouts_are_written_and_play_again(worker, rows_file: Path, tiny: Path, tmp_path: Path) -> None:
+    from vilavt_rl.replay import play, read_rollouts, write_page
+    from vilavt_rl.rollout import EpisodeSettings
+
+    before, worker.config = worker.config, worker.config.copy()
+    worker.config.trainer.default_local_dir = str(tmp_path)
+    try:
+        out, _ = run(worker, read_rows(rows_file)[:2], [CALL, ANSWER], global_steps=20, uid="g")
+        run(worker, read_rows(rows_file)[:1], [CALL, ANSWER], global_steps=21, uid="h")
+    finally:
+        worker.config = before
+    rollouts = list(read_rollouts(tmp_path))
+    assert [rollout.step for rollout in rollouts] == [20, 20]
+    settings = EpisodeSettings.of_checkpoint(tiny)
+    record = play(rollouts[0], settings).record
+    trained = [out.batch["input_ids"][i][out.batch["attention_mask"][i].bool()].tolist() for i in range(2)]
+    assert record.token_ids in trained
+    page = write_page(rollouts, settings, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "digit on the red card" in page
+    assert "reward" in page
+
+
+def test_verls_reward_workers_get_the_same_reward(played, rows_file: Path) -> None:
+    from vilavt_rl.rewards import Message, Trajectory
+    from vilavt_rl.verl.reward import compute_score
+
+    messages = Trajectory(
+        (Message("assistant", CALL), Message("user", "<tool_response>…</tool_response>"), Message("assistant", ANSWER))
+    ).to_json()
+    info = {"question_type": "numerical", "messages": messages, "sampled_tokens": 80}
+    assert compute_score("tiny-one", "", "7", info) == pytest.approx({"score": 1, "acc": 1, "format": 1, "zooms": 1})
+    assert compute_score("tiny-one", "", "8", info)["score"] == pytest.approx(0)
+    assert compute_score("x", ANSWER, "7", {"question_type": "numerical"}, version="published")[
+        "score"
+    ] == pytest.approx(1)

@@ -1,0 +1,89 @@
+"""Rows of RL data: the published jsonl as it is, JSON, Parquet, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vilavt_rl.data import Row, read_rows
+from vilavt_rl.errors import DataError
+
+RECORD = {
+    "question": "Which sign is red?",
+    "answer": "A",
+    "image_path": ["street.png"],
+    "question_type": "multiple choice",
+    "data_type": "vsi",
+    "max_num_steps": 3,
+    "max_pixels": 200704,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (56, 56)).save(tmp_path / "street.png")
+    return tmp_path
+
+
+def write(folder: Path, *records: object) -> Path:
+    path = folder / "rl_data.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_published_format_is_read_as_it_is(folder: Path) -> None:
+    (row,) = read_rows(write(folder, RECORD))
+    assert row == Row(
+        "Which sign is red?",
+        "A",
+        (str(folder / "street.png"),),
+        "multiple choice",
+        "vsi",
+        max_turns=3,
+        max_pixels=200704,
+        id="rl_data-1",
+    )
+    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+
+
+def test_a_step_count_of_0_is_not_set(folder: Path) -> None:
+    (row,) = read_rows(write(folder, RECORD | {"max_num_steps": 0, "max_pixels": None}))
+    assert row.max_turns is None
+    assert row.max_pixels is None
+
+
+def test_parquet_and_json_hold_the_same_rows(folder: Path) -> None:
+    pytest.importorskip("pyarrow", reason="only verl brings it")
+    import pyarrow
+    import pyarrow.parquet
+
+    expected = read_rows(write(folder, RECORD, RECORD))
+    (folder / "rl_data.json").write_text(json.dumps([RECORD, RECORD]), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([RECORD, RECORD]), folder / "rl_data.parquet")
+    assert read_rows(folder / "rl_data.json") == expected
+    assert read_rows([folder / "rl_data.parquet"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": " "}, "row 2: 'answer' is missing or blank"),
+        ({"question": None}, "row 2: 'question'"),
+        ({"question_type": "essay"}, "row 2: no question type 'essay'"),
+        ({"image_path": "street.png"}, "must be a list of files"),
+        ({"image_path": ["gone.png"]}, "no image 'gone.png'"),
+        ({"max_pixels": "many"}, "'max_pixels' must be a whole number"),
+    ],
+)
+def test_a_broken_row_is_named(folder: Path, change: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_rows(write(folder, RECORD, RECORD | change))
+
+
+def test_a_file_that_is_not_there_or_not_json_is_named(folder: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(folder / "gone.jsonl")
+    (folder / "bad.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(folder / "bad.jsonl")

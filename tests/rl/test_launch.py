@@ -1,0 +1,82 @@
+"""The command that starts verl, and what the doctor says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl", reason="verl has an environment of its own")
+
+from vilavt_rl import compat
+from vilavt_rl.errors import HostError
+from vilavt_rl.launch import verl_command
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_command_is_verls_own_entry_point_with_absolute_paths(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    given = ["actor_rollout_ref.model.path=examples/vilavt-tiny", "data.seed=2"]
+    command, environment = verl_command("recipes/tiny_cpu.yaml", given)
+    assert command[:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
+    assert command[3:5] == [f"--config-path={ROOT / 'recipes'}", "--config-name=tiny_cpu"]
+    assert f"actor_rollout_ref.model.path={tiny}" in command
+    assert "data.seed=2" in command
+    assert f"actor_rollout_ref.rollout.agent.agent_loop_config_path={ROOT / 'recipes' / 'agent_loop.yaml'}" in command
+    assert environment["VERL_PLATFORM"] == "cpu"
+
+
+def test_a_recipe_that_comes_with_the_package_is_known_by_name() -> None:
+    command, _ = verl_command("tiny_cpu")
+    assert "--config-name=tiny_cpu" in command
+    assert any(part.endswith("recipes/agent_loop.yaml") for part in command)
+
+
+def test_a_gpu_recipe_sets_no_platform() -> None:
+    _, environment = verl_command(ROOT / "recipes" / "vilavt_7b_grpo.yaml")
+    assert "VERL_PLATFORM" not in environment
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"gone\.yaml: no such recipe; it must be a file, or one of .*tiny_cpu"):
+        verl_command(tmp_path / "gone.yaml")
+
+
+def test_the_two_trainers_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.flavour() == "verl"
+    with pytest.raises(HostError, match="verl from the package index"):
+        compat.require_easyr1()
+    for name in ("workers/fsdp_workers.py", "trainer/data_loader.py", "__init__.py"):
+        (tmp_path / "verl" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "verl" / name).touch()
+    code = (
+        "from vilavt_rl import compat\nprint(compat.flavour())\n"
+        "try: compat.require_verl()\nexcept Exception as error: print(error)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("easyr1")
+    assert "the module verl is EasyR1" in out
+    shutil.rmtree(tmp_path / "verl")
+
+
+def test_the_doctor_says_which_plugs_are_live() -> None:
+    from vilavt_hf.doctor import Status
+    from vilavt_rl.doctor import checks
+
+    found = {check.name: check for check in checks(None, False)}
+    assert "policy, processor, cpu" in found["verl plug-in"].detail
+    assert [check for check in found.values() if check.status is Status.FAILED] == []
+
+
+def test_the_doctor_finds_a_plug_in_that_verl_was_told_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vilavt_hf.doctor import Status
+    from vilavt_rl.doctor import checks
+
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    plugin = next(check for check in checks(None, False) if check.name == "verl plug-in")
+    assert plugin.status is Status.FAILED
+    assert "leaves 'vilavt' out" in plugin.detail

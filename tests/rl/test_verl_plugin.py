@@ -1,0 +1,76 @@
+"""What verl finds when it loads us, and that the two functions we replace still need it."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+verl = pytest.importorskip("verl", reason="verl has an environment of its own")
+
+
+def test_verl_loads_the_plugin_by_itself() -> None:
+    from vilavt_rl.verl import plugin
+
+    assert plugin.LIVE == ["policy", "processor", "cpu"]
+
+
+def test_without_the_cpu_platform_only_the_policy_and_the_processor_are_registered() -> None:
+    code = "import verl; from vilavt_rl.verl import plugin; print(plugin.LIVE)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_without_platform()
+    )
+    assert run.stdout.strip().endswith("['policy', 'processor']")
+
+
+def _without_platform() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
+
+
+def test_verls_processor_factory_still_does_not_know_us(tiny) -> None:
+    # When this fails, verl has learned our processor (or grown a registry) and the patch can go.
+    from verl.utils import hf_processor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert hf_processor.__wrapped__(str(tiny)) is None
+    assert type(hf_processor(str(tiny))).__name__ == "VerlVilavtProcessor"
+
+
+def test_every_place_that_took_the_factory_by_name_has_ours() -> None:
+    import verl.model_merger.base_model_merger
+    import verl.utils
+    import verl.workers.config.model
+
+    for module in (verl.utils, verl.utils.tokenizer, verl.workers.config.model, verl.model_merger.base_model_merger):
+        assert module.hf_processor.vilavt
+
+
+def test_torch_still_refuses_the_two_backends_that_verl_asks_for_on_a_cpu() -> None:
+    # When this fails, `compat.use_gloo` can go.
+    with pytest.raises(ValueError, match=r"[Dd]uplicate"):
+        torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend("cpu:gloo,cpu:gloo"))
+
+
+def test_the_auto_class_gives_the_policy_which_cannot_say_a_placeholder(tiny, tokenizer) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from vilavt_hf.stream import SpecialTokens
+
+    model = AutoModelForImageTextToText.from_pretrained(str(tiny), dtype=torch.float32)
+    assert type(model).__name__ == "VilavtPolicy"
+    logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    probabilities = logits.softmax(-1)[..., list(SpecialTokens.of(tokenizer).banned)]
+    assert float(probabilities.detach().max()) < 1e-30
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ["tiny_cpu", "vilavt_7b_grpo"])
+def test_recipes_compose_with_verls_own_defaults(name: str, recipe_config) -> None:
+    config = recipe_config(name, "actor_rollout_ref.model.path=x", "data.train_files=y", "data.val_files=z")
+    assert config.algorithm.adv_estimator == "grpo"
+    assert config.actor_rollout_ref.actor.loss_agg_mode == "seq-mean-token-mean"
+    assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "vilavt"

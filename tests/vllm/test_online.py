@@ -1,0 +1,109 @@
+"""`AsyncVilavtLLM`: conversations over vLLM's async engine, streamed, cancelled and continued."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from vilavt_hf.results import AnswerEvent, CropsEvent, Finished, Sample, TextDelta, ToolCallEvent
+from vilavt_vllm import AsyncVilavtLLM
+
+pytestmark = pytest.mark.engine
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKPOINT = EXAMPLES / "vilavt-tiny"
+ASKED = json.loads((EXAMPLES / "pictures" / "questions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def loop():
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def llm(loop):
+    engine = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "gpu_memory_utilization": 0.3}
+
+    async def begin():
+        return AsyncVilavtLLM.from_checkpoint(str(CHECKPOINT), engine_args=engine)
+
+    llm = loop.run_until_complete(begin())
+    yield llm
+    llm.shutdown()
+
+
+def sample(number: int) -> Sample:
+    asked = ASKED[number]
+    return Sample([EXAMPLES / "pictures" / asked["image"]], asked["question"], id=asked["image"])
+
+
+async def events_of(llm, run):
+    return [event async for event in llm.events(run)]
+
+
+def test_events_arrive_in_order_and_the_text_is_whole(loop, llm):
+    events = loop.run_until_complete(events_of(llm, llm.run(sample(0), stream=True)))
+    result = events[-1].result
+    assert isinstance(events[-1], Finished)
+    assert result.answer == ASKED[0]["answer"]
+    kinds = [type(event) for event in events if not isinstance(event, TextDelta)]
+    assert kinds == [ToolCallEvent, CropsEvent] * (len(result.turns) - 1) + [AnswerEvent, Finished]
+    assert sum(isinstance(event, TextDelta) for event in events) > 2 * len(result.turns)
+    for turn in result.turns:
+        text = "".join(event.text for event in events if isinstance(event, TextDelta) and event.turn == turn.index)
+        assert text == turn.text
+
+
+def test_many_at_once_give_the_answers_of_one_after_the_other(loop, llm):
+    async def both():
+        together = await asyncio.gather(*(llm.ask(sample(i)) for i in range(3)), llm.ask(Sample(["/no/such"], "What?")))
+        return together, [await llm.ask(sample(i)) for i in range(3)]
+
+    together, alone = loop.run_until_complete(both())
+    assert [r.answer for r in together[:3]] == [r.answer for r in alone] == [asked["answer"] for asked in ASKED]
+    assert "no such file" in str(together[3].error)
+
+
+def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(loop, llm):
+    async def talk():
+        first = llm.run(sample(1))
+        await events_of(llm, first)
+        second = first.follow_up(Sample([], ASKED[1]["question"]))
+        await events_of(llm, second)
+        return first, second
+
+    first, second = loop.run_until_complete(talk())
+    before = first.result.record.token_ids
+    assert second.result.record.token_ids[: len(before)] == before
+    assert second.result.answer is not None
+    new = len(second.result.record.token_ids) - len(before)
+    computed = second.work.tokens_prefilled + second.work.tokens_decoded
+    assert computed <= new + 32 * len(second.result.turns)
+
+
+def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(loop, llm):
+    async def cancel():
+        run, seen = llm.run(sample(0), stream=True), asyncio.Event()
+
+        async def watch():
+            async for event in llm.events(run):
+                if isinstance(event, TextDelta):
+                    seen.set()
+
+        task = asyncio.create_task(watch())
+        await seen.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for _ in range(50):
+            if not llm.engine.output_processor.has_unfinished_requests():
+                break
+            await asyncio.sleep(0.1)
+        return llm.engine.output_processor.has_unfinished_requests(), await llm.ask(sample(0))
+
+    unfinished, result = loop.run_until_complete(cancel())
+    assert not unfinished
+    assert result.answer == ASKED[0]["answer"]

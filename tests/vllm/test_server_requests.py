@@ -1,0 +1,405 @@
+"""Requests, responses, memory and pictures of the server, without an engine."""
+
+import asyncio
+import base64
+import dataclasses
+import io
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+from prometheus_client import REGISTRY
+from vllm.config import ModelConfig
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
+
+from vilavt_hf.images import ImageLimits
+from vilavt_hf.presets import Limits, Sampling
+from vilavt_hf.protocol import FinishReason
+from vilavt_hf.results import TextDelta
+from vilavt_vllm import register
+from vilavt_vllm.errors import LimitError, RequestError
+from vilavt_vllm.server.command import OURS, allow_plugins, parser
+from vilavt_vllm.server.endpoint import ServerOptions, VilavtEndpoint
+from vilavt_vllm.server.history import History
+from vilavt_vllm.server.media import Pictures
+from vilavt_vllm.server.protocol import ChatRequest, Exchange, Reply, Thoughts, Usage, exchanges, finish_reason
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKPOINT = str(EXAMPLES / "vilavt-tiny")
+PICTURES = EXAMPLES / "pictures"
+README = EXAMPLES.parent / "vilavt_vllm" / "README.md"
+
+
+def request(**fields) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}], **fields})
+
+
+def messages(*pairs):
+    return request(messages=[{"role": role, "content": content} for role, content in pairs]).messages
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "png")
+    return file.getvalue()
+
+
+# Conversations
+
+
+def test_messages_become_questions_and_answers_with_the_system_message_in_front_of_the_first_question():
+    image = {"type": "image_url", "image_url": {"url": "u", "detail": "high"}}
+    talk = exchanges(
+        messages(
+            ("system", "Be brief."),
+            ("user", [image, {"type": "text", "text": "One?"}, {"type": "text", "text": "Now."}]),
+            ("assistant", "1"),
+            ("user", "Two?"),
+        )
+    )
+    assert talk == [Exchange(("u",), "Be brief.\n\nOne?\nNow.", "1"), Exchange((), "Two?")]
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([("assistant", "1")], "message 0 has role 'assistant', expected 'user'"),
+        ([("user", "a"), ("user", "b")], "message 1 has role 'user', expected 'assistant'"),
+        ([("system", "s"), ("user", "a"), ("system", "b")], "message 2 has role 'system', expected 'assistant'"),
+        ([("user", "a"), ("assistant", "b")], "the last message must be the user's"),
+        ([("system", "s")], "the last message must be the user's"),
+    ],
+)
+def test_messages_out_of_turn_are_refused_by_number(pairs, message):
+    with pytest.raises(RequestError, match=message):
+        exchanges(messages(*pairs))
+
+
+def test_an_assistant_message_cannot_bring_an_image():
+    image = [{"type": "image_url", "image_url": {"url": "u"}}]
+    with pytest.raises(RequestError, match="message 1: an assistant message holds no image"):
+        exchanges(messages(("user", "a"), ("assistant", image), ("user", "b")))
+
+
+class Kept:
+    """A finished run as `History` sees it."""
+
+    def __init__(self, size: int) -> None:
+        self.picture_bytes = size
+
+
+def test_a_conversation_is_found_by_exactly_what_was_said_and_shown():
+    history, run = History(8, 100), Kept(10)
+    said = [Exchange(("picture",), "One?", "1")]
+    history.keep(said, run)
+    assert history.find(said) is run
+    for other in (Exchange(("other",), "One?", "1"), Exchange(("picture",), "One", "1"), Exchange((), "One?", "1")):
+        assert history.find([other]) is None
+    assert history.find([*said, Exchange((), "Two?", "2")]) is None
+
+
+def test_the_conversation_used_longest_ago_is_forgotten_first_by_number_and_by_bytes():
+    def said(n):
+        return [Exchange((), str(n), "a")]
+
+    history = History(2, 100)
+    for n in (0, 1):
+        history.keep(said(n), Kept(10))
+    assert history.find(said(0)) is not None
+    history.keep(said(2), Kept(10))
+    assert [history.find(said(n)) is not None for n in range(3)] == [True, False, True]
+    history.keep(said(2), Kept(95))  # the same one, grown
+    assert (len(history), history.bytes) == (1, 95)
+    history.keep(said(3), Kept(101))
+    assert (len(history), history.bytes) == (0, 0)
+
+
+# Requests
+
+
+def test_fields_that_would_change_the_answer_and_cannot_be_honoured_are_refused_by_name():
+    for name, value in {
+        "n": 2,
+        "tools": [{}],
+        "stop": ["x"],
+        "logprobs": True,
+        "response_format": {"type": "json"},
+    }.items():
+        with pytest.raises(RequestError, match=f"{name}=.* is not supported here"):
+            request(**{name: value}).refuse_unknown()
+    request(n=1, tools=None, stop=[], user="me", store=True, response_format={"type": "text"}).refuse_unknown()
+
+
+def test_a_request_may_tighten_the_servers_limits_and_not_loosen_them():
+    server = Limits(max_turns=4, max_new_tokens_per_turn=100, max_context=1000)
+    assert request(vilavt={"max_turns": 2}).limits(server).max_turns == 2
+    assert request(max_tokens=50).limits(server).max_new_tokens_per_turn == 50
+    assert request(max_completion_tokens=5000).limits(server).max_new_tokens_per_turn == 100
+    assert request(vilavt={"max_total_pixels": 5e6}).limits(server).max_total_pixels == 5e6
+    for name, value, most in (("max_turns", 5, 4), ("max_context", 1001, 1000), ("crop_max_pixels", 1e8, 6422528)):
+        with pytest.raises(LimitError, match=rf"vilavt.{name} is \d+, this server allows at most {most};"):
+            request(vilavt={name: value}).limits(server)
+
+
+def test_sampling_starts_from_the_servers():
+    server = Sampling(temperature=0.7, top_p=0.9, top_k=20)
+    assert request().sampling(server) == server
+    assert request(temperature=0, top_k=-1).sampling(server) == Sampling(temperature=0, top_p=0.9, top_k=0)
+
+
+# Responses
+
+
+def test_thoughts_are_the_text_between_the_tags_however_it_is_cut():
+    text = "so <think>a < b </th</think><tool>{}</tool><think>no</think>"
+    for size in (1, 2, 3, 5, len(text)):
+        thoughts = Thoughts()
+        assert "".join(thoughts.feed(text[i : i + size]) for i in range(0, len(text), size)) == "a < b </th"
+
+
+def test_a_budget_that_ends_a_question_is_length_and_everything_else_is_stop():
+    for reason in FinishReason:
+        budget = reason in ("length", "turn_limit", "image_limit", "context_limit")
+        assert finish_reason(SimpleNamespace(answer=None, finish=reason)) == ("length" if budget else "stop")
+    assert finish_reason(SimpleNamespace(answer="4", finish=FinishReason.ANSWER)) == "stop"
+
+
+def test_streamed_thoughts_of_several_turns_join_as_in_a_whole_response():
+    reply = Reply("m")
+    parts = [TextDelta(0, "<think>one"), TextDelta(0, "</think><tool>"), TextDelta(1, "<think>"), TextDelta(1, "two")]
+    chunks = [json.loads(c.removeprefix("data: ")) for p in parts if (c := reply.progress(p)) is not None]
+    assert "".join(c["choices"][0]["delta"]["reasoning_content"] for c in chunks) == "one\ntwo"
+    assert {c["id"] for c in chunks} == {reply.head["id"]}
+
+
+def test_usage_adds_up():
+    assert Usage(prompt=100, cached=60, sampled=7).to_json() == {
+        "prompt_tokens": 100,
+        "completion_tokens": 7,
+        "total_tokens": 107,
+        "prompt_tokens_details": {"cached_tokens": 60},
+    }
+
+
+# Pictures
+
+
+LIMITS = ImageLimits()
+
+
+def load(url: str, limits: ImageLimits = LIMITS, **allowed):
+    config = SimpleNamespace(**{"allowed_local_media_path": "", "allowed_media_domains": None, **allowed})
+    return asyncio.run(Pictures(config, limits, "strict").load(url))
+
+
+def test_pictures_come_from_data_urls_and_from_allowed_folders_only():
+    file = PICTURES / "scene-1.png"
+    expected = Image.open(file).convert("RGB")
+    assert list(load(data_url(file.read_bytes())).getdata()) == list(expected.getdata())
+    assert load(file.as_uri(), allowed_local_media_path=str(PICTURES)).size == expected.size
+    with pytest.raises(ValueError, match="allowed"):
+        load(file.as_uri())
+    with pytest.raises(ValueError, match="allowed"):
+        load((EXAMPLES / "vilavt-tiny" / "training.png").as_uri(), allowed_local_media_path=str(PICTURES))
+    with pytest.raises(ValueError, match="allowed"):
+        load(f"{PICTURES.as_uri()}/../vilavt-tiny/training.png", allowed_local_media_path=str(PICTURES))
+
+
+def test_a_picture_that_cannot_be_fetched_is_the_clients_problem():
+    with pytest.raises(RequestError, match=r"http://127\.0\.0\.1:1/a\.png: cannot be fetched"):
+        load("http://127.0.0.1:1/a.png", allowed_media_domains=["127.0.0.1"])
+    with pytest.raises(ValueError, match=r"gone\.png"):
+        load((PICTURES / "gone.png").as_uri(), allowed_local_media_path=str(PICTURES))
+
+
+def test_urls_are_fetched_from_allowed_domains_only():
+    with pytest.raises(RequestError, match="this server fetches no such URL"):
+        load("http://127.0.0.1:1/a.png")
+    with pytest.raises(ValueError, match="allowed"):
+        load("http://127.0.0.1:1/a.png", allowed_media_domains=["example.org"])
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        (data_url(png(20_001, 20_000)), "400020000 pixels"),
+        (data_url(b"x" * 1_000_004), "holds 1000005 bytes, at most 1000000 are allowed"),
+        (data_url(b"no picture"), "not a picture|cannot be read|cannot be opened|no known format|not an image"),
+        ("data:image/png;base64,!!!", "not valid base64"),
+        ("ftp://host/a.png", "URL"),
+        ("/etc/hostname", "URL"),
+    ],
+)
+def test_what_is_no_picture_or_too_large_is_refused_before_it_is_decoded(url, message):
+    with pytest.raises(ValueError, match=message):
+        load(url, ImageLimits(max_bytes=1_000_000))
+
+
+# The command
+
+
+def test_every_option_has_a_flag_and_a_help_text():
+    assert set(OURS) == {field.name for field in dataclasses.fields(ServerOptions)}
+    help_text = " ".join(parser().format_help().split())
+    assert all(f"--{name.replace('_', '-')}" in help_text for name in OURS)
+
+
+def test_the_readme_lists_every_flag():
+    text = " ".join(README.read_text().split())
+    for field in dataclasses.fields(ServerOptions):
+        default = "" if field.default is None else f"{field.default} "
+        assert f"| `--{field.name.replace('_', '-')}` | {OURS[field.name]} | {default}|" in text
+
+
+def test_allowing_our_plugins_leaves_the_others_allowed(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is put back as it was
+    monkeypatch.delenv("VLLM_PLUGINS")
+    allow_plugins()
+    assert {"vilavt", "vilavt_loop"} <= set(os.environ["VLLM_PLUGINS"].split(","))
+    monkeypatch.setenv("VLLM_PLUGINS", "other,vilavt")
+    allow_plugins()
+    assert os.environ["VLLM_PLUGINS"] == "other,vilavt,vilavt_loop"
+
+
+# The route, with an engine that must not be asked
+
+
+@pytest.fixture(scope="module")
+def app():
+    """`app(**options)` -> the application of a server whose engine fails if it is asked for anything."""
+    register()
+    config = ModelConfig(model=CHECKPOINT)
+
+    def build(**options) -> FastAPI:
+        engine = SimpleNamespace(model_config=config)
+        app, endpoint = FastAPI(), VilavtEndpoint()
+        endpoint.attach_router(app)
+        app.state.openai_serving_models = SimpleNamespace(
+            is_base_model=lambda n: n == "tiny", model_name=lambda: "tiny"
+        )
+        asyncio.run(endpoint.init_state(engine, app.state, Namespace(vilavt=ServerOptions(**options))))
+        return app
+
+    return build
+
+
+def post(app: FastAPI, body, **headers) -> httpx.Response:
+    async def send():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post(
+                "/v1/chat/completions", content=content, headers={"Content-Type": "application/json", **headers}
+            )
+
+    return asyncio.run(send())
+
+
+def question(*images: str, **fields) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "Which digit?"}]}], **fields}
+
+
+def error_of(response: httpx.Response) -> str:
+    return response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"{", "Invalid JSON"),
+        (b"[" * 100_000, "body"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({}, "messages: Field required"),
+        (question(temperature=-1), "temperature"),
+        (question(n=3), "n=3 is not supported"),
+        (question(vilavt={"max_turn": 3}), "vilavt.max_turn: Extra inputs"),
+        (question(vilavt={"max_turns": 50}), "vilavt.max_turns is 50, this server allows at most 5"),
+        (question("file:///etc/passwd"), "allowed"),
+        (question("http://127.0.0.1/x.png"), "this server fetches no such URL"),
+        (question(data_url(png(20_001, 20_000))), "400020000 pixels"),
+        (question(*[data_url(png(30, 30))] * 60), "the request has 60 images, at most 52 are allowed"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_is_400_with_the_reason_and_occupies_nothing(app, body, message, stream):
+    server = app()
+    if isinstance(body, dict):
+        body = {**body, "stream": stream}
+    response = post(server, body)
+    assert response.status_code == 400
+    assert message in error_of(response)
+    assert server.state.vilavt_loop.running == 0
+
+
+def test_another_model_is_404_and_another_content_type_is_400(app):
+    server = app()
+    assert post(server, question(model="gpt-5")).status_code == 404
+    assert "gpt-5" in error_of(post(server, question(model="gpt-5")))
+    assert "application/json" in error_of(post(server, b"{}", **{"Content-Type": "text/plain"}))
+
+
+def test_a_body_above_the_cap_is_refused_with_the_flag(app):
+    response = post(app(max_body_bytes=1000), question(data_url(b"x" * 2000)))
+    assert (response.status_code, "--max-body-bytes" in error_of(response)) == (400, True)
+
+
+def test_a_full_server_says_so_before_it_loads_anything(app):
+    response = post(app(max_episodes=0), question("http://never.fetched/x.png"))
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    assert "at most 0 may be" in error_of(response)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "error, status",
+    [(RuntimeError("out of memory"), 500), (VLLMValidationError("too long"), 400), (QueueOverflowError(), 503)],
+)
+def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app, error, status, stream):
+    server = app()
+
+    def generate(*_):
+        raise error
+
+    server.state.vilavt_loop.llm.engine.generate = generate
+    response = post(server, question(data_url((PICTURES / "scene-1.png").read_bytes()), stream=stream))
+    assert (response.status_code, error_of(response)) == (status, str(error))
+    assert server.state.vilavt_loop.running == 0
+
+
+def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_place(app):
+    server = app()
+
+    async def never(url):
+        await asyncio.sleep(3600)
+
+    def aborted():
+        return REGISTRY.get_sample_value("vilavt_episodes_total", {"finish": "aborted"}) or 0
+
+    server.state.vilavt_loop.pictures.load = never
+    before = aborted()
+    body = json.dumps(question("http://slow/x.png")).encode()
+    came = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+
+    async def receive():
+        await asyncio.sleep(0)
+        return next(came)
+
+    async def send(message):
+        pass
+
+    asyncio.run(asyncio.wait_for(server(scope, receive, send), 30))
+    assert aborted() == before + 1
+    assert server.state.vilavt_loop.running == 0

@@ -1,0 +1,50 @@
+"""Weights that verl's trainer sent, in vLLM: they load by name and give the trainer's log-probabilities.
+
+verl and this vLLM want different transformers, so the two halves of this test run in two environments: `nox -s
+verl_cpu` writes the files, this one reads them.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vilavt_hf.chat import VilavtChat
+from vilavt_hf.episode import Episode
+
+pytestmark = pytest.mark.engine
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+HANDOFF = Path(os.environ.get("VILAVT_VERL_HANDOFF", "nowhere"))
+
+
+@pytest.mark.skipif(not (HANDOFF / "trajectory.json").is_file(), reason="`nox -s verl_cpu` has not run before")
+def test_weights_from_verls_trainer_give_its_log_probabilities(start, monkeypatch):
+    from vllm import SamplingParams, _custom_ops
+
+    # As on CUDA: vLLM's CPU layers otherwise pack a copy of each weight and drop the parameter.
+    monkeypatch.setattr(_custom_ops, "_supports_onednn", False)
+    engine = start(CHECKPOINT)
+    engine.model.load_weights(load_file(HANDOFF / "weights.safetensors").items())
+    engine.forget()
+    trajectory = json.loads((HANDOFF / "trajectory.json").read_text(encoding="utf-8"))
+    chat = VilavtChat.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    image = Image.open(HANDOFF / "image.png").convert("RGB")
+    settings = {"tokenizer": chat.processor.tokenizer, "prompts": chat.prompts, "preset": chat.preset}
+    run = Episode.start([image], trajectory["question"], limits=chat.limits, **settings)
+    compared = 0
+    for turn in trajectory["turns"]:
+        request = run.next_request()
+        ids = [*request.all_token_ids, *turn["token_ids"]]
+        prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": list(request.inquiries)}}
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        rows = engine.llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs[len(request.all_token_ids) :]
+        found = [row[token].logprob for row, token in zip(rows, turn["token_ids"], strict=True)]
+        assert found == pytest.approx(turn["logprobs"], abs=1e-3)
+        compared += len(found)
+        run.feed(turn["token_ids"])
+    assert compared > 20

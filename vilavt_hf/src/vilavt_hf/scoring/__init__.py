@@ -1,0 +1,106 @@
+"""How right an answer is: pure functions of two strings, the same in training and in evaluation.
+
+:func:`score_answer` is the one entrance. ``strict`` (default) reads an answer by stated rules and gives nothing for an
+empty one, a repeated one, or one that names everything at once. ``published`` is what the published reward computes,
+bit for bit, for comparison. No torch, no host, no judge model; only ``math`` questions need a package more
+(``vilavt-hf[math]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Literal
+
+from ..errors import ScoringError
+from . import published
+from .boxes import box_score, iou, parse_box
+from .choices import option_letter, same_option, yes_or_no
+from .expressions import same_expression
+from .numbers import Number, mean_relative_accuracy, parse_number, regression_score, same_number
+from .text import normalise, rouge_l, text_score
+
+Version = Literal["strict", "published"]
+
+
+class QuestionType(StrEnum):
+    """What kind of answer a question wants; the values are those of published data sets."""
+
+    MULTIPLE_CHOICE = "multiple choice"
+    """A letter: right or wrong."""
+    NUMERICAL = "numerical"
+    """A number: right or wrong, to the decimals that the target is written with."""
+    REGRESSION = "regression"
+    """A number: mean relative accuracy."""
+    JUDGMENT = "judgment"
+    """Yes or no."""
+    MATH = "math"
+    """An expression: equal or not, as math_verify finds."""
+    FREE_FORM = "free-form"
+    """A text: the same words, or ROUGE-L of most of them."""
+    BOX = "box"
+    """``[x1, y1, x2, y2]``: intersection over union."""
+
+    @classmethod
+    def read(cls, name: str) -> QuestionType:
+        """A type by its name; case, surrounding blanks, ``-`` and ``_`` do not matter.
+
+        Raises:
+            ScoringError: unknown name.
+        """
+        plain = " ".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
+        for kind in cls:
+            if kind.value.replace("-", " ") == plain:
+                return kind
+        raise ScoringError(f"no question type {name!r}; known are {', '.join(cls)}")
+
+
+_STRICT: dict[QuestionType, Callable[[str, str], float]] = {
+    QuestionType.MULTIPLE_CHOICE: same_option,
+    QuestionType.NUMERICAL: same_number,
+    QuestionType.REGRESSION: regression_score,
+    QuestionType.JUDGMENT: lambda prediction, target: float(
+        (found := yes_or_no(prediction)) is not None and found == yes_or_no(target)
+    ),
+    QuestionType.MATH: same_expression,
+    QuestionType.FREE_FORM: text_score,
+    QuestionType.BOX: box_score,
+}
+
+
+def score_answer(
+    prediction: str | None, target: str, question_type: str | QuestionType, *, version: Version = "strict"
+) -> float:
+    """How right an answer is, 0 to 1.
+
+    Args:
+        prediction: the bare answer, without its tag; None: there is none.
+        target: the right answer.
+        question_type: see :class:`QuestionType`. ``published`` scores a type it does not know as 0.
+        version: whose rules.
+
+    Raises:
+        ScoringError: unknown type, a target that its type cannot read, or a missing package.
+    """
+    if version == "published":
+        return published.score(prediction or "", target, question_type)
+    kind = QuestionType.read(question_type)
+    return _STRICT[kind](prediction or "", target)
+
+
+__all__ = [
+    "Number",
+    "QuestionType",
+    "Version",
+    "iou",
+    "mean_relative_accuracy",
+    "normalise",
+    "option_letter",
+    "parse_box",
+    "parse_number",
+    "rouge_l",
+    "same_expression",
+    "same_number",
+    "score_answer",
+    "yes_or_no",
+]

@@ -1,0 +1,5 @@
+"""``python -m vilavt_rl``."""
+
+from .cli import main
+
+main()

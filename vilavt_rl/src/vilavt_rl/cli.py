@@ -1,0 +1,148 @@
+"""The ``vilavt-rl`` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vilavt_hf.errors import VilavtError
+
+app = typer.Typer(
+    name="vilavt-rl",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="GRPO for ViLaVT in unmodified verl and EasyR1.",
+)
+tiny_app = typer.Typer(no_args_is_help=True, help="Data and a checkpoint to see GRPO learn on a CPU.")
+app.add_typer(tiny_app, name="tiny")
+
+
+@app.callback()
+def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command("verl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def verl_command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="Recipe: a YAML file, or the name of ours: tiny_cpu, vilavt_7b_grpo.")],
+    show: Annotated[bool, typer.Option("--show", help="Print the command instead of running it.")] = False,
+) -> None:
+    """Train with verl: its own entry point, configured by CONFIG and key=value overrides after it."""
+    from .launch import run_verl
+    from .launch import verl_command as command_of
+
+    if show:
+        command, environment = command_of(config, context.args)
+        typer.echo(" ".join([*(f"{name}={value}" for name, value in environment.items()), *command]))
+        return
+    run_verl(config, context.args)
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Which plugs are live in this environment; exit code 1 if something has to be done."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from vilavt_hf.doctor import Status
+
+    from .doctor import checks
+
+    console, failed = Console(soft_wrap=True, highlight=False), False
+    colours = {Status.OK: "green", Status.NOTE: "yellow", Status.FAILED: "red"}
+    for check in checks(None, False):
+        failed = failed or check.status is Status.FAILED
+        console.print(
+            f"[{colours[check.status]}]{check.status.value:>6}[/]  [bold]{escape(check.name)}[/]: "
+            f"{escape(check.detail)}"
+        )
+        if check.remedy:
+            console.print(f"        {escape(check.remedy)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("replay")
+def replay_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, of its rollouts, or one file of them.")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="Checkpoint of the run: its tokenizer and prompts.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("rollouts.html"),
+    limit: Annotated[int, typer.Option(help="Show at most that many.")] = 32,
+    step: Annotated[int | None, typer.Option(help="Of this step only.")] = None,
+    gaps: Annotated[
+        bool, typer.Option("--gaps", help="Compare with the log-probabilities of MODEL's weights.")
+    ] = False,
+) -> None:
+    """Show rollouts as one HTML page: images, turns, rewards, loss masks, log-probabilities."""
+    from itertools import islice
+
+    from .replay import read_rollouts, write_page
+    from .rollout import EpisodeSettings
+
+    settings = EpisodeSettings.of_checkpoint(model)
+    weights, processor = None, None
+    if gaps:
+        import torch
+
+        from vilavt_hf import VilavtProcessor
+
+        from .policy import VilavtPolicy
+
+        weights = VilavtPolicy.from_pretrained(str(model), dtype=torch.float32).eval()
+        processor = VilavtProcessor.from_pretrained(model)
+    chosen = (rollout for rollout in read_rollouts(run) if step is None or rollout.step == step)
+    typer.echo(str(write_page(islice(chosen, limit), settings, out, model=weights, processor=processor)))
+
+
+@tiny_app.command("data")
+def tiny_data_command(
+    out: Annotated[Path, typer.Option(help="Folder.")],
+    train: Annotated[int, typer.Option(help="Questions to train on, of the training scans.")] = 1600,
+    val: Annotated[int, typer.Option(help="Questions to validate on, of the held-out scans.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 11,
+) -> None:
+    """Write train.jsonl and val.jsonl with their pictures."""
+    from .tiny import write_data
+
+    typer.echo(str(write_data(out, count=train, split="train", seed=seed, name="train")))
+    typer.echo(str(write_data(out, count=val, split="heldout", seed=seed + 1, name="val")))
+
+
+@tiny_app.command("curve")
+def tiny_curve_command(
+    metrics: Annotated[Path, typer.Argument(help="What verl's file logger wrote (trainer.logger=[console,file]).")],
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curve.png"),
+) -> None:
+    """Draw reward and held-out accuracy over the steps of a run."""
+    from .tiny import plot_curve
+
+    typer.echo(str(plot_curve(metrics, out)))
+
+
+@tiny_app.command("checkpoint")
+def tiny_checkpoint_command(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+) -> None:
+    """Train the checkpoint that GRPO starts from (about a quarter of an hour on one core)."""
+    from .tiny import build_start
+
+    build_start(out, seed=seed)
+    typer.echo(str(out))
+
+
+def main() -> None:
+    """Entry point: an error we raise on purpose is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except VilavtError as error:
+        typer.secho(f"vilavt-rl: {type(error).__name__}: {error}", fg="red", err=True)
+        sys.exit(1)

@@ -1,0 +1,129 @@
+"""Rows of RL data: ``rl_data.jsonl`` of the published project as it is, JSON lists, and Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vilavt_hf.errors import ScoringError
+from vilavt_hf.scoring import QuestionType
+
+from .errors import DataError
+from .rewards import Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question about some images, and its right answer."""
+
+    question: str
+    answer: str
+    images: tuple[str, ...]
+    """Files; also the sources of every crop, so every rollout worker must be able to read them."""
+    question_type: str
+    """See :class:`vilavt_hf.scoring.QuestionType`."""
+    data_type: str = ""
+    """Where it comes from: the prefix of metrics, and verl's ``data_source``."""
+    max_turns: int | None = None
+    """None: the setting of the run."""
+    max_pixels: int | None = None
+    """Of each image and crop; None: the setting of the run."""
+    id: str = ""
+
+    @property
+    def task(self) -> Task:
+        """What a reward needs of it."""
+        return Task(self.answer, self.question_type, self.data_type)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for the way between processes."""
+        return asdict(self) | {"images": list(self.images)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """Inverse of :meth:`to_json`."""
+        return cls(**{**data, "images": tuple(data["images"])})
+
+
+def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
+    """All rows of some files, checked.
+
+    Keys: ``question``, ``answer``, ``image_path`` (a list; a path that does not exist as it is counts from the file's
+    folder), ``question_type``, and optionally ``data_type``, ``max_num_steps`` (0 or null: not set), ``max_pixels``,
+    ``id``.
+
+    Raises:
+        DataError: a file cannot be read, or a row lacks something; names file, row and remedy.
+    """
+    paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+    return [_row(record, path, number) for path in paths for number, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, record) of a file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        elif path.suffix == ".json":
+            yield from enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield number, json.loads(line)
+        else:
+            raise DataError(f"{path}: the name must end in .jsonl, .json or .parquet")
+    except (ValueError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _row(record: Any, path: Path, number: int) -> Row:
+    where = f"{path}, row {number}"
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: it is {type(record).__name__}, it must be an object")
+    for key in ("question", "answer", "question_type"):
+        if record.get(key) is None or not str(record[key]).strip():
+            raise DataError(f"{where}: {key!r} is missing or blank")
+    try:
+        QuestionType.read(str(record["question_type"]))
+    except ScoringError as error:
+        raise DataError(f"{where}: {error}") from None
+    images = record.get("image_path")
+    if isinstance(images, str) or not isinstance(images, list | tuple):
+        raise DataError(f"{where}: 'image_path' must be a list of files, it is {type(images).__name__}")
+    return Row(
+        question=str(record["question"]),
+        answer=str(record["answer"]),
+        images=tuple(_image(str(image), path, where) for image in images),
+        question_type=str(record["question_type"]),
+        data_type=str(record.get("data_type") or ""),
+        max_turns=_whole(record, "max_num_steps", where),
+        max_pixels=_whole(record, "max_pixels", where),
+        id=str(record.get("id") or f"{path.stem}-{number}"),
+    )
+
+
+def _image(image: str, path: Path, where: str) -> str:
+    for candidate in (Path(image), path.parent / image):
+        if candidate.is_file():
+            return str(candidate.absolute())
+    raise DataError(f"{where}: no image {image!r}, neither as it is nor beside {path.name}")
+
+
+def _whole(record: Mapping[str, Any], key: str, where: str) -> int | None:
+    value = record.get(key)
+    if not value:
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: {key!r} must be a whole number, it is {value!r}") from None

@@ -1,0 +1,79 @@
+"""ViLaVT's reward for EasyR1: as a reward file for its configuration, and as a manager that sees whole trajectories.
+
+As a file (``worker.reward.reward_function=…/vilavt_rl/easyr1/reward.py:compute_score``) it works in an unchanged
+EasyR1, but only for one turn: EasyR1's own manager decodes the first ``response_mask.sum()`` tokens, which in a
+conversation are other tokens than the sampled ones. ``python -m vilavt_rl.easyr1.main`` uses the manager.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vilavt_rl.data import Row
+from vilavt_rl.rewards import RewardSettings, Task, Trajectory, reward
+
+REWARD_NAME = "vilavt"
+REWARD_TYPE = "batch"
+
+
+def compute_score(reward_inputs: Sequence[dict[str, Any]], **settings: Any) -> list[dict[str, float]]:
+    """EasyR1's batch signature.
+
+    Args:
+        reward_inputs: ``response`` (decode with ``skip_special_tokens=false``), ``response_length``, and
+            ``ground_truth``: the answer, or JSON with ``answer``, ``question_type`` and ``data_type``.
+        settings: fields of :class:`vilavt_rl.rewards.RewardSettings` (``worker.reward.reward_function_kwargs``).
+
+    Returns:
+        ``overall``, ``format``, ``accuracy`` and the other metrics of each.
+    """
+    how = RewardSettings(**settings)
+    out = []
+    for given in reward_inputs:
+        task = _task(given["ground_truth"])
+        trajectory = Trajectory.read(given["response"], sampled_tokens=int(given.get("response_length") or 0))
+        out.append(reward(trajectory, task, how).metrics(task.data_type))
+    return out
+
+
+def _task(ground_truth: Any) -> Task:
+    try:
+        found = json.loads(ground_truth)
+    except (TypeError, ValueError):
+        found = None
+    if isinstance(found, dict) and "answer" in found:
+        return Task(found["answer"], str(found.get("question_type", "free-form")), str(found.get("data_type", "")))
+    return Task(ground_truth, "free-form")
+
+
+class VilavtRewardManager:
+    """Takes the place of EasyR1's reward manager; a Ray actor there.
+
+    Args:
+        config: EasyR1's ``worker.reward``; only ``reward_function_kwargs`` is used, as reward settings.
+        tokenizer: not needed.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any = None) -> None:
+        self.settings = RewardSettings(**dict(config.reward_function_kwargs))
+
+    def compute_reward(self, data: Any) -> tuple[torch.Tensor, dict[str, list[float]]]:
+        """EasyR1's signature: (B, R) rewards, each on the last sampled token, and lists of metrics."""
+        mask = data.batch["response_mask"]
+        out = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
+        metrics: dict[str, list[float]] = defaultdict(list)
+        for i, (row, messages) in enumerate(
+            zip(data.non_tensor_batch["row"], data.non_tensor_batch["messages"], strict=True)
+        ):
+            task = Row.from_json(row).task
+            trajectory = Trajectory.from_json(messages, sampled_tokens=int(mask[i].sum()))
+            earned = reward(trajectory, task, self.settings)
+            out[i, int(mask[i].nonzero()[-1])] = earned.overall
+            for name, value in earned.metrics(task.data_type).items():
+                metrics[name].append(value)
+        return out, metrics

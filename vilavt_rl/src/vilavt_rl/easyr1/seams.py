@@ -1,0 +1,74 @@
+"""The names of EasyR1 that we subclass, call or replace, so that a moved one is reported before a run and not in it.
+
+Recorded from commit b44b311 (0.3.3.dev0, 2026-07-30).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from ..errors import HostError
+
+COMMIT = "b44b311b669bf1fd1aa2fc36f2251482ba33cb16"
+
+SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("verl.single_controller.base", "Worker", ()),
+    ("verl.single_controller.ray", "RayWorkerGroup", ()),
+    ("verl.protocol", "DataProto", ()),
+    ("verl.trainer.config", "PPOConfig", ()),
+    ("verl.trainer.ray_trainer", "ResourcePoolManager", ("resource_pool_spec", "mapping")),
+    ("verl.trainer.ray_trainer", "Role", ()),
+    (
+        "verl.trainer.ray_trainer",
+        "RayPPOTrainer",
+        (
+            "config",
+            "tokenizer",
+            "processor",
+            "train_dataloader",
+            "val_dataloader",
+            "role_worker_mapping",
+            "resource_pool_manager",
+            "ray_worker_group_cls",
+            "reward_fn",
+            "val_reward_fn",
+        ),
+    ),
+    ("verl.utils.dataset", "collate_fn", ("features",)),
+    ("verl.utils.tokenizer", "get_tokenizer", ("model_path", "override_chat_template")),
+    ("verl.utils.tokenizer", "get_processor", ("model_path", "override_chat_template")),
+    ("verl.workers.fsdp_workers", "FSDPWorker", ("config", "role")),
+    ("verl.workers.fsdp_workers", "FSDPWorker._build_rollout", ("self",)),
+    ("verl.workers.fsdp_workers", "FSDPWorker._build_model_optimizer", ("self", "model_config")),
+    ("verl.workers.fsdp_workers", "FSDPWorker._process_multi_modal_inputs", ("self", "data")),
+    ("verl.workers.fsdp_workers", "vLLMRollout", ("model_path", "config", "tokenizer", "processor")),
+    ("verl.workers.fsdp_workers", "vLLMRollout.generate_sequences", ("self", "prompts")),
+    ("verl.models.monkey_patch", "SUPPORTED_MODEL_TYPE", ()),
+)
+"""(module, name, parameters that must exist)."""
+
+
+def check() -> None:
+    """Look every seam up.
+
+    Raises:
+        HostError: one is gone or has lost a parameter; names all of them.
+    """
+    wrong = [problem for seam in SEAMS if (problem := _problem(*seam))]
+    if wrong:
+        raise HostError(f"this EasyR1 is not the one that was tested ({COMMIT[:7]}): {'; '.join(wrong)}")
+
+
+def _problem(module: str, name: str, parameters: tuple[str, ...]) -> str | None:
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        return f"{module}.{name}: {error}"
+    if parameters:
+        have = inspect.signature(found).parameters  # type: ignore[arg-type]
+        if missing := [parameter for parameter in parameters if parameter not in have]:
+            return f"{module}.{name} takes no {', '.join(missing)}"
+    return None

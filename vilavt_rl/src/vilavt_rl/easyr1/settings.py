@@ -1,0 +1,60 @@
+"""Our part of an EasyR1 configuration: the block ``vilavt`` of its YAML, or ``vilavt.key=value``.
+
+EasyR1's configuration refuses keys it does not know, so our entry point takes the block out before, and hands it to
+every process in an environment variable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..errors import HostError
+
+VARIABLE = "VILAVT_EASYR1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How episodes run."""
+
+    preset: str | None = None
+    """None: what the checkpoint asks for."""
+    limits: dict[str, Any] = field(default_factory=dict)
+    """Fields of `vilavt_hf.presets.Limits`."""
+    queries: Literal["prompt", "tensors"] = "prompt"
+    """How vLLM's model learns which images are asked what: ``prompt``, it reads that off the prompt (vilavt-vllm);
+    ``tensors``, query ids, masks and a mapping come beside the images (the published plug-in for older vLLM)."""
+    frozen: tuple[str, ...] = ("vision_tower", "text_encoder")
+    """Parts without gradient, see `vilavt_hf.VilavtConfig`; as published."""
+
+    @classmethod
+    def read(cls, block: Mapping[str, Any] | None) -> Settings:
+        """Settings from a block.
+
+        Raises:
+            HostError: an unknown key or value.
+        """
+        block = dict(block or {})
+        if unknown := sorted(set(block) - set(cls.__dataclass_fields__)):
+            raise HostError(
+                f"unknown keys in the block vilavt: {', '.join(unknown)}; known are "
+                f"{', '.join(cls.__dataclass_fields__)}"
+            )
+        if block.get("queries", "prompt") not in ("prompt", "tensors"):
+            raise HostError(f"vilavt.queries is {block['queries']!r}, it must be prompt or tensors")
+        if "frozen" in block:
+            block["frozen"] = tuple(block["frozen"] or ())
+        return cls(**{key: value for key, value in block.items() if value is not None or key == "preset"})
+
+    @classmethod
+    def of_environment(cls) -> Settings:
+        """Those of this run."""
+        return cls.read(json.loads(os.environ.get(VARIABLE, "{}")))
+
+    def to_environment(self) -> dict[str, str]:
+        """For the environment of Ray's processes."""
+        return {VARIABLE: json.dumps(asdict(self))}

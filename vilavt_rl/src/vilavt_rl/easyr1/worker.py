@@ -1,0 +1,115 @@
+"""EasyR1's worker and rollout, by subclass. The classes of EasyR1 are arguments, so that this file needs no checkout.
+
+A plain subclass of its worker cannot be placed: EasyR1 takes the first base of the class it is given as the base of a
+colocated worker and calls its constructor without arguments. Hence an empty class of its own stands first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import Row
+from ..rollout import EpisodeSettings
+from .batch import engine_prompt, model_inputs, pack, run_episodes
+from .settings import Settings
+
+
+def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
+    """EasyR1's vLLM rollout over episodes.
+
+    Args:
+        base: its ``vLLMRollout``.
+        data_proto: its ``DataProto``.
+        tensor_dict: ``tensordict.TensorDict``.
+    """
+
+    class VilavtRollout(base):  # type: ignore[misc, valid-type]
+        """Whole conversations instead of single responses."""
+
+        def __init__(self, model_path: str, config: Any, tokenizer: Any, processor: Any, **kwargs: Any) -> None:
+            super().__init__(model_path, config, tokenizer, processor, **kwargs)
+            self.vilavt, self.processor = Settings.of_environment(), processor
+            self.episodes = EpisodeSettings.of_checkpoint(
+                model_path, processor, preset=self.vilavt.preset, limits=self.vilavt.limits
+            )
+
+        def generate_sequences(self, prompts: Any) -> Any:
+            """``rollout.n`` trajectories per row, those of a row next to each other."""
+            config = self.config
+            with self.update_sampling_params(**prompts.meta_info):
+                count = self.sampling_params.n
+                started = [
+                    self.episodes.start(row, max_prompt=config.prompt_length, max_response=config.response_length)
+                    for entry in prompts.non_tensor_batch["multi_modal_data"]
+                    for row in [Row.from_json(entry["row"])] * count
+                ]
+                run_episodes(
+                    started,
+                    lambda asked, params: self.inference_engine.generate(
+                        prompts=asked, sampling_params=params, use_tqdm=False
+                    ),
+                    self.sampling_params,
+                    lambda request: engine_prompt(request, self.vilavt.queries, self.processor),
+                )
+            tensors, objects = pack(
+                started,
+                prompt_length=config.prompt_length,
+                response_length=config.response_length,
+                pad_token_id=self.pad_token_id,
+                image_token_id=self.episodes.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            )
+            return data_proto(
+                batch=tensor_dict(tensors, batch_size=len(started)),
+                non_tensor_batch=objects,
+                meta_info=prompts.meta_info,
+            )
+
+    return VilavtRollout
+
+
+def make_worker(pivot_base: type, base: type, workers_module: Any, patch_module: Any, rollout: type) -> type:
+    """EasyR1's FSDP worker for ViLaVT.
+
+    Args:
+        pivot_base: its ``Worker``.
+        base: its ``FSDPWorker``.
+        workers_module: the module of `base`: its name ``vLLMRollout`` is looked up when the rollout is built.
+        patch_module: its ``monkey_patch`` module: the model types it accepts are listed there.
+        rollout: see :func:`make_rollout`.
+    """
+
+    class Pivot(pivot_base):  # type: ignore[misc, valid-type]
+        """First base, constructed without arguments; see the module's docstring."""
+
+    class VilavtWorker(Pivot, base):  # type: ignore[misc, valid-type]
+        """Actor, rollout and reference of one rank."""
+
+        def __init__(self, config: Any, role: str) -> None:
+            base.__init__(self, config, role)  # type: ignore[misc]
+
+        def _build_model_optimizer(self, model_config: Any, fsdp_config: Any, **kwargs: Any) -> None:
+            from transformers import AutoModelForImageTextToText
+
+            from vilavt_hf import VilavtConfig
+
+            from ..policy import VilavtPolicy
+
+            AutoModelForImageTextToText.register(VilavtConfig, VilavtPolicy, exist_ok=True)
+            if "vilavt" not in patch_module.SUPPORTED_MODEL_TYPE:
+                patch_module.SUPPORTED_MODEL_TYPE += ("vilavt",)
+            frozen = Settings.of_environment().frozen
+            model_config.override_config = {**model_config.override_config, "frozen": list(frozen)}
+            if frozen:  # FSDP flattens parameters with and without gradient together otherwise
+                fsdp_config.use_orig_params = True
+            super()._build_model_optimizer(model_config=model_config, fsdp_config=fsdp_config, **kwargs)
+
+        def _build_rollout(self) -> None:
+            workers_module.vLLMRollout = rollout
+            super()._build_rollout()
+
+        def _process_multi_modal_inputs(self, data: Any) -> None:
+            if "multi_modal_data" in data.non_tensor_batch:
+                rows = data.non_tensor_batch["multi_modal_data"]
+                data.non_tensor_batch["multi_modal_inputs"] = model_inputs(rows, self.processor)
+
+    return VilavtWorker

@@ -1,0 +1,80 @@
+"""Starting verl's own trainer with one of our recipes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from .compat import require_verl
+from .errors import HostError
+
+RECIPES = Path(__file__).with_name("recipes")
+"""Those that come with the package; the repository's ``recipes/`` links to them."""
+AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
+
+
+def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a recipe, and the environment variables it needs beside the present ones.
+
+    The command is verl's entry point with Hydra's arguments; nothing of ours runs in between. Paths in overrides, and
+    that of the agent loop's configuration, become absolute: Ray's workers may have another working directory.
+
+    Args:
+        recipe: a YAML file that Hydra can compose, or the name of one in `RECIPES`, as ``tiny_cpu``.
+        overrides: Hydra's ``key=value``.
+
+    Raises:
+        HostError: no such recipe, or verl cannot be used.
+    """
+    shipped = RECIPES / f"{recipe}.yaml"
+    recipe = Path(recipe).absolute() if Path(recipe).is_file() else shipped
+    if not recipe.is_file():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise HostError(f"{recipe.stem}: no such recipe; it must be a file, or one of {known}")
+    require_verl()
+    config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    given = [_absolute(override) for override in overrides]
+    if not any(override.lstrip("+").startswith(AGENT_LOOP + "=") for override in given):
+        loop = _at(config, AGENT_LOOP)
+        if loop is not None and not Path(loop).is_absolute():
+            beside = recipe.parent / Path(loop).name
+            given.append(f"{AGENT_LOOP}={beside if beside.is_file() else Path(loop).absolute()}")
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    device = next((o.partition("=")[2] for o in reversed(given) if o.startswith("trainer.device=")), None)
+    if (device or _at(config, "trainer.device")) == "cpu":
+        environment["VERL_PLATFORM"] = "cpu"
+        # A cluster that is already running got its environment before: tell its workers too.
+        given.append("+ray_kwargs.ray_init.runtime_env.env_vars={VERL_PLATFORM: cpu}")
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        f"--config-path={recipe.parent}",
+        f"--config-name={recipe.stem}",
+        *given,
+    ]
+    return command, environment
+
+
+def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Replace this process by the trainer."""
+    command, environment = verl_command(recipe, overrides)
+    os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _absolute(override: str) -> str:
+    key, found, value = override.partition("=")
+    if found and value and not Path(value).is_absolute() and Path(value).exists():
+        return f"{key}={Path(value).absolute()}"
+    return override
+
+
+def _at(config: Mapping, key: str) -> str | None:
+    value: object = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None else str(value)

@@ -1,0 +1,270 @@
+"""Rollouts as they were: written while training, played again token by token, shown as a page.
+
+A rollout is stored as its row and the tokens that were sampled. Everything else, the crops included, follows from
+running the episode again, so a trace is small and cannot disagree with what was trained on.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vilavt_hf.engine import Work
+from vilavt_hf.episode import Episode, Limits
+from vilavt_hf.presets import Sampling, get_preset
+from vilavt_hf.results import ChatResult, Provenance, versions
+from vilavt_hf.trace import write_html
+
+from .data import Row
+from .errors import DataError
+from .rewards import Reward
+from .rollout import EpisodeSettings
+
+FOLDER = "rollouts"
+"""Where a run keeps them, below its checkpoint folder."""
+
+
+@dataclass(frozen=True)
+class SampledTurn:
+    """One sampled turn."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One trajectory of a run."""
+
+    row: Row
+    turns: tuple[SampledTurn, ...]
+    preset: str
+    limits: Limits
+    prompts_sha256: str
+    step: int
+    group: str
+    """The trajectories of one prompt share it."""
+    reward: Mapping[str, float]
+
+    @classmethod
+    def of(cls, row: Row, episode: Episode, *, step: int, group: str, reward: Reward | None) -> Rollout:
+        """What to keep of a finished episode."""
+        record, result = episode.record, episode.result
+        turns: list[SampledTurn] = []
+        before = 0
+        for token, sampled, logprob in zip(record.token_ids, record.loss_mask, record.logprobs, strict=True):
+            if sampled and not before:
+                turns.append(SampledTurn([], []))
+            if sampled:
+                turns[-1].token_ids.append(token)
+                turns[-1].logprobs.append(logprob)
+            before = sampled
+        return cls(
+            row,
+            tuple(turns),
+            result.preset,
+            result.limits,
+            result.prompts_sha256,
+            step,
+            group,
+            {} if reward is None else reward.metrics(),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of a file."""
+        return asdict(self) | {"row": self.row.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rollout:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            **{
+                **data,
+                "row": Row.from_json(data["row"]),
+                "turns": tuple(SampledTurn(**turn) for turn in data["turns"]),
+                "limits": Limits(**data["limits"]),
+            }
+        )
+
+
+def read_rollouts(run: str | Path) -> Iterator[Rollout]:
+    """The rollouts of a run (its folder, the folder of its rollouts, or one file), by step and group.
+
+    Raises:
+        DataError: there are none, or a line is broken.
+    """
+    run = Path(run)
+    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    files = [folder] if folder.is_file() else sorted(folder.glob("step-*.jsonl"))
+    if not files:
+        raise DataError(
+            f"{run}: no rollouts; set trace_every in the agent loop's configuration, they are written to "
+            f"trainer.default_local_dir/{FOLDER}"
+        )
+    found: list[Rollout] = []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found.append(Rollout.from_json(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{file}, line {number}: not a rollout: {error}") from None
+    yield from sorted(found, key=lambda rollout: (rollout.step, rollout.group))
+
+
+def play(rollout: Rollout, settings: EpisodeSettings) -> Episode:
+    """Run the episode again.
+
+    Raises:
+        DataError: the checkpoint has other prompts, or the images are others than they were.
+    """
+    if rollout.prompts_sha256 != settings.prompts.sha256:
+        raise DataError(
+            f"sample {rollout.row.id}: it was run with the prompts {rollout.prompts_sha256[:12]}, the checkpoint has "
+            f"{settings.prompts.sha256[:12]}; name the checkpoint of the run"
+        )
+    preset = settings.preset if settings.preset.name == rollout.preset else get_preset(rollout.preset)
+    from dataclasses import replace
+
+    again = replace(settings, preset=preset, limits=rollout.limits)
+    room = rollout.limits.max_context or 2**31
+    row = replace(rollout.row, max_pixels=None, max_turns=None)  # they are in the limits
+    episode = again.start(row, max_prompt=room, max_response=room)
+    for number, turn in enumerate(rollout.turns):
+        if episode.next_request() is None:
+            raise DataError(
+                f"sample {rollout.row.id}: the episode ends after {number} turns, {len(rollout.turns)} were recorded; "
+                "have its images changed?"
+            )
+        given = [value for value in turn.logprobs if value is not None]
+        stopped = turn.token_ids[-1] in episode.special.stops
+        episode.feed(
+            turn.token_ids,
+            logprobs=given if len(given) == len(turn.token_ids) else None,
+            finish="stop" if stopped else "length",
+        )
+    return episode
+
+
+def model_logprobs(model: Any, processor: Any, episode: Episode, temperature: float = 1.0) -> list[float | None]:
+    """Log-probability of every sampled token of an episode under a `VilavtPolicy`, in one forward pass; None for
+    tokens that were not sampled. Natural log, fp32, placeholders excluded.
+    """
+    import torch
+
+    from vilavt_hf import compat
+
+    record = episode.record
+    ids = torch.tensor(record.token_ids)
+    inputs = (
+        dict(processor.encode_inquiries(record.inquiries, query_prefix=episode.preset.query_prefix or None))
+        if (record.inquiries)
+        else {}
+    )
+    positions = compat.rope_index(model.model, ids, inputs.get("image_grid_thw"))
+    with torch.inference_mode():
+        logits = model(
+            input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), position_ids=positions[:, None], **inputs
+        ).logits[0, :-1]
+    values = (logits.float() / temperature).log_softmax(-1).gather(-1, ids[1:, None])[:, 0].tolist()
+    return [value if sampled else None for value, sampled in zip([0.0, *values], record.loss_mask, strict=True)]
+
+
+def write_page(
+    rollouts: Iterable[Rollout],
+    settings: EpisodeSettings,
+    path: str | Path,
+    *,
+    model: Any = None,
+    processor: Any = None,
+) -> Path:
+    """Write one HTML page that needs nothing else: every rollout with its images, reward, loss mask, and log-probs.
+
+    Args:
+        rollouts: which.
+        settings: of the checkpoint that they were run with.
+        path: the page.
+        model: a `VilavtPolicy`; its log-probabilities are compared with the recorded ones.
+        processor: its processor.
+    """
+    results, sections = [], []
+    for rollout in rollouts:
+        episode = play(rollout, settings)
+        results.append(_result(rollout, episode))
+        computed = None if model is None else model_logprobs(model, processor, episode)
+        sections.append(_section(rollout, episode, computed))
+    return write_html(results, path, sections=sections)
+
+
+def _result(rollout: Rollout, episode: Episode) -> ChatResult:
+    result = episode.result
+    return ChatResult(
+        question=rollout.row.question,
+        sample_id=rollout.row.id,
+        episode=result,
+        record=episode.record,
+        provenance=Provenance(
+            preset=result.preset,
+            limits=result.limits,
+            sampling=Sampling(),
+            seed=0,
+            prompts=result.prompts,
+            prompts_sha256=result.prompts_sha256,
+            checkpoint=None,
+            fingerprint=None,
+            dtype="",
+            device="replayed",
+            attention="",
+            versions=versions("vilavt-rl"),
+        ),
+        work=Work(),
+        seconds=0.0,
+    )
+
+
+def _section(rollout: Rollout, episode: Episode, computed: Sequence[float | None] | None) -> str:
+    record = episode.record
+    recorded = [value for value in record.logprobs if value is not None]
+    rows = {
+        "step, group": f"{rollout.step}, {rollout.group or '-'}",
+        "right answer": f"{rollout.row.answer} ({rollout.row.question_type})",
+        "reward": ", ".join(f"{name} {value:g}" for name, value in rollout.reward.items()) or "left to the trainer",
+        "trained on": f"{sum(record.loss_mask)} of {len(record.token_ids)} tokens",
+        "mean log-probability": f"{sum(recorded) / len(recorded):.4f}" if recorded else "not recorded",
+    }
+    if computed is not None and recorded:
+        gaps = [abs(a - b) for a, b in zip(record.logprobs, computed, strict=True) if a is not None and b is not None]
+        rows["gap to the model given"] = f"largest {max(gaps):.2e}, mean {sum(gaps) / len(gaps):.2e}"
+    cells = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items()
+    )
+    return (
+        f"<section><table>{cells}</table><details><summary>tokens: marked ones carry loss, darker is less likely"
+        f"</summary><pre>{_tokens(episode, computed)}</pre></details></section>"
+    )
+
+
+def _tokens(episode: Episode, computed: Sequence[float | None] | None) -> str:
+    """The stream as text, sampled tokens marked; runs of image placeholders are shortened."""
+    record, tokenizer = episode.record, episode.tokenizer
+    out: list[str] = []
+    images = {span.start: span.length for span in record.image_spans}
+    at = 0
+    while at < len(record.token_ids):
+        if at in images:
+            out.append(f"[{images[at]} image tokens]")
+            at += images[at]
+            continue
+        text = html.escape(str(tokenizer.decode([record.token_ids[at]], skip_special_tokens=False)))
+        if record.loss_mask[at]:
+            value = record.logprobs[at]
+            model = None if computed is None else computed[at]
+            shade = 15 if value is None else round(15 + 60 * min(1.0, -value / 5))
+            title = "" if value is None else f"{value:.4f}" + ("" if model is None else f", model {model:.4f}")
+            text = f'<span title="{title}" style="background:rgb(46 134 171 / {shade}%)">{text}</span>'
+        out.append(text)
+        at += 1
+    return "".join(out)

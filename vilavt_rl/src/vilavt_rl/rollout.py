@@ -1,0 +1,148 @@
+"""A row of data as an episode, and a finished episode as what a trainer trains on. No trainer is imported here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vilavt_hf.episode import Episode
+from vilavt_hf.images import load_image
+from vilavt_hf.presets import Limits, Preset
+from vilavt_hf.processing_vilavt import VilavtProcessor
+from vilavt_hf.prompts import PromptSet
+from vilavt_hf.settings import fitting_limits, preset_of
+
+from .data import Row
+from .errors import RolloutError
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """What all episodes of a run share; the same that chat and servers start from."""
+
+    tokenizer: Any
+    prompts: PromptSet
+    preset: Preset
+    limits: Limits
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        folder: str | Path,
+        processor: VilavtProcessor | None = None,
+        *,
+        preset: str | None = None,
+        limits: Mapping[str, Any] | None = None,
+    ) -> EpisodeSettings:
+        """Settings of a checkpoint (its ``vilavt_chat.json``, its prompts), changed by those of the run.
+
+        Args:
+            folder: the checkpoint.
+            processor: its processor; None loads it.
+            preset: name; None: what the checkpoint asks for.
+            limits: fields of `vilavt_hf.presets.Limits`.
+        """
+        processor = processor or VilavtProcessor.from_pretrained(folder)
+        found = preset_of(folder, preset).with_limits(**dict(limits or {}))
+        return cls(
+            processor.tokenizer,
+            processor.prompts or PromptSet.load("default"),
+            found,
+            fitting_limits(found.limits, processor.image_processor.size, found.limits.max_context or 2**31),
+        )
+
+    def start(self, row: Row, *, max_prompt: int, max_response: int) -> Episode:
+        """The episode of a row, its images loaded.
+
+        Args:
+            row: the question.
+            max_prompt: tokens that the first turn may have.
+            max_response: tokens of everything after it; becomes the episode's context limit, so that nothing is ever
+                cut.
+
+        Raises:
+            ImageError: an image cannot be loaded.
+            RolloutError: the first turn is too long.
+        """
+        limits = self.limits
+        if row.max_pixels is not None:
+            pixels = max(limits.min_pixels, min(row.max_pixels, limits.max_pixels))
+            limits = replace(limits, max_pixels=pixels, crop_max_pixels=None)
+        if row.max_turns is not None:
+            limits = replace(limits, max_turns=row.max_turns)
+        images = [load_image(image, rules=self.preset.rules) for image in row.images]
+        episode = Episode.start(
+            images,
+            row.question,
+            tokenizer=self.tokenizer,
+            prompts=self.prompts,
+            preset=self.preset,
+            limits=limits,
+            sample_id=row.id,
+        )
+        length = len(episode.record.token_ids)
+        if episode.finished or length > max_prompt:
+            raise RolloutError(
+                f"sample {row.id}: its first turn has {length} tokens, at most {max_prompt} are allowed; raise the "
+                f"prompt length or lower max_pixels. {episode.result.detail if episode.finished else ''}".rstrip()
+            )
+        # Known only now, and before the first request is made.
+        context = min(length + max_response, limits.max_context or length + max_response)
+        episode.limits = replace(limits, max_context=context)
+        return episode
+
+
+@functools.lru_cache(maxsize=8)
+def settings_of(folder: str, preset: str | None, limits: tuple[tuple[str, Any], ...]) -> EpisodeSettings:
+    """`EpisodeSettings.of_checkpoint`, made once per process."""
+    return EpisodeSettings.of_checkpoint(folder, preset=preset, limits=dict(limits))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRecord:
+    """A trajectory as tokens, exactly as sampled. The three response lists have one entry per response token."""
+
+    prompt_ids: list[int]
+    """Everything before the first sampled token."""
+    response_ids: list[int]
+    response_mask: list[int]
+    """1 for sampled tokens, the sampled ``<|im_end|>`` included; 0 for tool responses and images."""
+    response_logprobs: list[float]
+    """As the engine gave them; 0.0 where nothing was sampled."""
+    images: list[Image.Image]
+    queries: list[str]
+    images_per_query: list[int]
+
+    @classmethod
+    def of(cls, episode: Episode) -> TokenRecord:
+        """The record of an episode with at least one turn.
+
+        Raises:
+            RolloutError: nothing was sampled, or a sampled token has no log-probability.
+        """
+        record = episode.record
+        if 1 not in record.loss_mask:
+            raise RolloutError(f"sample {episode.sample_id}: nothing was sampled, there is nothing to train on")
+        first = record.loss_mask.index(1)
+        mask = record.loss_mask[first:]
+        logprobs = record.logprobs[first:]
+        missing = sum(m and value is None for m, value in zip(mask, logprobs, strict=True))
+        if missing and missing != sum(mask):
+            raise RolloutError(
+                f"sample {episode.sample_id}: {missing} of {sum(mask)} sampled tokens have no log-probability; the "
+                "engine must give one for each, or none"
+            )
+        return cls(
+            record.token_ids[:first],
+            record.token_ids[first:],
+            mask,
+            [0.0 if value is None else value for value in logprobs],
+            [image for inquiry in record.inquiries for image in inquiry.images],
+            [inquiry.query for inquiry in record.inquiries],
+            [len(inquiry.images) for inquiry in record.inquiries],
+        )

@@ -1,0 +1,119 @@
+"""Something to learn on a CPU: questions of the tiny world, and a model that has not learned all of it.
+
+The checkpoint comes from the first stages of `vilavt tiny build`, with the last stage cut short: it zooms and reads,
+but often misreads or adds wrongly. GRPO has to do the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilavt_hf.tiny.scenes import Kind, Split, ask
+
+SHARES = {Kind.ONE: 0.1, Kind.PAIR: 0.2, Kind.NESTED: 0.2, Kind.SUM: 0.3, Kind.LARGER: 0.2}
+"""Of the kinds of questions."""
+TALK_STEPS = 80
+"""Steps of the last stage, instead of 1000."""
+
+
+def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: str) -> Path:
+    """Write pictures and ``<name>.jsonl``, in the format that `vilavt_rl.data` reads.
+
+    Args:
+        out: folder.
+        count: questions, each about a picture of its own.
+        split: whose digit scans may appear: ``train``, ``dev`` or ``heldout``.
+        seed: of everything.
+        name: of the file, and of the folder of its pictures.
+    """
+    from vilavt_hf.tiny.build import _scene_for
+
+    out = Path(out)
+    (out / name).mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.jsonl"
+    kinds = list(SHARES)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            rng = np.random.default_rng([seed, i])
+            kind = kinds[int(rng.choice(len(kinds), p=list(SHARES.values())))]
+            scene = _scene_for(rng, kind, split)
+            question = ask(rng, scene, kind)
+            image = f"{name}/{i:06d}.png"
+            scene.image.save(out / image, compress_level=1)  # grain does not compress
+            row = {
+                "id": f"{name}-{i}",
+                "question": question.text,
+                "answer": question.answer,
+                "image_path": [image],
+                "question_type": "numerical",
+                "data_type": f"tiny-{kind}",
+                "max_num_steps": 4,
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def build_start(
+    out: str | Path, *, talk_steps: int = TALK_STEPS, seed: int = 0, work: Path | None = None
+) -> dict[str, Any]:
+    """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`."""
+    import torch
+
+    from vilavt_hf.tiny.build import STAGES, publish, run_stage
+    from vilavt_hf.tiny.model import tiny_auxiliary, tiny_config, tiny_model, tiny_processor
+
+    out = Path(out)
+    work = work or out.with_name(out.name + "-work")
+    stages = [*STAGES[:-1], replace(STAGES[-1], steps=talk_steps)]
+    processor = tiny_processor()
+    torch.manual_seed(seed)
+    auxiliary = tiny_auxiliary()  # before the model: both draw from the same stream
+    model = tiny_model(tiny_config(processor.tokenizer), seed)
+    model.auxiliary = auxiliary
+    for number, stage in enumerate(stages, 1):
+        run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
+    model.auxiliary = None
+    note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps"
+    return publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
+
+
+def read_curve(metrics: str | Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, mean reward of the rollouts) and (step, accuracy on the validation questions), from verl's file logger.
+
+    The accuracy is the mean over kinds of questions.
+    """
+    rewards, accuracies = [], []
+    for line in Path(metrics).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        step, data = entry["step"], entry["data"]
+        if "critic/score/mean" in data:
+            rewards.append((step, data["critic/score/mean"]))
+        kinds = [v for k, v in data.items() if k.startswith("val-core/") and k.endswith("/acc/mean@1")]
+        if kinds:
+            accuracies.append((step, sum(kinds) / len(kinds)))
+    return rewards, accuracies
+
+
+def plot_curve(metrics: str | Path, out: str | Path) -> Path:
+    """Draw :func:`read_curve` as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rewards, accuracies = read_curve(metrics)
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    axis.plot(*zip(*rewards, strict=True), color="0.7", label="reward of the rollouts, temperature 1")
+    if accuracies:
+        axis.plot(*zip(*accuracies, strict=True), marker=".", label="held-out accuracy, greedy")
+    axis.set(xlabel="step", ylim=(0, 1))
+    axis.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=90)
+    pyplot.close(figure)
+    return Path(out)

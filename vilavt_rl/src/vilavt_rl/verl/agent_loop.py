@@ -1,0 +1,174 @@
+"""One verl trajectory = one ViLaVT episode (``rollout.agent.agent_loop_config_path``).
+
+Token-exact: what the engine sampled is what is trained on; images and tool responses carry no loss. The engine may be
+any of verl's. vLLM, with our plug-in, reads off the prompt which images belong together; our CPU engine is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
+
+from vilavt_hf.episode import Episode, Request
+
+from ..data import Row
+from ..errors import RolloutError
+from ..replay import Rollout
+from ..rewards import RewardSettings, Trajectory, reward
+from ..rollout import TokenRecord, settings_of
+from .cpu.names import ROLLOUT
+from .reward import score_fields
+
+_NEVER = -100.0
+"""Logit bias of placeholders, the lowest that vLLM takes; it bans two of the four by itself."""
+
+
+class VilavtAgentLoop(AgentLoopBase):
+    """Drives an `Episode` with verl's server.
+
+    Args:
+        preset: how episodes run; None: what the checkpoint asks for.
+        limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` and ``max_pixels`` win.
+        reward: fields of `vilavt_rl.rewards.RewardSettings`; None leaves the reward to verl's reward workers.
+        trace_every: write the rollouts of every so many steps for `vilavt-rl replay`; 0: of none.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        preset: str | None = None,
+        limits: Mapping[str, Any] | None = None,
+        reward: Mapping[str, Any] | None = None,
+        trace_every: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        # Prompts are the episode's; naming the parent's family only spares a warning per trajectory.
+        super().__init__(*args, **{**kwargs, "hf_model_type": "qwen2_5_vl"})
+        self.preset = preset
+        self.limits = tuple(sorted((limits or {}).items()))
+        self.reward = None if reward is None else RewardSettings(**reward)
+        self.trace_every = trace_every
+
+    async def run(self, sampling_params: dict[str, Any], **fields: Any) -> AgentLoopOutput:
+        """See the parent's.
+
+        Raises:
+            RolloutError: the first turn is too long, or the engine broke off.
+        """
+        row = Row.from_json(fields["row"])
+        settings = settings_of(self.tokenizer.name_or_path, self.preset, self.limits)
+        lengths = self.rollout_config.prompt_length, self.rollout_config.response_length
+        start = partial(settings.start, row, max_prompt=lengths[0], max_response=lengths[1])
+        episode = await self.loop.run_in_executor(None, start)
+        session, generating, zooming = uuid4().hex, 0.0, 0.0
+        versions: dict[str, Any] = {}
+        while (request := episode.next_request()) is not None:
+            began = time.perf_counter()
+            out = await self.server_manager.generate(
+                request_id=session,  # the same for all turns: they go to the engine that has the cache
+                prompt_ids=request.all_token_ids,
+                sampling_params=_sampling(sampling_params, request),
+                image_data=[image for inquiry in request.inquiries for image in inquiry.images] or None,
+                **self._told(episode, request),
+            )
+            sampled = time.perf_counter()
+            if out.stop_reason in ("aborted", "abort"):
+                raise RolloutError(f"sample {row.id}, turn {request.turn}: the engine aborted it")
+            versions.setdefault("min_global_steps", out.extra_fields.get("min_global_steps"))
+            versions["max_global_steps"] = out.extra_fields.get("max_global_steps")
+            feed = partial(
+                episode.feed,
+                out.token_ids,
+                logprobs=out.log_probs,
+                finish="stop" if out.token_ids and out.token_ids[-1] in request.stop_token_ids else "length",
+                seconds=sampled - began,
+            )
+            await self.loop.run_in_executor(None, feed)
+            generating += sampled - began
+            zooming += time.perf_counter() - sampled
+        return await self._output(
+            row, episode, AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming), versions, fields
+        )
+
+    def _told(self, episode: Episode, request: Request) -> dict[str, Any]:
+        """Our CPU engine gets the groups as they are; vLLM's plug-in would take the argument for a processor
+        setting."""
+        if self.rollout_config.name != ROLLOUT or not request.inquiries:
+            return {}
+        return {"mm_processor_kwargs": _groups(request.inquiries, episode.preset.query_prefix)}
+
+    async def _output(
+        self,
+        row: Row,
+        episode: Episode,
+        metrics: AgentLoopMetrics,
+        versions: dict[str, Any],
+        fields: Mapping[str, Any],
+    ) -> AgentLoopOutput:
+        tokens, trajectory = TokenRecord.of(episode), Trajectory.of(episode.result)
+        extra: dict[str, Any] = {
+            **versions,
+            "finish": str(episode.finish),
+            "turn_scores": [],
+            "tool_rewards": [],
+        }
+        earned = None
+        if self.reward is not None:
+            began = time.perf_counter()
+            earned = await self.loop.run_in_executor(None, partial(reward, trajectory, row.task, self.reward))
+            metrics.compute_score = time.perf_counter() - began
+            extra["reward_extra_info"] = score_fields(earned)
+        else:
+            extra |= {"messages": trajectory.to_json(), "sampled_tokens": trajectory.sampled_tokens}
+        if self.trace_every and (step := int(fields.get("global_steps") or 0)) % self.trace_every == 0:
+            self._trace(Rollout.of(row, episode, step=step, group=str(fields.get("uid", "")), reward=earned))
+        output = AgentLoopOutput(
+            prompt_ids=tokens.prompt_ids,
+            response_ids=tokens.response_ids,
+            response_mask=tokens.response_mask,
+            response_logprobs=tokens.response_logprobs,
+            multi_modal_data={"images": tokens.images} if tokens.images else None,
+            num_turns=1 + len(trajectory.messages),
+            metrics=metrics,
+            extra_fields=extra,
+        )
+        # Set only when there is something: verl tells fields that were set from those that were not.
+        if tokens.images:
+            output.mm_processor_kwargs = _groups(episode.inquiries, episode.preset.query_prefix)
+        if earned is not None:
+            output.reward_score = earned.overall
+        return output
+
+    def _trace(self, rollout: Rollout) -> None:
+        """One file per process and step: nobody shares a file handle."""
+        folder = Path(self.config.trainer.default_local_dir) / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"step-{rollout.step:06d}.{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps(rollout.to_json()) + "\n")
+
+
+def _groups(inquiries: Any, query_prefix: str) -> dict[str, Any]:
+    """What `VerlVilavtProcessor` needs beside the images. Counts per query, not a mapping: verl concatenates."""
+    groups: dict[str, Any] = {
+        "queries": [inquiry.query for inquiry in inquiries],
+        "images_per_query": [len(inquiry.images) for inquiry in inquiries],
+    }
+    return groups | ({"query_prefix": query_prefix} if query_prefix else {})
+
+
+def _sampling(params: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """A copy for every call: servers take keys out of it."""
+    return {
+        **params,
+        "max_tokens": request.max_new_tokens,
+        "stop_token_ids": list(request.stop_token_ids),
+        "logit_bias": dict.fromkeys(request.banned_token_ids, _NEVER),
+    }

@@ -1,0 +1,95 @@
+"""ViLaVT's processor as verl calls it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, BatchFeature
+
+from vilavt_hf import VilavtProcessor
+from vilavt_hf.settings import SETTINGS
+from vilavt_hf.train.collator import mrope_positions
+
+
+class VerlVilavtProcessor(VilavtProcessor):
+    """Turns an episode's images and queries into model inputs, and computes positions as the model does.
+
+    verl asks its processor twice: with the images of a trajectory (and the queries, through ``mm_processor_kwargs``),
+    and for M-RoPE positions. The text it passes along has lost its image placeholders, so it is not looked at.
+    """
+
+    config: Any = None
+    """The model's; verl puts it there, too."""
+    source: str | Path = ""
+    """Folder of the checkpoint."""
+
+    def __call__(  # type: ignore[override]  # videos, paddings and the rest travel in kwargs
+        self,
+        images: Any = None,
+        text: Any = None,
+        queries: Sequence[str] | None = None,
+        images_per_query: Sequence[int] | None = None,
+        query_prefix: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """The parent's; with `queries` only the images are encoded, at the size they have.
+
+        Returns:
+            pixel_values (N, 1176), image_grid_thw (n, 3), query_ids and query_attention_mask (Q, T) with T the same
+            for every trajectory, images_per_query (Q,): all of them can be concatenated over samples.
+        """
+        if queries is None:
+            return super().__call__(images=images, text=text, **kwargs)
+        encoded = self.image_processor(images=list(images), return_tensors="pt", do_resize=False)
+        ids, mask = self.tokenize_queries(queries, query_prefix)
+        return BatchFeature(
+            {
+                "pixel_values": encoded["pixel_values"],
+                "image_grid_thw": encoded["image_grid_thw"],
+                "query_ids": ids,
+                "query_attention_mask": mask,
+                "images_per_query": torch.tensor(list(images_per_query or [])),
+            }
+        )
+
+    def get_rope_index(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """M-RoPE positions (3, 1, L) of one trajectory (1, L), padded on either side; padding gets 1."""
+        real = attention_mask[0].bool()
+        merge = self.image_processor.merge_size
+        grids = [] if image_grid_thw is None else (image_grid_thw[:, 1:] // merge).tolist()
+        found = mrope_positions(input_ids[0, real].tolist(), grids, self.config.image_token_id)
+        positions = torch.ones(3, *input_ids.shape, dtype=torch.long)
+        positions[:, 0, real] = torch.from_numpy(found)
+        return positions, None
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Checkpoints that verl saves name the public class."""
+        return {**super().to_dict(*args, **kwargs), "processor_class": VilavtProcessor.__name__}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, and how the checkpoint wants to be run, which training does not change."""
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        settings = Path(self.source) / SETTINGS
+        if settings.is_file():
+            shutil.copyfile(settings, Path(save_directory) / SETTINGS)
+        return written
+
+
+def load_processor(path: str, **kwargs: Any) -> VerlVilavtProcessor | None:
+    """The processor of a ViLaVT checkpoint, or None if the checkpoint is another model's."""
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    if config.model_type != "vilavt":
+        return None
+    processor = VerlVilavtProcessor.from_pretrained(path)
+    processor.config, processor.source = config, path
+    return processor

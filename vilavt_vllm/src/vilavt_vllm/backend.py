@@ -1,0 +1,25 @@
+"""The backend ``vllm`` of `vilavt_hf.backends`: what an evaluation opens by name."""
+
+from dataclasses import replace
+
+from vilavt_hf.backends import BackendOptions
+
+from .offline import VilavtLLM
+
+
+def open_llm(model: str, options: BackendOptions) -> VilavtLLM:
+    """A `VilavtLLM` over an engine of its own; ``options.engine`` are arguments of `vllm.LLM`."""
+    options.refuse("vllm", "device")
+    preset = options.preset_for(model)
+    llm = VilavtLLM(
+        model,
+        preset=preset,
+        sampling=options.change_sampling(preset.sampling),
+        seed=options.seed,
+        prompts=options.prompts,
+        max_concurrent=options.concurrency,
+        image_limits=options.image_limits,
+        **{"dtype": options.dtype, **options.engine},
+    )
+    llm.settings = replace(llm.settings, limits=options.change_limits(llm.settings.limits))
+    return llm

@@ -1,0 +1,52 @@
+"""Which conversation does a request continue? Clients resend the whole history; we keep its token stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from ..episodes import EpisodeRun
+from .protocol import Exchange
+
+
+class History:
+    """The last finished questions, found again by everything the client has sent and received up to there.
+
+    A follow-up that is found continues the token stream the model really wrote, so vLLM's caches hold all of it.
+
+    Args:
+        capacity: questions kept; the one used longest ago goes first.
+        max_bytes: of their decoded pictures, crops included; a picture that several questions share counts for each.
+    """
+
+    def __init__(self, capacity: int, max_bytes: int) -> None:
+        self.capacity, self.max_bytes, self.bytes = capacity, max_bytes, 0
+        self._runs: OrderedDict[str, tuple[EpisodeRun, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def find(self, exchanges: Sequence[Exchange]) -> EpisodeRun | None:
+        """The run that answered the last of these exchanges."""
+        key = _key(exchanges)
+        if key not in self._runs:
+            return None
+        self._runs.move_to_end(key)
+        return self._runs[key][0]
+
+    def keep(self, exchanges: Sequence[Exchange], run: EpisodeRun) -> None:
+        """Remember a finished run under its exchanges, the answer included."""
+        key = _key(exchanges)
+        _, before = self._runs.pop(key, (None, 0))
+        self._runs[key] = run, run.picture_bytes
+        self.bytes += run.picture_bytes - before
+        while len(self._runs) > self.capacity or (self.bytes > self.max_bytes and self._runs):
+            _, (_, size) = self._runs.popitem(last=False)
+            self.bytes -= size
+
+
+def _key(exchanges: Sequence[Exchange]) -> str:
+    data = [[[hashlib.sha256(url.encode()).hexdigest() for url in e.images], e.question, e.answer] for e in exchanges]
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""How the model is run: from a ``--config`` file or the model's name, else from the environment, else by default."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vilavt_hf.backends import BackendOptions, is_url
+from vilavt_hf.images import ImageLimits
+from vilavt_hf.presets import Limits, Sampling
+from vilavt_hf.tiny.shipped import shipped
+
+from .errors import SettingsError
+
+PREFIX = "VILAVT_VLMEVAL_"
+"""Of environment variables: this and the name of the setting in capitals."""
+
+ELSEWHERE = ("AUTOLOAD",)
+"""Variables with our prefix that are no settings; see `_autoload`."""
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class AdapterSettings(BaseModel):
+    """One field per setting; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    checkpoint: Literal["rl", "sft", "tiny"] = Field(
+        "rl", description="`rl`, `sft` (at the paths below) or `tiny` (shipped); our model names say it themselves"
+    )
+    model_path: str | None = Field(None, description="checkpoint folder or hub id of `ViLaVT-7B` and `ViLaVT-7B-vLLM`")
+    sft_model_path: str | None = Field(None, description="checkpoint folder or hub id of `ViLaVT-SFT-7B`")
+    backend: str = Field("hf", description="`hf` (transformers), `vllm`, or the URL of a running `vilavt-serve`")
+    preset: str | None = Field(
+        None, description="how conversations run: `default`, `rl`, `eval-vllm`, `eval-hf`, `vlmevalkit`"
+    )
+    prompts: str | None = Field(None, description="wording: a prompt set's name or folder")
+    seed: int = Field(0, description="every sample's own seed is made from this and its id")
+    max_turns: int | None = Field(None, description="assistant turns of a conversation, the answer included")
+    max_images: int | None = Field(None, description="images of a conversation, crops included")
+    max_new_tokens_per_turn: int | None = Field(None, description="tokens the model may sample in a turn")
+    max_context: int | None = Field(None, description="tokens of a whole conversation")
+    max_pixels: float | None = Field(None, description="pixels of an image as the encoder sees it")
+    min_pixels: float | None = Field(None, description="smaller images are enlarged to this")
+    crop_max_pixels: float | None = Field(None, description="pixels of a crop as the encoder sees it")
+    max_total_pixels: float | None = Field(None, description="pixels of all images of a conversation")
+    temperature: float | None = Field(None, description="0 is greedy")
+    top_p: float | None = Field(None, description="nucleus sampling")
+    top_k: int | None = Field(None, description="0 is off")
+    repetition_penalty: float | None = Field(None, description="1 is off")
+    dtype: str = Field("auto", description="of the weights")
+    device: str = Field("auto", description="with `hf`; under torchrun every rank takes its own GPU")
+    engine: Annotated[dict[str, Any], BeforeValidator(_parsed)] = Field(
+        default_factory=dict,
+        description="JSON, for what computes: `from_pretrained`, `vllm.LLM`, or `openai.OpenAI`, e.g. "
+        '`{"tensor_parallel_size": 4}`',
+    )
+    custom_prompts: bool = Field(True, description="`0`: the toolkit's prompt for every benchmark")
+    trace_dir: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = Field(
+        Path("vilavt_traces"), description="folder of the traces, made if missing; empty: no traces, no resuming"
+    )
+    resume: bool = Field(True, description="`0`: ask again what the traces already answer")
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Self:
+        """Settings that were `given`, completed from the environment.
+
+        Raises:
+            SettingsError: names the setting, and where it came from.
+        """
+        found = {
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ELSEWHERE
+        }
+        try:
+            return cls(**{**found, **given})
+        except ValidationError as error:
+            raise SettingsError(_first(error, given, cls)) from None
+
+    @property
+    def path(self) -> str:
+        """The checkpoint, or the server's URL.
+
+        Raises:
+            SettingsError: it is not named.
+        """
+        if is_url(self.backend):
+            return self.backend
+        if self.checkpoint == "tiny":
+            return str(shipped("vilavt-tiny"))
+        name = "sft_model_path" if self.checkpoint == "sft" else "model_path"
+        value: str | None = getattr(self, name)
+        if not value:
+            raise SettingsError(
+                f"no checkpoint: set {PREFIX}{name.upper()} to a folder or hub id, or {name!r} in the --config file"
+            )
+        return value
+
+    @property
+    def backend_name(self) -> str:
+        """``hf``, ``vllm`` or ``server``."""
+        return "server" if is_url(self.backend) else self.backend
+
+    def options(self) -> BackendOptions:
+        """For `vilavt_hf.backends.open_backend`."""
+        return BackendOptions(
+            preset=self.preset,
+            prompts=self.prompts,
+            seed=self.seed,
+            limits=self._set(Limits),
+            sampling=self._set(Sampling),
+            dtype=self.dtype,
+            device=self.device,
+            engine=self.engine,
+            image_limits=BENCHMARK_IMAGES,
+        )
+
+    def _set(self, kind: type) -> dict[str, Any]:
+        names = [f.name for f in fields(kind) if f.name in type(self).model_fields]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+BENCHMARK_IMAGES = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000)
+"""Caps on a benchmark's own files, which the user has chosen: HR-Bench holds pictures of 33 million pixels as PNG."""
+
+
+def _first(error: ValidationError, given: Mapping[str, Any], cls: type[BaseModel]) -> str:
+    """What the first problem is, in one line."""
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0])
+    label = repr(name) if name in given else PREFIX + name.upper()
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {label}; known are {', '.join(cls.model_fields)}"
+    return f"{label} is {problem['input']!r}: {problem['msg']}"
