@@ -2,13 +2,13 @@
 
     python benchmarks/packing.py [--small] [--samples 48] [--repeats 3] [--json FILE]
 
-The length mix is that of conversations with pictures: text of log-normal length (median 500 tokens, 90 % below 1200),
+The length mix is that of conversations with pictures: text of log-normal length (median 300 tokens, 90 % below 750),
 one to three pictures of 64 to 196 tokens in three of four samples, and in half of those two crops under a query. Model:
-the encoder and language model of `multi_turn.py` (random, fp32, one thread, SDPA). Forward and backward pass, logits
-only where there are labels; batches are made beforehand. Packs hold 8192 tokens in block-diagonal attention; padded
-batches hold 4 or 8 samples drawn at random, as a data loader does. Seconds are process CPU seconds, the minimum of
-interleaved repeats; every way does the same samples, and a token counts if it is no padding. All losses must agree to
-1e-4 per token.
+the encoder and language model of `multi_turn.py`, smaller (random, 21 million parameters, fp32, one thread, SDPA).
+Forward and backward pass, logits only where there are labels; batches are made beforehand. Packs hold 4096 tokens in
+block-diagonal attention; padded batches hold 4 or 8 samples drawn at random, as a data loader does. Seconds are process
+CPU seconds, the minimum of interleaved repeats; every way does the same samples, and a token counts if it is no
+padding. All losses must agree to 1e-4 per token.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from vilavt_hf.train.model import VilavtForTraining
 from vilavt_hf.train.order import best_fit
 from vilavt_hf.train.trainer import label_weight
 
-BUDGET = 8192
+MEDIUM = Size(vision_width=256, vision_mlp=688, vision_depth=8, text_width=384, text_mlp=1032, text_layers=4)
+BUDGET = 4096
 PADDED = (4, 8)
 
 
 def sample(rng: np.random.Generator, scale: float) -> Example:
     """A random conversation; a quarter of its text tokens are trained."""
-    text = int(np.clip(rng.lognormal(np.log(500), 0.7), 60, 5000) * scale) + 8
+    text = int(np.clip(rng.lognormal(np.log(300), 0.7), 60, 2000) * scale) + 8
     groups: list[ImageGroup] = []
     if rng.random() < 0.75:
         groups += [ImageGroup((picture(rng, scale),)) for _ in range(rng.integers(1, 4))]
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
-    size, scale = (SMALL, 0.2) if options.small else (Size(), 1.0)
+    size, scale = (SMALL, 0.2) if options.small else (MEDIUM, 1.0)
     report = benchmark(size, options.samples, scale, options.repeats)
     table = Table("batches", "padding", "tokens/s", "seconds / packed", title=f"{report['tokens']} tokens")
     for row in report["rows"]:

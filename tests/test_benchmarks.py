@@ -32,6 +32,14 @@ def test_the_multi_turn_benchmark_does_every_piece_of_work_once(run):
     assert max(figures["logit_difference"].values()) < 1e-3
 
 
+def test_the_packing_benchmark_wastes_nothing_in_packs(run):
+    figures = run("packing.py", "--small", "--samples", "12", "--repeats", "1")
+    packed, *padded = figures["rows"]
+    assert packed["padding"] == pytest.approx(0, abs=1e-9)
+    assert all(row["padding"] > 0.1 for row in padded)
+    assert all(row["loss"] == pytest.approx(packed["loss"], abs=1e-4) for row in padded)
+
+
 def test_the_groups_benchmark_reports_every_number_of_groups(run):
     figures = run("vision_groups.py", "--small", "--repeats", "1")
     assert {"ratio_4", "ratio_16"} <= set(figures)
