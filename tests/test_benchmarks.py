@@ -44,3 +44,12 @@ def test_the_groups_benchmark_reports_every_number_of_groups(run):
     figures = run("vision_groups.py", "--small", "--repeats", "1")
     assert {"ratio_4", "ratio_16"} <= set(figures)
     assert list(figures["cpu_seconds"]) == ["1", "4", "16"]
+
+
+def test_a_hundred_thousand_rows_are_scored_right_within_a_gigabyte(run):
+    figures = run("scoring_speed.py", "--rows", "100000")
+    for name, score in figures["expected"].items():
+        assert figures["found"][name] == pytest.approx(score, abs=1e-9)
+    assert figures["found"]["overall"] == pytest.approx(sum(figures["expected"].values()) / 4, abs=1e-9)
+    assert figures["flaws"] == {"empty answer": 33_333}
+    assert figures["peak_mb"] < 1000

@@ -46,6 +46,8 @@ def test_the_wheel_built_from_the_source_archive_is_complete(package, tmp_path):
         assert "vilavt_hf/_examples/vilavt-tiny/model.safetensors" in names
         assert "vilavt_hf/_examples/pictures/questions.json" in names
         assert "vilavt_hf/recipes/vilavt_7b_sft.yaml" in names
+        assert "vilavt_hf/evaluation/benchmarks/VSI-Bench.yaml" in names
+        assert "vilavt_hf/evaluation/presets/default.yaml" in names
         assert "vilavt_hf/train/parallel/fsdp2.json" in names
 
 

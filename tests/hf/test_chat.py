@@ -158,6 +158,16 @@ def test_sampling_follows_the_samples_seed(tiny_model, processor, tokenizer):
     assert named[0].record.token_ids == named[2].record.token_ids != named[1].record.token_ids
 
 
+def test_sampling_may_be_set_between_conversations(tiny_model, processor):
+    limits = replace(LIMITS, max_new_tokens_per_turn=6)
+    chat = VilavtChat(tiny_model, processor, limits=limits, prompts="tiny")
+    greedy = chat.ask([picture(0)], "what?")
+    chat.sampling = Sampling(temperature=5.0)
+    sampled = chat.ask([picture(0)], "what?")
+    assert sampled.record.token_ids != greedy.record.token_ids
+    assert sampled.provenance.sampling == chat.sampling
+
+
 def test_one_failing_sample_does_not_lose_the_others(chat, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     samples = [
@@ -281,7 +291,7 @@ def test_limits_of_one_sample_allow_an_answer_without_zoom(chat):
 def test_boxes_can_be_swapped_behind_the_text(chat):
     other = (Region(0, (40, 14, 80, 50)),)
     hooks = Intervention(
-        transform_call=lambda sample, call: replace(call, regions=other),
+        transform_call=lambda sample, call, views: replace(call, regions=other),
         forced_turns=lambda sample, turn: zoom(0, 1) if turn == 0 else None,
     )
     (result,) = chat.ask_many([([picture(0)], "what?")], intervention=hooks)

@@ -15,7 +15,7 @@ from vilavt_hf.data.registry import Registry
 from vilavt_hf.episode import Episode
 from vilavt_hf.presets import Limits
 from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn, parse_turn
-from vilavt_hf.regions import Gallery
+from vilavt_hf.regions import Gallery, View
 from vilavt_hf.tiny import build as building
 from vilavt_hf.tiny import evaluate as evaluation
 from vilavt_hf.tiny.model import fast_encoder, tiny_processor
@@ -167,11 +167,12 @@ def test_the_fast_image_path_gives_the_processor_s_tensors(processor):
 
 def test_a_random_box_is_another_cell_of_the_same_size():
     scene, question, _ = scene_and_question(Kind.PAIR, 5)
-    sample = evaluation.Sample([scene.image], question.text, data=evaluation.Task(scene, question))
+    sample = evaluation.Sample([scene.image], question.text, id="0")
+    shown = [View(scene.shown(), 0), View(scene.image.resize((CROP, CROP)), 0)]
     (call,) = question.calls()
     nested = ToolCall((Region(1, (0, CELL, CELL, 2 * CELL)),), "q")
     for given in (call, nested):
-        (moved,) = INTERVENE(sample, given).regions
+        (moved,) = INTERVENE(sample, given, shown).regions
         assert moved.index == given.regions[0].index
         assert moved.box != given.regions[0].box
         assert (moved.box[2] - moved.box[0], moved.box[3] - moved.box[1]) == (CELL, CELL)

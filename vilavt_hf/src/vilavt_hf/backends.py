@@ -27,6 +27,9 @@ GROUP = "vilavt.backends"
 class Backend(Protocol):
     """Answers questions."""
 
+    concurrency: int
+    """Conversations side by side; may be changed between calls."""
+
     def iter_many(self, samples: Iterable[Sample]) -> Iterator[tuple[int, ChatResult]]:
         """Ask many questions side by side, and yield (place, result) as they are answered.
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from .engine import MAX_PREFILL_TOKENS, Engine, Row, Sampled, Sampler, Work
+from .engine import MAX_PREFILL_TOKENS, Engine, Reused, Row, Sampled, Sampler, Timings, Work
 from .episode import Episode, Inquiry, Request
 from .errors import CheckpointError, EngineError
 from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling, get_preset
 from .prompts import PromptSet
+from .regions import View
 from .results import (
     AnswerEvent,
     ChatResult,
@@ -91,6 +92,9 @@ class VilavtChat:
         allow_urls: whether an image may be an http(s) URL.
         checkpoint: where the model came from, for the record.
         fingerprint: of the checkpoint, for the record.
+
+    What all its engines have spent is in `timings`, measured with `clock`; set that to one that waits for the device if
+    the parts shall be exact on a GPU.
     """
 
     def __init__(
@@ -122,10 +126,28 @@ class VilavtChat:
         self.max_batch_size, self.max_prefill_tokens = max_batch_size, max_prefill_tokens
         self.image_limits, self.allow_urls = image_limits, allow_urls
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
-        self._choose = Sampler(self.sampling)
+        self.timings, self.clock = Timings(), time.perf_counter
         self._stops = frozenset(
             int(i) for i in processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         )
+
+    @property
+    def concurrency(self) -> int:
+        """Conversations that run side by side: `max_batch_size`, by the name that all backends have for it."""
+        return self.max_batch_size
+
+    @concurrency.setter
+    def concurrency(self, value: int) -> None:
+        self.max_batch_size = value
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; may be set between conversations."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampling, self._choose = sampling, Sampler(sampling)
 
     @classmethod
     def from_pretrained(
@@ -240,7 +262,7 @@ class VilavtChat:
         """Like :meth:`ask_many`, but yields (place, result) as conversations end; images are loaded when their turn
         comes.
         """
-        engine = self._engine()
+        engine = self._engine(keep_features=intervention is not None and not intervention.reencode)
         places: dict[int, int] = {}
 
         def runs() -> Iterator[_Run]:
@@ -283,17 +305,21 @@ class VilavtChat:
 
     # ------------------------------------------------------------------ running
 
-    def _engine(self) -> Engine:
+    def _engine(self, *, keep_features: bool = False) -> Engine:
         def encode(inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
             return self.processor.encode_inquiries(inquiries, query_prefix=self.preset.query_prefix or None)
 
-        return Engine(
+        engine = Engine(
             self.model,
             encode,
             choose=self._choose,
             max_batch_size=self.max_batch_size,
             max_prefill_tokens=self.max_prefill_tokens,
+            clock=self.clock,
+            keep_features=keep_features,
         )
+        engine.timings = self.timings
+        return engine
 
     def _seed_of(self, sample: Sample) -> int:
         return sample.seed_from(self.seed)
@@ -371,17 +397,24 @@ class VilavtChat:
         yield Finished(self._result(run))
 
     def _inquiries(self, run: _Run, request: Request) -> list[Inquiry] | None:
-        change = run.intervention.transform_inquiry
-        if change is None:
+        change, reencode = run.intervention.transform_inquiry, run.intervention.reencode
+        if change is None and reencode:
             return None
-        changed = [list(change(run.sample, inquiry)) for inquiry in request.new_inquiries]
+        if change is None:
+            changed = [[inquiry] for inquiry in request.new_inquiries]
+        else:
+            changed = [list(change(run.sample, inquiry)) for inquiry in request.new_inquiries]
         for inquiry, parts in zip(request.new_inquiries, changed, strict=True):
             if [index for part in parts for index in part.image_indices] != list(inquiry.image_indices):
                 raise EngineError(
                     f"sample {run.row.name}, turn {request.turn}: transform_inquiry returned other images than "
                     f"{list(inquiry.image_indices)}; it may change queries and grouping only"
                 )
-        return [part for parts in changed for part in parts]
+        inquiries = [part for parts in changed for part in parts]
+        if not reencode:
+            assert run.episode is not None
+            inquiries = [_reused(inquiry, run.episode.views) for inquiry in inquiries]
+        return inquiries
 
     def _take(self, engine: Engine, run: _Run, sampled: Sampled) -> Iterator[Event]:
         if sampled.error is not None:
@@ -400,13 +433,13 @@ class VilavtChat:
         """Give the episode a whole turn and say what came of it."""
         assert run.episode is not None
         seconds = time.perf_counter() - run.asked
-        change = run.intervention.transform_call
+        change, views = run.intervention.transform_call, run.episode.views
         turn = run.episode.feed(
             run.ids,
             logprobs=run.logprobs or None,
             finish="length" if finish == "length" else "stop",
             seconds=seconds,
-            redirect=None if change is None else partial(change, run.sample),
+            redirect=None if change is None else lambda call: change(run.sample, call, views),
         )
         run.ids, run.logprobs, run.shown = [], [], 0
         yield from turn_events(turn)
@@ -527,6 +560,18 @@ class Conversation:
             self._busy = False
             if not done and run.row.tokens:
                 self._engine.close(run.row)
+
+
+def _reused(inquiry: Inquiry, views: Sequence[View]) -> Inquiry:
+    """A crop's inquiry with the places of its images on the originals they come from."""
+    origins = []
+    for index in inquiry.image_indices:
+        view = views[index]
+        if view.kind == "original":
+            return inquiry
+        original = next(i for i, v in enumerate(views) if v.kind == "original" and v.source == view.source)
+        origins.append((original, view.region))
+    return Reused(inquiry.images, inquiry.query, inquiry.image_indices, tuple(origins))
 
 
 def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,9 +35,11 @@ from transformers.cache_utils import DynamicLayer
 from . import compat
 from .errors import EngineError
 from .presets import Sampling
+from .regions import FACTOR, Box
+from .stream import Inquiry
 
 if TYPE_CHECKING:
-    from .episode import Inquiry, Request
+    from .episode import Request
     from .modeling_vilavt import VilavtForConditionalGeneration
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,19 @@ MAX_PREFILL_TOKENS = 16384
 
 Encode = Callable[[Sequence["Inquiry"]], dict[str, torch.Tensor]]
 """Inquiries to the inputs of `get_image_features`, as `VilavtProcessor.encode_inquiries` does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reused(Inquiry):
+    """Images that are not encoded: their features are cut out of those of earlier images of their row, for ablations.
+
+    Needs an engine that keeps features.
+    """
+
+    origins: tuple[tuple[int, Box], ...] = ()
+    """For each image the index of an earlier, encoded one, and where it lies on it: ``(x1, y1, x2, y2)`` as fractions
+    of its width and height.
+    """
 
 
 @dataclass
@@ -123,6 +139,8 @@ class Row:
     """Tokens sampled in the current turn."""
     images: set[int] = field(default_factory=set)
     """Indices of the images that were encoded."""
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of encoded images by index, (h, w, C), one per token; empty unless the engine keeps them."""
     closed: bool = False
 
 
@@ -264,6 +282,7 @@ class Engine:
         max_prefill_tokens: new tokens, padding included, that one step prefills (and whose images it encodes) at most,
             unless one row alone has more; bounds the memory of a step.
         clock: what `timings` is measured with, e.g. `time.process_time`.
+        keep_features: keep every row's image features, so that requests may reuse them (`Reused`).
 
     Raises:
         EngineError: the language model has sliding-window layers (padding slots would count as distance).
@@ -278,6 +297,7 @@ class Engine:
         max_batch_size: int = 8,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         clock: Callable[[], float] = time.perf_counter,
+        keep_features: bool = False,
     ) -> None:
         config: Any = model.config
         kinds = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
@@ -295,6 +315,7 @@ class Engine:
         self._layers: int = config.text_config.num_hidden_layers
         self._merge_unit: int = config.vision_config.spatial_merge_size**2
         self.clock = clock
+        self.keep_features = keep_features
         self.timings = Timings()
         self._waiting: list[Row] = []
         self._running: _Batch | None = None
@@ -339,6 +360,7 @@ class Engine:
         if self._running is not None and row in self._running.rows:
             self._leave([self._running.rows.index(row)])
         row.request = row.layers = None
+        row.features.clear()
         row.closed = True
 
     @property
@@ -538,22 +560,49 @@ class Engine:
         inquiries = [inquiry for row in rows for inquiry in row.inquiries]
         if not inquiries:
             return None, [None] * len(rows)
-        inputs = self.encode(inquiries)
-        grid = inputs["image_grid_thw"]
-        counts = [sum(len(inquiry.images) for inquiry in row.inquiries) for row in rows]
-        grids = [part if len(part) else None for part in grid.split(counts)]
-        on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
-        features = compat.pooled(self.model.model.get_image_features(**on_device))
-        return torch.cat(tuple(features)), grids
+        encoded: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
+        if new := [inquiry for inquiry in inquiries if not isinstance(inquiry, Reused)]:
+            inputs = self.encode(new)
+            on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
+            features = compat.pooled(self.model.model.get_image_features(**on_device))
+            encoded = iter(zip(features, inputs["image_grid_thw"], strict=True))
+        pieces: list[torch.Tensor] = []
+        grids: list[torch.Tensor | None] = []
+        for row in rows:
+            shapes = []
+            for inquiry in row.inquiries:
+                found = (
+                    self._reuse(row, inquiry) if isinstance(inquiry, Reused) else islice(encoded, len(inquiry.images))
+                )
+                for index, (piece, shape) in zip(inquiry.image_indices, found, strict=True):
+                    pieces.append(piece)
+                    shapes.append(shape)
+                    if self.keep_features and not isinstance(inquiry, Reused):
+                        row.features[index] = piece.view(*(shape[1:] // 2).tolist(), -1)
+            grids.append(torch.stack(shapes) if shapes else None)
+        return torch.cat(pieces), grids
+
+    def _reuse(self, row: Row, inquiry: Reused) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Features (n, C) and grid (3,) of images that are cut out of earlier ones."""
+        for image, (origin, box) in zip(inquiry.images, inquiry.origins, strict=True):
+            if origin not in row.features:
+                raise EngineError(
+                    f"{self._name(row)}: the features of image {origin} are to be reused, those of images "
+                    f"{sorted(row.features)} were kept; make the engine with keep_features=True"
+                )
+            height, width = image.height // FACTOR, image.width // FACTOR
+            yield _cut_out(row.features[origin], box, height, width), torch.tensor([1, 2 * height, 2 * width])
 
     @staticmethod
     def _count_patches(row: Row, grid: torch.Tensor | None) -> None:
         """An image counts as distinct by its index in the conversation, however often its pixels are sent."""
-        indices = [index for inquiry in row.inquiries for index in inquiry.image_indices]
-        for index, patches in zip(indices, [] if grid is None else grid.prod(-1).tolist(), strict=True):
-            row.work.patches_encoded += patches
-            row.work.distinct_patches += 0 if index in row.images else patches
-            row.images.add(index)
+        shapes = iter(() if grid is None else grid.prod(-1).tolist())
+        for inquiry in row.inquiries:
+            for index, patches in zip(inquiry.image_indices, shapes, strict=False):
+                if not isinstance(inquiry, Reused):
+                    row.work.patches_encoded += patches
+                    row.work.distinct_patches += 0 if index in row.images else patches
+                    row.images.add(index)
 
     def _check_features(self, row: Row, placeholders: int, grid: torch.Tensor | None) -> None:
         features = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge_unit
@@ -625,6 +674,19 @@ class Engine:
         used = mask.bool().any(0)
         layers = [GrowingLayer(layer.keys[stay][:, :, used], layer.values[stay][:, :, used]) for layer in batch.layers]
         self._running = _Batch([batch.rows[b] for b in stay], mask[:, used], layers)
+
+
+def _cut_out(features: torch.Tensor, box: Box, height: int, width: int) -> torch.Tensor:
+    """Part of an image's features (h, w, C) at another resolution, (height * width, C): bilinear between the tokens'
+    centres.
+    """
+    x1, y1, x2, y2 = box
+    x = x1 + (torch.arange(width) + 0.5) / width * (x2 - x1)
+    y = y1 + (torch.arange(height) + 0.5) / height * (y2 - y1)
+    grid = torch.stack(torch.meshgrid(2 * y - 1, 2 * x - 1, indexing="ij")[::-1], -1).to(features.device)
+    image = features.permute(2, 0, 1)[None].float()
+    cut = torch.nn.functional.grid_sample(image, grid[None], padding_mode="border", align_corners=False)
+    return cut[0].flatten(1).T.to(features.dtype)
 
 
 def _pad_left(x: torch.Tensor, slots: int) -> torch.Tensor:

@@ -54,3 +54,11 @@ class TrainingError(VilavtError):
 
 class ScoringError(VilavtError):
     """A question cannot be scored: its type is unknown, its target does not fit the type, or a package is missing."""
+
+
+class EvaluationError(VilavtError):
+    """An evaluation was set up against its contract, or does not continue the results that are there."""
+
+
+class BenchmarkError(VilavtError):
+    """A benchmark's definition, its questions, or a file of results cannot be used."""

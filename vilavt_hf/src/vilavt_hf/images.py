@@ -47,6 +47,10 @@ class ImageLimits:
     """Longest side over shortest side."""
 
 
+BENCHMARK_IMAGES = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000)
+"""Caps on a benchmark's own files, which the user has chosen: HR-Bench holds pictures of 33 million pixels as PNG."""
+
+
 @dataclass(frozen=True)
 class UrlPolicy:
     """What a URL may be, if URLs are allowed at all. Checked again at every redirect."""

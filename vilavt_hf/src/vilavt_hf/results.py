@@ -51,9 +51,9 @@ class Intervention:
     No zoom is not a hook: give the sample ``Limits(max_turns=1)``, and the prompt set says so in its own words.
     """
 
-    transform_call: Callable[[Sample, ToolCall], ToolCall] | None = None
-    """Before cropping. Only the regions of the returned call matter; the stream keeps the call the model wrote.
-    (Random box.)
+    transform_call: Callable[[Sample, ToolCall, Sequence[View]], ToolCall] | None = None
+    """Before cropping; the views are the images shown so far. Only the regions of the returned call matter; the stream
+    keeps the call the model wrote. (Random box.)
     """
     transform_inquiry: Callable[[Sample, Inquiry], Sequence[Inquiry]] | None = None
     """Before encoding; the images must stay, in order, the query and the grouping may change. (No query, swapped
@@ -62,6 +62,11 @@ class Intervention:
     forced_turns: Callable[[Sample, int], str | Sequence[int] | None] | None = None
     """Assistant turn number i (from 0) as text or token ids, instead of sampling it; None: sample it. (Teacher
     boxes.)
+    """
+    reencode: bool = True
+    """False: a crop is not encoded. Its features are those of its original, as it was encoded at the start, where the
+    crop lies on it, interpolated to the crop's size: no new detail, no query, no joint encoding. Conversation and
+    number of tokens stay as they are.
     """
 
 

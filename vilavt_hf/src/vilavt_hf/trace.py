@@ -40,7 +40,9 @@ def write_html(
     """
     several = [results] if isinstance(results, ChatResult) else list(results)
     path = Path(path)
-    path.write_text(_page(several, sections or [""] * len(several)), encoding="utf-8")
+    pairs = zip(several, sections or [""] * len(several), strict=True)
+    body = "\n".join(_conversation(result, section) for result, section in pairs)
+    path.write_text(page("ViLaVT, turn by turn", body), encoding="utf-8")
     return path
 
 
@@ -100,16 +102,16 @@ td:first-child { color: var(--soft); white-space: nowrap; } td { overflow-wrap: 
 """
 
 
-def _page(results: Sequence[ChatResult], sections: Sequence[str]) -> str:
-    body = "\n".join(_conversation(result, section) for result, section in zip(results, sections, strict=True))
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page around a body of HTML; `title` is escaped here, the body by its author. `style` is further CSS."""
     # The policy makes "self-contained" a promise that the browser keeps.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>ViLaVT trace</title><style>{_STYLE}</style></head>\n"
-        f"<body><main><h1>ViLaVT, turn by turn</h1>\n{body}\n</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head>\n"
+        f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main></body></html>\n"
     )
 
 
@@ -118,16 +120,16 @@ def _conversation(result: ChatResult, section: str) -> str:
     shown = {index for turn in result.turns for index in turn.image_indices}
     first = [index for index in range(len(views)) if index not in shown]
     parts = [
-        f'<section><p class="who">Question</p><h2>{_escape(result.question)}</h2>{_images(views, first)}</section>',
+        f'<section><p class="who">Question</p><h2>{escape(result.question)}</h2>{_images(views, first)}</section>',
         *(_turn(turn, views) for turn in result.turns),
     ]
     if result.error is not None:
-        problem = _escape(f"{type(result.error).__name__}: {result.error}")
+        problem = escape(f"{type(result.error).__name__}: {result.error}")
         parts.append(f'<section><p class="who">Failed</p><p class="bad">{problem}</p></section>')
     elif result.fallback is not None:
         parts.append(f'<section><p class="who">Asked again without zoom</p>{_answer(result.answer)}</section>')
     elif result.answer is None and result.episode is not None:
-        problem = _escape(f"No answer ({result.finish}): {result.episode.detail}")
+        problem = escape(f"No answer ({result.finish}): {result.episode.detail}")
         parts.append(f'<section><p class="bad">{problem}</p></section>')
     parts += [_facts(result), section]
     return "<article>\n" + "\n".join(parts) + "\n</article>"
@@ -139,22 +141,22 @@ def _turn(turn: Turn, views: Sequence[View]) -> str:
     action = turn.action
     thought = "" if isinstance(action, Malformed) else action.thought
     if thought:
-        body.append(f'<p class="thought">{_escape(thought)}</p>')
+        body.append(f'<p class="thought">{escape(thought)}</p>')
     if isinstance(action, ToolCall):
-        body.append(f'<p class="query">{_escape(action.query)}</p>')
+        body.append(f'<p class="query">{escape(action.query)}</p>')
     elif isinstance(action, Answer):
         body.append(_answer(action.text))
     elif isinstance(action, NoAction) and not thought:
         body.append('<p class="thought">(nothing)</p>')
     if turn.problem is not None:
-        body.append(f'<p class="bad">{_escape(turn.problem)}</p>')
+        body.append(f'<p class="bad">{escape(turn.problem)}</p>')
     body.append(_images(views, turn.image_indices))
-    body.append(f"<details><summary>what the model wrote</summary><pre>{_escape(turn.text)}</pre></details>")
+    body.append(f"<details><summary>what the model wrote</summary><pre>{escape(turn.text)}</pre></details>")
     return f"<section>{''.join(body)}</section>"
 
 
 def _answer(text: str | None) -> str:
-    return f'<p class="answer">{_escape(text or "(no answer)")}</p>'
+    return f'<p class="answer">{escape(text or "(no answer)")}</p>'
 
 
 def _images(views: Sequence[View], indices: Sequence[int]) -> str:
@@ -187,11 +189,12 @@ def _facts(result: ChatResult) -> str:
         "run on": f"{provenance.device}, {provenance.dtype}, {provenance.attention}",
         "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
-    cells = "".join(f"<tr><td>{_escape(name)}</td><td>{_escape(value)}</td></tr>" for name, value in rows.items())
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows.items())
     return f"<section><table>{cells}</table></section>"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text for HTML, in an attribute too."""
     # Lone surrogates cannot be written as UTF-8.
     return html.escape(text.encode("utf-8", "replace").decode(), quote=True)
 

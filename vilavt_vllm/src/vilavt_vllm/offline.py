@@ -74,6 +74,15 @@ class VilavtLLM:
         )
         self.max_concurrent = max_concurrent or config.scheduler_config.max_num_seqs
 
+    @property
+    def concurrency(self) -> int:
+        """Conversations in flight: `max_concurrent`, by the name that all backends have for it."""
+        return self.max_concurrent
+
+    @concurrency.setter
+    def concurrency(self, value: int) -> None:
+        self.max_concurrent = value
+
     def ask(self, samples: Iterable[Sample | tuple[Any, str]], *, progress: bool = True) -> list[ChatResult]:
         """Ask many questions.
 

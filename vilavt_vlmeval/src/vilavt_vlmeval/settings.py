@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vilavt_hf.backends import BackendOptions, is_url
-from vilavt_hf.images import ImageLimits
+from vilavt_hf.images import BENCHMARK_IMAGES
 from vilavt_hf.presets import Limits, Sampling
 from vilavt_hf.tiny.shipped import shipped
 
@@ -128,10 +128,6 @@ class AdapterSettings(BaseModel):
     def _set(self, kind: type) -> dict[str, Any]:
         names = [f.name for f in fields(kind) if f.name in type(self).model_fields]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-BENCHMARK_IMAGES = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000)
-"""Caps on a benchmark's own files, which the user has chosen: HR-Bench holds pictures of 33 million pixels as PNG."""
 
 
 def _first(error: ValidationError, given: Mapping[str, Any], cls: type[BaseModel]) -> str:

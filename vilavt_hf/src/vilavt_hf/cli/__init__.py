@@ -36,9 +36,9 @@ def version_command() -> None:
 
 
 def _register_all() -> None:
-    from . import chat, checkpoint, data, doctor, prompts, sft, tiny
+    from . import chat, checkpoint, data, doctor, eval, prompts, score, sft, tiny
 
-    for module in (chat, checkpoint, prompts, data, sft, tiny, doctor):
+    for module in (chat, eval, score, checkpoint, prompts, data, sft, tiny, doctor):
         module.register(app)
 
 
@@ -47,6 +47,8 @@ _register_all()
 
 _EXTRAS = {"pydantic": "train", "yaml": "train", "accelerate": "train", "matplotlib": "train", "sklearn": "tiny"}
 """Packages that some commands need -> the extra that brings them."""
+_EVALUATION = ("eval", "eval-latency", "score")
+"""Commands for which the smaller extra ``eval`` is enough."""
 
 
 def main() -> None:
@@ -57,6 +59,7 @@ def main() -> None:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
+        extra = "eval" if extra == "train" and set(_EVALUATION) & set(sys.argv[1:3]) else extra
         typer.secho(f'vilavt: this command needs {error.name}: pip install "vilavt-hf[{extra}]"', fg="red", err=True)
         sys.exit(1)
     except VilavtError as error:

@@ -124,13 +124,18 @@ def register(app: typer.Typer) -> None:
 
 
 def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> VilavtChat:
-    from transformers.utils import logging as transformers_logging
-
     from ..chat import VilavtChat
+
+    load_quietly()
+    return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
+
+
+def load_quietly() -> None:
+    """Keep transformers from writing about the weights it loads."""
+    from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
 
 
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:

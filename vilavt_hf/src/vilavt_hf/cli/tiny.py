@@ -33,7 +33,7 @@ def build_command(
 
 @tiny_app.command("eval")
 def eval_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")] = Path("examples/vilavt-tiny"),
+    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder; default: the shipped one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     limit: Annotated[int | None, typer.Option(help="Ask only that many questions.")] = None,
     split: Annotated[str, typer.Option(help="heldout, or dev while developing.")] = "heldout",
@@ -43,15 +43,16 @@ def eval_command(
     if split not in ("heldout", "dev", "train"):
         raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
     from ..tiny.evaluate import evaluate, load, table
+    from ..tiny.shipped import shipped
 
-    chat = load(checkpoint, batch)
+    chat = load(checkpoint or shipped("vilavt-tiny"), batch)
     report = evaluate(
         chat,
         split,  # type: ignore[arg-type]
         limit,
         lambda mode, seconds: typer.echo(f"{mode}: {seconds:.0f} s", err=True),
     )
-    report = {"checkpoint": str(checkpoint), "fingerprint": chat.fingerprint, **report}
+    report = {"checkpoint": str(checkpoint or "examples/vilavt-tiny"), "fingerprint": chat.fingerprint, **report}
     typer.echo(table(report))
     typer.echo(
         f"\npercent right (95% interval); plain pixel classifier, told where the card is: "
@@ -59,6 +60,17 @@ def eval_command(
     )
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+@tiny_app.command("benchmark")
+def benchmark_command(
+    out: Annotated[Path, typer.Option(help="Folder for definition, questions and pictures.")],
+    limit: Annotated[int | None, typer.Option(help="Questions; default: all 560.")] = None,
+) -> None:
+    """Write the held-out scenes as a benchmark; `vilavt eval` takes the path that is printed."""
+    from ..tiny.benchmark import write_benchmark
+
+    typer.echo(write_benchmark(out, limit))
 
 
 @tiny_app.command("scenes")
@@ -77,9 +89,9 @@ def scenes_command(
 @tiny_app.command("data")
 def data_command(
     out: Annotated[Path, typer.Option(help="Folder for records and pictures.")],
-    checkpoint: Annotated[Path, typer.Option(help="Whose tokenizer and prompts to use.")] = Path(
-        "examples/vilavt-tiny"
-    ),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Whose tokenizer and prompts to use; default: the shipped one.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Number of records.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
 ) -> None:
@@ -87,8 +99,9 @@ def data_command(
     from ..processing_vilavt import VilavtProcessor
     from ..prompts import PromptSet
     from ..tiny.records import write_training_set
+    from ..tiny.shipped import shipped
 
-    processor = VilavtProcessor.from_pretrained(checkpoint)
+    processor = VilavtProcessor.from_pretrained(checkpoint or shipped("vilavt-tiny"))
     prompts = processor.prompts or PromptSet.load("tiny")
     for name in write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed):
         typer.echo(out / name)

@@ -2,7 +2,8 @@
 
 :func:`score_answer` is the one entrance. ``strict`` (default) reads an answer by stated rules and gives nothing for an
 empty one, a repeated one, or one that names everything at once. ``published`` is what the published reward computes,
-bit for bit, for comparison. No torch, no host, no judge model; only ``math`` questions need a package more
+bit for bit, for comparison; what the published evaluation computes, which differs, is `published.evaluation_score`. No
+torch, no host, no judge model; only ``math`` questions need a package more
 (``vilavt-hf[math]``).
 """
 
@@ -19,6 +20,7 @@ from .choices import option_letter, same_option, yes_or_no
 from .expressions import same_expression
 from .numbers import Number, mean_relative_accuracy, parse_number, regression_score, same_number
 from .text import normalise, rouge_l, text_score
+from .view_change import parse_view_change, view_change_score
 
 Version = Literal["strict", "published"]
 
@@ -40,6 +42,8 @@ class QuestionType(StrEnum):
     """A text: the same words, or ROUGE-L of most of them."""
     BOX = "box"
     """``[x1, y1, x2, y2]``: intersection over union."""
+    VIEW_CHANGE = "vci"
+    """``move_right:0.5,rotate_left:30``: mean relative accuracy over five axes."""
 
     @classmethod
     def read(cls, name: str) -> QuestionType:
@@ -65,6 +69,7 @@ _STRICT: dict[QuestionType, Callable[[str, str], float]] = {
     QuestionType.MATH: same_expression,
     QuestionType.FREE_FORM: text_score,
     QuestionType.BOX: box_score,
+    QuestionType.VIEW_CHANGE: view_change_score,
 }
 
 
@@ -83,7 +88,7 @@ def score_answer(
         ScoringError: unknown type, a target that its type cannot read, or a missing package.
     """
     if version == "published":
-        return published.score(prediction or "", target, question_type)
+        return published.reward_score(prediction or "", target, question_type)
     kind = QuestionType.read(question_type)
     return _STRICT[kind](prediction or "", target)
 
@@ -98,6 +103,7 @@ __all__ = [
     "option_letter",
     "parse_box",
     "parse_number",
+    "parse_view_change",
     "rouge_l",
     "same_expression",
     "same_number",

@@ -148,10 +148,12 @@ def mean_relative_accuracy(prediction: float, target: float, *, inclusive: bool 
     if not (math.isfinite(prediction) and math.isfinite(target)):
         return 0.0
     error = _single(min(abs(prediction - target) / (abs(target) + 1e-8), 1e30))
-    bounds = [_single(1 - _single(threshold)) for threshold in THRESHOLDS]
-    met = sum(error <= bound if inclusive else error < bound for bound in bounds)
+    met = sum(error <= bound if inclusive else error < bound for bound in _BOUNDS)
     return met / len(THRESHOLDS)
 
 
 def _single(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
+
+
+_BOUNDS = tuple(_single(1 - _single(threshold)) for threshold in THRESHOLDS)

@@ -67,7 +67,8 @@ class Stage:
     language: bool = True
     """Whether the language model is trained."""
     mix: tuple[tuple[str, float], ...] = ()
-    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, direct, blind, sums."""
+    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, blind, sums; direct (no
+    zoom offered), guess (offered, not used)."""
     pad_to: int = 32
     heads: tuple[tuple[str, float], ...] = ()
     """Weights of auxiliary heads in this stage, where they differ from `tiny_auxiliary`."""
@@ -144,7 +145,7 @@ class Lessons(Dataset):
             return episode_example(self.encoder, scene, question, rng, final_prompt=bool(rng.random() < 0.4))
         if name == "blind":
             return blind_example(self.encoder, scene, question, rng)
-        return direct_example(self.encoder, scene, question)
+        return direct_example(self.encoder, scene, question, zoom=name == "guess")
 
 
 def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train") -> Scene:

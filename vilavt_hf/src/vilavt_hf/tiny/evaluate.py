@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..chat import VilavtChat
-from ..episode import Inquiry
-from ..protocol import Region, ToolCall, format_turn
+from ..evaluation.ablation import ABLATIONS, with_query
+from ..protocol import format_turn
 from ..results import ChatResult, Intervention, Sample
-from .scenes import CELL, CROP, SHOWN, Card, Kind, Question, Scene, Split, examples, make_scene, query_for
+from .scenes import CELL, Card, Kind, Question, Scene, Split, examples, make_scene, query_for
 
 COUNTS = {Kind.ONE: 110, Kind.PAIR: 150, Kind.NESTED: 110, Kind.SUM: 110, Kind.LARGER: 80}
 """Questions of each kind in the full evaluation: 560."""
@@ -94,36 +94,6 @@ def _teacher(sample: Sample, turn: int) -> str | None:
     return format_turn(calls[turn]) if turn < len(calls) else None
 
 
-def _random_boxes(sample: Sample, call: ToolCall) -> ToolCall:
-    """Boxes of the same size elsewhere on the grid of the same image, never the one that was asked for."""
-    rng = np.random.default_rng([SEED, *sample.question.encode()[:64], len(call.regions)])
-    regions = []
-    for region in call.regions:
-        side = (SHOWN if region.index == 0 else CROP) // CELL
-        x1, y1, x2, y2 = region.box
-        width, height = min(x2 - x1, CELL), min(y2 - y1, CELL)
-        while True:
-            x, y = (CELL * int(v) for v in rng.integers(0, side, 2))
-            if (x, y) != (int(x1) // CELL * CELL, int(y1) // CELL * CELL):
-                break
-        regions.append(Region(region.index, (x, y, x + width, y + height)))
-    return replace(call, regions=tuple(regions))
-
-
-def _with_query(query: Callable[[Sample], str]) -> Callable[[Sample, Inquiry], Sequence[Inquiry]]:
-    def change(sample: Sample, inquiry: Inquiry) -> Sequence[Inquiry]:
-        return [replace(inquiry, query=query(sample))] if inquiry.query else [inquiry]
-
-    return change
-
-
-def _apart(sample: Sample, inquiry: Inquiry) -> Sequence[Inquiry]:
-    return [
-        replace(inquiry, images=(image,), image_indices=(index,))
-        for image, index in zip(inquiry.images, inquiry.image_indices, strict=True)
-    ]
-
-
 def _swapped(sample: Sample) -> str:
     return query_for([sample.data.other])
 
@@ -132,10 +102,10 @@ INTERVENTIONS: dict[str, Intervention] = {
     "full": Intervention(),
     "no_zoom": Intervention(),
     "teacher_boxes": Intervention(forced_turns=_teacher),
-    "random_box": Intervention(transform_call=_random_boxes),
-    "no_query": Intervention(transform_inquiry=_with_query(lambda sample: "")),
-    "no_joint": Intervention(transform_inquiry=_apart),
-    "follows_swap": Intervention(transform_inquiry=_with_query(_swapped)),
+    "random_box": ABLATIONS["random-box"],
+    "no_query": ABLATIONS["no-query"],
+    "no_joint": ABLATIONS["no-joint"],
+    "follows_swap": Intervention(transform_inquiry=with_query(_swapped)),
 }
 """What each mode changes behind the back of the text; ``no_zoom`` is a limit of one turn."""
 

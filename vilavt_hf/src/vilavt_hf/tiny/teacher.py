@@ -324,10 +324,10 @@ def episode_example(
     return _finish(stream, groups, extra, attention, tokens + more)
 
 
-def direct_example(encoder: Encoder, scene: Scene, question: Question) -> Example:
-    """The question with no zoom allowed: what remains is a guess."""
+def direct_example(encoder: Encoder, scene: Scene, question: Question, *, zoom: bool = False) -> Example:
+    """An answer at first look, which can only be a guess; `zoom` says whether the question offers one all the same."""
     stream = _Stream(encoder)
-    _opening(stream, question.text, zoom=False)
+    _opening(stream, question.text, zoom=zoom)
     stream.turn(format_turn(Answer(question.answer, question.final_thought())))
     return _finish(stream, [ImageGroup((scene.shown(),), "")], [], [], _first_look(scene, 0))
 

@@ -77,7 +77,7 @@ class Loop:
             prompts=options.prompts,
             seed=options.seed,
             image_limits=image_limits,
-            device=str(getattr(getattr(state, "vllm_config", None), "device_config", None) or ""),
+            device=str(getattr(getattr(getattr(state, "vllm_config", None), "device_config", None), "device_type", "")),
         )
         settings = replace(settings, limits=_tightened(settings.limits, options))
         self.llm = AsyncVilavtLLM(engine, settings)

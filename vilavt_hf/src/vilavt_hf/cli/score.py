@@ -1,0 +1,130 @@
+"""``vilavt score``: scores of result files, and one run against another."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..evaluation.comparison import Comparison
+    from ..evaluation.scoring import Scorer
+    from ..evaluation.summary import Summary
+
+Results = Annotated[list[Path], typer.Argument(help="Result files (.jsonl), or folders of them.")]
+BenchmarkName = Annotated[
+    str | None, typer.Option("--benchmark", "-b", help="Name or YAML file; default: what the files name.")
+]
+ScorerName = Annotated[str, typer.Option("--scorer", help="strict, or published: what the published program gives.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, Markdown, plot, CSV and traces.")]
+Against = Annotated[list[Path] | None, typer.Option("--against", help="Result files of a run to compare with.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of bootstrap and permutations.")]
+Resamples = Annotated[int, typer.Option("--resamples", min=1, help="Of the bootstrap.")]
+Shown = Annotated[int, typer.Option("--limit", min=0, help="Questions on the page of traces.")]
+
+
+def score_command(
+    results: Results,
+    benchmark: BenchmarkName = None,
+    scorer: ScorerName = "strict",
+    out: Out = None,
+    against: Against = None,
+    seed: Seed = 0,
+    resamples: Resamples = 2000,
+    limit: Shown = 100,
+) -> None:
+    """Score result files; files that differ in their seed only are averaged. No row stops it: flawed ones are listed.
+
+    With --against the results are compared with another run, question by question.
+    """
+    from ..evaluation.benchmark import load_benchmark
+    from ..evaluation.comparison import compare, write_side_by_side
+    from ..evaluation.report import write_report
+    from ..evaluation.scoring import score_file
+    from ..evaluation.summary import settings_of, summarise
+
+    if scorer not in ("strict", "published"):
+        raise typer.BadParameter(f"{scorer!r}: choose strict or published", param_hint="--scorer")
+    rules: Scorer = "strict" if scorer == "strict" else "published"
+    definition = None if benchmark is None else load_benchmark(benchmark)
+    settings = settings_of([score_file(path, definition) for path in _files(results)])
+    others = settings_of([score_file(path, definition) for path in _files(against or [])])
+    if others and (len(settings), len(others)) != (1, 1):
+        raise typer.BadParameter(
+            f"{len(others)} runs against {len(settings)}: it takes one against one, each of one or several seeds",
+            param_hint="--against",
+        )
+    both = [*settings, *others]
+    summaries = [summarise(files, rules, seed=seed, resamples=resamples) for files in both]
+    for summary in summaries:
+        show_summary(summary)
+    comparison = None
+    if others:
+        comparison = compare(others[0], settings[0], rules, seed=seed, resamples=resamples)
+        _show_comparison(comparison)
+    if out is not None:
+        written = write_report(out, list(zip(summaries, both, strict=True)), comparison)
+        if comparison is not None:
+            written.append(write_side_by_side(comparison, out / "flips.html", limit=limit))
+        typer.echo("wrote " + ", ".join(map(str, written)))
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    """Files as they are; of folders the result files below them that are whole runs."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*.jsonl") if ".shard-" not in p.name) if path.is_dir() else [path]
+        if not inside:
+            raise typer.BadParameter(f"{path}: there is no finished result file (*.jsonl) in this folder")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def show_summary(summary: "Summary") -> None:
+    """Print the figures of a setting as a table."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..evaluation.report import cells, label
+    from ..evaluation.summary import other_scorer
+
+    title = f"{summary.benchmark or 'no benchmark named'}: {summary.name}"
+    table = Table("", "questions", f"{summary.scorer}, %", "95 % interval", other_scorer(summary.scorer), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for figure in summary.figures:
+        table.add_row(escape(label(figure)), *cells(figure))
+    Console().print(table)
+    for flaw, count in summary.flaws.items():
+        typer.secho(f"{flaw}: {count:,} rows", fg="yellow")
+    if summary.upstream_aborts:
+        typer.secho(f"the published program would have ended at {summary.upstream_aborts:,} rows", fg="yellow")
+    typer.echo(f"strict and published disagree about {summary.disagreements:,} of {summary.rows:,} rows")
+
+
+def _show_comparison(comparison: "Comparison") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..evaluation.report import contrast_cells
+
+    names = [escape(name) for name in (comparison.first, comparison.second)]
+    table = Table("", "n", *names, "change", "95 % interval", "+ / -", "p", title=f"paired, {comparison.overall.test}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for contrast in comparison.contrasts:
+        table.add_row(escape(contrast.name), *contrast_cells(contrast))
+    Console().print(table)
+    for ids, why in (
+        (comparison.only_first, f"were answered by {comparison.first} only"),
+        (comparison.only_second, f"were answered by {comparison.second} only"),
+        (comparison.other_targets, "have another right answer in the other file"),
+    ):
+        if ids:
+            typer.secho(f"{len(ids):,} questions {why} and are left out", fg="yellow")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("score")(score_command)
