@@ -54,10 +54,11 @@ class Script:
 
 
 @pytest.fixture(scope="module")
-def worker(tiny: Path, recipe_config):
+def worker(tiny: Path, recipe_config, tmp_path_factory: pytest.TempPathFactory):
     from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
 
-    config = recipe_config("tiny_cpu", f"actor_rollout_ref.model.path={tiny}")
+    run = f"trainer.default_local_dir={tmp_path_factory.mktemp('run')}"
+    config = recipe_config("tiny_cpu", f"actor_rollout_ref.model.path={tiny}", run)
     return AgentLoopWorker(config, None)
 
 

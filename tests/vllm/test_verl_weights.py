@@ -1,4 +1,5 @@
-"""Weights that verl's trainer sent, in vLLM: they load by name and give the trainer's log-probabilities.
+"""Weights that verl's trainer sent, in vLLM: they load by name and give the trainer's log-probabilities; and the merged
+checkpoint of a GRPO run, which answers in vLLM as in transformers.
 
 verl and this vLLM want different transformers, so the two halves of this test run in two environments: `nox -s
 verl_cpu` writes the files, this one reads them.
@@ -15,14 +16,31 @@ from safetensors.torch import load_file
 
 from vilavt_hf.chat import VilavtChat
 from vilavt_hf.episode import Episode
+from vilavt_vllm import VilavtLLM
 
 pytestmark = pytest.mark.engine
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKPOINT = EXAMPLES / "vilavt-tiny"
 HANDOFF = Path(os.environ.get("VILAVT_VERL_HANDOFF", "nowhere"))
 
 
-@pytest.mark.skipif(not (HANDOFF / "trajectory.json").is_file(), reason="`nox -s verl_cpu` has not run before")
+def handed_over(name):
+    return pytest.mark.skipif(not (HANDOFF / name).is_file(), reason="`nox -s verl_cpu` has not run before")
+
+
+@handed_over("transcripts.json")
+def test_the_merged_checkpoint_of_a_run_speaks_in_vllm_as_in_transformers(start):
+    pictures = EXAMPLES / "pictures"
+    questions = json.loads((pictures / "questions.json").read_text(encoding="utf-8"))
+    llm = VilavtLLM(start(HANDOFF / "merged").llm)
+    results = llm.ask([([pictures / q["image"]], q["question"]) for q in questions], progress=False)
+    assert [[turn.text for turn in result.turns] for result in results] == json.loads(
+        (HANDOFF / "transcripts.json").read_text(encoding="utf-8")
+    )
+
+
+@handed_over("trajectory.json")
 def test_weights_from_verls_trainer_give_its_log_probabilities(start, monkeypatch):
     from vllm import SamplingParams, _custom_ops
 

@@ -36,3 +36,11 @@ class VilavtPolicy(VilavtForConditionalGeneration):
         # In place: a copy of the logits would be the largest tensor of the step.
         output.logits.index_fill_(-1, torch.tensor(banned, device=output.logits.device), NEVER)
         return output
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's. It leaves the class's name in the configuration, which verl reads when it saves again; the
+        name that hosts know stays.
+        """
+        names = self.config.architectures
+        super().save_pretrained(*args, **kwargs)
+        self.config.architectures = names

@@ -1,7 +1,8 @@
 """Something to learn on a CPU: questions of the tiny world, and a model that has not learned all of it.
 
-The checkpoint comes from the first stages of `vilavt tiny build`, with the last stage cut short: it zooms and reads,
-but often misreads or adds wrongly. GRPO has to do the rest.
+The checkpoint comes from the stages of `vilavt tiny build`, the last one cut short, and from a few more steps in which
+half of the answers come at first look, where they can only be guessed. So it can zoom and read, not well, and mostly
+does not. That zooming pays is for GRPO to find out, from right and wrong alone.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from vilavt_hf.tiny.scenes import Kind, Split, ask
 
 SHARES = {Kind.ONE: 0.1, Kind.PAIR: 0.2, Kind.NESTED: 0.2, Kind.SUM: 0.3, Kind.LARGER: 0.2}
 """Of the kinds of questions."""
-TALK_STEPS = 80
+TALK_STEPS = 300
 """Steps of the last stage, instead of 1000."""
+GUESS_STEPS = 24
+"""Steps of half conversations, half guesses."""
 
 
 def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: str) -> Path:
@@ -59,9 +62,16 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
 
 
 def build_start(
-    out: str | Path, *, talk_steps: int = TALK_STEPS, seed: int = 0, work: Path | None = None
+    out: str | Path,
+    *,
+    talk_steps: int = TALK_STEPS,
+    guess_steps: int = GUESS_STEPS,
+    seed: int = 0,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`."""
+    """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`, then
+    `guess_steps` more in which every second answer is a guess.
+    """
     import torch
 
     from vilavt_hf.tiny.build import STAGES, publish, run_stage
@@ -69,7 +79,10 @@ def build_start(
 
     out = Path(out)
     work = work or out.with_name(out.name + "-work")
-    stages = [*STAGES[:-1], replace(STAGES[-1], steps=talk_steps)]
+    talk = replace(STAGES[-1], steps=talk_steps)
+    mix = (("episode", 0.5), ("guess", 0.5))
+    guess = replace(talk, name="guess", steps=guess_steps, mix=mix, learning_rate=4e-4, warmup=3)
+    stages = [*STAGES[:-1], talk, guess]
     processor = tiny_processor()
     torch.manual_seed(seed)
     auxiliary = tiny_auxiliary()  # before the model: both draw from the same stream
@@ -78,7 +91,7 @@ def build_start(
     for number, stage in enumerate(stages, 1):
         run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
     model.auxiliary = None
-    note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps"
+    note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps, then come guesses"
     return publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
 
 
@@ -112,7 +125,7 @@ def plot_curve(metrics: str | Path, out: str | Path) -> Path:
     if accuracies:
         axis.plot(*zip(*accuracies, strict=True), marker=".", label="held-out accuracy, greedy")
     axis.set(xlabel="step", ylim=(0, 1))
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=90)
     pyplot.close(figure)
