@@ -18,6 +18,8 @@ from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import MAX_PIXELS
 from vilavt_hf.train.reporting import read_log
 
+pytestmark = pytest.mark.timeout(4000)
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "vilavt-tiny"
 RANKS = ROOT / "tests" / "distributed" / "sft_ranks.py"
@@ -45,7 +47,9 @@ def start(folder, name, strategy):
     job.write_text(json.dumps([values]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(RANKS),
                str(job)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    # Extensions of its own: the lock of a build that was interrupted would be waited for without end.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
+           "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}  # fmt: skip
     with (folder / f"{name}.log").open("w") as log:
         ranks = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         try:

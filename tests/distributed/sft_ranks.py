@@ -1,6 +1,7 @@
 """One rank of the runs in a job file. Not a test: `test_sft_ranks.py` starts it and reads what it writes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -69,7 +70,12 @@ def main(job: Path) -> None:
         if trainer.args.process_index == 0:
             seen = {"ranks": everyone, "sharded": sharded, "parameters": sum(1 for _ in trainer.model.parameters())}
             (config.output.folder / "seen.json").write_text(json.dumps(seen))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # Everything is on the disk. A thread of torch's that outlives the interpreter has ended a rank with SIGABRT here.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

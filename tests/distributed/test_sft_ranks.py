@@ -23,6 +23,8 @@ from vilavt_hf.train.config import SftConfig
 from vilavt_hf.train.reporting import read_log
 from vilavt_hf.train.run import Run, make_dataset
 
+pytestmark = pytest.mark.timeout(1100)
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "vilavt-tiny"
 RECORDS = 19
@@ -57,6 +59,22 @@ def config(folder, name, **sections):
     return {key: value | sections.get(key, {}) for key, value in values.items()}
 
 
+def torchrun(log, *arguments):
+    """Run two ranks to their end; returns what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_MAX_": "0",
+           "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # fmt: skip
+    with log.open("w") as file:
+        ranks = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+        try:
+            code = ranks.wait(timeout=480)
+        except subprocess.TimeoutExpired:
+            os.killpg(ranks.pid, signal.SIGKILL)  # torchrun and both ranks
+            code = "they hang"
+    assert code == 0, f"{code}: {log.read_text()[-6000:]}"
+    return log.read_text()
+
+
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     """Three runs of two ranks: copies, shards, and shards that were broken off at step 16 and go on."""
@@ -66,18 +84,7 @@ def two_ranks(folder):
 
     def start(configs):
         job.write_text(json.dumps(configs))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                   str(Path(__file__).with_name("sft_ranks.py")), str(job)]  # fmt: skip
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_MAX_": "0",
-               "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # fmt: skip
-        with (folder / "ranks.log").open("w") as log:
-            ranks = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-            try:
-                code = ranks.wait(timeout=480)
-            except subprocess.TimeoutExpired:
-                os.killpg(ranks.pid, signal.SIGKILL)  # torchrun and both ranks
-                code = "they hang"
-        assert code == 0, f"{code}: {(folder / 'ranks.log').read_text()[-6000:]}"
+        torchrun(folder / "ranks.log", str(Path(__file__).with_name("sft_ranks.py")), str(job))
 
     start(runs[:2])
     shutil.copytree(folder / "shards", folder / "resumed", ignore=shutil.ignore_patterns("final", "checkpoint-20"))
@@ -176,3 +183,15 @@ def test_checkpoints_of_two_ranks_are_complete(two_ranks, name):
         assert found.complete, (checkpoint, found)
         assert not found.nested_names
     VilavtForConditionalGeneration.from_pretrained(two_ranks / name / "checkpoint-20")
+
+
+def test_the_documented_command_trains_on_two_ranks_and_ends_in_the_ordinary_way(folder):
+    values = config(folder, "command", optimizer={"max_steps": 2, "warmup": 0})
+    (folder / "run.yaml").write_text(json.dumps(values))  # JSON is YAML
+    command = ("-m", "vilavt_hf.train", str(folder / "run.yaml"), "optimizer.learning_rate=1e-3")
+    said = torchrun(folder / "command.log", *command)
+    assert said.count("2 steps over 19 samples") == 1, said
+    assert [step for step, _, _ in curve(folder / "command")] == [1, 2]
+    assert inspect_checkpoint(folder / "command" / "final").complete
+    assert "destroy_process_group" not in said
+    assert "terminate called" not in said

@@ -33,6 +33,13 @@ def llm(loop):
     llm = loop.run_until_complete(begin())
     yield llm
     llm.shutdown()
+    loop.run_until_complete(asyncio.sleep(0))  # vLLM's reader of outputs is cancelled; here it notices
+
+
+@pytest.fixture
+def finish(loop):
+    """Runs a coroutine to its end, or tells at which of its awaits it hangs."""
+    return lambda coroutine: loop.run_until_complete(asyncio.wait_for(coroutine, 240))
 
 
 def sample(number: int) -> Sample:
@@ -44,8 +51,8 @@ async def events_of(llm, run):
     return [event async for event in llm.events(run)]
 
 
-def test_events_arrive_in_order_and_the_text_is_whole(loop, llm):
-    events = loop.run_until_complete(events_of(llm, llm.run(sample(0), stream=True)))
+def test_events_arrive_in_order_and_the_text_is_whole(finish, llm):
+    events = finish(events_of(llm, llm.run(sample(0), stream=True)))
     result = events[-1].result
     assert isinstance(events[-1], Finished)
     assert result.answer == ASKED[0]["answer"]
@@ -57,17 +64,17 @@ def test_events_arrive_in_order_and_the_text_is_whole(loop, llm):
         assert text == turn.text
 
 
-def test_many_at_once_give_the_answers_of_one_after_the_other(loop, llm):
+def test_many_at_once_give_the_answers_of_one_after_the_other(finish, llm):
     async def both():
         together = await asyncio.gather(*(llm.ask(sample(i)) for i in range(3)), llm.ask(Sample(["/no/such"], "What?")))
         return together, [await llm.ask(sample(i)) for i in range(3)]
 
-    together, alone = loop.run_until_complete(both())
+    together, alone = finish(both())
     assert [r.answer for r in together[:3]] == [r.answer for r in alone] == [asked["answer"] for asked in ASKED]
     assert "no such file" in str(together[3].error)
 
 
-def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(loop, llm):
+def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(finish, llm):
     async def talk():
         first = llm.run(sample(1))
         await events_of(llm, first)
@@ -75,7 +82,7 @@ def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(loop, l
         await events_of(llm, second)
         return first, second
 
-    first, second = loop.run_until_complete(talk())
+    first, second = finish(talk())
     before = first.result.record.token_ids
     assert second.result.record.token_ids[: len(before)] == before
     assert second.result.answer is not None
@@ -84,7 +91,7 @@ def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(loop, l
     assert computed <= new + 32 * len(second.result.turns)
 
 
-def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(loop, llm):
+def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(finish, llm):
     async def cancel():
         run, seen = llm.run(sample(0), stream=True), asyncio.Event()
 
@@ -92,9 +99,12 @@ def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(loop, llm):
             async for event in llm.events(run):
                 if isinstance(event, TextDelta):
                     seen.set()
+            return event
 
         task = asyncio.create_task(watch())
-        await seen.wait()
+        text = asyncio.create_task(seen.wait())
+        await asyncio.wait([text, task], return_when=asyncio.FIRST_COMPLETED)
+        assert text.done(), f"it ended before it said anything: {task.result()}"
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -104,6 +114,6 @@ def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(loop, llm):
             await asyncio.sleep(0.1)
         return llm.engine.output_processor.has_unfinished_requests(), await llm.ask(sample(0))
 
-    unfinished, result = loop.run_until_complete(cancel())
+    unfinished, result = finish(cancel())
     assert not unfinished
     assert result.answer == ASKED[0]["answer"]

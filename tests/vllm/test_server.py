@@ -240,11 +240,13 @@ def test_metrics_count_what_the_loop_did_beside_vllms_own(client, server):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1100)
 def test_under_load_no_answer_is_lost_doubled_or_crossed_and_memory_comes_back(server, tmp_path):
     """64 clients, 300 requests; some stream, read slowly, hang up, or send nonsense."""
     out = tmp_path / "load.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "server_load.py"), "--json", str(out), "--warm-up", "300"]
-    subprocess.run([*command, "--url", server.url, "--pid", str(server.pid), "--key", server.key], check=True)
+    command += ["--url", server.url, "--pid", str(server.pid), "--key", server.key]
+    subprocess.run(command, check=True, timeout=1000)
     figures = json.loads(out.read_text())
     assert (figures["lost"], figures["doubled"], figures["crossed"]) == (0, 0, 0)
     assert figures["malformed_refused"] == figures["kinds"]["malformed"] > 0
