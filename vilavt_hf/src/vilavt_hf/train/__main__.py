@@ -20,6 +20,10 @@ def main() -> None:
         sys.exit(f"vilavt: {type(error).__name__}: {error}")
     if run.trainer.is_world_process_zero():
         sys.stdout.write(report.summary() + "\n")
+        sys.stdout.flush()
+    # Ranks leave together, before the interpreter takes down what the process group's threads still use.
+    run.trainer.accelerator.wait_for_everyone()
+    run.trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
