@@ -137,11 +137,11 @@ def hf_oldest(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("transformers", BETWEEN)
-def hf_between(session: nox.Session, transformers: str) -> None:
-    """The model's tests on the versions that the hosts need."""
-    _install(session, transformers, *TEST_TOOLS)
-    _pytest(session, *MODEL_TESTS)
+def hf_between(session: nox.Session) -> None:
+    """The model's tests on the versions that the hosts need, one after the other in one environment."""
+    for transformers in BETWEEN:
+        _install(session, transformers, *TEST_TOOLS)
+        _pytest(session, *MODEL_TESTS)
 
 
 def _install_verl(session: nox.Session) -> None:
