@@ -67,7 +67,13 @@ def main(job: Path) -> None:
         torch.distributed.all_gather_object(everyone, steps)
         sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
         if trainer.args.process_index == 0:
-            seen = {"ranks": everyone, "sharded": sharded, "parameters": sum(1 for _ in trainer.model.parameters())}
+            plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+            seen = {
+                "ranks": everyone,
+                "sharded": sharded,
+                "parameters": sum(1 for _ in trainer.model.parameters()),
+                "precision": str(plugin and plugin.mixed_precision_policy),
+            }
             (config.output.folder / "seen.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
