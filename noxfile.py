@@ -156,6 +156,8 @@ def hf_oldest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the oldest supported transformers."""
     _install(session, OLDEST, *TEST_TOOLS)
     _pytest(session, "tests/hf")
+    if not session.posargs:
+        session.run("pytest", "tests/distributed/test_sft_ranks.py", "-k", "two_steps")  # FSDP2 on two processes
     _record(session, f"transformers-{OLDEST}")
 
 

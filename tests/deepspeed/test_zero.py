@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, name, strategy):
+def start(folder, name, strategy, **sections):
     values = {
         "model": {"path": str(SHIPPED), "precision": "fp32", "gradient_checkpointing": False},
         "data": {"registry": str(folder / "data" / REGISTRY), "use": ["tiny_published"], "max_length": 512,
@@ -43,6 +43,7 @@ def start(folder, name, strategy):
         "parallel": {"cpu": True, "strategy": strategy},
         "output": {"folder": str(folder / name), "save_steps": 2, "final_dtype": "fp32"},
     }  # fmt: skip
+    values = {key: value | sections.get(key, {}) for key, value in values.items()}
     job = folder / f"{name}.json"
     job.write_text(json.dumps([values]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(RANKS),
@@ -87,3 +88,16 @@ def test_zero_learns_what_copies_learn_and_saves_whole_checkpoints(folder, copie
     resumed = read_log(start(folder, broken.name, strategy) / "log.jsonl")[-1]
     assert resumed["step"] == last["step"]
     assert resumed["loss"] == pytest.approx(last["loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_two_steps_in_bf16_with_recomputed_activations_have_the_loss_of_copies_in_fp32(folder, strategy):
+    common = {"batch": {"accumulation": 2}, "optimizer": {"max_steps": 2}}
+    bf16 = {"precision": "bf16", "gradient_checkpointing": True}
+    run = start(folder, f"{strategy}-bf16", strategy, model=bf16, **common)
+    copies = start(folder, f"{strategy}-bf16-copies", "ddp", **common)
+    found, expected = read_log(run / "log.jsonl"), read_log(copies / "log.jsonl")
+    assert len(found) == len(expected) == 2
+    for line, same in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(same["loss"], rel=0.03)
+    assert inspect_checkpoint(run / "checkpoint-2").complete

@@ -6,22 +6,22 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+from vilavt_hf.train import run as training
 from vilavt_hf.train.config import SftConfig
-from vilavt_hf.train.run import Run
 from vilavt_hf.train.trainer import VilavtTrainer
 
 
-def shard_on_cpu(trainer: VilavtTrainer) -> None:
-    """Let accelerate shard here: FSDP2 works over gloo, but accelerate offers it for accelerators only."""
-    for state in (PartialState, AcceleratorState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    trainer.is_fsdp_enabled = True
+class AnywhereTrainer(VilavtTrainer):
+    """Shards here too: FSDP2 works over gloo, but accelerate offers it for accelerators only."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.fsdp:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate makes it FSDP
+        super().create_accelerator_and_postprocess()
 
 
 def join_deepspeed() -> None:
@@ -37,12 +37,11 @@ def main(job: Path) -> None:
     runs = json.loads(job.read_text())
     if any(values["parallel"].get("strategy", "").startswith("zero") for values in runs):
         join_deepspeed()
+    training.VilavtTrainer = AnywhereTrainer
     for values in runs:
         config = SftConfig.model_validate(values)
-        run = Run(config)
+        run = training.Run(config)
         trainer = run.trainer
-        if config.parallel.strategy == "fsdp2":
-            shard_on_cpu(trainer)
         steps: list[dict] = []
         collate = trainer.data_collator
         dataset = trainer.train_dataset
@@ -68,7 +67,13 @@ def main(job: Path) -> None:
         torch.distributed.all_gather_object(everyone, steps)
         sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
         if trainer.args.process_index == 0:
-            seen = {"ranks": everyone, "sharded": sharded, "parameters": sum(1 for _ in trainer.model.parameters())}
+            plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+            seen = {
+                "ranks": everyone,
+                "sharded": sharded,
+                "parameters": sum(1 for _ in trainer.model.parameters()),
+                "precision": str(plugin and plugin.mixed_precision_policy),
+            }
             (config.output.folder / "seen.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

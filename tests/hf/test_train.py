@@ -1,15 +1,21 @@
 """SFT: batches, packing, losses, gradients, optimiser. Sizes are the tiny model's; tolerances are for fp32."""
 
 import dataclasses
+import inspect
 import json
+import os
+from importlib import resources
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import TrainingArguments
 
+from vilavt_hf import compat
 from vilavt_hf.data.example import IGNORE, Dropped, Example, ImageGroup, TokenTarget
 from vilavt_hf.tiny.model import fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
 from vilavt_hf.tiny.scenes import Kind, ask, make_scene
@@ -277,6 +283,34 @@ def test_packing_builds_no_mask_of_tokens_by_tokens(processor, config, plain, mo
     assert all(mask is None for mask in language)
 
 
+def test_the_variable_length_kernel_takes_over_under_autocast(processor, config, plain, monkeypatch):
+    """There RoPE leaves queries and keys in fp32, which the kernel does not take."""
+    model, batch = training_model(config, PACKED), collator(processor, config, packed=True)(plain)
+    arguments = inspect.signature(varlen_attn)
+    calls = []
+
+    def kernel(*args, **kwargs):
+        given = arguments.bind(*args, **kwargs).arguments
+        query, key, value = given["query"], given["key"], given["value"]
+        calls.append({query.dtype, key.dtype, value.dtype})
+        assert given["window_size"] == (-1, 0)  # causal
+        ends = given["cu_seq_q"].tolist()
+        return torch.cat([
+            F.scaled_dot_product_attention(
+                *(x[None, start:end].transpose(1, 2) for x in (query, key, value)),
+                is_causal=True, scale=given["scale"], enable_gqa=given["enable_gqa"],
+            )[0].transpose(0, 1)
+            for start, end in pairwise(ends)
+        ])  # fmt: skip
+
+    with torch.autocast("cpu", torch.bfloat16):
+        without, _ = summed(model, batch)
+        monkeypatch.setattr(compat, "varlen_kernel", lambda query: kernel if query.dtype == torch.bfloat16 else None)
+        found, _ = summed(model, batch)
+    assert calls == [{torch.bfloat16}] * config.text_config.num_hidden_layers
+    torch.testing.assert_close(found, without, rtol=1e-2, atol=0)
+
+
 # ------------------------------------------------------------------------------------------- every rank, every step
 
 
@@ -490,3 +524,46 @@ def test_three_steps_train_every_part_and_save_no_head(processor, config, tmp_pa
     assert not [n for n in names if "auxiliary" in n or "heads" in n]
     assert any(n.startswith("visual.blocks.5.attn.instruct_key_proj") for n in names)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "vilavt"
+
+
+# ------------------------------------------------------------------------------------------- several devices
+
+
+def test_the_shipped_settings_are_those_of_fsdp2_in_every_version(tmp_path, monkeypatch):
+    """4.57 would shard as FSDP1, unless told through the environment."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    shipped = json.loads((resources.files("vilavt_hf.train") / "parallel" / "fsdp2.json").read_text())
+    args = compat.training_arguments(
+        warmup=0, recompute=True, fsdp=shipped, output_dir=str(tmp_path), use_cpu=True, report_to=[]
+    )
+    plugin = FullyShardedDataParallelPlugin(**getattr(args, "fsdp_plugin_args", {}))
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert plugin.transformer_cls_names_to_wrap == shipped["transformer_layer_cls_to_wrap"]
+
+
+def test_a_rank_that_does_not_save_writes_nothing_under_fsdp(processor, config, plain, tmp_path, monkeypatch):
+    """It has gathered no weights: what it wrote would replace those of the rank that has them."""
+    run = trainer(processor, config, training_model(config), plain, tmp_path)
+    gathered = []
+    monkeypatch.setattr(run, "is_fsdp_enabled", True)
+    monkeypatch.setattr(run, "whole_state_dict", lambda: gathered.append(1) or {})
+    monkeypatch.setattr(TrainingArguments, "should_save", False)
+    run.save_model(str(tmp_path / "saved"))
+    assert gathered == [1]  # that takes all ranks
+    assert not (tmp_path / "saved").exists()
+
+
+def test_one_process_uses_one_gpu_and_says_how_to_use_all(processor, config, plain, tmp_path, caplog):
+    """nn.DataParallel would cut packed rows and patches of pictures along their first axis."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    assert args.n_gpu == 0  # asked once, it stays
+    args._n_gpu = 2
+    run = VilavtTrainer(model=training_model(config), args=args, train_dataset=plain,
+                        data_collator=collator(processor, config), order=InOrder(len(plain), 2))  # fmt: skip
+    assert run.args.n_gpu == 1
+    assert "one of 2 GPUs" in caplog.text
+    assert "torchrun --nproc-per-node 2 -m vilavt_hf.train" in caplog.text

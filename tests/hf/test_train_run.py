@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations import deepspeed
 
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.checkpoint import inspect_checkpoint
@@ -23,7 +26,7 @@ from vilavt_hf.errors import DataError, TrainingError
 from vilavt_hf.prompts import PromptSet
 from vilavt_hf.train.config import SftConfig, describe
 from vilavt_hf.train.lora import merge_adapter
-from vilavt_hf.train.order import InOrder, Packed, RankShare, Shuffled, best_fit
+from vilavt_hf.train.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
 from vilavt_hf.train.reporting import read_log
 from vilavt_hf.train.run import Run
 
@@ -313,16 +316,73 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken
     assert not list(run.glob("*.partial"))
 
 
-def test_a_resumed_run_must_be_the_same_run(unbroken, configure, tmp_path):
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("seed", 1, "seed was 0 and is 1 now"),
+        ("optimizer.learning_rate", 2e-3, r"optimizer\.learning_rate was 0\.001 and is 0\.002 now"),
+        ("optimizer.epochs", 3, r"optimizer\.epochs was 2\.0 and is 3\.0 now"),
+        ("model.frozen", ["merger"], r"model\.frozen was \[\] and is \['merger'\] now"),
+        ("model.precision", "bf16", r"model\.precision was 'fp32' and is 'bf16' now"),
+        ("batch.loss_mean", "micro_batch", r"batch\.loss_mean was 'tokens' and is 'micro_batch' now"),
+        ("batch.accumulation", 3, r"ranks x batch\.accumulation\) was 2 and is 3 now"),
+        ("batch.pack_tokens", 321, r"batch\.pack_tokens was 320 and is 321 now"),
+        ("data.use", ["set%50"], r"data\.use was \['set'\] and is \['set%50'\] now; .*data was '\w+' and is '\w+' now"),
+        ("data.system", "x", r"data\.system was 'You are a helpful assistant\.' and is 'x' now"),
+        ("lora", {"rank": 4}, r"lora\.rank was None and is 4 now"),
+        ("output.resume", "never", "checkpoint-6 of an earlier run"),
+    ],
+)
+def test_a_resumed_run_must_be_the_same_run(unbroken, configure, key, value, told):
     folder, _ = unbroken
-    with pytest.raises(TrainingError, match="seed was 0 and is 1 now"):
-        Run(configure(folder, seed=1))
-    with pytest.raises(TrainingError, match=r"ranks x batch\.accumulation\) was 2 and is 3 now"):
-        Run(configure(folder, **{"batch.accumulation": 3}))
-    with pytest.raises(TrainingError, match=r"data was '.*' and is '.*' now"):
-        Run(configure(folder, **{"data.use": ["set%50"]}))
-    with pytest.raises(TrainingError, match="checkpoint-6 of an earlier run"):
-        Run(configure(folder, **{"output.resume": "never"}))
+    with pytest.raises(TrainingError, match=told):
+        Run(configure(folder, **{key: value}))
+
+
+def broken_off(folder, run, changes):
+    """A run's folder with a checkpoint that says it was made by another run in some details."""
+    record = json.loads((run / "checkpoint-2" / "provenance.json").read_text())
+    for path, value in changes.items():
+        section, key = path.split("/")
+        whole = record["details"][section]
+        whole[key] = whole[key] | value if isinstance(value, dict) else value
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "provenance.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "recorded, told",
+    [
+        ({"config/parallel": {"strategy": "zero2"}}, r"parallel\.strategy was 'zero2' and is 'ddp' now"),
+        ({"resume/order of the samples": "0" * 16}, r"order of the samples was '0+' and is '\w+' now"),
+        (
+            {"resume/model.path (its fingerprint)": "0" * 64},
+            r"model\.path \(its fingerprint\) was '0+' and is '\w+'",
+        ),
+    ],
+)
+def test_a_run_with_other_ranks_packs_or_weights_is_not_gone_on_with(unbroken, configure, tmp_path, recorded, told):
+    with pytest.raises(TrainingError, match=told):
+        Run(configure(broken_off(tmp_path, unbroken[0], recorded)))
+
+
+def test_what_does_not_change_the_curve_may_change(unbroken, configure, base, tmp_path):
+    shutil.copytree(base, tmp_path / "moved")
+    folder = broken_off(tmp_path / "run", unbroken[0], {"config/optimizer": {"schedule": "constant"}})
+    changes = {
+        "model.path": str(tmp_path / "moved"), "model.gradient_checkpointing": True, "data.workers": 1,
+        "data.max_dropped": 0.5, "parallel.timeout": 60, "output.save_steps": 3, "output.log_steps": 2,
+        "output.keep": None, "optimizer.schedule": "constant", "optimizer.epochs": 5, "optimizer.max_steps": 7,
+    }  # fmt: skip
+    assert Run(configure(folder, **changes)).resume == folder / "checkpoint-2"
+
+
+def test_orders_with_as_many_packs_but_others_are_told_apart():
+    samples, tokens = np.arange(6), np.array([8, 7, 5, 4, 3, 3])
+    one, other = Packed(samples, tokens, 11, 0), Packed(samples, tokens, 12, 0)
+    assert len(one) == len(other) == 3
+    assert digest(one) == digest(Packed(samples, tokens, 11, 0)) != digest(other)
 
 
 def test_gradient_checkpointing_and_bf16_change_cost_and_not_the_loss(unbroken, configure, tmp_path):
@@ -372,6 +432,39 @@ def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, 
     again = merge_adapter(adapter, tmp_path / "again", dtype="fp32")
     assert_same_weights(merged, again)
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_an_adapter_of_a_zero3_run_is_merged_into_a_whole_model(configure, tmp_path, monkeypatch):
+    """One rank merges. Sharded loading would make it wait for the others, which wait for it."""
+    run = Run(configure(tmp_path / "run", lora={"rank": 2}, **{"optimizer.max_steps": 1}))
+    seen = []
+
+    class Sharding:
+        config: ClassVar[dict] = {}
+
+        def is_zero3(self):
+            return True
+
+    sharding = Sharding()
+
+    class Begin(TrainerCallback):
+        def on_train_end(self, args, *rest, **kwargs):
+            args.hf_deepspeed_config = sharding
+            deepspeed.set_hf_deepspeed_config(sharding)
+
+    def merge(*args, **kwargs):
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        return merge_adapter(*args, **kwargs)
+
+    monkeypatch.setattr("vilavt_hf.train.run.merge_adapter", merge)
+    run.trainer.add_callback(Begin())
+    try:
+        run.train()
+        assert deepspeed.is_deepspeed_zero3_enabled()  # the run's own model is still sharded
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert seen == [False]
+    assert inspect_checkpoint(tmp_path / "run" / "merged").complete
 
 
 def test_damaged_pictures_are_counted_and_reported(configure, tmp_path):

@@ -144,4 +144,7 @@ def training_arguments(
     if fsdp is not None:
         kwargs["fsdp_config"] = {**fsdp, "activation_checkpointing": recompute}
         kwargs["fsdp"] = "full_shard auto_wrap" if two_warmups else True
+        if two_warmups:  # 4.57 leaves these to a launcher's environment; without them it shards as FSDP1
+            keys = ("version", "reshard_after_forward", "state_dict_type")
+            os.environ.update({f"FSDP_{key.upper()}": str(fsdp[key]) for key in keys if key in fsdp})
     return transformers.TrainingArguments(**kwargs)

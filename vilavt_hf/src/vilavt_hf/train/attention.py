@@ -43,6 +43,9 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # RoPE leaves queries and keys in fp32; SDPA casts by itself, the kernel not
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     kernel = compat.varlen_kernel(query)
     if kernel is not None and dropout == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

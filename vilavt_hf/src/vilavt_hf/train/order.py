@@ -6,6 +6,8 @@ not divide evenly the last ranks get an empty micro-batch instead of a repeated 
 exactly once.
 """
 
+import hashlib
+import json
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -116,6 +118,12 @@ def best_fit(samples: np.ndarray, lengths: np.ndarray, budget: int) -> list[list
         packs[pack].append(sample)
         insort(room, (free - needed, pack))
     return packs
+
+
+def digest(order: Order) -> str:
+    """Tells whether two orders have the same samples in the same micro-batches; 16 hex digits."""
+    first = [list(batch) for batch in order.epoch(0)]
+    return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16]
 
 
 class RankShare(Sampler[Sequence[int]]):

@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import deepspeed
 
 from .. import compat
 from ..checkpoint import fingerprint
@@ -32,7 +34,7 @@ from .collator import VilavtCollator
 from .config import SftConfig, find_sources
 from .lora import add_adapters, merge_adapter
 from .model import VilavtForTraining
-from .order import Order, Packed, Shuffled
+from .order import Order, Packed, Shuffled, digest
 from .parts import freeze
 from .reporting import ConsoleReport, LogFile, plot_losses, read_log
 from .trainer import StableDecay, VilavtTrainer, checkpoints
@@ -41,6 +43,13 @@ logger = logging.getLogger(__name__)
 
 FINAL, MERGED, LOG, LOSS, DROPPED = "final", "merged", "log.jsonl", "loss.png", "dropped.jsonl"
 """What a run leaves in its folder, beside its checkpoints."""
+
+MAY_CHANGE = frozenset({
+    "model.path", "model.attention", "model.gradient_checkpointing", "data.registry", "data.root", "data.max_dropped",
+    "data.workers", "batch.accumulation", "parallel.settings", "parallel.timeout", "parallel.cpu", "lora.merge",
+})  # fmt: skip
+"""Keys that a resumed run may have other values of, beside those of `output`: they change what it costs or where
+things are, not what it learns. The base's weights, the samples and the micro-batches of a step are compared as such."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ class Run:
             if lines and find_spec("matplotlib"):
                 plot_losses(lines, out / LOSS)
             if config.lora is not None and config.lora.merge:
-                merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)
+                with _whole_models(trainer.args):
+                    merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)
         trainer.accelerator.wait_for_everyone()
         return RunReport(
             folder=folder,
@@ -280,19 +290,19 @@ def _model(config: SftConfig) -> Any:
 
 
 def _record(config: SftConfig, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
-    """What every checkpoint's provenance says; `_resume_from` compares ``resume``."""
+    """What every checkpoint's provenance says; `_resume_from` reads ``config`` and ``resume``."""
     source = Path(config.model.path)
+    base = fingerprint(source) if source.is_dir() else None
     return {
         "made_by": "sft",
         "config": config.model_dump(mode="json"),
-        "base_fingerprint": fingerprint(source) if source.is_dir() else None,
+        "base_fingerprint": base,
         "ranks": args.world_size,
         "resume": {
-            "data": lengths.digest,
-            "micro-batches of an epoch": len(order),
             "micro-batches of a step (ranks x batch.accumulation)": args.world_size * config.batch.accumulation,
-            "batch.packing": config.batch.packing,
-            "seed": config.seed,
+            "model.path (its fingerprint)": base or config.model.path,
+            "data": lengths.digest,
+            "order of the samples": digest(order),
         },
     }
 
@@ -313,17 +323,31 @@ def _resume_from(config: SftConfig, record: Mapping[str, Any]) -> Path | None:
         wanted = found[-1]
     folder = Path(wanted)
     try:
-        details = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["details"]["resume"]
+        details = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["details"]
+        then = _what_decides_the_curve(SftConfig.model_validate(details["config"])) | details["resume"]
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"{folder} is no checkpoint of a run of ours: {PROVENANCE}: {error}") from None
-    for name, now in record["resume"].items():
-        if details.get(name) != now:
-            raise TrainingError(
-                f"{folder}: {name} was {details.get(name)!r} and is {now!r} now: samples would be seen twice or never; "
-                "restore it, or start anew in another output.folder"
-            )
+    now = _what_decides_the_curve(config) | record["resume"]
+    changed = [key for key in now | then if then.get(key) != now.get(key)]
+    if changed:
+        told = "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r} now" for key in changed)
+        raise TrainingError(
+            f"{folder}: {told}: it would not be the run that was broken off; restore it, or start anew in another "
+            "output.folder"
+        )
     logger.info("going on from %s", folder)
     return folder
+
+
+def _what_decides_the_curve(config: SftConfig) -> dict[str, Any]:
+    """Keys and values that a resumed run must share."""
+    values: dict[str, Any] = {}
+    for section, content in config.model_dump(mode="json", exclude={"output"}).items():
+        values |= {f"{section}.{k}": v for k, v in content.items()} if isinstance(content, dict) else {section: content}
+    free = MAY_CHANGE
+    if config.optimizer.schedule == "constant" and not 0 < config.optimizer.warmup < 1:
+        free |= {"optimizer.epochs", "optimizer.max_steps"}  # no rate depends on the number of steps
+    return {key: value for key, value in values.items() if key not in free}
 
 
 class _Drops:
@@ -402,6 +426,17 @@ def save_final(
         replace_folder(partial, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+@contextmanager
+def _whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Models loaded in here are whole. Under ZeRO-3 transformers shards what it loads, and waits for all ranks to."""
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if (sharding := getattr(args, "hf_deepspeed_config", None)) is not None:
+            deepspeed.set_hf_deepspeed_config(sharding)
 
 
 def _fresh(folder: Path) -> Path:

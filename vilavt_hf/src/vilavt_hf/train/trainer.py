@@ -93,6 +93,12 @@ class VilavtTrainer(Trainer):
         self._log_time = time.perf_counter()
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            logger.warning(
+                "one process trains on one of %d GPUs; to use all, start it with torchrun --nproc-per-node %d -m "
+                "vilavt_hf.train CONFIG.yaml", self.args.n_gpu, self.args.n_gpu,
+            )  # fmt: skip
+            self.args._n_gpu = 1  # nn.DataParallel would cut packs and pictures' patches along their first axis
         # our loss is already scaled for the whole step
         self.model_accepts_loss_kwargs = True
 
@@ -247,7 +253,9 @@ class VilavtTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; under FSDP also with sharded resume states: the model itself is always saved whole."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=self.whole_state_dict())
+            state = self.whole_state_dict()
+            if self.args.should_save:  # 4.57 saves wherever it is called, and only rank 0 has the weights
+                self._save(output_dir, state_dict=state)
             return
         super().save_model(output_dir, _internal_call)
 
