@@ -81,9 +81,12 @@ def test_a_broken_row_is_named(folder: Path, change: dict, message: str) -> None
         read_rows(write(folder, RECORD, RECORD | change))
 
 
-def test_a_file_that_is_not_there_or_not_json_is_named(folder: Path) -> None:
+def test_a_file_that_is_not_there_or_empty_or_not_json_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_rows(folder / "gone.jsonl")
+    (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"empty\.jsonl: there are no rows"):
+        read_rows(folder / "empty.jsonl")
     (folder / "bad.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="cannot be read"):
         read_rows(folder / "bad.jsonl")

@@ -1,6 +1,8 @@
 """EasyR1's parts without EasyR1: lock-step, tensors, reward, and the class trick, against fakes of its interface."""
 
+import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from vilavt_rl.data import read_rows
 from vilavt_rl.easyr1 import batch, reward, worker
 from vilavt_rl.easyr1.dataset import VilavtDataset
 from vilavt_rl.easyr1.settings import Settings
-from vilavt_rl.errors import HostError
+from vilavt_rl.errors import HostError, RolloutError
 
 CALL = (
     '<think>red</think><tool>{{"region": [{{"index": 0, "bbox_2d": [0, 0, {0}, 28]}}], '
@@ -147,7 +149,7 @@ def test_the_reward_file_has_easyr1s_signature() -> None:
 
 
 def test_the_dataset_gives_what_the_trainer_splits(rows_file: Path) -> None:
-    item = VilavtDataset(str(rows_file))[0]
+    item = VilavtDataset(str(rows_file), SimpleNamespace(filter_overlong_prompts=False), None)[0]
     assert {"input_ids", "attention_mask", "position_ids", "raw_prompt_ids", "multi_modal_data", "ground_truth"} <= set(
         item
     )
@@ -193,29 +195,56 @@ def test_the_worker_can_be_placed_and_replaces_what_it_must(processor, monkeypat
     assert one.rollout == "ours"
 
 
-def test_the_rollout_returns_n_trajectories_per_row(processor, tiny: Path, rows_file: Path) -> None:
-    from contextlib import contextmanager
+class FakeRollout:
+    """EasyR1's ``vLLMRollout``, as far as we touch it."""
 
-    class FakeRollout:
-        def __init__(self, model_path, config, tokenizer, processor, **kwargs) -> None:
-            self.config, self.pad_token_id = config, tokenizer.pad_token_id
-            self.sampling_params = SimpleNamespace(n=3)
-            self.inference_engine = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
+    def __init__(self, model_path, config, tokenizer, processor, **kwargs) -> None:
+        self.config, self.pad_token_id = config, tokenizer.pad_token_id
+        self.sampling_params = SimpleNamespace(n=3)
+        self.inference_engine = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
 
-        @contextmanager
-        def update_sampling_params(self, **kwargs):
-            yield
+    @contextmanager
+    def update_sampling_params(self, **kwargs):
+        yield
 
+
+def roll_out(tiny: Path, processor, items) -> SimpleNamespace:
+    """What our rollout makes of data set items."""
     made = worker.make_rollout(FakeRollout, SimpleNamespace, lambda tensors, batch_size: tensors)
-    config = SimpleNamespace(prompt_length=256, response_length=320)
-    one = made(str(tiny), config, processor.tokenizer, processor)
-    rows = np.empty(2, dtype=object)
-    rows[:] = [{"row": row.to_json()} for row in read_rows(rows_file)[:2]]
-    out = one.generate_sequences(SimpleNamespace(non_tensor_batch={"multi_modal_data": rows}, meta_info={}))
+    one = made(str(tiny), SimpleNamespace(prompt_length=256, response_length=320), processor.tokenizer, processor)
+    data = np.empty(len(items), dtype=object)
+    data[:] = [item["multi_modal_data"] for item in items]
+    return one.generate_sequences(SimpleNamespace(non_tensor_batch={"multi_modal_data": data}, meta_info={}))
+
+
+def test_the_rollout_returns_n_trajectories_per_row(processor, tiny: Path, rows_file: Path) -> None:
+    out = roll_out(tiny, processor, [{"multi_modal_data": {"row": row.to_json()}} for row in read_rows(rows_file)[:2]])
     assert out.batch["responses"].shape == (6, 320)
     prompts = out.batch["prompts"].tolist()
     assert prompts[0] == prompts[1] == prompts[2] != prompts[3]
     assert len(out.non_tensor_batch["messages"]) == 6
+
+
+def test_a_prompt_that_is_too_long_is_left_out_and_the_run_goes_on(
+    processor, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()[:2]]
+    for row in rows:
+        row["image_path"] = [str(rows_file.parent / image) for image in row["image_path"]]
+    rows.insert(1, rows[0] | {"question": "Why? " * 300, "id": "long"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    episodes = Settings().episodes(str(tiny), processor)
+
+    def dataset(filtered: bool) -> VilavtDataset:
+        config = SimpleNamespace(filter_overlong_prompts=filtered, max_prompt_length=256)
+        return VilavtDataset(str(file), config, episodes)
+
+    with pytest.raises(RolloutError, match="sample long: its first turn has"):
+        roll_out(tiny, processor, list(dataset(filtered=False)))
+    kept = dataset(filtered=True)
+    assert [row.id for row in kept.rows] == [rows[0]["id"], rows[2]["id"]]
+    assert len(roll_out(tiny, processor, list(kept)).non_tensor_batch["messages"]) == 6
 
 
 def test_unknown_keys_of_our_block_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,3 +74,37 @@ def test_recipes_compose_with_verls_own_defaults(name: str, recipe_config) -> No
     assert config.algorithm.adv_estimator == "grpo"
     assert config.actor_rollout_ref.actor.loss_agg_mode == "seq-mean-token-mean"
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "vilavt"
+
+
+def test_the_filter_of_long_prompts_measures_with_the_agent_loops_preset_and_limits(
+    recipe_config, rows_file, tokenizer, tmp_path
+) -> None:
+    import yaml
+
+    from vilavt_rl.data import read_rows
+    from vilavt_rl.errors import DataError
+    from vilavt_rl.rollout import settings_of
+    from vilavt_rl.verl.dataset import VilavtDataset
+
+    loop = {"name": "vilavt", "preset": "eval-hf", "limits": {"max_pixels": 6 * 784}}
+    file = tmp_path / "loop.yaml"
+    file.write_text(yaml.safe_dump([{"name": "other"}, loop]), encoding="utf-8")
+    settings = settings_of(tokenizer.name_or_path, "eval-hf", (("max_pixels", 6 * 784),))
+    length = max(
+        len(settings.start(row, max_prompt=10_000, max_response=1).record.token_ids) for row in read_rows(rows_file)
+    )
+
+    def rows(max_prompt: int) -> int:
+        config = recipe_config(
+            "tiny_cpu",
+            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={file}",
+            "data.filter_overlong_prompts=true",
+            f"data.max_prompt_length={max_prompt}",
+        )
+        return len(VilavtDataset(str(rows_file), tokenizer, config.data))
+
+    assert rows(length) == len(read_rows(rows_file))
+    assert rows(length - 1) < len(read_rows(rows_file))
+    file.write_text(yaml.safe_dump([{"name": "other"}]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"no agent loop is called 'vilavt', there are \['other'\]"):
+        rows(length)

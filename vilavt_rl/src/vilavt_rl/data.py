@@ -30,7 +30,7 @@ class Row:
     max_turns: int | None = None
     """None: the setting of the run."""
     max_pixels: int | None = None
-    """Of each image and crop; None: the setting of the run."""
+    """Of each image and crop, at most the run's setting; None: that setting."""
     id: str = ""
 
     @property
@@ -56,10 +56,13 @@ def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
     ``id``.
 
     Raises:
-        DataError: a file cannot be read, or a row lacks something; names file, row and remedy.
+        DataError: a file cannot be read, there is no row, or a row lacks something; names file, row and remedy.
     """
     paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
-    return [_row(record, path, number) for path in paths for number, record in _records(path)]
+    rows = [_row(record, path, number) for path in paths for number, record in _records(path)]
+    if not rows:
+        raise DataError(f"{', '.join(map(str, paths))}: there are no rows")
+    return rows
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..errors import HostError
+from ..rollout import EpisodeSettings
 
 VARIABLE = "VILAVT_EASYR1"
 
@@ -54,6 +55,10 @@ class Settings:
     def of_environment(cls) -> Settings:
         """Those of this run."""
         return cls.read(json.loads(os.environ.get(VARIABLE, "{}")))
+
+    def episodes(self, model_path: str, processor: Any) -> EpisodeSettings:
+        """What episodes of a checkpoint start from; the filter of long prompts and the rollout use the same."""
+        return EpisodeSettings.of_checkpoint(model_path, processor, preset=self.preset, limits=self.limits)
 
     def to_environment(self) -> dict[str, str]:
         """For the environment of Ray's processes."""

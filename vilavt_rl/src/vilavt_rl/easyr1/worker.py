@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..data import Row
-from ..rollout import EpisodeSettings
 from .batch import engine_prompt, model_inputs, pack, run_episodes
 from .settings import Settings
 
@@ -29,9 +28,7 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
         def __init__(self, model_path: str, config: Any, tokenizer: Any, processor: Any, **kwargs: Any) -> None:
             super().__init__(model_path, config, tokenizer, processor, **kwargs)
             self.vilavt, self.processor = Settings.of_environment(), processor
-            self.episodes = EpisodeSettings.of_checkpoint(
-                model_path, processor, preset=self.vilavt.preset, limits=self.vilavt.limits
-            )
+            self.episodes = self.vilavt.episodes(model_path, processor)
 
         def generate_sequences(self, prompts: Any) -> Any:
             """``rollout.n`` trajectories per row, those of a row next to each other."""

@@ -36,7 +36,7 @@ class VilavtAgentLoop(AgentLoopBase):
 
     Args:
         preset: how episodes run; None: what the checkpoint asks for.
-        limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` and ``max_pixels`` win.
+        limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` wins, its ``max_pixels`` can only lower.
         reward: fields of `vilavt_rl.rewards.RewardSettings`; None leaves the reward to verl's reward workers.
         trace_every: write the rollouts of every so many steps for `vilavt-rl replay`; 0: of none.
     """
