@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vilavt_hf.errors import ScoringError
-from vilavt_hf.scoring import QuestionType
+from vilavt_hf.scoring import QuestionType, check_target
 
 from .errors import DataError
 from .rewards import Task
@@ -49,7 +49,8 @@ class Row:
 
 
 def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
-    """All rows of some files, checked.
+    """All rows of some files, checked: also that the strict reward can pay for each answer, which it would otherwise
+    refuse in the middle of training.
 
     Keys: ``question``, ``answer``, ``image_path`` (a list; a path that does not exist as it is counts from the file's
     folder), ``question_type``, and optionally ``data_type``, ``max_num_steps`` (0 or null: not set), ``max_pixels``,
@@ -97,7 +98,7 @@ def _row(record: Any, path: Path, number: int) -> Row:
         if record.get(key) is None or not str(record[key]).strip():
             raise DataError(f"{where}: {key!r} is missing or blank")
     try:
-        QuestionType.read(str(record["question_type"]))
+        check_target(QuestionType.read(str(record["question_type"])), str(record["answer"]))
     except ScoringError as error:
         raise DataError(f"{where}: {error}") from None
     images = record.get("image_path")
