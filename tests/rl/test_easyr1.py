@@ -3,12 +3,15 @@
 import json
 import os
 from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from vilavt_hf.episode import Episode, Limits
@@ -22,6 +25,7 @@ CALL = (
     '<think>red</think><tool>{{"region": [{{"index": 0, "bbox_2d": [0, 0, {0}, 28]}}], '
     '"query": "digit on the red card"}}</tool>'
 )
+RECIPES = Path(__file__).parents[2] / "recipes"
 ANSWER = "<think>7</think><answer>7</answer>"
 
 
@@ -245,6 +249,55 @@ def test_a_prompt_that_is_too_long_is_left_out_and_the_run_goes_on(
     kept = dataset(filtered=True)
     assert [row.id for row in kept.rows] == [rows[0]["id"], rows[2]["id"]]
     assert len(roll_out(tiny, processor, list(kept)).non_tensor_batch["messages"]) == 6
+
+
+PUBLISHED = {  # what the published run was started with
+    "vilavt.frozen": ["vision_tower", "text_encoder"],
+    "data.rollout_batch_size": 64,
+    "data.val_batch_size": 128,
+    "data.max_prompt_length": 10240,
+    "data.max_response_length": 13312,
+    "data.shuffle": True,
+    "data.seed": 1,
+    "algorithm.adv_estimator": "grpo",
+    "algorithm.disable_kl": True,
+    "algorithm.use_kl_loss": False,
+    "worker.actor.global_batch_size": 32,
+    "worker.actor.micro_batch_size_per_device_for_update": 1,
+    "worker.actor.micro_batch_size_per_device_for_experience": 1,
+    "worker.actor.max_grad_norm": 1.0,
+    "worker.actor.clip_ratio_low": 0.2,
+    "worker.actor.clip_ratio_high": 0.3,
+    "worker.actor.clip_ratio_dual": 3.0,
+    "worker.actor.ppo_epochs": 1,
+    "worker.actor.padding_free": True,
+    "worker.actor.optim.lr": 1e-6,
+    "worker.actor.optim.weight_decay": 0.01,
+    "worker.actor.optim.betas": [0.9, 0.999],
+    "worker.actor.optim.lr_warmup_ratio": 0.0,
+    "worker.rollout.n": 4,
+    "worker.rollout.temperature": 1.0,
+    "worker.rollout.top_p": 1.0,
+    "worker.rollout.limit_images": 55,
+    "worker.rollout.gpu_memory_utilization": 0.55,
+    "worker.rollout.enforce_eager": False,
+    "worker.rollout.tensor_parallel_size": 2,
+    "worker.rollout.max_model_len": 10240 + 13312,  # the published one is half as long again, docs/rl.md
+    "worker.rollout.max_num_batched_tokens": 32768,
+    "trainer.total_epochs": 1,
+    "trainer.nnodes": 4,
+    "trainer.n_gpus_per_node": 8,
+    "trainer.val_freq": -1,
+    "trainer.val_before_train": False,
+    "trainer.save_freq": 50,
+    "trainer.save_limit": 4,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), PUBLISHED.items())
+def test_the_7b_recipe_has_the_published_settings(key: str, value: object) -> None:
+    recipe = yaml.safe_load((RECIPES / "vilavt_7b_grpo_easyr1.yaml").read_text(encoding="utf-8"))
+    assert reduce(getitem, key.split("."), recipe) == value
 
 
 def test_unknown_keys_of_our_block_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
