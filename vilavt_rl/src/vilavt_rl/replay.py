@@ -45,13 +45,18 @@ class Rollout:
     preset: str
     limits: Limits
     prompts_sha256: str
+    temperature: float
+    """That its tokens were sampled at; their log-probabilities are those of the logits divided by it. 0: greedy, of the
+    logits as they are."""
     step: int
     group: str
     """The trajectories of one prompt share it."""
     reward: Mapping[str, float]
 
     @classmethod
-    def of(cls, row: Row, episode: Episode, *, step: int, group: str, reward: Reward | None) -> Rollout:
+    def of(
+        cls, row: Row, episode: Episode, *, temperature: float, step: int, group: str, reward: Reward | None
+    ) -> Rollout:
         """What to keep of a finished episode."""
         record, result = episode.record, episode.result
         turns: list[SampledTurn] = []
@@ -69,6 +74,7 @@ class Rollout:
             result.preset,
             result.limits,
             result.prompts_sha256,
+            temperature,
             step,
             group,
             {} if reward is None else reward.metrics(),
@@ -194,7 +200,8 @@ def write_page(
     for rollout in rollouts:
         episode = play(rollout, settings)
         results.append(_result(rollout, episode))
-        computed = None if model is None else model_logprobs(model, processor, episode)
+        temperature = rollout.temperature or 1.0
+        computed = None if model is None else model_logprobs(model, processor, episode, temperature)
         sections.append(_section(rollout, episode, computed))
     return write_html(results, path, sections=sections)
 
@@ -209,7 +216,7 @@ def _result(rollout: Rollout, episode: Episode) -> ChatResult:
         provenance=Provenance(
             preset=result.preset,
             limits=result.limits,
-            sampling=Sampling(),
+            sampling=Sampling(temperature=rollout.temperature),
             seed=0,
             prompts=result.prompts,
             prompts_sha256=result.prompts_sha256,
@@ -230,6 +237,7 @@ def _section(rollout: Rollout, episode: Episode, computed: Sequence[float | None
     recorded = [value for value in record.logprobs if value is not None]
     rows = {
         "step, group": f"{rollout.step}, {rollout.group or '-'}",
+        "temperature": f"{rollout.temperature:g}",
         "right answer": f"{rollout.row.answer} ({rollout.row.question_type})",
         "reward": ", ".join(f"{name} {value:g}" for name, value in rollout.reward.items()) or "left to the trainer",
         "trained on": f"{sum(record.loss_mask)} of {len(record.token_ids)} tokens",

@@ -95,7 +95,12 @@ class VilavtAgentLoop(AgentLoopBase):
             generating += sampled - began
             zooming += time.perf_counter() - sampled
         return await self._output(
-            row, episode, AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming), versions, fields
+            row,
+            episode,
+            AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming),
+            versions,
+            fields,
+            temperature=float(sampling_params["temperature"]),
         )
 
     def _told(self, episode: Episode, request: Request) -> dict[str, Any]:
@@ -112,6 +117,8 @@ class VilavtAgentLoop(AgentLoopBase):
         metrics: AgentLoopMetrics,
         versions: dict[str, Any],
         fields: Mapping[str, Any],
+        *,
+        temperature: float,
     ) -> AgentLoopOutput:
         tokens, trajectory = TokenRecord.of(episode), Trajectory.of(episode.result)
         extra: dict[str, Any] = {
@@ -129,7 +136,8 @@ class VilavtAgentLoop(AgentLoopBase):
         else:
             extra |= {"messages": trajectory.to_json(), "sampled_tokens": trajectory.sampled_tokens}
         if self.trace_every and (step := int(fields.get("global_steps") or 0)) % self.trace_every == 0:
-            self._trace(Rollout.of(row, episode, step=step, group=str(fields.get("uid", "")), reward=earned))
+            group = str(fields.get("uid", ""))
+            self._trace(Rollout.of(row, episode, temperature=temperature, step=step, group=group, reward=earned))
         output = AgentLoopOutput(
             prompt_ids=tokens.prompt_ids,
             response_ids=tokens.response_ids,
