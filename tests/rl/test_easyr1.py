@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -204,7 +205,7 @@ class FakeRollout:
 
     def __init__(self, model_path, config, tokenizer, processor, **kwargs) -> None:
         self.config, self.pad_token_id = config, tokenizer.pad_token_id
-        self.sampling_params = SimpleNamespace(n=3)
+        self.sampling_params = SimpleNamespace(n=3, temperature=0.8)
         self.inference_engine = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
 
     @contextmanager
@@ -227,6 +228,57 @@ def test_the_rollout_returns_n_trajectories_per_row(processor, tiny: Path, rows_
     prompts = out.batch["prompts"].tolist()
     assert prompts[0] == prompts[1] == prompts[2] != prompts[3]
     assert len(out.non_tensor_batch["messages"]) == 6
+
+
+def test_rollouts_of_every_so_many_batches_are_written_and_replayed(
+    processor, tiny: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from vilavt_rl.cli import app
+    from vilavt_rl.replay import play, read_rollouts
+
+    for name, value in Settings.read({"trace_every": 2}).to_environment().items():
+        monkeypatch.setenv(name, value)
+    rows = [replace(row, answer=answer) for row, answer in zip(read_rows(rows_file), ("7", "8"), strict=False)]
+    out = roll_out(tiny, processor, [{"multi_modal_data": {"row": row.to_json()}} for row in rows])
+    for name, values in {"row": [row.to_json() for row in rows], "uid": ["first", "second"]}.items():
+        out.non_tensor_batch[name] = np.repeat(np.array(values, dtype=object), 3)
+    manager = reward.VilavtRewardManager(SimpleNamespace(reward_function_kwargs={}), 2, str(tmp_path / "run"))
+    manager.compute_reward(out)
+    assert not (tmp_path / "run").exists()
+    for _ in range(3):
+        manager.compute_reward(out)
+    found = list(read_rollouts(tmp_path / "run"))
+    assert [(one.step, one.group) for one in found] == [
+        (step, g) for step in (2, 4) for g in ["first"] * 3 + ["second"] * 3
+    ]
+    assert [one.reward["overall"] for one in found[:6]] == pytest.approx([1, 1, 1, 0, 0, 0])
+    assert found[0].temperature == pytest.approx(0.8)
+    real = out.batch["attention_mask"][3].bool()
+    again = play(found[3], Settings().episodes(str(tiny), processor))
+    assert again.record.token_ids == out.batch["input_ids"][3][real].tolist()
+    command = [
+        "replay",
+        str(tmp_path / "run"),
+        "--model",
+        str(tiny),
+        "--out",
+        str(tmp_path / "page.html"),
+        "--step",
+        "4",
+    ]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("overall 1, accuracy 1, format 1, zooms 1") == 3
+    assert page.count("not recorded") == 6
+
+
+def test_without_a_trace_setting_no_rollouts_travel(processor, tiny: Path, rows_file: Path) -> None:
+    (row, *_) = read_rows(rows_file)
+    out = roll_out(tiny, processor, [{"multi_modal_data": {"row": row.to_json()}}])
+    assert "rollout" not in out.non_tensor_batch
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_the_run_goes_on(
@@ -305,6 +357,8 @@ def test_unknown_keys_of_our_block_are_refused(monkeypatch: pytest.MonkeyPatch) 
         Settings.read({"turns": 3})
     with pytest.raises(HostError, match="must be prompt or tensors"):
         Settings.read({"queries": "x"})
+    with pytest.raises(HostError, match="trace_every is -1, it must be a whole number"):
+        Settings.read({"trace_every": -1})
     settings = Settings.read({"limits": {"max_turns": 3}, "frozen": []})
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,6 +98,15 @@ class Rollout:
         )
 
 
+def write_rollouts(run: str | Path, rollouts: Sequence[Rollout]) -> None:
+    """Add rollouts of one step to those of a run; one file per process and step: nobody shares a file handle."""
+    folder = Path(run) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step-{rollouts[0].step:06d}.{os.uname().nodename}-{os.getpid()}.jsonl"
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(rollout.to_json()) + "\n" for rollout in rollouts)
+
+
 def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     """The rollouts of a run (its folder, the folder of its rollouts, or one file), by step and group.
 
@@ -108,8 +118,8 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     files = [folder] if folder.is_file() else sorted(folder.glob("step-*.jsonl"))
     if not files:
         raise DataError(
-            f"{run}: no rollouts; set trace_every in the agent loop's configuration, they are written to "
-            f"trainer.default_local_dir/{FOLDER}"
+            f"{run}: no rollouts; set trace_every (verl: in the agent loop's configuration, EasyR1: in the block "
+            f"vilavt), they are written to {FOLDER} in the folder of the run's checkpoints"
         )
     found: list[Rollout] = []
     for file in files:

@@ -110,7 +110,8 @@ def run(config: Any) -> None:
         mapping={Role.ActorRolloutRef: pool},
     )
     rewards = ray.remote(VilavtRewardManager).options(num_cpus=config.worker.reward.num_cpus)
-    train, val = dataloaders(config.data, Settings.of_environment().episodes(model.model_path, processor))
+    settings = Settings.of_environment()
+    train, val = dataloaders(config.data, settings.episodes(model.model_path, processor))
     trainer = RayPPOTrainer(
         config=config,
         tokenizer=tokenizer,
@@ -120,8 +121,8 @@ def run(config: Any) -> None:
         role_worker_mapping={Role.ActorRolloutRef: ray.remote(worker_class())},
         resource_pool_manager=manager,
         ray_worker_group_cls=RayWorkerGroup,
-        reward_fn=rewards.remote(config.worker.reward, tokenizer),
-        val_reward_fn=rewards.remote(config.worker.reward, tokenizer),
+        reward_fn=rewards.remote(config.worker.reward, settings.trace_every, config.trainer.save_checkpoint_path),
+        val_reward_fn=rewards.remote(config.worker.reward),
     )
     trainer.init_workers()
     trainer.fit()
