@@ -1,6 +1,7 @@
 """One trajectory through verl's own agent loop worker, against a server that plays a script."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,22 +178,25 @@ def test_rollouts_are_written_and_play_again(worker, rows_file: Path, tiny: Path
     from vilavt_rl.replay import play, read_rollouts, write_page
     from vilavt_rl.rollout import EpisodeSettings
 
+    rows = [replace(row, answer=answer) for row, answer in zip(read_rows(rows_file), ("7", "8"), strict=False)]
     before, worker.config = worker.config, worker.config.copy()
     worker.config.trainer.default_local_dir = str(tmp_path)
     try:
-        out, _ = run(worker, read_rows(rows_file)[:2], [CALL, ANSWER], global_steps=20, uid="g")
-        run(worker, read_rows(rows_file)[:1], [CALL, ANSWER], global_steps=21, uid="h")
+        out, _ = run(worker, rows, [CALL, ANSWER], global_steps=20, uid="g")
+        run(worker, rows[:1], [CALL, ANSWER], global_steps=21, uid="h")
     finally:
         worker.config = before
     rollouts = list(read_rollouts(tmp_path))
     assert [rollout.step for rollout in rollouts] == [20, 20]
+    assert [rollout.temperature for rollout in rollouts] == pytest.approx([1.0, 1.0])
     settings = EpisodeSettings.of_checkpoint(tiny)
     record = play(rollouts[0], settings).record
     trained = [out.batch["input_ids"][i][out.batch["attention_mask"][i].bool()].tolist() for i in range(2)]
     assert record.token_ids in trained
     page = write_page(rollouts, settings, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "digit on the red card" in page
-    assert "reward" in page
+    assert "overall 1, accuracy 1, format 1, zooms 1" in page
+    assert "overall 0, accuracy 0, format 1, zooms 1" in page
 
 
 def test_verls_reward_workers_get_the_same_reward(played, rows_file: Path) -> None:

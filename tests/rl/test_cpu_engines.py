@@ -6,6 +6,7 @@ verl's agent loop; then verl's own FSDP2 worker computes the log-probabilities o
 
 import asyncio
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -33,12 +34,13 @@ class Direct:
 
 
 @pytest.fixture(scope="module")
-def config(recipe_config, tiny: Path):
+def config(recipe_config, tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     from omegaconf import OmegaConf
 
     found = recipe_config(
         "tiny_cpu",
         f"actor_rollout_ref.model.path={tiny}",
+        f"trainer.default_local_dir={tmp_path_factory.mktemp('run')}",
         "actor_rollout_ref.actor.optim.total_training_steps=10",
         "actor_rollout_ref.actor.optim.lr_warmup_steps=0",  # the first step of a warm-up has rate 0
         "+actor_rollout_ref.model.override_config.frozen=[vision_tower]",
@@ -54,14 +56,12 @@ def server(tiny: Path):
     return VilavtServer(str(tiny), max_batch_size=8, seed=3)
 
 
-@pytest.fixture(scope="module")
-def rollouts(config, server, rows_file: Path):
+def roll_out(config, server, rows):
     """(trajectories as verl's batch, work of the rollout engine)."""
     from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
     from verl.protocol import DataProto
 
     worker = AgentLoopWorker(config, Direct(server))
-    rows = [row for row in read_rows(rows_file) for _ in range(2)]
     arrays = {}
     for name, values in {
         "row": [row.to_json() for row in rows],
@@ -75,6 +75,11 @@ def rollouts(config, server, rows_file: Path):
         return await worker.generate_sequences(batch), await server.work()
 
     return asyncio.run(both())
+
+
+@pytest.fixture(scope="module")
+def rollouts(config, server, rows_file: Path):
+    return roll_out(config, server, [row for row in read_rows(rows_file) for _ in range(2)])
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,26 @@ def test_the_trainer_computes_the_log_probabilities_of_the_rollout(rollouts, tra
     gap = (logprobs(trainer, batch, 2) - batch.batch["rollout_log_probs"]).abs()[mask]
     assert int(mask.sum()) > 400
     assert float(gap.max()) <= 1e-4
+
+
+def test_the_replay_command_shows_the_gap_to_the_models_own_log_probabilities(
+    config, server, rows_file: Path, tiny: Path, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from vilavt_rl.cli import app
+
+    warmer = config.copy()
+    warmer.trainer.default_local_dir = str(tmp_path / "run")
+    warmer.actor_rollout_ref.rollout.temperature = 0.6
+    roll_out(warmer, server, read_rows(rows_file)[:2])
+    page = tmp_path / "page.html"
+    run = str(tmp_path / "run")
+    shown = CliRunner().invoke(app, ["replay", run, "--model", str(tiny), "--out", str(page), "--gaps"])
+    assert shown.exit_code == 0, shown.output
+    gaps = re.findall(r"gap to the model given</td><td>largest (\S+), mean", page.read_text(encoding="utf-8"))
+    assert len(gaps) == 2
+    assert max(map(float, gaps)) <= 1e-4
 
 
 def test_two_trajectories_together_are_two_trajectories_apart(rollouts, trainer) -> None:

@@ -71,6 +71,11 @@ def test_parquet_and_json_hold_the_same_rows(folder: Path) -> None:
         ({"answer": " "}, "row 2: 'answer' is missing or blank"),
         ({"question": None}, "row 2: 'question'"),
         ({"question_type": "essay"}, "row 2: no question type 'essay'"),
+        ({"question_type": "numerical", "answer": "three"}, "row 2: .*'three'"),
+        ({"question_type": "regression", "answer": "about half"}, "row 2: .*'about half'"),
+        ({"question_type": "judgment", "answer": "maybe"}, "row 2: .*'maybe'"),
+        ({"question_type": "box", "answer": "oops"}, "row 2: .*'oops'"),
+        ({"question_type": "free-form", "answer": "the"}, "row 2: .*'the'"),
         ({"image_path": "street.png"}, "must be a list of files"),
         ({"image_path": ["gone.png"]}, "no image 'gone.png'"),
         ({"max_pixels": "many"}, "'max_pixels' must be a whole number"),
@@ -81,9 +86,26 @@ def test_a_broken_row_is_named(folder: Path, change: dict, message: str) -> None
         read_rows(write(folder, RECORD, RECORD | change))
 
 
-def test_a_file_that_is_not_there_or_not_json_is_named(folder: Path) -> None:
+def test_a_row_with_a_fitting_answer_of_each_type_is_read(folder: Path) -> None:
+    answers = {
+        "multiple choice": "B",
+        "numerical": 0,
+        "regression": "2.5 m",
+        "judgment": "No",
+        "math": "\\frac{1}{2}",
+        "free-form": "a red sign",
+        "box": "[1, 2, 3, 4]",
+    }
+    records = [RECORD | {"question_type": kind, "answer": answer} for kind, answer in answers.items()]
+    assert [row.answer for row in read_rows(write(folder, *records))] == [str(answer) for answer in answers.values()]
+
+
+def test_a_file_that_is_not_there_or_empty_or_not_json_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_rows(folder / "gone.jsonl")
+    (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"empty\.jsonl: there are no rows"):
+        read_rows(folder / "empty.jsonl")
     (folder / "bad.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="cannot be read"):
         read_rows(folder / "bad.jsonl")

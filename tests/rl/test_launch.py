@@ -29,6 +29,53 @@ def test_the_command_is_verls_own_entry_point_with_absolute_paths(tiny: Path, mo
     assert environment["VERL_PLATFORM"] == "cpu"
 
 
+def test_only_keys_that_hold_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vllm", "vilavt", "model"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ["actor_rollout_ref.rollout.name=vllm", "trainer.project_name=vilavt", "+data.style=model"]
+    others = ["critic.model.path=Qwen/Qwen2.5-VL", "trainer.default_hdfs_dir=null", "data.custom_cls.path=pkg://vllm"]
+    paths = ["actor_rollout_ref.model.path=model", "+trainer.default_local_dir=vilavt"]
+    command, _ = verl_command("tiny_cpu", [*names, *others, *paths])
+    for override in [*names, *others]:
+        assert override in command
+    assert f"actor_rollout_ref.model.path={tmp_path}/model" in command
+    assert f"+trainer.default_local_dir={tmp_path}/vilavt" in command
+
+
+def test_files_in_lists_and_quotes_become_absolute_and_hydra_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for name in ("a.jsonl", "b c.jsonl", "it's (1).jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "[a.jsonl, 'b c.jsonl', gone.jsonl]": [f"{tmp_path}/a.jsonl", f"{tmp_path}/b c.jsonl", "gone.jsonl"],
+        "'b c.jsonl'": f"{tmp_path}/b c.jsonl",
+        "it's (1).jsonl": f"{tmp_path}/it's (1).jsonl",
+        "[gone.jsonl]": ["gone.jsonl"],
+    }
+    for text, expected in given.items():
+        command, _ = verl_command("vilavt_7b_grpo", [f"data.train_files={text}"])
+        (override,) = (part for part in command if part.startswith("data.train_files="))
+        assert OverridesParser.create().parse_override(override).value() == expected
+
+
+def test_the_shown_command_can_be_pasted_into_a_shell() -> None:
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from vilavt_rl.cli import app
+
+    given = ["trainer.experiment_name=two words", "+trainer.note={a: 'b'}"]
+    shown = CliRunner().invoke(app, ["verl", "tiny_cpu", "--show", *given]).output
+    command, environment = verl_command("tiny_cpu", given)
+    assert shlex.split(shown) == [*(f"{name}={value}" for name, value in environment.items()), *command]
+
+
 def test_a_recipe_that_comes_with_the_package_is_known_by_name() -> None:
     command, _ = verl_command("tiny_cpu")
     assert "--config-name=tiny_cpu" in command

@@ -106,6 +106,34 @@ def test_shaping_is_off_by_default_and_only_for_right_answers() -> None:
         RewardSettings(length_penalty=0.5)
 
 
+def test_a_penalty_never_puts_a_right_answer_below_a_wrong_one() -> None:
+    long = Trajectory(of(RIGHT.replace("<think>so</think>", "")).messages, sampled_tokens=5000)
+    assert reward(long, A).overall == pytest.approx(0.5)
+    harsh = RewardSettings(length_penalty=0.85, length_limit=1000)
+    assert reward(long, A, harsh).overall == pytest.approx(0.0)
+    assert reward(of(RIGHT), A, RewardSettings(tool_bonus=-2.0)).overall == pytest.approx(1.0)
+    assert reward(of(CALL, REPLY, RIGHT), A, RewardSettings(tool_bonus=-2.0)).overall == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("call", ["<think>x</think><tool>{bad</tool>", "<tool>", CALL.replace("[0, 0, 28, 28]", "[0]")])
+def test_a_call_that_does_not_parse_is_no_zoom_in_decoded_text_either(call: str) -> None:
+    def decoded(call: str) -> Trajectory:
+        return Trajectory.read(
+            f"{call}<|im_end|>\n<|im_start|>user\n{REPLY.text}<|im_end|>\n<|im_start|>assistant\n{RIGHT}<|im_end|>"
+        )
+
+    bonus = RewardSettings(tool_bonus=0.2)
+    assert reward(decoded(call), A, bonus).zooms == 0
+    assert reward(decoded(call), A, bonus).overall == pytest.approx(0.5)
+    assert reward(decoded(CALL), A, bonus).overall == pytest.approx(1.2)
+
+
+def test_a_call_that_only_the_published_rules_read_is_a_zoom_if_the_episode_carried_it_out() -> None:
+    twice = CALL + CALL
+    assert reward(of(twice, REPLY, RIGHT), A).zooms == 1
+    assert reward(of(Message("assistant", twice, "several tool calls"), REPLY, RIGHT), A).zooms == 0
+
+
 def test_metrics_carry_the_data_type() -> None:
     found = reward(of(CALL, REPLY, RIGHT), A).metrics("vsi")
     assert found == pytest.approx(

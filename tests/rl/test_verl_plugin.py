@@ -68,9 +68,99 @@ def test_the_auto_class_gives_the_policy_which_cannot_say_a_placeholder(tiny, to
     assert torch.isfinite(logits).all()
 
 
+PUBLISHED = {  # what the published run was started with
+    "data.train_batch_size": 64,
+    "data.max_prompt_length": 10240,
+    "data.max_response_length": 13312,
+    "data.shuffle": True,
+    "data.seed": 1,
+    "algorithm.adv_estimator": "grpo",
+    "algorithm.use_kl_in_reward": False,
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 1,
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
+    "actor_rollout_ref.actor.optim.weight_decay": 0.01,
+    "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0,
+    "actor_rollout_ref.actor.clip_ratio_low": 0.2,
+    "actor_rollout_ref.actor.clip_ratio_high": 0.3,
+    "actor_rollout_ref.actor.clip_ratio_c": 3.0,
+    "actor_rollout_ref.actor.entropy_coeff": 0,
+    "actor_rollout_ref.model.use_remove_padding": True,
+    "actor_rollout_ref.model.override_config.frozen": ["vision_tower", "text_encoder"],
+    "actor_rollout_ref.rollout.n": 4,
+    "actor_rollout_ref.rollout.temperature": 1.0,
+    "actor_rollout_ref.rollout.top_p": 1.0,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 2,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.55,
+    "actor_rollout_ref.rollout.max_num_batched_tokens": 32768,
+    "actor_rollout_ref.rollout.max_model_len": 10240 + 13312,  # the published one is half as long again, docs/rl.md
+    "actor_rollout_ref.rollout.enforce_eager": False,
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt.image": 55,
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 1,
+    "trainer.nnodes": 4,
+    "trainer.n_gpus_per_node": 8,
+    "trainer.total_epochs": 1,
+    "trainer.save_freq": 50,
+    "trainer.max_actor_ckpt_to_keep": 4,
+    "trainer.test_freq": -1,
+    "trainer.val_before_train": False,
+}
+
+
+@pytest.fixture(scope="module")
+def big_recipe(recipe_config):
+    return recipe_config("vilavt_7b_grpo", "actor_rollout_ref.model.path=x", "data.train_files=y", "data.val_files=z")
+
+
+@pytest.mark.parametrize(("key", "value"), PUBLISHED.items())
+def test_the_7b_recipe_has_the_published_settings(key: str, value: object, big_recipe) -> None:
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.select(big_recipe, key, throw_on_missing=True) == value
+
+
 @pytest.mark.parametrize("name", ["tiny_cpu", "vilavt_7b_grpo"])
 def test_recipes_compose_with_verls_own_defaults(name: str, recipe_config) -> None:
     config = recipe_config(name, "actor_rollout_ref.model.path=x", "data.train_files=y", "data.val_files=z")
     assert config.algorithm.adv_estimator == "grpo"
     assert config.actor_rollout_ref.actor.loss_agg_mode == "seq-mean-token-mean"
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "vilavt"
+
+
+def test_the_filter_of_long_prompts_measures_with_the_agent_loops_preset_and_limits(
+    recipe_config, rows_file, tokenizer, tmp_path
+) -> None:
+    import yaml
+
+    from vilavt_rl.data import read_rows
+    from vilavt_rl.errors import DataError
+    from vilavt_rl.rollout import settings_of
+    from vilavt_rl.verl.dataset import VilavtDataset
+
+    loop = {"name": "vilavt", "preset": "eval-hf", "limits": {"max_pixels": 6 * 784}}
+    file = tmp_path / "loop.yaml"
+    file.write_text(yaml.safe_dump([{"name": "other"}, loop]), encoding="utf-8")
+    settings = settings_of(tokenizer.name_or_path, "eval-hf", (("max_pixels", 6 * 784),))
+    length = max(
+        len(settings.start(row, max_prompt=10_000, max_response=1).record.token_ids) for row in read_rows(rows_file)
+    )
+
+    def rows(max_prompt: int) -> int:
+        config = recipe_config(
+            "tiny_cpu",
+            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={file}",
+            "data.filter_overlong_prompts=true",
+            f"data.max_prompt_length={max_prompt}",
+        )
+        return len(VilavtDataset(str(rows_file), tokenizer, config.data))
+
+    assert rows(length) == len(read_rows(rows_file))
+    assert rows(length - 1) < len(read_rows(rows_file))
+    file.write_text(yaml.safe_dump([{"name": "other"}]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"no agent loop is called 'vilavt', there are \['other'\]"):
+        rows(length)

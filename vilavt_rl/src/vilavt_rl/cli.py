@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,9 @@ def verl_command(
 
     if show:
         command, environment = command_of(config, context.args)
-        typer.echo(" ".join([*(f"{name}={value}" for name, value in environment.items()), *command]))
+        typer.echo(
+            " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
+        )
         return
     run_verl(config, context.args)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vilavt_hf.errors import ScoringError
-from vilavt_hf.scoring import QuestionType
+from vilavt_hf.scoring import QuestionType, check_target
 
 from .errors import DataError
 from .rewards import Task
@@ -30,7 +30,7 @@ class Row:
     max_turns: int | None = None
     """None: the setting of the run."""
     max_pixels: int | None = None
-    """Of each image and crop; None: the setting of the run."""
+    """Of each image and crop, at most the run's setting; None: that setting."""
     id: str = ""
 
     @property
@@ -49,17 +49,21 @@ class Row:
 
 
 def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
-    """All rows of some files, checked.
+    """All rows of some files, checked: also that the strict reward can pay for each answer, which it would otherwise
+    refuse in the middle of training.
 
     Keys: ``question``, ``answer``, ``image_path`` (a list; a path that does not exist as it is counts from the file's
     folder), ``question_type``, and optionally ``data_type``, ``max_num_steps`` (0 or null: not set), ``max_pixels``,
     ``id``.
 
     Raises:
-        DataError: a file cannot be read, or a row lacks something; names file, row and remedy.
+        DataError: a file cannot be read, there is no row, or a row lacks something; names file, row and remedy.
     """
     paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
-    return [_row(record, path, number) for path in paths for number, record in _records(path)]
+    rows = [_row(record, path, number) for path in paths for number, record in _records(path)]
+    if not rows:
+        raise DataError(f"{', '.join(map(str, paths))}: there are no rows")
+    return rows
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -94,7 +98,7 @@ def _row(record: Any, path: Path, number: int) -> Row:
         if record.get(key) is None or not str(record[key]).strip():
             raise DataError(f"{where}: {key!r} is missing or blank")
     try:
-        QuestionType.read(str(record["question_type"]))
+        check_target(QuestionType.read(str(record["question_type"])), str(record["answer"]))
     except ScoringError as error:
         raise DataError(f"{where}: {error}") from None
     images = record.get("image_path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,18 @@ from .errors import HostError
 
 RECIPES = Path(__file__).with_name("recipes")
 """Those that come with the package; the repository's ``recipes/`` links to them."""
+_PATH_KEY = re.compile(r"(^|[._])(path|dir|file|files)$")
+"""Keys of verl's configuration that hold paths end so. Values of others, as a project's name, may be names of folders
+too and stay as they are."""
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
 
 
 def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """The command that runs a recipe, and the environment variables it needs beside the present ones.
 
-    The command is verl's entry point with Hydra's arguments; nothing of ours runs in between. Paths in overrides, and
-    that of the agent loop's configuration, become absolute: Ray's workers may have another working directory.
+    The command is verl's entry point with Hydra's arguments; nothing of ours runs in between. Files and folders that
+    overrides name, and the agent loop's configuration, become absolute: Ray's workers may have another working
+    directory.
 
     Args:
         recipe: a YAML file that Hydra can compose, or the name of one in `RECIPES`, as ``tiny_cpu``.
@@ -67,10 +72,29 @@ def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
 
 
 def _absolute(override: str) -> str:
-    key, found, value = override.partition("=")
-    if found and value and not Path(value).is_absolute() and Path(value).exists():
-        return f"{key}={Path(value).absolute()}"
-    return override
+    """The override with its existing files and folders made absolute, if its key takes paths; Hydra's quotes and lists
+    are understood."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, found, text = override.partition("=")
+    if not found or not _PATH_KEY.search(key):
+        return override
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        value = text  # perhaps a file whose name needs quotes
+    names = value if isinstance(value, list) else [value]
+    if not any(isinstance(name, str) and name and Path(name).exists() for name in names):
+        return override
+    places = [_quoted(str(Path(name).absolute()) if Path(name).exists() else name) for name in map(str, names)]
+    return f"{key}=[{','.join(places)}]" if isinstance(value, list) else f"{key}={places[0]}"
+
+
+def _quoted(path: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return path if re.fullmatch(r"[\w/.:+-]+", path) else QuotedString(path, Quote.single).with_quotes()
 
 
 def _at(config: Mapping, key: str) -> str | None:

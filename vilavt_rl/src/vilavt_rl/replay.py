@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,13 +46,18 @@ class Rollout:
     preset: str
     limits: Limits
     prompts_sha256: str
+    temperature: float
+    """That its tokens were sampled at; their log-probabilities are those of the logits divided by it. 0: greedy, of the
+    logits as they are."""
     step: int
     group: str
     """The trajectories of one prompt share it."""
     reward: Mapping[str, float]
 
     @classmethod
-    def of(cls, row: Row, episode: Episode, *, step: int, group: str, reward: Reward | None) -> Rollout:
+    def of(
+        cls, row: Row, episode: Episode, *, temperature: float, step: int, group: str, reward: Reward | None
+    ) -> Rollout:
         """What to keep of a finished episode."""
         record, result = episode.record, episode.result
         turns: list[SampledTurn] = []
@@ -69,6 +75,7 @@ class Rollout:
             result.preset,
             result.limits,
             result.prompts_sha256,
+            temperature,
             step,
             group,
             {} if reward is None else reward.metrics(),
@@ -91,6 +98,15 @@ class Rollout:
         )
 
 
+def write_rollouts(run: str | Path, rollouts: Sequence[Rollout]) -> None:
+    """Add rollouts of one step to those of a run; one file per process and step: nobody shares a file handle."""
+    folder = Path(run) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step-{rollouts[0].step:06d}.{os.uname().nodename}-{os.getpid()}.jsonl"
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(rollout.to_json()) + "\n" for rollout in rollouts)
+
+
 def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     """The rollouts of a run (its folder, the folder of its rollouts, or one file), by step and group.
 
@@ -102,8 +118,8 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     files = [folder] if folder.is_file() else sorted(folder.glob("step-*.jsonl"))
     if not files:
         raise DataError(
-            f"{run}: no rollouts; set trace_every in the agent loop's configuration, they are written to "
-            f"trainer.default_local_dir/{FOLDER}"
+            f"{run}: no rollouts; set trace_every (verl: in the agent loop's configuration, EasyR1: in the block "
+            f"vilavt), they are written to {FOLDER} in the folder of the run's checkpoints"
         )
     found: list[Rollout] = []
     for file in files:
@@ -194,7 +210,8 @@ def write_page(
     for rollout in rollouts:
         episode = play(rollout, settings)
         results.append(_result(rollout, episode))
-        computed = None if model is None else model_logprobs(model, processor, episode)
+        temperature = rollout.temperature or 1.0
+        computed = None if model is None else model_logprobs(model, processor, episode, temperature)
         sections.append(_section(rollout, episode, computed))
     return write_html(results, path, sections=sections)
 
@@ -209,7 +226,7 @@ def _result(rollout: Rollout, episode: Episode) -> ChatResult:
         provenance=Provenance(
             preset=result.preset,
             limits=result.limits,
-            sampling=Sampling(),
+            sampling=Sampling(temperature=rollout.temperature),
             seed=0,
             prompts=result.prompts,
             prompts_sha256=result.prompts_sha256,
@@ -230,6 +247,7 @@ def _section(rollout: Rollout, episode: Episode, computed: Sequence[float | None
     recorded = [value for value in record.logprobs if value is not None]
     rows = {
         "step, group": f"{rollout.step}, {rollout.group or '-'}",
+        "temperature": f"{rollout.temperature:g}",
         "right answer": f"{rollout.row.answer} ({rollout.row.question_type})",
         "reward": ", ".join(f"{name} {value:g}" for name, value in rollout.reward.items()) or "left to the trainer",
         "trained on": f"{sum(record.loss_mask)} of {len(record.token_ids)} tokens",

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vilavt_hf.protocol import (
     ANSWER_CLOSE,
@@ -21,6 +21,7 @@ from vilavt_hf.protocol import (
     TOOL_CLOSE,
     TOOL_OPEN,
     Answer,
+    Rules,
     ToolCall,
     parse_turn,
     unbox,
@@ -105,7 +106,8 @@ class RewardSettings:
     tool_bonus: float = 0.0
     """Added if at least one zoom was carried out and the accuracy is above 0."""
     length_penalty: float = 0.0
-    """Taken off at ``length_limit`` sampled tokens and beyond; grows linearly over the last ``length_buffer``."""
+    """Taken off at ``length_limit`` sampled tokens and beyond; grows linearly over the last ``length_buffer``. A right
+    answer keeps at least the 0 of a wrong one."""
     length_limit: int | None = None
     length_buffer: int = 512
 
@@ -153,12 +155,21 @@ def reward(trajectory: Trajectory, task: Task, settings: RewardSettings = Reward
     """
     right = accuracy(trajectory, task, settings.version)
     formed = format_score(trajectory, settings.version)
-    zooms = sum(m.role == "assistant" and m.problem is None and TOOL_OPEN in m.text for m in trajectory.messages[:-1])
+    zooms = sum(map(_zoomed, trajectory.messages[:-1]))
     total = overall(right, formed)
     if right > 0:
         total += settings.tool_bonus * (zooms > 0)
         total -= settings.length_penalty * _overlong(trajectory.sampled_tokens, settings)
+        total = max(0.0, total)  # what a wrong answer gets
     return Reward(total, right, formed, zooms)
+
+
+def _zoomed(message: Message) -> bool:
+    """Whether a turn is a call that was carried out. Episodes read turns by either rules and note what failed; decoded
+    text notes nothing, so that a call must at least parse."""
+    if message.role != "assistant" or message.problem is not None:
+        return False
+    return any(isinstance(parse_turn(message.text, rules), ToolCall) for rules in get_args(Rules))
 
 
 def overall(accuracy: float, format: float) -> float:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vilavt_hf.data.rendering import Outline
 from vilavt_hf.episode import Episode
-from vilavt_hf.images import load_image
+from vilavt_hf.images import image_size, load_image
 from vilavt_hf.presets import Limits, Preset
 from vilavt_hf.processing_vilavt import VilavtProcessor
 from vilavt_hf.prompts import PromptSet
 from vilavt_hf.settings import fitting_limits, preset_of
 
 from .data import Row
-from .errors import RolloutError
+from .errors import DataError, RolloutError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,37 @@ class EpisodeSettings:
             ImageError: an image cannot be loaded.
             RolloutError: the first turn is too long.
         """
+        images = [load_image(image, rules=self.preset.rules) for image in row.images]
+        episode = self._open(row, images)
+        length = len(episode.record.token_ids)
+        if episode.finished or length > max_prompt:
+            raise RolloutError(
+                f"sample {row.id}: its first turn has {length} tokens, at most {max_prompt} are allowed; raise the "
+                f"prompt length or lower max_pixels. {episode.result.detail if episode.finished else ''}".rstrip()
+            )
+        # Known only now, and before the first request is made.
+        context = min(length + max_response, episode.limits.max_context or length + max_response)
+        episode.limits = replace(episode.limits, max_context=context)
+        return episode
+
+    def fits(self, row: Row, max_prompt: int) -> bool:
+        """Whether :meth:`start` would accept the row's first turn; only the headers of its images are read.
+
+        Raises:
+            ImageError: an image is none, or has a refused shape.
+        """
+        episode = self._open(row, [Outline(image_size(image, rules=self.preset.rules)) for image in row.images])
+        return not episode.finished and len(episode.record.token_ids) <= max_prompt
+
+    def _open(self, row: Row, images: Sequence[Image.Image]) -> Episode:
         limits = self.limits
         if row.max_pixels is not None:
             pixels = max(limits.min_pixels, min(row.max_pixels, limits.max_pixels))
-            limits = replace(limits, max_pixels=pixels, crop_max_pixels=None)
+            crop = limits.crop_max_pixels
+            limits = replace(limits, max_pixels=pixels, crop_max_pixels=None if crop is None else min(crop, pixels))
         if row.max_turns is not None:
             limits = replace(limits, max_turns=row.max_turns)
-        images = [load_image(image, rules=self.preset.rules) for image in row.images]
-        episode = Episode.start(
+        return Episode.start(
             images,
             row.question,
             tokenizer=self.tokenizer,
@@ -85,22 +112,35 @@ class EpisodeSettings:
             limits=limits,
             sample_id=row.id,
         )
-        length = len(episode.record.token_ids)
-        if episode.finished or length > max_prompt:
-            raise RolloutError(
-                f"sample {row.id}: its first turn has {length} tokens, at most {max_prompt} are allowed; raise the "
-                f"prompt length or lower max_pixels. {episode.result.detail if episode.finished else ''}".rstrip()
-            )
-        # Known only now, and before the first request is made.
-        context = min(length + max_response, limits.max_context or length + max_response)
-        episode.limits = replace(limits, max_context=context)
-        return episode
 
 
 @functools.lru_cache(maxsize=8)
 def settings_of(folder: str, preset: str | None, limits: tuple[tuple[str, Any], ...]) -> EpisodeSettings:
     """`EpisodeSettings.of_checkpoint`, made once per process."""
     return EpisodeSettings.of_checkpoint(folder, preset=preset, limits=dict(limits))
+
+
+def fitting_rows(rows: Sequence[Row], settings: EpisodeSettings, max_prompt: int) -> list[Row]:
+    """The rows whose first turn has at most `max_prompt` tokens and keeps the limits; the number of others is logged.
+
+    Raises:
+        DataError: none does.
+        ImageError: an image is none, or has a refused shape.
+    """
+    kept = [row for row in rows if settings.fits(row, max_prompt)]
+    if not kept:
+        raise DataError(
+            f"none of {len(rows)} rows fits: each first turn has more than {max_prompt} tokens or breaks the limits on "
+            "images; raise the prompt length or lower max_pixels"
+        )
+    if len(kept) < len(rows):
+        logger.warning(
+            "%d of %d rows are left out: their first turn has more than %d tokens or breaks the limits on images",
+            len(rows) - len(kept),
+            len(rows),
+            max_prompt,
+        )
+    return kept
 
 
 @dataclass(frozen=True, eq=False)

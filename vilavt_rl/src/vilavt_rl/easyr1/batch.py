@@ -16,7 +16,9 @@ import torch
 from vilavt_hf.episode import Episode, Request
 from vilavt_hf.train.collator import mrope_positions
 
+from ..data import Row
 from ..errors import RolloutError
+from ..replay import Rollout
 from ..rewards import Trajectory
 from ..rollout import TokenRecord
 
@@ -128,6 +130,16 @@ def pack(
         "messages": [Trajectory.of(episode.result).to_json() for episode in episodes],
     }
     return tensors, {name: _array(values) for name, values in objects.items()}
+
+
+def traces(rows: Sequence[Row], episodes: Sequence[Episode], temperature: float) -> np.ndarray:
+    """Finished episodes as plain data of `vilavt_rl.replay.Rollout`; step, group and reward come later."""
+    return _array(
+        [
+            Rollout.of(row, episode, temperature=temperature, step=0, group="", reward=None).to_json()
+            for row, episode in zip(rows, episodes, strict=True)
+        ]
+    )
 
 
 def model_inputs(data: Any, processor: Any) -> np.ndarray:

@@ -8,16 +8,29 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data import read_rows
+from ..rollout import EpisodeSettings, fitting_rows
 
 
 class VilavtDataset(Dataset):
     """One item per row of the data files, see :func:`vilavt_rl.data.read_rows`.
 
     The prompt tensors that EasyR1 expects are empty: the rollout makes them, from the episode.
+
+    Args:
+        data_files: see :func:`vilavt_rl.data.read_rows`.
+        config: EasyR1's ``data`` section. With ``filter_overlong_prompts`` rows whose first turn exceeds
+            ``max_prompt_length`` are left out; the rollout would end the run at the first of them.
+        episodes: what the rollout starts episodes with.
+
+    Raises:
+        DataError: a row is broken, or none is left.
+        ImageError: with the filter, an image is none, or has a refused shape.
     """
 
-    def __init__(self, data_files: str | list[str]) -> None:
+    def __init__(self, data_files: str | list[str], config: Any, episodes: EpisodeSettings) -> None:
         self.rows = read_rows(data_files)
+        if config.filter_overlong_prompts:
+            self.rows = fitting_rows(self.rows, episodes, config.max_prompt_length)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..compat import require_easyr1
+from ..rollout import EpisodeSettings
 from .settings import Settings
 
 ENVIRONMENT = {
@@ -59,7 +60,7 @@ def worker_class() -> type:
     return make_worker(Worker, workers_module.FSDPWorker, workers_module, patch_module, rollout)
 
 
-def dataloaders(config: Any) -> tuple[Any, Any]:
+def dataloaders(config: Any, episodes: EpisodeSettings) -> tuple[Any, Any]:
     """Training and validation loaders over our dataset, as EasyR1's ``data`` section asks."""
     import torch
     from torch.utils.data import RandomSampler, SequentialSampler
@@ -68,7 +69,7 @@ def dataloaders(config: Any) -> tuple[Any, Any]:
 
     from .dataset import VilavtDataset
 
-    train, val = VilavtDataset(config.train_files), VilavtDataset(config.val_files)
+    train, val = (VilavtDataset(files, config, episodes) for files in (config.train_files, config.val_files))
     seed = torch.Generator().manual_seed(config.seed)
     order = RandomSampler(train, generator=seed) if config.shuffle else SequentialSampler(train)
     return (
@@ -109,7 +110,8 @@ def run(config: Any) -> None:
         mapping={Role.ActorRolloutRef: pool},
     )
     rewards = ray.remote(VilavtRewardManager).options(num_cpus=config.worker.reward.num_cpus)
-    train, val = dataloaders(config.data)
+    settings = Settings.of_environment()
+    train, val = dataloaders(config.data, settings.episodes(model.model_path, processor))
     trainer = RayPPOTrainer(
         config=config,
         tokenizer=tokenizer,
@@ -119,8 +121,8 @@ def run(config: Any) -> None:
         role_worker_mapping={Role.ActorRolloutRef: ray.remote(worker_class())},
         resource_pool_manager=manager,
         ray_worker_group_cls=RayWorkerGroup,
-        reward_fn=rewards.remote(config.worker.reward, tokenizer),
-        val_reward_fn=rewards.remote(config.worker.reward, tokenizer),
+        reward_fn=rewards.remote(config.worker.reward, settings.trace_every, config.trainer.save_checkpoint_path),
+        val_reward_fn=rewards.remote(config.worker.reward),
     )
     trainer.init_workers()
     trainer.fit()

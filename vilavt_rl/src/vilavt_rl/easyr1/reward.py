@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vilavt_rl.data import Row
-from vilavt_rl.rewards import RewardSettings, Task, Trajectory, reward
+from vilavt_rl.replay import Rollout, write_rollouts
+from vilavt_rl.rewards import Reward, RewardSettings, Task, Trajectory, reward
 
 REWARD_NAME = "vilavt"
 REWARD_TYPE = "batch"
@@ -56,24 +58,39 @@ class VilavtRewardManager:
 
     Args:
         config: EasyR1's ``worker.reward``; only ``reward_function_kwargs`` is used, as reward settings.
-        tokenizer: not needed.
+        trace_every: write the rollouts of every so many batches for `vilavt-rl replay`; 0: of none. EasyR1 does not
+            tell the step, so batches are counted, from 1.
+        run: folder of the run's checkpoints, where they are written.
     """
 
-    def __init__(self, config: Any, tokenizer: Any = None) -> None:
+    def __init__(self, config: Any, trace_every: int = 0, run: str = "") -> None:
         self.settings = RewardSettings(**dict(config.reward_function_kwargs))
+        self.trace_every, self.run, self.batches = trace_every, run, 0
 
     def compute_reward(self, data: Any) -> tuple[torch.Tensor, dict[str, list[float]]]:
         """EasyR1's signature: (B, R) rewards, each on the last sampled token, and lists of metrics."""
         mask = data.batch["response_mask"]
         out = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
         metrics: dict[str, list[float]] = defaultdict(list)
+        rewards: list[Reward] = []
         for i, (row, messages) in enumerate(
             zip(data.non_tensor_batch["row"], data.non_tensor_batch["messages"], strict=True)
         ):
             task = Row.from_json(row).task
             trajectory = Trajectory.from_json(messages, sampled_tokens=int(mask[i].sum()))
             earned = reward(trajectory, task, self.settings)
+            rewards.append(earned)
             out[i, int(mask[i].nonzero()[-1])] = earned.overall
             for name, value in earned.metrics(task.data_type).items():
                 metrics[name].append(value)
+        self.batches += 1
+        if self.trace_every and self.batches % self.trace_every == 0:
+            columns = (data.non_tensor_batch[name] for name in ("rollout", "uid"))
+            write_rollouts(
+                self.run,
+                [
+                    replace(Rollout.from_json(kept), step=self.batches, group=str(uid), reward=earned.metrics())
+                    for kept, uid, earned in zip(*columns, rewards, strict=True)
+                ],
+            )
         return out, metrics

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..errors import HostError
+from ..rollout import EpisodeSettings
 
 VARIABLE = "VILAVT_EASYR1"
 
@@ -30,6 +31,8 @@ class Settings:
     ``tensors``, query ids, masks and a mapping come beside the images (the published plug-in for older vLLM)."""
     frozen: tuple[str, ...] = ("vision_tower", "text_encoder")
     """Parts without gradient, see `vilavt_hf.VilavtConfig`; as published."""
+    trace_every: int = 0
+    """Write the rollouts of every so many batches for `vilavt-rl replay`; 0: of none."""
 
     @classmethod
     def read(cls, block: Mapping[str, Any] | None) -> Settings:
@@ -46,6 +49,8 @@ class Settings:
             )
         if block.get("queries", "prompt") not in ("prompt", "tensors"):
             raise HostError(f"vilavt.queries is {block['queries']!r}, it must be prompt or tensors")
+        if not isinstance(every := block.get("trace_every") or 0, int) or every < 0:
+            raise HostError(f"vilavt.trace_every is {every!r}, it must be a whole number, 0 for never")
         if "frozen" in block:
             block["frozen"] = tuple(block["frozen"] or ())
         return cls(**{key: value for key, value in block.items() if value is not None or key == "preset"})
@@ -54,6 +59,10 @@ class Settings:
     def of_environment(cls) -> Settings:
         """Those of this run."""
         return cls.read(json.loads(os.environ.get(VARIABLE, "{}")))
+
+    def episodes(self, model_path: str, processor: Any) -> EpisodeSettings:
+        """What episodes of a checkpoint start from; the filter of long prompts and the rollout use the same."""
+        return EpisodeSettings.of_checkpoint(model_path, processor, preset=self.preset, limits=self.limits)
 
     def to_environment(self) -> dict[str, str]:
         """For the environment of Ray's processes."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..data import Row
-from ..rollout import EpisodeSettings
-from .batch import engine_prompt, model_inputs, pack, run_episodes
+from .batch import engine_prompt, model_inputs, pack, run_episodes, traces
 from .settings import Settings
 
 
@@ -29,19 +28,21 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
         def __init__(self, model_path: str, config: Any, tokenizer: Any, processor: Any, **kwargs: Any) -> None:
             super().__init__(model_path, config, tokenizer, processor, **kwargs)
             self.vilavt, self.processor = Settings.of_environment(), processor
-            self.episodes = EpisodeSettings.of_checkpoint(
-                model_path, processor, preset=self.vilavt.preset, limits=self.vilavt.limits
-            )
+            self.episodes = self.vilavt.episodes(model_path, processor)
 
         def generate_sequences(self, prompts: Any) -> Any:
             """``rollout.n`` trajectories per row, those of a row next to each other."""
             config = self.config
             with self.update_sampling_params(**prompts.meta_info):
-                count = self.sampling_params.n
-                started = [
-                    self.episodes.start(row, max_prompt=config.prompt_length, max_response=config.response_length)
+                count, temperature = self.sampling_params.n, self.sampling_params.temperature
+                rows = [
+                    row
                     for entry in prompts.non_tensor_batch["multi_modal_data"]
                     for row in [Row.from_json(entry["row"])] * count
+                ]
+                started = [
+                    self.episodes.start(row, max_prompt=config.prompt_length, max_response=config.response_length)
+                    for row in rows
                 ]
                 run_episodes(
                     started,
@@ -58,6 +59,8 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
                 pad_token_id=self.pad_token_id,
                 image_token_id=self.episodes.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
             )
+            if self.vilavt.trace_every:
+                objects["rollout"] = traces(rows, started, temperature)
             return data_proto(
                 batch=tensor_dict(tensors, batch_size=len(started)),
                 non_tensor_batch=objects,

@@ -6,12 +6,9 @@ any of verl's. vLLM, with our plug-in, reads off the prompt which images belong 
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +18,7 @@ from vilavt_hf.episode import Episode, Request
 
 from ..data import Row
 from ..errors import RolloutError
-from ..replay import Rollout
+from ..replay import Rollout, write_rollouts
 from ..rewards import RewardSettings, Trajectory, reward
 from ..rollout import TokenRecord, settings_of
 from .cpu.names import ROLLOUT
@@ -36,7 +33,7 @@ class VilavtAgentLoop(AgentLoopBase):
 
     Args:
         preset: how episodes run; None: what the checkpoint asks for.
-        limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` and ``max_pixels`` win.
+        limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` wins, its ``max_pixels`` can only lower.
         reward: fields of `vilavt_rl.rewards.RewardSettings`; None leaves the reward to verl's reward workers.
         trace_every: write the rollouts of every so many steps for `vilavt-rl replay`; 0: of none.
     """
@@ -95,7 +92,12 @@ class VilavtAgentLoop(AgentLoopBase):
             generating += sampled - began
             zooming += time.perf_counter() - sampled
         return await self._output(
-            row, episode, AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming), versions, fields
+            row,
+            episode,
+            AgentLoopMetrics(generate_sequences=generating, tool_calls=zooming),
+            versions,
+            fields,
+            temperature=float(sampling_params["temperature"]),
         )
 
     def _told(self, episode: Episode, request: Request) -> dict[str, Any]:
@@ -112,6 +114,8 @@ class VilavtAgentLoop(AgentLoopBase):
         metrics: AgentLoopMetrics,
         versions: dict[str, Any],
         fields: Mapping[str, Any],
+        *,
+        temperature: float,
     ) -> AgentLoopOutput:
         tokens, trajectory = TokenRecord.of(episode), Trajectory.of(episode.result)
         extra: dict[str, Any] = {
@@ -129,7 +133,9 @@ class VilavtAgentLoop(AgentLoopBase):
         else:
             extra |= {"messages": trajectory.to_json(), "sampled_tokens": trajectory.sampled_tokens}
         if self.trace_every and (step := int(fields.get("global_steps") or 0)) % self.trace_every == 0:
-            self._trace(Rollout.of(row, episode, step=step, group=str(fields.get("uid", "")), reward=earned))
+            group = str(fields.get("uid", ""))
+            rollout = Rollout.of(row, episode, temperature=temperature, step=step, group=group, reward=earned)
+            write_rollouts(self.config.trainer.default_local_dir, [rollout])
         output = AgentLoopOutput(
             prompt_ids=tokens.prompt_ids,
             response_ids=tokens.response_ids,
@@ -146,13 +152,6 @@ class VilavtAgentLoop(AgentLoopBase):
         if earned is not None:
             output.reward_score = earned.overall
         return output
-
-    def _trace(self, rollout: Rollout) -> None:
-        """One file per process and step: nobody shares a file handle."""
-        folder = Path(self.config.trainer.default_local_dir) / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"step-{rollout.step:06d}.{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as file:
-            file.write(json.dumps(rollout.to_json()) + "\n")
 
 
 def _groups(inquiries: Any, query_prefix: str) -> dict[str, Any]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+import yaml
 from torch.utils.data import Dataset
 
-from vilavt_hf.episode import Episode
-
-from ..data import Row, read_rows
+from ..data import read_rows
 from ..errors import DataError
-from ..rollout import settings_of
+from ..rollout import EpisodeSettings, fitting_rows, settings_of
 
-logger = logging.getLogger(__name__)
+LOOP = "vilavt"
+"""Name of our agent loop in its configuration."""
 
 
 class VilavtDataset(Dataset):
@@ -26,32 +25,24 @@ class VilavtDataset(Dataset):
         tokenizer: verl's; tells where the checkpoint is.
         processor: verl's, not used.
         config: verl's ``data`` section. With ``filter_overlong_prompts`` rows whose first turn exceeds
-            ``max_prompt_length`` are left out; only the headers of their images are read.
+            ``max_prompt_length`` are left out; only the headers of their images are read. ``agent_loop_config_path``,
+            a key of ours, names the agent loop's configuration: its preset and limits decide how long a turn is.
         max_samples: keep that many, the first; -1: all.
 
     Raises:
-        DataError: a row is broken, or none is left.
+        DataError: a row is broken, none is left, or the agent loop's configuration has no ``vilavt``.
+        ImageError: with the filter, an image is none, or has a refused shape.
     """
 
     def __init__(
         self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1
     ) -> None:
-        files = [data_files] if isinstance(data_files, str) else list(data_files)
-        rows = read_rows(files)
+        rows = read_rows(data_files if isinstance(data_files, str) else list(data_files))
         if max_samples > 0:
             rows = rows[:max_samples]
         if config.get("filter_overlong_prompts", False):
-            kept = [row for row in rows if _prompt_length(row, tokenizer) <= config.max_prompt_length]
-            if len(kept) < len(rows):
-                logger.warning(
-                    "%d of %d rows are left out: their first turn has more than max_prompt_length=%d tokens",
-                    len(rows) - len(kept),
-                    len(rows),
-                    config.max_prompt_length,
-                )
-            rows = kept
-        if not rows:
-            raise DataError(f"{', '.join(map(str, files))}: no row is left")
+            settings = _settings(tokenizer, config.get("agent_loop_config_path"))
+            rows = fitting_rows(rows, settings, config.max_prompt_length)
         self.rows = rows
 
     def __len__(self) -> int:
@@ -71,21 +62,15 @@ class VilavtDataset(Dataset):
         }
 
 
-def _prompt_length(row: Row, tokenizer: Any) -> int:
-    """Tokens of the first turn, from the sizes of the images alone."""
-    settings = settings_of(tokenizer.name_or_path, None, ())
-    limits = settings.preset.with_limits(max_pixels=row.max_pixels or settings.limits.max_pixels).limits
-    sizes = []
-    for path in row.images:
-        with Image.open(path) as image:
-            sizes.append(image.size)
-    blank = [Image.new("RGB", size) for size in sizes]
-    episode = Episode.start(
-        blank,
-        row.question,
-        tokenizer=settings.tokenizer,
-        prompts=settings.prompts,
-        preset=settings.preset,
-        limits=limits,
-    )
-    return len(episode.record.token_ids)
+def _settings(tokenizer: Any, loop_config: str | None) -> EpisodeSettings:
+    """What the agent loop runs episodes with, read from the file that configures it; None: the checkpoint's own."""
+    if loop_config is None:
+        return settings_of(tokenizer.name_or_path, None, ())
+    from verl.utils.import_utils import resolve_config_path
+
+    path = Path(resolve_config_path(loop_config))
+    loops = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loop = next((loop for loop in loops if loop["name"] == LOOP), None)
+    if loop is None:
+        raise DataError(f"{path}: no agent loop is called {LOOP!r}, there are {[loop['name'] for loop in loops]}")
+    return settings_of(tokenizer.name_or_path, loop.get("preset"), tuple(sorted((loop.get("limits") or {}).items())))
