@@ -24,7 +24,7 @@ from vilavt_hf.evaluation.questions import Questions
 from vilavt_hf.evaluation.ray_data import Cluster
 from vilavt_hf.evaluation.result_file import lines
 from vilavt_hf.evaluation.runner import Setting, asking, run
-from vilavt_hf.evaluation.sharding import Shard, take_own_gpu
+from vilavt_hf.evaluation.sharding import Presence, Shard, take_own_gpu
 from vilavt_hf.presets import Limits, Sampling
 from vilavt_hf.results import Provenance
 
@@ -392,10 +392,22 @@ def test_torchruns_rank_is_the_shard_and_each_rank_sees_its_own_gpu():
     assert alone == {"CUDA_VISIBLE_DEVICES": "4,5"}
 
 
+def test_of_processes_that_share_work_exactly_the_last_to_leave_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("vilavt_hf.evaluation.sharding.PATIENCE", 0.1)
+    first, second, third = (Presence(tmp_path, ["ERQA", 0], Shard(i, 3)) for i in range(3))
+    with first, second, Presence(tmp_path, ["ERQA", 1], Shard(2, 3)):
+        with third, pytest.raises(EvaluationError, match=r"another process is asking shard 1/3 of the same.*--shard"):
+            Presence(tmp_path, ["ERQA", 0], Shard(1, 3)).__enter__()  # and the third one breaks down
+        assert not second.leave()
+        assert first.leave()  # whoever asks something else does not matter
+
+
 def test_a_folder_that_cannot_be_made_is_named(make, tmp_path):
     Path(tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match="cannot be made"):
         go(make(1), tmp_path / "file")
+    with pytest.raises(EvaluationError, match="file: cannot be made"):
+        Presence(tmp_path / "file", [], Shard()).__enter__()
 
 
 def test_ray_is_an_extra_and_its_absence_says_which(monkeypatch):

@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class Questions(Sequence[Question]):
 
     def __iter__(self) -> Iterator[Question]:
         return (self._read(i) for i in range(len(self)))
+
+    def ids(self, limit: int | None = None) -> list[str | int]:
+        """Ids in order; with a limit, of so many of the first questions."""
+        return [question.id for question in islice(self, limit)]
 
     def require_images(self) -> None:
         """Make sure that every image file is there, before a model is loaded.

@@ -21,15 +21,12 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError
-from .sharding import Shard
+from .sharding import PATIENCE, Shard
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the files; counted up when their meaning changes."""
-
-PATIENCE = 5.0
-"""Seconds to wait for a file that another process holds; a merge needs it for a moment."""
 
 QuestionId = str | int
 

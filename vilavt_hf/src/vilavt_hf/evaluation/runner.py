@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +107,18 @@ class Setting:
 class Outcome:
     """How a run stands."""
 
-    path: Path
-    """The merged file; it is there if `complete`."""
+    files: RunFiles
     complete: bool
-    """Whether every question has a row."""
+    """Whether every question has a row, and all are merged; others may still be asking."""
     asked: int
     """Questions that this process asked."""
     failed: int
     """Those of them that ended in an error; the same run asks them again."""
+
+    @property
+    def path(self) -> Path:
+        """The merged file; it is there if `complete`."""
+        return self.files.merged
 
 
 def run(
@@ -149,7 +152,7 @@ def run(
     """
     _check_image_places(setting, questions)
     files = run_files(setting, questions, out, provenance, seed)
-    ids = [question.id for question in islice(questions, limit)]
+    ids = questions.ids(limit)
     done, mine = files.answered(), shard.places(len(ids))
     todo = [place for place in mine if ids[place] not in done]
     failed = 0
@@ -159,8 +162,7 @@ def run(
                 writer.write(row | {"seed": seed})
                 failed += bool(row["error"])
                 bar.update()
-    complete = files.merge(ids)
-    return Outcome(files.merged, complete, len(todo), failed)
+    return Outcome(files, files.merge(ids), len(todo), failed)
 
 
 def _check_image_places(setting: Setting, questions: Questions) -> None:
