@@ -189,6 +189,21 @@ def test_questions_that_failed_are_asked_again_and_their_new_row_counts(make, tm
     assert rows(outcome.path) == rows(go(questions, tmp_path / "other").path)
 
 
+def test_an_answer_counts_in_whichever_file_it_stands(make, tmp_path):
+    questions, broken = make(4), Fake()
+    go(questions, tmp_path / "out", shard=Shard(0, 2))
+    (answers,) = (tmp_path / "out" / "made-up").glob("*.jsonl")
+    aside = answers.rename(answers.with_suffix(".aside"))
+    broken.fail = lambda sample: True
+    go(questions, tmp_path / "out", broken, shard=Shard(0, 4))  # fails q0; its file is read last
+    aside.rename(answers)
+    again = Fake()
+    outcome = go(questions, tmp_path / "out", again)
+    assert sorted(again.asked) == ["q1", "q3"]
+    assert outcome.complete
+    assert not [r for r in rows(outcome.path)[1:] if r["error"]]
+
+
 def test_a_broken_engine_stops_the_run_and_what_was_answered_is_kept(make, tmp_path):
     questions, backend = make(60), Fake()
     backend.fail = lambda sample: int(sample.id[1:]) >= 8
