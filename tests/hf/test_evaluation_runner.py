@@ -220,6 +220,10 @@ def test_a_broken_engine_stops_the_run_and_what_was_answered_is_kept(make, tmp_p
     [
         (lambda s: replace(s, preset=s.preset.changed({"max_turns": 2})), "preset.limits.max_turns was 5, now it is 2"),
         (lambda s: replace(s, backend="vllm"), "backend was 'hf', now it is 'vllm'"),
+        (
+            lambda s: replace(s, engine=(("kv_cache_dtype", "fp8"),)),
+            "engine.kv_cache_dtype was None, now it is 'fp8'",
+        ),
     ],
 )
 def test_results_of_another_run_are_refused_with_both_values_and_the_remedy(make, tmp_path, change, said):
@@ -230,6 +234,23 @@ def test_results_of_another_run_are_refused_with_both_values_and_the_remedy(make
     assert said in str(error.value)
     assert "another --out" in str(error.value)
     assert "shard-0-of-2.jsonl" in str(error.value)
+
+
+def test_engine_options_are_in_the_run_line_without_secrets_and_those_that_place_work_may_change(make, tmp_path):
+    questions, options = make(), {"quantization": "fp8", "token": "secret", "hf_overrides": {"a": [1]}}
+
+    def engine(**more):
+        return replace(SETTING, engine=tuple((options | more).items()))
+
+    go(questions, tmp_path / "out", setting=engine(tensor_parallel_size=2), shard=Shard(0, 2))
+    outcome = go(questions, tmp_path / "out", setting=engine(token="other", max_num_seqs=4), shard=Shard(1, 2))
+    told = next(lines(outcome.path)).data["run"]["engine"]
+    assert told == {"quantization": "fp8", "hf_overrides": {"a": [1]}, "max_num_seqs": 4}
+    with pytest.raises(EvaluationError, match=r"engine\.hf_overrides\.a was \[1\], now it is \[2\]"):
+        go(questions, tmp_path / "out", setting=engine(hf_overrides={"a": [2]}))
+    served = Setting("http://here/v1", "server", SETTING.preset, engine=(("api_key", "secret"),))
+    outcome = go(questions, tmp_path / "served", setting=served)
+    assert next(lines(outcome.path)).data["run"]["engine"] == {}
 
 
 def test_changed_questions_are_another_run(make, tmp_path):

@@ -30,7 +30,26 @@ FORMAT = 1
 
 QuestionId = str | int
 
-_FREE = ("shard", "provenance.device", "preset.description", "benchmark.definition.title")
+PLACING = (
+    "cpu_offload_gb",
+    "device_map",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "gpu_memory_utilization",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+)
+"""Engine options that say where work is done and how much at once. Like the device and the number of shards they may
+change within a run; every other option counts as one that changes answers."""
+_FREE = (
+    "shard",
+    "provenance.device",
+    "preset.description",
+    "benchmark.definition.title",
+    *(f"engine.{option}" for option in PLACING),
+)
 """Parts of a run line in which files of one run may differ."""
 _NAMES = ("model", "provenance.checkpoint")
 """Where the checkpoint was found; may differ too if its fingerprint is the same."""
@@ -75,7 +94,7 @@ class RunFiles:
     Args:
         folder: made if missing.
         name: of the merged file, without ``.jsonl``.
-        run: what the answers depend on, plain JSON data; its ``shard`` is filled in here.
+        run: what the answers depend on, JSON data (other values become text); its ``shard`` is filled in here.
 
     Raises:
         EvaluationError: the folder cannot be made, or holds results of this name that depend on something else.
@@ -83,7 +102,7 @@ class RunFiles:
 
     def __init__(self, folder: Path, name: str, run: Mapping[str, Any]) -> None:
         self.folder, self.name = folder, name
-        self.run = json.loads(json.dumps({"format": FORMAT, **run}))
+        self.run = json.loads(json.dumps({"format": FORMAT, **run}, default=str))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -27,6 +27,9 @@ from .sharding import Shard
 
 logger = logging.getLogger(__name__)
 
+SECRETS = ("hf_token", "token", "use_auth_token")
+"""Engine options that no file of results may hold."""
+
 MAX_FAILURES = 20
 """Questions in a row that may end in an error before the run stops: the engine is broken then, not a question."""
 
@@ -48,6 +51,11 @@ class Setting:
     device: str = "auto"
     engine: tuple[tuple[str, Any], ...] = ()
     """For what computes; see `BackendOptions.engine`."""
+
+    @property
+    def recorded_engine(self) -> dict[str, Any]:
+        """Engine options as results hold them: without secrets. Those for a server only say how to reach it: none."""
+        return {} if self.backend == "server" else {k: v for k, v in self.engine if k not in SECRETS}
 
     def open(self) -> Backend:
         """The backend, made to follow the preset.
@@ -189,6 +197,7 @@ def run_files(setting: Setting, questions: Questions, out: Path, provenance: Pro
         },
         "model": provenance.checkpoint or setting.model,
         "backend": setting.backend,
+        "engine": setting.recorded_engine,
         "preset": preset.model_dump(mode="json") | {"prompts_sha256": provenance.prompts_sha256},
         "provenance": provenance.to_json(),
         "seed": seed,

@@ -63,7 +63,7 @@ _FIELDS = {
 }
 _REQUIRED = ("system", "original", "crop", "images_one", "images_many", "user", "continue", "final")
 _OURS = ("bad_call", "no_action", "images_full", "follow_up", "user_no_zoom")
-"""Turns and blocks the published system does not have, or whose text depends on its internals: taken from the built-in set."""
+"""What the published system does not have, or whose text depends on its internals: taken from the built-in set."""
 
 
 @dataclass(frozen=True)
