@@ -130,7 +130,7 @@ def test_a_question_that_fails_gives_exit_code_3_and_is_asked_again(vilavt, star
         (("--shard", "2/2"), EvaluationError, "shard 2/2"),
         (("--ablate", "no-text"), EvaluationError, "no ablation 'no-text'"),
         (("--backend", "vllm", "--ablate", "no-query"), EvaluationError, "use --backend hf"),
-        (("--image-root", "nowhere"), BenchmarkError, "images are missing"),
+        (("--image-root", "nowhere"), BenchmarkError, "questions are missing"),
         (("--data", "nowhere"), BenchmarkError, "cannot be read"),
     ],
 )

@@ -1,6 +1,8 @@
 """Questions of a benchmark: prompts built from records of every published schema, wrong records refused."""
 
 import json
+import re
+import tracemalloc
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -178,16 +180,34 @@ def test_images_start_where_the_caller_or_the_definition_says(tmp_path):
 
 def test_missing_images_are_counted_before_anything_is_loaded(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
-    records = [
-        record(question_id=i, options=FOUR, task="x", images=[name])
-        for i, name in enumerate(["a.jpg", "b.jpg", "c.jpg"])
-    ]
+    records = [record(question_id=i, options=FOUR, task="x", images=[f"{name}.jpg"]) for i, name in enumerate("abcde")]
     questions = Questions(load_benchmark("EmbSpatial"), write(tmp_path, records))
-    with pytest.raises(
-        BenchmarkError, match=r"2 of 3 images are missing, the first is .*b\.jpg \(question 1\).*--image-root"
-    ):
+    with pytest.raises(BenchmarkError, match=r"images of 4 of 5 questions are missing, first .*--image-root") as error:
         questions.require_images()
+    assert re.findall(r"(\w\.jpg) \(question (\d)\)", str(error.value)) == [
+        ("b.jpg", "1"),
+        ("c.jpg", "2"),
+        ("d.jpg", "3"),
+    ]
     Questions(load_benchmark("EmbSpatial"), write(tmp_path, records[:1])).require_images()
+
+
+def test_looking_for_images_takes_no_memory_per_image(tmp_path):
+    def peak(count):
+        records = [
+            record(question_id=i, options=FOUR, task="x", images=[f"{i}/{frame}.jpg" for frame in range(32)])
+            for i in range(count)
+        ]
+        (tmp_path / f"{count}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        questions = Questions(load_benchmark("EmbSpatial"), tmp_path / f"{count}.jsonl")
+        tracemalloc.start()
+        with pytest.raises(BenchmarkError):
+            questions.require_images()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(800) < 1.2 * peak(200)
 
 
 def test_an_answer_in_words_gets_the_letter_that_its_option_is_shown_with(tmp_path):

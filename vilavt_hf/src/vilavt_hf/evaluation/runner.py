@@ -8,7 +8,7 @@ memory does not grow with the benchmark, except for the ids of its questions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..presets import PRESETS
 from ..results import ChatResult, Provenance, Sample
 from .ablation import Ablation
 from .preset import EvaluationPreset
-from .questions import Question, Questions
+from .questions import Question, Questions, Selection
 from .result_file import RunFiles
 from .sharding import Shard
 
@@ -34,8 +34,8 @@ MAX_FAILURES = 20
 """Questions in a row that may end in an error before the run stops: the engine is broken then, not a question."""
 
 Row = dict[str, Any]
-Ask = Callable[[Iterable[Question]], Iterator[Row]]
-"""Questions to rows, in the order they are answered."""
+Ask = Callable[[Sequence[Question]], Iterator[Row]]
+"""Questions, read one after another, to rows in the order they are answered."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def run(
     failed = 0
     if todo:
         with files.writer(shard) as writer, _bar(len(mine), len(mine) - len(todo), files.name, progress) as bar:
-            for row in _while_it_works(ask(questions[place] for place in todo)):
+            for row in _while_it_works(ask(Selection(questions, todo))):
                 writer.write(row | {"seed": seed})
                 failed += bool(row["error"])
                 bar.update()
@@ -212,7 +212,7 @@ def asking(backend: Backend, setting: Setting, seed: int) -> Ask:
     limits = ablation.limits(backend.provenance(seed).limits)
     hooks: dict[str, Any] = {} if ablation.intervention is None else {"intervention": ablation.intervention}
 
-    def ask(questions: Iterable[Question]) -> Iterator[Row]:
+    def ask(questions: Sequence[Question]) -> Iterator[Row]:
         waiting: dict[int, Question] = {}
 
         def samples() -> Iterator[Sample]:
