@@ -12,6 +12,7 @@ from PIL import Image
 
 from vilavt_hf.errors import BenchmarkError
 from vilavt_hf.evaluation.benchmark import load_benchmark
+from vilavt_hf.evaluation.preset import EvaluationPreset
 from vilavt_hf.evaluation.questions import Questions
 
 LETTER = "Reply with nothing but the letter of the right option."
@@ -176,6 +177,17 @@ def test_images_start_where_the_caller_or_the_definition_says(tmp_path):
     assert Questions(benchmark, path, tmp_path / "pictures")[0].images == (tmp_path / "pictures/sub/a.png",)
     elsewhere = benchmark.model_copy(update={"images": Path("other")})
     assert Questions(elsewhere, path)[0].images == (tmp_path / "other/sub/a.png",)
+
+
+def test_the_documented_definition_asks_for_a_letter_where_erqa_does_not(tmp_path):
+    docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (definition,) = re.findall(r"```yaml\n(base: ERQA\n.*?)```", docs, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(definition)
+    data = [record(question="<image> Which one? Answer with a letter.", category="Other")]
+    for benchmark, said in (("ERQA", "a letter."), (tmp_path / "mine.yaml", f"a letter.\n{LETTER}")):
+        (question,) = Questions(load_benchmark(benchmark), write(tmp_path, data))
+        assert question.text == f"<image> Which one? Answer with {said}"
+    assert "ERQA" in EvaluationPreset.load("eval-vllm").description
 
 
 def test_missing_images_are_counted_before_anything_is_loaded(tmp_path):

@@ -141,7 +141,8 @@ _EVAL_VLLM = Preset(
 """Variant B, the published vLLM evaluation, the closest to training.
 
 Not reproduced: the answer being cut out of a Python repr (backslash-n before it counted as wrong); the exact text
-of its error messages and their doubled prefix; its unseeded sampling; a failed worker's turn being sampled again.
+of its error messages and their doubled prefix; its unseeded sampling; a failed worker's turn being sampled again; the
+suffix after questions that ask for a letter themselves (ERQA), which belongs to the benchmark, not to the protocol.
 """
 
 _EVAL_HF = Preset(
