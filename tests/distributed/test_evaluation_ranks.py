@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,16 @@ def definition(tmp_path_factory):
     return write_benchmark(tmp_path_factory.mktemp("tiny"), 20)
 
 
-def evaluate(definition, out, *launcher):
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python")
+
+
+def evaluate(definition, out, *launcher, code=0):
     command = [*launcher, VILAVT, "eval", str(definition), "--model", str(TINY), "--out", str(out)]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, "--set", "precision=float32"], env=settings, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done
 
 
@@ -36,11 +40,22 @@ def rows(out):
 
 
 def test_two_ranks_write_the_file_of_one_process(definition, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python")
-    ranks = evaluate(definition, tmp_path / "two", *torchrun)
+    ranks = evaluate(definition, tmp_path / "two", *TORCHRUN)
     alone = evaluate(definition, tmp_path / "one")
     assert "shard 0/2 is done" in ranks.stderr or "shard 1/2 is done" in ranks.stderr
     assert len(rows(tmp_path / "one")) > 20
     assert rows(tmp_path / "two") == rows(tmp_path / "one")
     # The rank that was last shows the scores, once.
     assert ranks.stdout.count("overall") == alone.stdout.count("overall") == 1
+
+
+def test_a_rank_whose_questions_fail_does_not_end_the_other_one(tmp_path):
+    definition = write_benchmark(tmp_path / "tiny", 15)
+    for number in range(1, 15, 2):  # all of the second rank's questions: it ends at once
+        (tmp_path / "tiny" / "pictures" / f"{number}.png").write_bytes(b"no picture")
+    ranks = evaluate(definition, tmp_path / "out", *TORCHRUN, code=1)
+    found = rows(tmp_path / "out")[1:]
+    assert [bool(row["error"]) for row in found] == [number % 2 == 1 for number in range(15)]
+    assert ranks.stdout.count("overall") == 1
+    assert "7 of 15 questions ended in an error" in ranks.stderr
+    assert re.search(r"exitcode\s*: 3\b", ranks.stderr)

@@ -1,5 +1,6 @@
 """`vilavt eval` and `vilavt eval-latency` from the shell's side."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from vilavt_hf.cli import app
 from vilavt_hf.errors import BenchmarkError, EvaluationError
+from vilavt_hf.evaluation.runner import run
 from vilavt_hf.tiny.benchmark import write_benchmark
 
 TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")
@@ -64,6 +66,51 @@ def test_shards_are_merged_by_the_last_one(vilavt, tmp_path):
     assert "overall" in vilavt("eval", "--shard", "1/2", "--limit", "6").output
 
 
+@pytest.fixture
+def second_rank(vilavt, monkeypatch):
+    """A function that runs rank 1 of 2 whole, and returns what it said, while rank 0 is at its run number `at`; this
+    process is rank 0 from then on."""
+
+    def arrange(at, *arguments, code):
+        said, numbers = [], itertools.count()
+
+        def during(*given, **settings):
+            if settings["shard"].index == 0 and next(numbers) == at:
+                monkeypatch.setenv("RANK", "1")
+                said.append(vilavt("eval", *arguments, code=code))
+                monkeypatch.setenv("RANK", "0")
+            return run(*given, **settings)
+
+        monkeypatch.setattr("vilavt_hf.evaluation.runner.run", during)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        return said
+
+    return arrange
+
+
+def test_ranks_that_merged_a_run_each_show_the_scores_of_all_once(vilavt, second_rank, tmp_path):
+    arguments = ("--limit", "6", "--seeds", "2", "--ablate", "no-zoom")
+    said = second_rank(2, *arguments, code=0)
+    result = vilavt("eval", *arguments)
+    assert "wrote" in said[0].output
+    assert "overall" not in said[0].output
+    assert result.output.count("| no-zoom |") == 1
+    assert (tmp_path / "out" / "vilavt-tiny" / "default-ablations.json").is_file()
+
+
+def test_a_rank_with_failures_ends_well_unless_it_is_the_last_which_counts_those_of_all(
+    vilavt, start_stub, second_rank
+):
+    stub = start_stub()
+    stub.answer = lambda request: 400 if len(stub.requests) == 1 else "1"
+    arguments = ("--model", stub.url, "--limit", "5", "--concurrency", "1", "--engine", "max_retries=0")
+    said = second_rank(0, *arguments, code=0)
+    result = vilavt("eval", *arguments, code=3)
+    assert "1 of 2 questions ended in an error" in said[0].output
+    assert "1 of 5 questions ended in an error" in result.output
+
+
 def test_a_question_that_fails_gives_exit_code_3_and_is_asked_again(vilavt, start_stub, tmp_path):
     stub = start_stub()
     stub.answer = lambda request: 400 if len(stub.requests) == 2 else "1"
@@ -83,7 +130,7 @@ def test_a_question_that_fails_gives_exit_code_3_and_is_asked_again(vilavt, star
         (("--shard", "2/2"), EvaluationError, "shard 2/2"),
         (("--ablate", "no-text"), EvaluationError, "no ablation 'no-text'"),
         (("--backend", "vllm", "--ablate", "no-query"), EvaluationError, "use --backend hf"),
-        (("--image-root", "nowhere"), BenchmarkError, "images are missing"),
+        (("--image-root", "nowhere"), BenchmarkError, "questions are missing"),
         (("--data", "nowhere"), BenchmarkError, "cannot be read"),
     ],
 )

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vilavt_hf.chat import VilavtChat
+from vilavt_hf.episode import Episode
 from vilavt_hf.errors import EngineError, EvaluationError
 from vilavt_hf.evaluation.ablation import ABLATIONS, Ablation, random_boxes, with_query
+from vilavt_hf.evaluation.preset import EvaluationPreset, known_presets
 from vilavt_hf.presets import Limits
 from vilavt_hf.prompts import PromptSet
 from vilavt_hf.protocol import Region, ToolCall, format_turn
@@ -47,6 +49,18 @@ def test_a_backend_that_runs_the_model_as_it_is_can_only_leave_the_zoom_out(back
             assert ablation.limits(Limits()) is None
             with pytest.raises(EvaluationError, match=f"--ablate {name} .*the backend '{backend}'.*--backend hf"):
                 ablation.check(backend)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", known_presets())
+def test_without_zoom_no_preset_offers_it(name, count, tokenizer):
+    preset = EvaluationPreset.load(name).of_episode()
+    images, cap = [Image.new("RGB", (56, 56))] * count, replace(preset.limits, max_pixels=28 * 28 * 16)
+    for limits, offered in ((cap, True), (Ablation.parse("no-zoom").limits(cap), False)):
+        episode = Episode.start(images, "Which?", tokenizer=tokenizer, preset=preset, limits=limits)
+        asked = episode.transcript.rpartition("<|im_start|>user")[2]
+        assert "Which?" in asked
+        assert ("<tool>" in asked, "a closer look is not available" in asked) == (offered, not offered)
 
 
 def test_parts_taken_away_together_are_all_taken_away():

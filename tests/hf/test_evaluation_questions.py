@@ -1,6 +1,8 @@
 """Questions of a benchmark: prompts built from records of every published schema, wrong records refused."""
 
 import json
+import re
+import tracemalloc
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from PIL import Image
 
 from vilavt_hf.errors import BenchmarkError
 from vilavt_hf.evaluation.benchmark import load_benchmark
+from vilavt_hf.evaluation.preset import EvaluationPreset
 from vilavt_hf.evaluation.questions import Questions
 
 LETTER = "Reply with nothing but the letter of the right option."
@@ -176,18 +179,47 @@ def test_images_start_where_the_caller_or_the_definition_says(tmp_path):
     assert Questions(elsewhere, path)[0].images == (tmp_path / "other/sub/a.png",)
 
 
+def test_the_documented_definition_asks_for_a_letter_where_erqa_does_not(tmp_path):
+    docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (definition,) = re.findall(r"```yaml\n(base: ERQA\n.*?)```", docs, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(definition)
+    data = [record(question="<image> Which one? Answer with a letter.", category="Other")]
+    for benchmark, said in (("ERQA", "a letter."), (tmp_path / "mine.yaml", f"a letter.\n{LETTER}")):
+        (question,) = Questions(load_benchmark(benchmark), write(tmp_path, data))
+        assert question.text == f"<image> Which one? Answer with {said}"
+    assert "ERQA" in EvaluationPreset.load("eval-vllm").description
+
+
 def test_missing_images_are_counted_before_anything_is_loaded(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
-    records = [
-        record(question_id=i, options=FOUR, task="x", images=[name])
-        for i, name in enumerate(["a.jpg", "b.jpg", "c.jpg"])
-    ]
+    records = [record(question_id=i, options=FOUR, task="x", images=[f"{name}.jpg"]) for i, name in enumerate("abcde")]
     questions = Questions(load_benchmark("EmbSpatial"), write(tmp_path, records))
-    with pytest.raises(
-        BenchmarkError, match=r"2 of 3 images are missing, the first is .*b\.jpg \(question 1\).*--image-root"
-    ):
+    with pytest.raises(BenchmarkError, match=r"images of 4 of 5 questions are missing, first .*--image-root") as error:
         questions.require_images()
+    assert re.findall(r"(\w\.jpg) \(question (\d)\)", str(error.value)) == [
+        ("b.jpg", "1"),
+        ("c.jpg", "2"),
+        ("d.jpg", "3"),
+    ]
     Questions(load_benchmark("EmbSpatial"), write(tmp_path, records[:1])).require_images()
+
+
+def test_looking_for_images_takes_no_memory_per_image(tmp_path):
+    def peak(count):
+        records = [
+            record(question_id=i, options=FOUR, task="x", images=[f"{i}/{frame}.jpg" for frame in range(32)])
+            for i in range(count)
+        ]
+        (tmp_path / f"{count}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        questions = Questions(load_benchmark("EmbSpatial"), tmp_path / f"{count}.jsonl")
+        tracemalloc.start()
+        with pytest.raises(BenchmarkError):
+            questions.require_images()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(800) < 1.2 * peak(200)
 
 
 def test_an_answer_in_words_gets_the_letter_that_its_option_is_shown_with(tmp_path):

@@ -24,7 +24,7 @@ from vilavt_hf.evaluation.questions import Questions
 from vilavt_hf.evaluation.ray_data import Cluster
 from vilavt_hf.evaluation.result_file import lines
 from vilavt_hf.evaluation.runner import Setting, asking, run
-from vilavt_hf.evaluation.sharding import Shard, take_own_gpu
+from vilavt_hf.evaluation.sharding import Presence, Shard, take_own_gpu
 from vilavt_hf.presets import Limits, Sampling
 from vilavt_hf.results import Provenance
 
@@ -189,6 +189,21 @@ def test_questions_that_failed_are_asked_again_and_their_new_row_counts(make, tm
     assert rows(outcome.path) == rows(go(questions, tmp_path / "other").path)
 
 
+def test_an_answer_counts_in_whichever_file_it_stands(make, tmp_path):
+    questions, broken = make(4), Fake()
+    go(questions, tmp_path / "out", shard=Shard(0, 2))
+    (answers,) = (tmp_path / "out" / "made-up").glob("*.jsonl")
+    aside = answers.rename(answers.with_suffix(".aside"))
+    broken.fail = lambda sample: True
+    go(questions, tmp_path / "out", broken, shard=Shard(0, 4))  # fails q0; its file is read last
+    aside.rename(answers)
+    again = Fake()
+    outcome = go(questions, tmp_path / "out", again)
+    assert sorted(again.asked) == ["q1", "q3"]
+    assert outcome.complete
+    assert not [r for r in rows(outcome.path)[1:] if r["error"]]
+
+
 def test_a_broken_engine_stops_the_run_and_what_was_answered_is_kept(make, tmp_path):
     questions, backend = make(60), Fake()
     backend.fail = lambda sample: int(sample.id[1:]) >= 8
@@ -205,6 +220,10 @@ def test_a_broken_engine_stops_the_run_and_what_was_answered_is_kept(make, tmp_p
     [
         (lambda s: replace(s, preset=s.preset.changed({"max_turns": 2})), "preset.limits.max_turns was 5, now it is 2"),
         (lambda s: replace(s, backend="vllm"), "backend was 'hf', now it is 'vllm'"),
+        (
+            lambda s: replace(s, engine=(("kv_cache_dtype", "fp8"),)),
+            "engine.kv_cache_dtype was None, now it is 'fp8'",
+        ),
     ],
 )
 def test_results_of_another_run_are_refused_with_both_values_and_the_remedy(make, tmp_path, change, said):
@@ -215,6 +234,23 @@ def test_results_of_another_run_are_refused_with_both_values_and_the_remedy(make
     assert said in str(error.value)
     assert "another --out" in str(error.value)
     assert "shard-0-of-2.jsonl" in str(error.value)
+
+
+def test_engine_options_are_in_the_run_line_without_secrets_and_those_that_place_work_may_change(make, tmp_path):
+    questions, options = make(), {"quantization": "fp8", "token": "secret", "hf_overrides": {"a": [1]}}
+
+    def engine(**more):
+        return replace(SETTING, engine=tuple((options | more).items()))
+
+    go(questions, tmp_path / "out", setting=engine(tensor_parallel_size=2), shard=Shard(0, 2))
+    outcome = go(questions, tmp_path / "out", setting=engine(token="other", max_num_seqs=4), shard=Shard(1, 2))
+    told = next(lines(outcome.path)).data["run"]["engine"]
+    assert told == {"quantization": "fp8", "hf_overrides": {"a": [1]}, "max_num_seqs": 4}
+    with pytest.raises(EvaluationError, match=r"engine\.hf_overrides\.a was \[1\], now it is \[2\]"):
+        go(questions, tmp_path / "out", setting=engine(hf_overrides={"a": [2]}))
+    served = Setting("http://here/v1", "server", SETTING.preset, engine=(("api_key", "secret"),))
+    outcome = go(questions, tmp_path / "served", setting=served)
+    assert next(lines(outcome.path)).data["run"]["engine"] == {}
 
 
 def test_changed_questions_are_another_run(make, tmp_path):
@@ -392,10 +428,22 @@ def test_torchruns_rank_is_the_shard_and_each_rank_sees_its_own_gpu():
     assert alone == {"CUDA_VISIBLE_DEVICES": "4,5"}
 
 
+def test_of_processes_that_share_work_exactly_the_last_to_leave_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("vilavt_hf.evaluation.sharding.PATIENCE", 0.1)
+    first, second, third = (Presence(tmp_path, ["ERQA", 0], Shard(i, 3)) for i in range(3))
+    with first, second, Presence(tmp_path, ["ERQA", 1], Shard(2, 3)):
+        with third, pytest.raises(EvaluationError, match=r"another process is asking shard 1/3 of the same.*--shard"):
+            Presence(tmp_path, ["ERQA", 0], Shard(1, 3)).__enter__()  # and the third one breaks down
+        assert not second.leave()
+        assert first.leave()  # whoever asks something else does not matter
+
+
 def test_a_folder_that_cannot_be_made_is_named(make, tmp_path):
     Path(tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match="cannot be made"):
         go(make(1), tmp_path / "file")
+    with pytest.raises(EvaluationError, match="file: cannot be made"):
+        Presence(tmp_path / "file", [], Shard()).__enter__()
 
 
 def test_ray_is_an_extra_and_its_absence_says_which(monkeypatch):

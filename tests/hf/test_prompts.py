@@ -60,6 +60,13 @@ def test_a_template_that_is_left_out_falls_back():
     assert line == prompts.render("original", image=0, index=0)
 
 
+def test_a_set_without_a_block_for_one_turn_offers_no_zoom_in_it_all_the_same():
+    templates = {name: text for name, text in PromptSet.load("default").templates.items() if name != "user_no_zoom"}
+    text = PromptSet("x", templates).text("user_no_zoom", images="One image.", question="Which?")
+    assert "Which?" in text
+    assert "<tool>" not in text
+
+
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
@@ -161,7 +168,7 @@ def test_a_checkout_is_read_without_running_it(tmp_path):
     assert prompts.text("final") == "Done: <answer></answer>"
     assert prompts.text("fallback_system") == "Be brief."
     assert prompts.text("fallback_user", question="Q") == 'Say: "Q" for $1 <answer>'
-    assert set(report.from_default) == {"bad_call", "no_action", "images_full", "follow_up"}
+    assert set(report.from_default) == {"bad_call", "no_action", "images_full", "follow_up", "user_no_zoom"}
     assert "IMAGE_INDEX_PROMPT_V2 (verl/utils/vilavt_utils.py:" in "\n".join(report.lines())
 
 
@@ -227,7 +234,7 @@ def test_the_command_imports_shows_and_does_not_overwrite(app, tmp_path):
     out = tmp_path / "checkpoint" / "prompts"
     done = run(app, ["prompts", "import", str(write(tmp_path / "up")), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    assert "18 templates" in done.output
+    assert "19 templates" in done.output
     assert isinstance(run(app, ["prompts", "import", str(tmp_path / "up"), "--out", str(out)]).exception, PromptError)
     assert run(app, ["prompts", "import", str(tmp_path / "up"), "--out", str(out), "--force"]).exit_code == 0
     assert "Done: <answer>" in run(app, ["prompts", "show", str(out.parent)]).output

@@ -476,7 +476,7 @@ class Episode:
             else:
                 asked = "".join(pieces)
         template = "user_raw" if raw else "user_reduced" if preset.question_block == "user_reduced" else "user"
-        if preset.announce_single_turn and self.limits.max_turns == 1:
+        if self.limits.max_turns == 1:
             template = "user_no_zoom"
         body = prompts.render(template, images=intro, question=asked)
         if not intro and not count and body and isinstance(body[0], str):

@@ -3,6 +3,9 @@
 A preset is what a score depends on besides the checkpoint: limits, how turns are read, what a bad call leads to,
 how the first turn is laid out, how the answer is taken out. Wording comes from the prompt set (see
 :mod:`vilavt_hf.prompts`). Source of the facts: `docs/protocol.md`, table "Presets".
+
+Whatever the preset, an episode of one turn is offered no zoom, as no call could be carried out. The published variants
+have more turns; with one they would go on offering it.
 """
 
 from __future__ import annotations
@@ -92,8 +95,6 @@ class Preset:
     interleave: bool = False
     """Whether ``<image>`` marks in the question of a several-image episode are replaced by the images, if their
     numbers agree."""
-    announce_single_turn: bool = True
-    """Whether an episode of one turn uses the question block that offers no zoom."""
     close_tag_ends: bool = False
     """Whether ``</answer>`` alone ends the episode, even if no ``<answer>`` comes before it."""
     forced_answer: bool = False
@@ -118,7 +119,6 @@ _RL = Preset(
     bad_call="end",
     image_overflow="end",
     sizes="first",
-    announce_single_turn=False,
     unbox_answer=True,
 )
 """Variant A, the rollout of the published RL training.
@@ -137,12 +137,12 @@ _EVAL_VLLM = Preset(
     image_overflow="truncate",
     budget_split="total",
     sizes="last",
-    announce_single_turn=False,
 )
 """Variant B, the published vLLM evaluation, the closest to training.
 
 Not reproduced: the answer being cut out of a Python repr (backslash-n before it counted as wrong); the exact text
-of its error messages and their doubled prefix; its unseeded sampling; a failed worker's turn being sampled again.
+of its error messages and their doubled prefix; its unseeded sampling; a failed worker's turn being sampled again; the
+suffix after questions that ask for a letter themselves (ERQA), which belongs to the benchmark, not to the protocol.
 """
 
 _EVAL_HF = Preset(
@@ -156,7 +156,6 @@ _EVAL_HF = Preset(
     sizes="lines_if_many",
     question_block="user_raw_if_many",
     interleave=True,
-    announce_single_turn=False,
     close_tag_ends=True,
     forced_answer=True,
     unbox_answer=True,
@@ -176,7 +175,6 @@ _VLMEVALKIT = Preset(
     bad_call="final",
     sizes="lines",
     question_block="user_reduced",
-    announce_single_turn=False,
     close_tag_ends=True,
     forced_answer=True,
     unbox_answer=True,

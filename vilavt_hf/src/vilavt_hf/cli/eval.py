@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +16,13 @@ from .chat import load_quietly
 from .score import show_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..evaluation.questions import Questions
     from ..evaluation.runner import Ask, Outcome, Setting
     from ..results import Provenance
+
+    Run = tuple[Questions, str, Outcome]
 
 FAILED = 3
 """Exit code when some questions ended in an error; the same command asks them again."""
@@ -80,62 +84,61 @@ def evaluate(
     """Ask a checkpoint or a server the questions of benchmarks, and score the answers.
 
     Answers are written as they come; after an interruption the same command goes on. Exit code 3: some questions ended
-    in an error.
+    in an error; of torchrun's ranks the last one says so, for all.
     """
     from ..evaluation.ablation import Ablation
     from ..evaluation.runner import asking, run
-    from ..evaluation.sharding import Shard, take_own_gpu
+    from ..evaluation.sharding import Presence, Shard, take_own_gpu
 
     share = Shard.parse(shard) if shard else Shard.of_launcher()
-    take_own_gpu()
-    setting = _setting(model, backend, preset, changes, concurrency, engine, device)
-    ablations = [Ablation(), *(Ablation.parse(text) for text in ablate or ())]
-    for ablation in ablations:
-        ablation.check(setting.backend)
-    sets = [_questions(name, data, image_root, check_images=limit is None) for name in benchmarks]
-    load_quietly()
-    if ray is None:
-        here = setting.open()
-        provenance: Callable[[int], Provenance] = here.provenance
-        ask: Callable[[Setting, int], Ask] = partial(asking, here)
-    else:
-        from ..evaluation.ray_data import Cluster
+    runs: list[Run] = []
+    with Presence(out, [benchmarks, preset, changes, seed, seeds, limit, ablate], share) as presence:
+        take_own_gpu()
+        setting = _setting(model, backend, preset, changes, concurrency, engine, device)
+        ablations = [Ablation(), *(Ablation.parse(text) for text in ablate or ())]
+        for ablation in ablations:
+            ablation.check(setting.backend)
+        sets = [_questions(name, data, image_root, check_images=limit is None) for name in benchmarks]
+        load_quietly()
+        if ray is None:
+            here = setting.open()
+            provenance: Callable[[int], Provenance] = here.provenance
+            ask: Callable[[Setting, int], Ask] = partial(asking, here)
+        else:
+            from ..evaluation.ray_data import Cluster
 
-        cluster = Cluster(ray, actors)
-        provenance, ask = cluster.provenance(setting), cluster.asking
-    outcomes: list[Outcome] = []
-    for questions in sets:
-        finished: dict[str, list[Path]] = {}
-        for number in range(seed, seed + seeds):
-            for ablation in ablations:
-                this = replace(setting, ablation=ablation)
-                outcome = run(
-                    this,
-                    questions,
-                    out,
-                    provenance=provenance(number),
-                    ask=ask(this, number),
-                    seed=number,
-                    shard=share,
-                    limit=limit,
-                    progress=share.index == 0,
-                )
-                outcomes.append(outcome)
-                if outcome.complete:
-                    finished.setdefault(str(ablation), []).append(outcome.path)
-                done = f"wrote {outcome.path}" if outcome.complete else f"{outcome.path.stem}: shard {share} is done"
-                typer.echo(done, err=True)
-        if sum(map(len, finished.values())) == seeds * len(ablations):
-            _show_scores(questions, finished)
-    if failed := sum(outcome.failed for outcome in outcomes):
-        asked = sum(outcome.asked for outcome in outcomes)
+            cluster = Cluster(ray, actors)
+            provenance, ask = cluster.provenance(setting), cluster.asking
+        for questions, number, ablation in product(sets, range(seed, seed + seeds), ablations):
+            this = replace(setting, ablation=ablation)
+            outcome = run(
+                this,
+                questions,
+                out,
+                provenance=provenance(number),
+                ask=ask(this, number),
+                seed=number,
+                shard=share,
+                limit=limit,
+                progress=share.index == 0,
+            )
+            runs.append((questions, str(ablation), outcome))
+            done = f"wrote {outcome.path}" if outcome.complete else f"{outcome.path.stem}: shard {share} is done"
+            typer.echo(done, err=True)
+        whole = _finish(runs, limit) if presence.leave() else None
+    rank = share.count > 1 and not shard
+    failed, asked = sum(outcome.failed for *_, outcome in runs), sum(outcome.asked for *_, outcome in runs)
+    if rank and whole is not None:
+        failed, asked = whole
+    if failed:
         typer.secho(
             f"{failed} of {asked} questions ended in an error, see `error` in their rows; the same command asks them "
             "again",
             fg="red",
             err=True,
         )
-        raise typer.Exit(FAILED)
+        if not rank or whole is not None:  # torchrun ends all ranks when one fails, also those that still ask
+            raise typer.Exit(FAILED)
 
 
 def latency(
@@ -187,6 +190,28 @@ def register(app: typer.Typer) -> None:
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def _finish(runs: Sequence[Run], limit: int | None) -> tuple[int, int] | None:
+    """What the last of the processes that share runs does: merge what others left, show the scores of whole runs.
+
+    Returns:
+        Questions of all runs without an answer, and all questions; None if a share was never asked.
+    """
+    unanswered = total = 0
+    whole = True
+    for questions, group in groupby(runs, key=itemgetter(0)):
+        ids, finished = questions.ids(limit), dict[str, list[Path]]()
+        merged = True
+        for _, ablation, outcome in group:
+            merged &= outcome.files.merge(ids)
+            finished.setdefault(ablation, []).append(outcome.path)
+            unanswered += len(set(ids) - outcome.files.answered())
+            total += len(ids)
+        if merged:
+            _show_scores(questions, finished)
+        whole &= merged
+    return (unanswered, total) if whole else None
 
 
 def _show_scores(questions: Questions, finished: Mapping[str, list[Path]]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from ..errors import BenchmarkError, DataError, ScoringError
 from ..scoring import QuestionType
 from .benchmark import Benchmark, TypeRule
 from .metrics import find_metric
+
+FIRST_MISSING = 3
+"""Missing images that are named."""
 
 _OWN_LETTER = re.compile(r"^\s*[(\[]?(?P<letter>[A-Za-z])[)\].:]")
 
@@ -78,18 +84,28 @@ class Questions(Sequence[Question]):
     def __iter__(self) -> Iterator[Question]:
         return (self._read(i) for i in range(len(self)))
 
+    def ids(self, limit: int | None = None) -> list[str | int]:
+        """Ids in order; with a limit, of so many of the first questions."""
+        return [question.id for question in islice(self, limit)]
+
     def require_images(self) -> None:
         """Make sure that every image file is there, before a model is loaded.
 
         Raises:
-            BenchmarkError: how many are missing, and which is the first.
+            BenchmarkError: how many questions lack images, and which are the first that are missing.
         """
-        paths = {path: question.id for question in self for path in question.images}
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
+        is_file = lru_cache(4096)(os.path.isfile)  # frames and pictures are shared by neighbouring questions
+        lacking, first = 0, dict[str, str | int]()
+        for question in self:
+            missing = [str(path) for path in question.images if not is_file(str(path))]
+            lacking += bool(missing)
+            for path in missing[: FIRST_MISSING - len(first)]:
+                first.setdefault(path, question.id)
+        if lacking:
+            named = ", ".join(f"{path} (question {id_})" for path, id_ in first.items())
             raise BenchmarkError(
-                f"{self.path}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]} (question "
-                f"{paths[missing[0]]}); say where they are with --image-root"
+                f"{self.path}: images of {lacking} of {len(self)} questions are missing, first {named}; say where they "
+                "are with --image-root"
             )
 
     def _check(self) -> str:
@@ -248,6 +264,21 @@ class Questions(Sequence[Question]):
 
     def _wrong(self, i: int, field: str, problem: str) -> BenchmarkError:
         return BenchmarkError(f"{self.path}, record {i}, {field}: {problem}")
+
+
+class Selection(Sequence[Question]):
+    """Some of the questions, by their places; like all of them read when they are asked for."""
+
+    def __init__(self, questions: Sequence[Question], places: Sequence[int]) -> None:
+        self.questions, self.places = questions, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return Selection(self.questions, self.places[i])
+        return self.questions[self.places[i]]
 
 
 def bare_option(option: str) -> str:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ..errors import EvaluationError
 from ..results import Provenance
-from .questions import Question
+from .questions import Question, Selection
 from .runner import Ask, Row, Setting, asking
 
 logger = logging.getLogger(__name__)
@@ -61,18 +62,19 @@ class Cluster:
     def asking(self, setting: Setting, seed: int) -> Ask:
         """Ask on the cluster; see :func:`vilavt_hf.evaluation.runner.asking`."""
 
-        def ask(questions: Iterable[Question]) -> Iterator[Row]:
+        def ask(questions: Sequence[Question]) -> Iterator[Row]:
             import ray.data
 
-            items = [{"question": pickle.dumps(question)} for question in questions]
             gpus_each, actors = self._share(setting)
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.target_max_block_size = 1  # a row leaves its actor when it is known
-            blocks = max(actors, -(-len(items) // QUESTIONS_PER_CALL))
-            rows = ray.data.from_items(items, override_num_blocks=min(blocks, len(items))).map_batches(
+            calls = min(len(questions), max(actors, -(-len(questions) // QUESTIONS_PER_CALL)))
+            # Only places are handed out, one block per call: a question is read by the actor that asks it.
+            places = ray.data.from_numpy(np.array_split(np.arange(len(questions)), calls))
+            rows = places.map_batches(
                 _Asker,
-                fn_constructor_args=(setting, seed),
+                fn_constructor_args=(setting, seed, ray.put(questions)),
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 batch_size=None,
                 num_gpus=gpus_each,
@@ -99,9 +101,12 @@ def _provenance(setting: Setting) -> Provenance:
 class _Asker:
     """One actor: a backend, and what is asked of it."""
 
-    def __init__(self, setting: Setting, seed: int) -> None:
-        self.ask: Any = asking(setting.open(), setting, seed)
+    def __init__(self, setting: Setting, seed: int, questions: Any) -> None:
+        import ray
+
+        self.questions: Sequence[Question] = ray.get(questions)
+        self.ask = asking(setting.open(), setting, seed)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for row in self.ask(pickle.loads(question) for question in batch["question"]):
+        for row in self.ask(Selection(self.questions, batch["data"].tolist())):
             yield {"row": [json.dumps(row, default=str)]}

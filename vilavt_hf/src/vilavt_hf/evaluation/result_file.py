@@ -21,19 +21,35 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError
-from .sharding import Shard
+from .sharding import PATIENCE, Shard
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the files; counted up when their meaning changes."""
 
-PATIENCE = 5.0
-"""Seconds to wait for a file that another process holds; a merge needs it for a moment."""
-
 QuestionId = str | int
 
-_FREE = ("shard", "provenance.device", "preset.description", "benchmark.definition.title")
+PLACING = (
+    "cpu_offload_gb",
+    "device_map",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "gpu_memory_utilization",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+)
+"""Engine options that say where work is done and how much at once. Like the device and the number of shards they may
+change within a run; every other option counts as one that changes answers."""
+_FREE = (
+    "shard",
+    "provenance.device",
+    "preset.description",
+    "benchmark.definition.title",
+    *(f"engine.{option}" for option in PLACING),
+)
 """Parts of a run line in which files of one run may differ."""
 _NAMES = ("model", "provenance.checkpoint")
 """Where the checkpoint was found; may differ too if its fingerprint is the same."""
@@ -78,7 +94,7 @@ class RunFiles:
     Args:
         folder: made if missing.
         name: of the merged file, without ``.jsonl``.
-        run: what the answers depend on, plain JSON data; its ``shard`` is filled in here.
+        run: what the answers depend on, JSON data (other values become text); its ``shard`` is filled in here.
 
     Raises:
         EvaluationError: the folder cannot be made, or holds results of this name that depend on something else.
@@ -86,7 +102,7 @@ class RunFiles:
 
     def __init__(self, folder: Path, name: str, run: Mapping[str, Any]) -> None:
         self.folder, self.name = folder, name
-        self.run = json.loads(json.dumps({"format": FORMAT, **run}))
+        self.run = json.loads(json.dumps({"format": FORMAT, **run}, default=str))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,13 +118,13 @@ class RunFiles:
         return sorted(p for p in self.folder.glob("*.jsonl") if p.name.startswith(prefix))
 
     def answered(self) -> set[QuestionId]:
-        """Ids of the questions that have an answer in any of the files; what ended in an error has none."""
-        done: set[QuestionId] = set()
-        for path in self._existing():
-            for line in lines(path):
-                if "question_id" in line.data:
-                    (done.discard if line.data.get("error") else done.add)(line.data["question_id"])
-        return done
+        """Ids of the questions that have an answer in any of the files, whatever errors other rows hold."""
+        return {
+            line.data["question_id"]
+            for path in self._existing()
+            for line in lines(path)
+            if "question_id" in line.data and not line.data.get("error")
+        }
 
     def writer(self, shard: Shard) -> Writer:
         """Appends to the file of a shard.

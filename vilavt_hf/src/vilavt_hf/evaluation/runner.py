@@ -8,9 +8,8 @@ memory does not grow with the benchmark, except for the ids of its questions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,21 @@ from ..presets import PRESETS
 from ..results import ChatResult, Provenance, Sample
 from .ablation import Ablation
 from .preset import EvaluationPreset
-from .questions import Question, Questions
+from .questions import Question, Questions, Selection
 from .result_file import RunFiles
 from .sharding import Shard
 
 logger = logging.getLogger(__name__)
 
+SECRETS = ("hf_token", "token", "use_auth_token")
+"""Engine options that no file of results may hold."""
+
 MAX_FAILURES = 20
 """Questions in a row that may end in an error before the run stops: the engine is broken then, not a question."""
 
 Row = dict[str, Any]
-Ask = Callable[[Iterable[Question]], Iterator[Row]]
-"""Questions to rows, in the order they are answered."""
+Ask = Callable[[Sequence[Question]], Iterator[Row]]
+"""Questions, read one after another, to rows in the order they are answered."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Setting:
     device: str = "auto"
     engine: tuple[tuple[str, Any], ...] = ()
     """For what computes; see `BackendOptions.engine`."""
+
+    @property
+    def recorded_engine(self) -> dict[str, Any]:
+        """Engine options as results hold them: without secrets. Those for a server only say how to reach it: none."""
+        return {} if self.backend == "server" else {k: v for k, v in self.engine if k not in SECRETS}
 
     def open(self) -> Backend:
         """The backend, made to follow the preset.
@@ -108,14 +115,18 @@ class Setting:
 class Outcome:
     """How a run stands."""
 
-    path: Path
-    """The merged file; it is there if `complete`."""
+    files: RunFiles
     complete: bool
-    """Whether every question has a row."""
+    """Whether every question has a row, and all are merged; others may still be asking."""
     asked: int
     """Questions that this process asked."""
     failed: int
     """Those of them that ended in an error; the same run asks them again."""
+
+    @property
+    def path(self) -> Path:
+        """The merged file; it is there if `complete`."""
+        return self.files.merged
 
 
 def run(
@@ -149,18 +160,17 @@ def run(
     """
     _check_image_places(setting, questions)
     files = run_files(setting, questions, out, provenance, seed)
-    ids = [question.id for question in islice(questions, limit)]
+    ids = questions.ids(limit)
     done, mine = files.answered(), shard.places(len(ids))
     todo = [place for place in mine if ids[place] not in done]
     failed = 0
     if todo:
         with files.writer(shard) as writer, _bar(len(mine), len(mine) - len(todo), files.name, progress) as bar:
-            for row in _while_it_works(ask(questions[place] for place in todo)):
+            for row in _while_it_works(ask(Selection(questions, todo))):
                 writer.write(row | {"seed": seed})
                 failed += bool(row["error"])
                 bar.update()
-    complete = files.merge(ids)
-    return Outcome(files.merged, complete, len(todo), failed)
+    return Outcome(files, files.merge(ids), len(todo), failed)
 
 
 def _check_image_places(setting: Setting, questions: Questions) -> None:
@@ -187,6 +197,7 @@ def run_files(setting: Setting, questions: Questions, out: Path, provenance: Pro
         },
         "model": provenance.checkpoint or setting.model,
         "backend": setting.backend,
+        "engine": setting.recorded_engine,
         "preset": preset.model_dump(mode="json") | {"prompts_sha256": provenance.prompts_sha256},
         "provenance": provenance.to_json(),
         "seed": seed,
@@ -201,7 +212,7 @@ def asking(backend: Backend, setting: Setting, seed: int) -> Ask:
     limits = ablation.limits(backend.provenance(seed).limits)
     hooks: dict[str, Any] = {} if ablation.intervention is None else {"intervention": ablation.intervention}
 
-    def ask(questions: Iterable[Question]) -> Iterator[Row]:
+    def ask(questions: Sequence[Question]) -> Iterator[Row]:
         waiting: dict[int, Question] = {}
 
         def samples() -> Iterator[Sample]:

@@ -1,14 +1,22 @@
-"""Which questions of a benchmark one process asks, when several share it."""
+"""Which questions of a benchmark one process asks, when several share it, and which of them is the last to end."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from ..errors import EvaluationError
+
+PATIENCE = 5.0
+"""Seconds to wait for a lock that another process may hold for a moment."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,64 @@ class Shard:
 
     @classmethod
     def of_launcher(cls, environment: MutableMapping[str, str] = os.environ) -> Self:
-        """The share of this process among those that ``torchrun`` started; everything without it."""
+        """The share of this process among the ranks that ``torchrun`` started; everything without it."""
         return cls(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
 
     def places(self, count: int) -> range:
         """This shard's places among `count`."""
         return range(self.index, count, self.count)
+
+
+class Presence:
+    """That this process is at work on an evaluation which others may share; a context manager.
+
+    A locked file per process: the system frees what a killed one held, so nobody is waited for in vain.
+
+    Args:
+        folder: of the results; made if missing.
+        asked: what the processes that share the work have in common, plain JSON data.
+        shard: this process's share.
+    """
+
+    def __init__(self, folder: Path, asked: Any, shard: Shard) -> None:
+        self.folder, self.shard = folder, shard
+        self._name = f".eval-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
+        self._own = folder / f"{self._name}.shard-{shard.index}-of-{shard.count}.lock"
+        self._lock = FileLock(self._own)
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise EvaluationError(
+                f"{self.folder}: another process is asking shard {self.shard} of the same; wait for it, or give each "
+                "its own --shard"
+            ) from None
+        except OSError as error:
+            raise EvaluationError(f"{self.folder}: cannot be made: {error.strerror}; name another --out") from None
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock.release()
+
+    def leave(self) -> bool:
+        """End being at work.
+
+        Returns:
+            Whether nobody else is at work: true for exactly one of several that leave, whose rows are all written.
+        """
+        with FileLock(self.folder / f"{self._name}.lock"):
+            self._lock.release()
+            return not any(_held(path) for path in self.folder.glob(f"{self._name}.shard-*.lock") if path != self._own)
+
+
+def _held(path: Path) -> bool:
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def take_own_gpu(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -56,7 +56,7 @@ TEMPLATES: Mapping[str, TemplateInfo] = MappingProxyType(
         ),
         "user_raw": _info("the question block when the question comes first and bare", "question", "images", "user"),
         "user_no_zoom": _info(
-            "the question block of an episode whose first turn is its last", "question", "images", "user"
+            "the question block of an episode whose first turn is its last", "question", "images", "fallback_user"
         ),
         "follow_up": _info("a later question in the same conversation", "question"),
         "continue": _info("end of a tool response: go on"),

@@ -62,8 +62,8 @@ _FIELDS = {
     "image_instruction": "images",
 }
 _REQUIRED = ("system", "original", "crop", "images_one", "images_many", "user", "continue", "final")
-_OURS = ("bad_call", "no_action", "images_full", "follow_up")
-"""Turns the published system does not have, or whose text depends on its internals: taken from the built-in set."""
+_OURS = ("bad_call", "no_action", "images_full", "follow_up", "user_no_zoom")
+"""What the published system does not have, or whose text depends on its internals: taken from the built-in set."""
 
 
 @dataclass(frozen=True)
