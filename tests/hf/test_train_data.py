@@ -1,6 +1,7 @@
 """Training records: schemas, registry, token streams and label masks, lengths, what is left out and why."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from vilavt_hf.data.example import IGNORE, Dropped
 from vilavt_hf.data.registry import PUBLISHED, DataSource, Registry
 from vilavt_hf.data.rendering import Renderer, RenderSettings
 from vilavt_hf.data.schema import read_record
-from vilavt_hf.errors import DataError
+from vilavt_hf.errors import DataError, ImageError
 from vilavt_hf.presets import get_preset
 from vilavt_hf.prompts import PromptSet
 from vilavt_hf.protocol import Region, ToolCall
@@ -352,6 +353,59 @@ def test_measures_are_kept_until_anything_changes(dataset, tmp_path):
     assert again.tokens.tolist() == first.tokens.tolist()
     assert dataset([TEXT_ONLY]).fingerprint != dataset([TEXT_ONLY], max_length=99).fingerprint
     assert dataset([TEXT_ONLY]).fingerprint != dataset([TEXT_ONLY, TEXT_ONLY]).fingerprint
+
+
+@pytest.fixture
+def measure_again(tmp_path, monkeypatch):
+    """`measure_again(data)` -> measures out of the cache of earlier calls, and the samples that were measured."""
+
+    def run(data):
+        measured = []
+        with monkeypatch.context() as patch:
+            original = SftDataset.measure
+            patch.setattr(SftDataset, "measure", lambda self, i: measured.append(i) or original(self, i))
+            return measure_all(data, cache=tmp_path / "cache"), measured
+
+    return run
+
+
+ASK = turns(("human", "<image>"), ("gpt", "a"))
+
+
+def test_a_sample_whose_picture_was_missing_is_in_once_the_picture_is_there(dataset, tmp_path, measure_again):
+    data = dataset([TEXT_ONLY, {"images": ["late.png"], "conversations": ASK}, {"x": 1}])
+    lengths, measured = measure_again(data)
+    assert (lengths.dropped, measured) == ({"missing file": 1, "schema": 1}, [0, 1, 2])
+    assert measure_again(data)[1] == [1]  # it may be sound at any time; the others need no second look
+    shutil.copy(tmp_path / "b.png", tmp_path / "late.png")
+    lengths, measured = measure_again(data)
+    assert (lengths.kept.tolist(), lengths.dropped, measured) == ([0, 1], {"schema": 1}, [1])
+    assert lengths.images.tolist() == [0, 1, 0]
+    again, measured = measure_again(data)
+    assert (again.tokens.tolist(), measured) == (lengths.tokens.tolist(), [])
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(dataset, tmp_path, measure_again, monkeypatch):
+    data = dataset([{"images": ["b.png"], "conversations": ASK}])
+    with monkeypatch.context() as patch:
+        patch.setattr("vilavt_hf.data.rendering.image_size", failing)
+        assert measure_again(data)[0].dropped == {"image": 1}
+    assert measure_again(data)[0].kept.tolist() == [0]  # the same bytes, the same time
+
+
+def failing(path, **kwargs):
+    raise ImageError(f"{path}: cannot be read: Stale file handle")
+
+
+def test_a_changed_picture_is_measured_again_and_its_neighbours_are_not(dataset, tmp_path, measure_again):
+    data = dataset([{"images": [name], "conversations": ASK} for name in ("a.png", "b.png")])
+    before, _ = measure_again(data)
+    Image.new("RGB", (280, 28)).save(tmp_path / "b.png")
+    after, measured = measure_again(data)
+    assert measured == [1]
+    assert (before.image_tokens.tolist(), after.image_tokens.tolist()) == ([55, 6], [55, 10])
+    (tmp_path / "b.png").unlink()
+    assert measure_again(data)[0].dropped == {"missing file": 1}
 
 
 def test_a_share_of_a_set_is_drawn_with_the_seed(dataset):
