@@ -395,6 +395,47 @@ def test_damaged_pictures_are_counted_and_reported(configure, tmp_path):
     assert sum(line["dropped"] for line in logged) == 1
 
 
+@pytest.fixture
+def one_damaged(tmp_path, configure):
+    """`one_damaged(folder, **overrides)`: three epochs over four samples, one of them cut short behind its header."""
+    registry = records(tmp_path / "data", 4)
+    lines = [json.loads(line) for line in (tmp_path / "data" / "set.jsonl").read_text().splitlines()]
+    whole = (tmp_path / "data" / "a.png").read_bytes()
+    (tmp_path / "data" / "half.png").write_bytes(whole[: len(whole) // 2])
+    lines[0]["images"][0] = "half.png"
+    (tmp_path / "data" / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"data.registry": str(registry), "optimizer.epochs": 3, "output.save_steps": 1}
+    return lambda folder, **overrides: configure(folder, **options, **overrides)
+
+
+@pytest.mark.parametrize("log_steps", [1, 100])
+def test_a_damaged_picture_counts_against_the_allowed_share(one_damaged, tmp_path, log_steps):
+    with pytest.raises(TrainingError, match=r"1 of 4 samples cannot be used, data.max_dropped allows 0.00%: set\[0\]"):
+        Run(one_damaged(tmp_path / "run", **{"data.max_dropped": 0, "output.log_steps": log_steps})).train()
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_sample_that_is_dropped_in_every_epoch_counts_once(one_damaged, tmp_path):
+    config = one_damaged(tmp_path / "run", **{"data.max_dropped": 0.25})
+    assert Run(config).train().dropped == {"image": 1}
+    assert sum(line["dropped"] for line in read_log(tmp_path / "run" / "log.jsonl")) == 3
+    listed = [line["sample"] for line in read_log(tmp_path / "run" / "dropped.jsonl")]
+    assert listed == ["set[0]"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")  # its last epoch is run again
+    assert Run(config).train().dropped == {"image": 1}
+    assert [line["sample"] for line in read_log(tmp_path / "run" / "dropped.jsonl")] == listed
+
+
+def test_a_missing_picture_ends_the_run_until_it_is_there(configure, tmp_path):
+    registry = records(tmp_path / "data", 4)
+    (tmp_path / "data" / "a.png").rename(tmp_path / "a.png")
+    options = {"data.registry": str(registry), "optimizer.max_steps": 1}
+    with pytest.raises(TrainingError, match=r"3 of 4 samples .* start again, or raise data\.max_dropped"):
+        Run(configure(tmp_path / "run", **options))
+    (tmp_path / "a.png").rename(tmp_path / "data" / "a.png")
+    assert Run(configure(tmp_path / "run", **options)).train().samples == 4
+
+
 def test_long_samples_are_left_out_with_a_count(configure, tmp_path):
     report = Run(configure(tmp_path / "run", **{"data.max_length": 150, "optimizer.max_steps": 1})).train()
     assert set(report.dropped) == {"too long"}

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError
 from .annotations import Annotations
 from .example import Dropped, Example
-from .ranks import all_agree, rank_and_world
+from .ranks import all_agree, gathered, rank_and_world
 from .registry import DataSource
 from .rendering import Rendered, Renderer
 from .schema import read_record
@@ -47,7 +46,7 @@ class Measure:
     problem: str = ""
     """The same in a sentence."""
     pictures: int = 0
-    """`SftDataset.picture_mark` when it was measured; 0 if a file was missing or unreadable: such a measure is not kept."""
+    """`SftDataset.picture_mark` when it was measured; 0 if a file failed: the measure is taken again."""
 
 
 class SftDataset(Dataset):
@@ -290,11 +289,7 @@ def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = N
     found = all_agree(file is not None and file.is_file())
     known = Lengths.load(file) if found and file is not None else None
     mine = _measure(dataset, known, range(rank, len(dataset), world), workers, progress and rank == 0)
-    parts: list[dict[int, Measure]] = [mine]
-    if world > 1:
-        parts = [{} for _ in range(world)]
-        torch.distributed.all_gather_object(parts, mine)
-    new = {i: measure for part in parts for i, measure in part.items()}
+    new = {i: measure for part in gathered(mine) for i, measure in part.items()}
     if known is not None and not new:
         return known
     lengths = Lengths.of([new[i] if known is None or i in new else known.measure(i) for i in range(len(dataset))])

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from .. import compat
 from ..checkpoint import fingerprint
@@ -22,6 +23,7 @@ from ..checkpoint.provenance import PROVENANCE, write_provenance
 from ..checkpoint.writing import place_file, replace_folder, write_json
 from ..data.dataset import Lengths, SftDataset, measure_all
 from ..data.example import Dropped
+from ..data.ranks import gathered
 from ..data.rendering import Renderer, RenderSettings
 from ..errors import TrainingError
 from ..processing_vilavt import VilavtProcessor
@@ -53,7 +55,7 @@ class RunReport:
     samples: int
     """Trained on, per epoch."""
     dropped: dict[str, int]
-    """Samples left out, by reason: when they were measured, and of this rank while it trained."""
+    """Samples left out, by reason: when they were measured, and when their pictures turned out to be damaged."""
     cut: int
     last_loss: float | None
 
@@ -89,7 +91,7 @@ class Run:
         order = _order(config, self.lengths)
         self.record = _record(config, self.lengths, order, args)
         self.resume = _resume_from(config, self.record)
-        drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
+        self.drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
             model=_model(config),
             args=args,
@@ -102,7 +104,7 @@ class Run:
                 packed=config.batch.packing,
             ),
             processing_class=self.processor,  # type: ignore[arg-type]
-            callbacks=[LogFile(self.out / LOG), ConsoleReport()],
+            callbacks=[LogFile(self.out / LOG), ConsoleReport(), self.drops],
             order=order,
             learning_rates=config.optimizer.learning_rates,
             stable_decay=_stable_decay(config),
@@ -112,7 +114,7 @@ class Run:
             record=self.record,
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.trainer.on_dropped = drops.add
+        self.trainer.on_dropped = self.drops.untold.append
 
     def train(self) -> RunReport:
         """Train, save, and say what came of it.
@@ -137,7 +139,7 @@ class Run:
             folder=folder,
             steps=trainer.state.global_step,
             samples=len(self.lengths.kept),
-            dropped=dict(self.lengths.dropped + trainer.dropped),
+            dropped=dict(self.lengths.dropped + Counter(one.kind for one in self.drops.damaged.values())),
             cut=int((self.lengths.cut_from > 0).sum()),
             last_loss=lines[-1]["loss"] if lines else None,
         )
@@ -326,40 +328,63 @@ def _resume_from(config: SftConfig, record: Mapping[str, Any]) -> Path | None:
     return folder
 
 
-class _Drops:
-    """Reports every sample that is left out, and stops a run that leaves out too many."""
+class _Drops(TrainerCallback):
+    """Lists every sample that is left out, once, and ends a run that leaves out too many.
+
+    Damage inside a picture shows when it is the sample's turn, on one rank. The ranks tell one another when a log says
+    that there was any, and at the end: those are moments at which all of them are here. So all of them end.
+    """
 
     def __init__(self, config: SftConfig, dataset: SftDataset, lengths: Lengths, path: Path, first: bool, keep: bool):
-        self.path = path
-        bad = sum(n for kind, n in lengths.dropped.items() if kind != "too long")
-        allowed = config.data.max_dropped
+        self.path, self.first = path, first
+        self.total, self.allowed = len(dataset), config.data.max_dropped
+        self.reasons = [text for kind, text in lengths.problems.values() if kind != "too long"]
+        self.damaged: dict[str, Dropped] = {}
+        """Of all ranks, by the sample's name."""
+        self.untold: list[Dropped] = []
+        """Of this rank, since the ranks last told one another."""
+        self.listed = {line["sample"] for line in read_log(path)} if keep else set()
         if first and not keep:
             path.write_text("", encoding="utf-8")
             for i, (kind, text) in lengths.problems.items():
-                self._write(Dropped(dataset.name(i), kind, text))
-        if bad > allowed * len(dataset):
-            worst = "; ".join(text for kind, text in lengths.problems.values() if kind != "too long")[:600]
-            raise TrainingError(
-                f"{bad} of {len(dataset)} samples cannot be used, data.max_dropped allows {allowed:.2%}: {worst} "
-                f"({path} lists all)"
-            )
+                self._list(Dropped(dataset.name(i), kind, text))
+        self._check()
         if lengths.problems and first:
             logger.warning("%d samples are left out: %s; %s lists them", len(lengths.problems),
                            dict(lengths.dropped), path)  # fmt: skip
-        self.seen = 0
-        self.most = max(10, allowed * len(lengths.kept))
 
-    def add(self, dropped: Dropped) -> None:
-        """A sample whose pictures turned out to be damaged when it was its turn."""
-        self._write(dropped)
-        self.seen += 1
-        if self.seen > self.most:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Count what came up since the last log; its figure is that of all ranks."""
+        if logs and logs.get("dropped"):
+            self._tell()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count what came up behind the last log."""
+        self._tell()
+
+    def _tell(self) -> None:
+        for dropped in (one for untold in gathered(self.untold) for one in untold):
+            if dropped.sample in self.damaged:
+                continue  # seen in an earlier epoch
+            self.damaged[dropped.sample] = dropped
+            if dropped.kind != "too long":
+                self.reasons.append(dropped.reason)
+            if self.first and dropped.sample not in self.listed:
+                self._list(dropped)
+        self.untold.clear()
+        self._check()
+
+    def _check(self) -> None:
+        bad = len(self.reasons)
+        if bad / self.total > self.allowed:
             raise TrainingError(
-                f"{self.seen} samples could not be loaded, data.max_dropped allows {self.most:.0f}; {self.path} lists "
-                "them"
+                f"{bad} of {self.total} samples cannot be used, data.max_dropped allows {self.allowed:.2%}: "
+                f"{'; '.join(self.reasons)[:600]} ({self.path} lists all); restore their files or correct their "
+                "records and start again, or raise data.max_dropped. `vilavt data check --decode` finds damage inside "
+                "pictures beforehand"
             )
 
-    def _write(self, dropped: Dropped) -> None:
+    def _list(self, dropped: Dropped) -> None:
         line = {"sample": dropped.sample, "kind": dropped.kind, "reason": dropped.reason}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
