@@ -89,6 +89,25 @@ def test_every_kind_of_defect_is_found_and_fails(annotations, vilavt, tmp_path):
     assert "7 records, 5 errors, 1 warnings" in done.output
 
 
+def test_records_that_no_loader_expects_are_findings_too(annotations, vilavt, tmp_path):
+    embedded = changed(images=["data:image/png;base64," + "A" * 5000, "a.png"])
+    endless = changed(images=["a.png", "b" * 5000])
+    path = annotations([GOOD, embedded, endless])
+    with path.open("a") as file:
+        file.write('{"conversations": ' + "[" * 100_000 + "]" * 100_000 + "}\n" + json.dumps(GOOD) + "\n")
+    report_file = tmp_path / "report.json"
+    done = vilavt("check", path, "--json", report_file)
+    assert done.exit_code == 1
+    assert "5 records, 3 errors, 0 warnings" in done.output
+    first, second, third = json.loads(report_file.read_text())["findings"]
+    assert (first["sample"], first["kind"]) == ("set[1]", "schema")
+    assert "set[1]: images holds a data URL of 5022 characters; save the picture as a file" in first["text"]
+    assert (second["sample"], second["kind"]) == ("set[2]", "missing file")
+    assert len(second["text"]) < 300
+    assert (third["sample"], third["kind"]) == ("set[3]", "schema")
+    assert "set.jsonl, record 3: nested too deeply" in third["text"]
+
+
 def test_warnings_fail_only_when_asked_to(annotations, vilavt):
     path = annotations([with_call("<tool>{</tool>")])
     assert vilavt("check", path).exit_code == 0

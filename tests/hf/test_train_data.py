@@ -431,6 +431,9 @@ def test_annotations_are_json_lines_or_a_json_list(tmp_path):
         Annotations(tmp_path / "dict.json")
     with pytest.raises(DataError, match="cannot be read: No such file"):
         Annotations(tmp_path / "gone.jsonl")
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.json: .*nested too deeply"):
+        Annotations(tmp_path / "deep.json")
 
 
 def test_the_nine_published_sets_are_found_under_one_root(tmp_path):
