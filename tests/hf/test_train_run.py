@@ -268,6 +268,43 @@ def test_every_checkpoint_is_complete(unbroken, base):
     assert_same_weights(folder / "checkpoint-6", folder / "final")
 
 
+@pytest.fixture
+def hub(base, tmp_path, monkeypatch):
+    """Makes ``someone/vilavt`` a hub id whose files are in the cache of a machine without a network."""
+    repository = tmp_path / "hub" / "models--someone--vilavt"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(base, repository / "blobs")
+    for blob in (p for p in (repository / "blobs").rglob("*") if p.is_file()):
+        link = snapshot / blob.relative_to(repository / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)  # as the hub's client lays them out
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_checkpoints_of_a_model_from_the_hub_are_complete(hub, configure, base, tmp_path):
+    config = configure(tmp_path / "run", **{"model.path": "someone/vilavt", "optimizer.max_steps": 2})
+    run = Run(config)
+    assert run.trainer.train_dataset.renderer.preset.limits.max_turns == 3
+    run.train()
+    for checkpoint in (tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "final"):
+        assert inspect_checkpoint(checkpoint).complete
+        settings = checkpoint / "vilavt_chat.json"
+        assert settings.read_text() == (base / "vilavt_chat.json").read_text()
+        assert not settings.is_symlink()
+        details = json.loads((checkpoint / "provenance.json").read_text())["details"]
+        assert details["config"]["model"]["path"] == "someone/vilavt"
+        assert details["base_fingerprint"] == inspect_checkpoint(base).fingerprint
+
+
+def test_a_model_that_is_nowhere_is_an_error_that_names_it(hub, configure, tmp_path):
+    for path in ("someone/else", str(tmp_path / "gone")):
+        with pytest.raises(TrainingError, match=f"{path}: no such folder, and no checkpoint under that hub id"):
+            Run(configure(tmp_path / "run", **{"model.path": path}))
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_resumed_run_has_the_curve_of_the_unbroken_one(unbroken, configure, tmp_path, step):
     """Step 2 lies within the first epoch, step 4 within the second."""

@@ -84,16 +84,18 @@ class Run:
         set_seed(config.seed)
         self.out = config.output.folder
         first = args.process_index == 0
-        self.processor = VilavtProcessor.from_pretrained(config.model.path)
-        dataset = make_dataset(config)
+        base = checkpoint_folder(config.model.path)
+        self.processor = VilavtProcessor.from_pretrained(base)
+        dataset = make_dataset(config, base)
         self.out.mkdir(parents=True, exist_ok=True)
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
         order = _order(config, self.lengths)
-        self.record = _record(config, self.lengths, order, args)
+        self.record = _record(config, base, self.lengths, order, args)
         self.resume = _resume_from(config, self.record)
+        self.complete = _completion(base)
         self.drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
-            model=_model(config),
+            model=_model(config, base),
             args=args,
             train_dataset=dataset,  # type: ignore[arg-type]
             data_collator=VilavtCollator(
@@ -110,7 +112,7 @@ class Run:
             stable_decay=_stable_decay(config),
             loss_mean=config.batch.loss_mean,
             decay_norms=config.optimizer.decay_norms,
-            complete_checkpoint=_completion(config),
+            complete_checkpoint=self.complete,
             record=self.record,
         )
         self.trainer.remove_callback(PrinterCallback)
@@ -127,7 +129,7 @@ class Run:
             raise TrainingError("parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here")
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
         dtype = "fp32" if config.lora is not None else config.output.final_dtype
-        folder = save_final(trainer, self.processor, out / FINAL, dtype, _completion(config), self.record)
+        folder = save_final(trainer, self.processor, out / FINAL, dtype, self.complete, self.record)
         lines = read_log(out / LOG)
         if trainer.args.process_index == 0:
             if lines and find_spec("matplotlib"):
@@ -227,15 +229,36 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
 
 
-def make_renderer(model: str, settings: RenderSettings, preset: str | None = None) -> Renderer:
+def checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint, for what no loader of transformers reads; a hub id is fetched, or found in the cache.
+
+    Raises:
+        TrainingError: there is no such folder, and nothing to be had under that id.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.pt", "*.pth"]))  # states of an optimiser
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{model}: no such folder, and no checkpoint under that hub id: {error}") from None
+
+
+def make_renderer(model: str | Path, settings: RenderSettings, preset: str | None = None) -> Renderer:
     """What turns records into the token streams of a checkpoint."""
-    processor = VilavtProcessor.from_pretrained(model)
+    folder = checkpoint_folder(str(model))
+    processor = VilavtProcessor.from_pretrained(folder)
     prompts = processor.prompts or PromptSet.load("default")
-    return Renderer(processor.tokenizer, prompts, settings, preset_of(model, preset))
+    return Renderer(processor.tokenizer, prompts, settings, preset_of(folder, preset))
 
 
-def make_dataset(config: SftConfig) -> SftDataset:
+def make_dataset(config: SftConfig, base: Path | None = None) -> SftDataset:
     """The data set of a run.
+
+    Args:
+        config: of the run.
+        base: `checkpoint_folder` of its model, if it is known already.
 
     Raises:
         DataError: a data set is not there.
@@ -244,7 +267,7 @@ def make_dataset(config: SftConfig) -> SftDataset:
     settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
     return SftDataset(
         find_sources(data),
-        make_renderer(config.model.path, settings, data.preset),
+        make_renderer(base or config.model.path, settings, data.preset),
         max_length=data.max_length,
         over_long=data.over_long,
         seed=config.seed,
@@ -262,12 +285,12 @@ def _order(config: SftConfig, lengths: Lengths) -> Order:
     return Shuffled(lengths.kept, config.batch.samples, config.seed)
 
 
-def _model(config: SftConfig) -> Any:
+def _model(config: SftConfig, base: Path) -> Any:
     choice = config.model.attention
     plain = "sdpa" if choice == "auto" else choice
     text = PACKED if config.batch.packing and plain == "sdpa" else plain
     model = VilavtForTraining.from_pretrained(
-        config.model.path,
+        base,
         dtype=torch.float32,
         attn_implementation={"text_config": text, "vision_config": plain, "text_encoder_config": "sdpa"},
     )
@@ -281,13 +304,12 @@ def _model(config: SftConfig) -> Any:
 # ---------------------------------------------------------------------------------------------------- bookkeeping
 
 
-def _record(config: SftConfig, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
+def _record(config: SftConfig, base: Path, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
     """What every checkpoint's provenance says; `_resume_from` compares ``resume``."""
-    source = Path(config.model.path)
     return {
         "made_by": "sft",
         "config": config.model_dump(mode="json"),
-        "base_fingerprint": fingerprint(source) if source.is_dir() else None,
+        "base_fingerprint": fingerprint(base),
         "ranks": args.world_size,
         "resume": {
             "data": lengths.digest,
@@ -390,9 +412,9 @@ class _Drops(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
-def _completion(config: SftConfig) -> Callable[[Path], None]:
-    """Adds to a checkpoint what neither model nor processor write: how it wants to be run."""
-    settings = Path(config.model.path) / SETTINGS
+def _completion(base: Path) -> Callable[[Path], None]:
+    """Adds to a checkpoint what neither model nor processor write: how its base wants to be run."""
+    settings = base / SETTINGS
 
     def complete(folder: Path) -> None:
         if settings.is_file():
