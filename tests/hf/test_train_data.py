@@ -437,8 +437,19 @@ def test_annotations_are_json_lines_or_a_json_list(tmp_path):
 
 
 def test_the_nine_published_sets_are_found_under_one_root(tmp_path):
-    assert len(PUBLISHED) == 9
-    for i, (name, folder) in enumerate(PUBLISHED.items()):
+    published = {
+        "sr_91k_v2": "SR_91K_COT",
+        "spar7m_v2": "SPAR7M_COT",
+        "vgr_v2": "VGR_COT",
+        "thyme_2turn_v2": "THYME_COT",
+        "sr_91k_text": "SR_91K_TEXT",
+        "spar7m_text": "SPAR7M_TEXT",
+        "thyme_text_v2": "THYME_TEXT",
+        "vica_cot": "VICA_COT",
+        "vica_text": "VICA_TEXT",
+    }
+    assert published == PUBLISHED
+    for i, (name, folder) in enumerate(published.items()):
         place = tmp_path if i % 2 else tmp_path / folder
         place.mkdir(exist_ok=True)
         (place / f"{folder}.json").write_text("[]")

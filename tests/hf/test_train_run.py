@@ -89,13 +89,24 @@ def test_the_published_recipe_has_the_published_hyper_parameters():
     config = SftConfig.load(ROOT / "recipes" / "vilavt_7b_sft.yaml")
     optimizer = config.optimizer
     assert set(config.model.frozen) == {"text_encoder", "text_proj"}
-    assert (optimizer.learning_rate, set(optimizer.learning_rates.values())) == (5e-5, {5e-5})
-    assert (optimizer.epochs, optimizer.warmup, optimizer.schedule) == (3, 0.03, "cosine")
-    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0, 1)
-    assert (config.batch.samples, config.batch.accumulation, config.batch.loss_mean) == (1, 4, "micro_batch")
+    assert (config.model.precision, config.model.gradient_checkpointing, config.lora) == ("bf16", True, None)
+    assert optimizer.learning_rate == 5e-5
+    assert optimizer.learning_rates == {"vision_tower": 5e-5, "merger": 5e-5}
+    assert (optimizer.epochs, optimizer.max_steps, optimizer.warmup, optimizer.schedule) == (3, None, 0.03, "cosine")
+    assert (optimizer.betas, optimizer.epsilon) == ((0.9, 0.999), 1e-8)
+    assert (optimizer.weight_decay, optimizer.decay_norms, optimizer.max_grad_norm) == (0, True, 1)
+    assert (config.batch.packing, config.batch.samples, config.batch.accumulation) == (False, 1, 4)
+    assert config.batch.loss_mean == "micro_batch"
     assert (config.data.max_length, config.data.max_pixels, config.data.min_pixels) == (24576, 200704, 3136)
-    assert len(config.data.use) == 9
-    assert (config.output.save_steps, config.output.keep, config.parallel.strategy) == (300, 4, "zero2")
+    assert (config.data.labels, config.data.image_rules) == ("turn_and_newline", "published")
+    assert config.data.system == "You are a helpful assistant."
+    assert config.data.workers == 4
+    assert config.data.use == (
+        "sr_91k_v2", "spar7m_v2", "vgr_v2", "thyme_2turn_v2", "sr_91k_text", "spar7m_text", "thyme_text_v2",
+        "vica_cot", "vica_text",
+    )  # fmt: skip
+    assert (config.output.save_steps, config.output.keep, config.output.log_steps) == (300, 4, 1)
+    assert (config.output.report_to, config.parallel.strategy) == (("tensorboard",), "zero2")
 
 
 def test_every_recipe_is_valid_and_found_by_its_name(tmp_path, monkeypatch):
