@@ -1,4 +1,4 @@
-"""What packing saves: tokens trained per second in packs, against padded batches of the same samples.
+"""What packing saves: tokens trained per second in packs, against batches of the same samples, alone and padded.
 
     python benchmarks/packing.py [--small] [--samples 48] [--repeats 3] [--json FILE]
 
@@ -8,9 +8,9 @@ several views); every second sample with pictures also has two crops under a que
 recipe's limit. Model: random, 21 million parameters, fp32, one thread, SDPA; as in the 7B model, the tower costs about
 0.4 of what the language model costs per token of a picture.
 Forward and backward pass, logits only where there are labels; batches are made beforehand. Packs hold 4096 tokens in
-block-diagonal attention; padded batches hold 4 or 8 samples drawn at random, as a data loader does. Seconds are process
-CPU seconds, the minimum of interleaved repeats; every way does the same samples, and a token counts if it is no
-padding. All losses must agree to 1e-4 per token.
+block-diagonal attention; batches hold one sample, which needs no padding, or 4 or 8 drawn at random. Seconds are
+process CPU seconds, the minimum of interleaved repeats; every way does the same samples, and a token counts if it is
+no padding. All losses must agree to 1e-4 per token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vilavt_hf.train.trainer import label_weight
 
 MEDIUM = Size(vision_width=128, vision_mlp=344, vision_depth=8, text_width=384, text_mlp=1032, text_layers=8)
 BUDGET = 4096
-PADDED = (4, 8)
+BATCHES = (1, 4, 8)
 
 
 def sample(rng: np.random.Generator, scale: float) -> Example:
@@ -100,9 +100,12 @@ def benchmark(size: Size, count: int, scale: float, repeats: int) -> dict[str, A
     ways: dict[str, tuple[str, list[Any]]] = {
         "packed": (PACKED, batches(examples, best_fit(shuffled, lengths, budget), packed=True))
     }
-    for n in PADDED:
+    for n in BATCHES:
         rows = [shuffled[i : i + n].tolist() for i in range(0, count, n)]
-        ways[f"padded, {n} a batch"] = ("sdpa", batches(examples, rows, packed=False))
+        ways[f"padded, {n} a batch" if n > 1 else "one sample a batch"] = (
+            "sdpa",
+            batches(examples, rows, packed=False),
+        )
     models = {attention: model_for(size, attention) for attention in (PACKED, "sdpa")}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     losses: dict[str, float] = {}

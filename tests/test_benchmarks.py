@@ -34,10 +34,11 @@ def test_the_multi_turn_benchmark_does_every_piece_of_work_once(run):
 
 def test_the_packing_benchmark_wastes_nothing_in_packs(run):
     figures = run("packing.py", "--small", "--samples", "12", "--repeats", "1")
-    packed, *padded = figures["rows"]
+    packed, alone, *padded = figures["rows"]
     assert packed["padding"] == pytest.approx(0, abs=1e-9)
-    assert all(row["padding"] > 0.1 for row in padded)
-    assert all(row["loss"] == pytest.approx(packed["loss"], abs=1e-4) for row in padded)
+    assert (alone["batches"], alone["padding"]) == ("one sample a batch", pytest.approx(0, abs=1e-9))
+    assert [row["padding"] > 0.1 for row in padded] == [True, True]
+    assert all(row["loss"] == pytest.approx(packed["loss"], abs=1e-4) for row in figures["rows"])
 
 
 def test_the_groups_benchmark_reports_every_number_of_groups(run):

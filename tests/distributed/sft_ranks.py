@@ -10,6 +10,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+from vilavt_hf.data.ranks import gathered
+from vilavt_hf.errors import TrainingError
 from vilavt_hf.train import run as training
 from vilavt_hf.train.config import SftConfig
 from vilavt_hf.train.trainer import VilavtTrainer
@@ -62,14 +64,18 @@ def main(job: Path) -> None:
             return batch
 
         trainer.train_dataset, trainer.data_collator = Spy(), spying_collate
-        run.train()
-        everyone: list = [None] * trainer.args.world_size
-        torch.distributed.all_gather_object(everyone, steps)
+        ended = ""
+        try:
+            run.train()
+        except TrainingError as error:
+            ended = str(error)
+        everyone, ends = gathered(steps), gathered(ended)
         sharded = sum(isinstance(p, DTensor) for p in trainer.model.parameters())
         if trainer.args.process_index == 0:
             plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
             seen = {
                 "ranks": everyone,
+                "ended": ends,
                 "sharded": sharded,
                 "parameters": sum(1 for _ in trainer.model.parameters()),
                 "precision": str(plugin and plugin.mixed_precision_policy),

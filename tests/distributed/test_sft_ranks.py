@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import MAX_PIXELS
 from vilavt_hf.train.collator import VilavtCollator
 from vilavt_hf.train.config import SftConfig
+from vilavt_hf.train.order import Shuffled
 from vilavt_hf.train.reporting import read_log
 from vilavt_hf.train.run import Run, make_dataset
 
@@ -75,11 +77,22 @@ def torchrun(log, *arguments):
     return log.read_text()
 
 
+def damage(folder, step):
+    """Cut a picture of each rank's short behind its header: rank 0's in the first step, rank 1's in another one."""
+    order = [sample for batch in Shuffled(np.arange(RECORDS), 1, 0).epoch(0) for sample in batch]
+    shutil.copytree(folder / "data", folder / "damaged")
+    for sample in (order[0], order[2 * step + 1]):
+        picture = folder / "damaged" / "pictures" / f"{sample:05d}.png"
+        picture.write_bytes(picture.read_bytes()[:-200])
+    return {"registry": str(folder / "damaged" / REGISTRY), "max_dropped": 1.5 / RECORDS}
+
+
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    """Three runs of two ranks: copies, shards, and shards that were broken off at step 16 and go on."""
+    """Runs of two ranks: copies, shards, shards that were broken off at step 16 and go on, and damaged pictures."""
     resumed = config(folder, "resumed", parallel={"cpu": True, "strategy": "fsdp2"})
-    runs = [config(folder, "copies"), config(folder, "shards", parallel={"cpu": True, "strategy": "fsdp2"}), resumed]
+    runs = [config(folder, "copies"), config(folder, "shards", parallel={"cpu": True, "strategy": "fsdp2"}), resumed,
+            config(folder, "dropping", data=damage(folder, step=3))]  # fmt: skip
     job = folder / "job.json"
 
     def start(configs):
@@ -174,6 +187,15 @@ def test_shards_survive_steps_in_which_one_rank_has_no_picture_or_no_sample(two_
     pairs = list(zip(*seen["ranks"], strict=True))
     assert sum((one["images"] == 0) != (other["images"] == 0) for one, other in pairs) >= 3
     assert sum(not other["samples"] for _, other in pairs) == 2  # the last step of each epoch
+
+
+def test_ranks_that_drop_too_many_samples_together_end_together(two_ranks):
+    """One rank met one damaged picture, the other another; one is allowed, two are not."""
+    seen = json.loads((two_ranks / "dropping" / "seen.json").read_text())
+    assert [text.split(" samples")[0] for text in seen["ended"]] == ["2 of 19"] * 2
+    dropped = read_log(two_ranks / "dropping" / "log.jsonl")
+    assert [line["dropped"] for line in dropped] == [1, 0, 0, 1]
+    assert len(read_log(two_ranks / "dropping" / "dropped.jsonl")) == 2
 
 
 @pytest.mark.parametrize("name", ["copies", "shards", "resumed"])

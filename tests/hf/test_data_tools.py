@@ -1,6 +1,7 @@
 """`vilavt data`: what check finds, what stats counts, and that unpacking is safe and goes on where it stopped."""
 
 import json
+import random
 import stat
 import zipfile
 
@@ -89,6 +90,25 @@ def test_every_kind_of_defect_is_found_and_fails(annotations, vilavt, tmp_path):
     assert "7 records, 5 errors, 1 warnings" in done.output
 
 
+def test_records_that_no_loader_expects_are_findings_too(annotations, vilavt, tmp_path):
+    embedded = changed(images=["data:image/png;base64," + "A" * 5000, "a.png"])
+    endless = changed(images=["a.png", "b" * 5000])
+    path = annotations([GOOD, embedded, endless])
+    with path.open("a") as file:
+        file.write('{"conversations": ' + "[" * 100_000 + "]" * 100_000 + "}\n" + json.dumps(GOOD) + "\n")
+    report_file = tmp_path / "report.json"
+    done = vilavt("check", path, "--json", report_file)
+    assert done.exit_code == 1
+    assert "5 records, 3 errors, 0 warnings" in done.output
+    first, second, third = json.loads(report_file.read_text())["findings"]
+    assert (first["sample"], first["kind"]) == ("set[1]", "schema")
+    assert "set[1]: images holds a data URL of 5022 characters; save the picture as a file" in first["text"]
+    assert (second["sample"], second["kind"]) == ("set[2]", "missing file")
+    assert len(second["text"]) < 300
+    assert (third["sample"], third["kind"]) == ("set[3]", "schema")
+    assert "set.jsonl, record 3: nested too deeply" in third["text"]
+
+
 def test_warnings_fail_only_when_asked_to(annotations, vilavt):
     path = annotations([with_call("<tool>{</tool>")])
     assert vilavt("check", path).exit_code == 0
@@ -155,9 +175,9 @@ def test_a_check_needs_to_know_whose_tokens_count(annotations):
 # ------------------------------------------------------------------------------------------- unpack
 
 
-def archive(path, entries, **options):
+def archive(path, entries, compression=zipfile.ZIP_DEFLATED):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(path, "w", compression) as file:
         for name, data in entries.items():
             file.writestr(name, data)
     return path
@@ -217,11 +237,14 @@ def test_links_are_refused_and_not_followed(tmp_path):
     assert not (tmp_path / "evil.txt").exists()
 
 
-def test_a_damaged_archive_is_reported_and_leaves_no_half_file(tmp_path):
-    path = archive(tmp_path / "a.zip", {"1.bin": b"0" * 100, "2.bin": bytes(range(256)) * 40})
+@pytest.mark.parametrize("compression", ["ZIP_STORED", "ZIP_DEFLATED", "ZIP_BZIP2", "ZIP_LZMA"])
+def test_a_damaged_archive_is_reported_and_leaves_no_half_file(tmp_path, compression):
+    entries = {"1.bin": b"0" * 100, "2.bin": random.Random(0).randbytes(5000)}
+    path = archive(tmp_path / "a.zip", entries, getattr(zipfile, compression))
     raw = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
-        raw[file.getinfo("2.bin").header_offset + 60] ^= 0xFF
+        begin = file.getinfo("2.bin").header_offset + 60
+    raw[begin : begin + 1000] = b"\xff" * 1000
     path.write_bytes(raw)
     archive(tmp_path / "b.zip", {"3.bin": b"fine"})
     report = unpack(tmp_path)
@@ -229,6 +252,15 @@ def test_a_damaged_archive_is_reported_and_leaves_no_half_file(tmp_path):
     assert "a.zip" in failure
     assert sorted(p.name for p in tmp_path.glob("*.bin")) == ["1.bin", "3.bin"]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_unpacking_again_after_the_archives_were_removed_is_no_error(tmp_path):
+    archive(tmp_path / "a.zip", {"1.bin": b"one"})
+    assert unpack(tmp_path, remove=True).written == 1
+    again = CliRunner().invoke(app, ["data", "unpack", str(tmp_path), "--remove"])
+    assert again.exit_code == 0, again.output
+    assert "0 archives: 0 files written" in again.output
+    assert (tmp_path / "1.bin").read_bytes() == b"one"
 
 
 def test_a_folder_without_archives_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 """Training records: schemas, registry, token streams and label masks, lengths, what is left out and why."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from vilavt_hf.data.example import IGNORE, Dropped
 from vilavt_hf.data.registry import PUBLISHED, DataSource, Registry
 from vilavt_hf.data.rendering import Renderer, RenderSettings
 from vilavt_hf.data.schema import read_record
-from vilavt_hf.errors import DataError
+from vilavt_hf.errors import DataError, ImageError
 from vilavt_hf.presets import get_preset
 from vilavt_hf.prompts import PromptSet
 from vilavt_hf.protocol import Region, ToolCall
@@ -354,6 +355,59 @@ def test_measures_are_kept_until_anything_changes(dataset, tmp_path):
     assert dataset([TEXT_ONLY]).fingerprint != dataset([TEXT_ONLY, TEXT_ONLY]).fingerprint
 
 
+@pytest.fixture
+def measure_again(tmp_path, monkeypatch):
+    """`measure_again(data)` -> measures out of the cache of earlier calls, and the samples that were measured."""
+
+    def run(data):
+        measured = []
+        with monkeypatch.context() as patch:
+            original = SftDataset.measure
+            patch.setattr(SftDataset, "measure", lambda self, i: measured.append(i) or original(self, i))
+            return measure_all(data, cache=tmp_path / "cache"), measured
+
+    return run
+
+
+ASK = turns(("human", "<image>"), ("gpt", "a"))
+
+
+def test_a_sample_whose_picture_was_missing_is_in_once_the_picture_is_there(dataset, tmp_path, measure_again):
+    data = dataset([TEXT_ONLY, {"images": ["late.png"], "conversations": ASK}, {"x": 1}])
+    lengths, measured = measure_again(data)
+    assert (lengths.dropped, measured) == ({"missing file": 1, "schema": 1}, [0, 1, 2])
+    assert measure_again(data)[1] == [1]  # it may be sound at any time; the others need no second look
+    shutil.copy(tmp_path / "b.png", tmp_path / "late.png")
+    lengths, measured = measure_again(data)
+    assert (lengths.kept.tolist(), lengths.dropped, measured) == ([0, 1], {"schema": 1}, [1])
+    assert lengths.images.tolist() == [0, 1, 0]
+    again, measured = measure_again(data)
+    assert (again.tokens.tolist(), measured) == (lengths.tokens.tolist(), [])
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(dataset, tmp_path, measure_again, monkeypatch):
+    data = dataset([{"images": ["b.png"], "conversations": ASK}])
+    with monkeypatch.context() as patch:
+        patch.setattr("vilavt_hf.data.rendering.image_size", failing)
+        assert measure_again(data)[0].dropped == {"image": 1}
+    assert measure_again(data)[0].kept.tolist() == [0]  # the same bytes, the same time
+
+
+def failing(path, **kwargs):
+    raise ImageError(f"{path}: cannot be read: Stale file handle")
+
+
+def test_a_changed_picture_is_measured_again_and_its_neighbours_are_not(dataset, tmp_path, measure_again):
+    data = dataset([{"images": [name], "conversations": ASK} for name in ("a.png", "b.png")])
+    before, _ = measure_again(data)
+    Image.new("RGB", (280, 28)).save(tmp_path / "b.png")
+    after, measured = measure_again(data)
+    assert measured == [1]
+    assert (before.image_tokens.tolist(), after.image_tokens.tolist()) == ([55, 6], [55, 10])
+    (tmp_path / "b.png").unlink()
+    assert measure_again(data)[0].dropped == {"missing file": 1}
+
+
 def test_a_share_of_a_set_is_drawn_with_the_seed(dataset):
     records = [{**TEXT_ONLY, "id": i} for i in range(40)]
     drawn = [dataset(records, rate=0.25, seed=seed).records[0].tolist() for seed in (1, 1, 2)]
@@ -377,11 +431,25 @@ def test_annotations_are_json_lines_or_a_json_list(tmp_path):
         Annotations(tmp_path / "dict.json")
     with pytest.raises(DataError, match="cannot be read: No such file"):
         Annotations(tmp_path / "gone.jsonl")
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.json: .*nested too deeply"):
+        Annotations(tmp_path / "deep.json")
 
 
 def test_the_nine_published_sets_are_found_under_one_root(tmp_path):
-    assert len(PUBLISHED) == 9
-    for i, (name, folder) in enumerate(PUBLISHED.items()):
+    published = {
+        "sr_91k_v2": "SR_91K_COT",
+        "spar7m_v2": "SPAR7M_COT",
+        "vgr_v2": "VGR_COT",
+        "thyme_2turn_v2": "THYME_COT",
+        "sr_91k_text": "SR_91K_TEXT",
+        "spar7m_text": "SPAR7M_TEXT",
+        "thyme_text_v2": "THYME_TEXT",
+        "vica_cot": "VICA_COT",
+        "vica_text": "VICA_TEXT",
+    }
+    assert published == PUBLISHED
+    for i, (name, folder) in enumerate(published.items()):
         place = tmp_path if i % 2 else tmp_path / folder
         place.mkdir(exist_ok=True)
         (place / f"{folder}.json").write_text("[]")

@@ -92,13 +92,24 @@ def test_the_published_recipe_has_the_published_hyper_parameters():
     config = SftConfig.load(ROOT / "recipes" / "vilavt_7b_sft.yaml")
     optimizer = config.optimizer
     assert set(config.model.frozen) == {"text_encoder", "text_proj"}
-    assert (optimizer.learning_rate, set(optimizer.learning_rates.values())) == (5e-5, {5e-5})
-    assert (optimizer.epochs, optimizer.warmup, optimizer.schedule) == (3, 0.03, "cosine")
-    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0, 1)
-    assert (config.batch.samples, config.batch.accumulation, config.batch.loss_mean) == (1, 4, "micro_batch")
+    assert (config.model.precision, config.model.gradient_checkpointing, config.lora) == ("bf16", True, None)
+    assert optimizer.learning_rate == 5e-5
+    assert optimizer.learning_rates == {"vision_tower": 5e-5, "merger": 5e-5}
+    assert (optimizer.epochs, optimizer.max_steps, optimizer.warmup, optimizer.schedule) == (3, None, 0.03, "cosine")
+    assert (optimizer.betas, optimizer.epsilon) == ((0.9, 0.999), 1e-8)
+    assert (optimizer.weight_decay, optimizer.decay_norms, optimizer.max_grad_norm) == (0, True, 1)
+    assert (config.batch.packing, config.batch.samples, config.batch.accumulation) == (False, 1, 4)
+    assert config.batch.loss_mean == "micro_batch"
     assert (config.data.max_length, config.data.max_pixels, config.data.min_pixels) == (24576, 200704, 3136)
-    assert len(config.data.use) == 9
-    assert (config.output.save_steps, config.output.keep, config.parallel.strategy) == (300, 4, "zero2")
+    assert (config.data.labels, config.data.image_rules) == ("turn_and_newline", "published")
+    assert config.data.system == "You are a helpful assistant."
+    assert config.data.workers == 4
+    assert config.data.use == (
+        "sr_91k_v2", "spar7m_v2", "vgr_v2", "thyme_2turn_v2", "sr_91k_text", "spar7m_text", "thyme_text_v2",
+        "vica_cot", "vica_text",
+    )  # fmt: skip
+    assert (config.output.save_steps, config.output.keep, config.output.log_steps) == (300, 4, 1)
+    assert (config.output.report_to, config.parallel.strategy) == (("tensorboard",), "zero2")
 
 
 def test_every_recipe_is_valid_and_found_by_its_name(tmp_path, monkeypatch):
@@ -269,6 +280,43 @@ def test_every_checkpoint_is_complete(unbroken, base):
         VilavtForConditionalGeneration.from_pretrained(checkpoint)
         assert VilavtProcessor.from_pretrained(checkpoint).query_tokenizer is not None
     assert_same_weights(folder / "checkpoint-6", folder / "final")
+
+
+@pytest.fixture
+def hub(base, tmp_path, monkeypatch):
+    """Makes ``someone/vilavt`` a hub id whose files are in the cache of a machine without a network."""
+    repository = tmp_path / "hub" / "models--someone--vilavt"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(base, repository / "blobs")
+    for blob in (p for p in (repository / "blobs").rglob("*") if p.is_file()):
+        link = snapshot / blob.relative_to(repository / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)  # as the hub's client lays them out
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_checkpoints_of_a_model_from_the_hub_are_complete(hub, configure, base, tmp_path):
+    config = configure(tmp_path / "run", **{"model.path": "someone/vilavt", "optimizer.max_steps": 2})
+    run = Run(config)
+    assert run.trainer.train_dataset.renderer.preset.limits.max_turns == 3
+    run.train()
+    for checkpoint in (tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "final"):
+        assert inspect_checkpoint(checkpoint).complete
+        settings = checkpoint / "vilavt_chat.json"
+        assert settings.read_text() == (base / "vilavt_chat.json").read_text()
+        assert not settings.is_symlink()
+        details = json.loads((checkpoint / "provenance.json").read_text())["details"]
+        assert details["config"]["model"]["path"] == "someone/vilavt"
+        assert details["base_fingerprint"] == inspect_checkpoint(base).fingerprint
+
+
+def test_a_model_that_is_nowhere_is_an_error_that_names_it(hub, configure, tmp_path):
+    for path in ("someone/else", str(tmp_path / "gone")):
+        with pytest.raises(TrainingError, match=f"{path}: no such folder, and no checkpoint under that hub id"):
+            Run(configure(tmp_path / "run", **{"model.path": path}))
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -486,6 +534,47 @@ def test_damaged_pictures_are_counted_and_reported(configure, tmp_path):
     logged = read_log(tmp_path / "run" / "log.jsonl")
     assert sum(line["samples"] for line in logged) == 10
     assert sum(line["dropped"] for line in logged) == 1
+
+
+@pytest.fixture
+def one_damaged(tmp_path, configure):
+    """`one_damaged(folder, **overrides)`: three epochs over four samples, one of them cut short behind its header."""
+    registry = records(tmp_path / "data", 4)
+    lines = [json.loads(line) for line in (tmp_path / "data" / "set.jsonl").read_text().splitlines()]
+    whole = (tmp_path / "data" / "a.png").read_bytes()
+    (tmp_path / "data" / "half.png").write_bytes(whole[: len(whole) // 2])
+    lines[0]["images"][0] = "half.png"
+    (tmp_path / "data" / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"data.registry": str(registry), "optimizer.epochs": 3, "output.save_steps": 1}
+    return lambda folder, **overrides: configure(folder, **options, **overrides)
+
+
+@pytest.mark.parametrize("log_steps", [1, 100])
+def test_a_damaged_picture_counts_against_the_allowed_share(one_damaged, tmp_path, log_steps):
+    with pytest.raises(TrainingError, match=r"1 of 4 samples cannot be used, data.max_dropped allows 0.00%: set\[0\]"):
+        Run(one_damaged(tmp_path / "run", **{"data.max_dropped": 0, "output.log_steps": log_steps})).train()
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_sample_that_is_dropped_in_every_epoch_counts_once(one_damaged, tmp_path):
+    config = one_damaged(tmp_path / "run", **{"data.max_dropped": 0.25})
+    assert Run(config).train().dropped == {"image": 1}
+    assert sum(line["dropped"] for line in read_log(tmp_path / "run" / "log.jsonl")) == 3
+    listed = [line["sample"] for line in read_log(tmp_path / "run" / "dropped.jsonl")]
+    assert listed == ["set[0]"]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")  # its last epoch is run again
+    assert Run(config).train().dropped == {"image": 1}
+    assert [line["sample"] for line in read_log(tmp_path / "run" / "dropped.jsonl")] == listed
+
+
+def test_a_missing_picture_ends_the_run_until_it_is_there(configure, tmp_path):
+    registry = records(tmp_path / "data", 4)
+    (tmp_path / "data" / "a.png").rename(tmp_path / "a.png")
+    options = {"data.registry": str(registry), "optimizer.max_steps": 1}
+    with pytest.raises(TrainingError, match=r"3 of 4 samples .* start again, or raise data\.max_dropped"):
+        Run(configure(tmp_path / "run", **options))
+    (tmp_path / "a.png").rename(tmp_path / "data" / "a.png")
+    assert Run(configure(tmp_path / "run", **options)).train().samples == 4
 
 
 def test_long_samples_are_left_out_with_a_count(configure, tmp_path):

@@ -8,6 +8,7 @@ import binascii
 import io
 import ipaddress
 import logging
+import os
 import re
 import socket
 import urllib.error
@@ -272,9 +273,10 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
 
 
 def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
-    if not path.is_file():
-        kind = "there is no such file" if not path.exists() else "it is not a regular file"
-        raise ImageError(f"{label}: {kind}; check the path")
+    if not os.path.isfile(path):  # Path.is_file raises for a very long name
+        kind = "there is no such file" if not os.path.exists(path) else "it is not a regular file"
+        shown = label if len(label) <= 200 else f"{label[:200]}… ({len(label)} characters)"
+        raise ImageError(f"{shown}: {kind}; check the path")
     _check_bytes(path.stat().st_size, limits, label)
 
 

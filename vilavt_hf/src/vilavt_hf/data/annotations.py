@@ -32,6 +32,10 @@ class Annotations:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}; check the path", "annotations") from None
         except ValueError as error:
             raise DataError(f"{self.path}: not a JSON list: {error}; name JSON lines *.jsonl", "annotations") from None
+        except RecursionError:
+            raise DataError(
+                f"{self.path}: a record is nested too deeply to be read; remove it", "annotations"
+            ) from None
         self._starts, self._ends = np.array(starts, np.int64), np.array(ends, np.int64)
 
     def _scan_lines(self) -> tuple[list[int], list[int]]:
@@ -68,6 +72,8 @@ class Annotations:
             return json.loads(raw)
         except ValueError as error:
             raise DataError(f"{self.path}, record {i}: not JSON: {error}", "schema") from None
+        except RecursionError:
+            raise DataError(f"{self.path}, record {i}: nested too deeply to be read; remove it", "schema") from None
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError
 from .annotations import Annotations
 from .example import Dropped, Example
-from .ranks import all_agree, rank_and_world
+from .ranks import all_agree, gathered, rank_and_world
 from .registry import DataSource
 from .rendering import Rendered, Renderer
 from .schema import read_record
@@ -24,6 +23,9 @@ from .schema import read_record
 logger = logging.getLogger(__name__)
 
 OverLong = Literal["drop", "cut"]
+
+FILE_PROBLEMS = ("missing file", "image")
+"""Kinds of samples that are left out because of a picture's file, and so may be sound at the next look."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Measure:
     """Why it is dropped, in a word or two; empty if it is not."""
     problem: str = ""
     """The same in a sentence."""
+    pictures: int = 0
+    """`SftDataset.picture_mark` when it was measured; 0 if a file failed: the measure is taken again."""
 
 
 class SftDataset(Dataset):
@@ -108,10 +112,12 @@ class SftDataset(Dataset):
 
     def measure(self, i: int) -> Measure:
         """A sample's lengths without decoding a picture; a sample that cannot be used says why."""
+        mark = self.picture_mark(i)  # taken first: a picture that changes meanwhile is measured again
         try:
             rendered, full = self._render(i, decode=False)
         except DataError as error:
-            return Measure(0, 0, 0, 0, 0, kind=error.kind, problem=str(error))
+            kept = 0 if error.kind in FILE_PROBLEMS else mark
+            return Measure(0, 0, 0, 0, 0, kind=error.kind, problem=str(error), pictures=kept)
         example = rendered.example
         tokens = len(example.input_ids)
         image_tokens = sum((i.width // 28) * (i.height // 28) for g in example.groups for i in g.images)
@@ -122,7 +128,18 @@ class SftDataset(Dataset):
             images=sum(len(g.images) for g in example.groups),
             turns=len(rendered.cuts),
             cut_from=full if full > tokens else 0,
+            pictures=mark,
         )
+
+    def picture_mark(self, i: int) -> int:
+        """Changes with the size or the time of any picture of a sample; never 0. Opens no picture."""
+        try:
+            names = read_record(self.record(i), self.name(i)).images
+        except DataError:
+            names = []  # the annotations alone decide
+        root = self.sources[self._locate(i)[0]].image_root
+        stats = [_size_and_time(root / name) for name in names]
+        return 1 + int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=7).digest())
 
     def _render(self, i: int, decode: bool) -> tuple[Rendered, int]:
         """The sample as it is trained, and its tokens before any cut."""
@@ -145,7 +162,7 @@ class SftDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes a measure, the files' content included as far as size and time show it."""
+        """Changes with anything that changes measures, but for pictures: annotations count by their size and time."""
         files = []
         for source in self.sources:
             stat = source.annotations.stat()
@@ -161,6 +178,14 @@ class SftDataset(Dataset):
             [self.max_length, self.over_long, self.seed],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _drawn(count: int, source: DataSource, seed: int) -> np.ndarray:
@@ -182,6 +207,7 @@ class Lengths:
     images: np.ndarray
     turns: np.ndarray
     cut_from: np.ndarray
+    pictures: np.ndarray
     problems: dict[int, tuple[str, str]]
     """Sample -> kind and sentence, for every dropped one."""
 
@@ -190,6 +216,11 @@ class Lengths:
         """From one measure per sample."""
         columns = {name: np.array([getattr(m, name) for m in measures], np.int64) for name in _COLUMNS}
         return cls(**columns, problems={i: (m.kind, m.problem) for i, m in enumerate(measures) if m.kind})
+
+    def measure(self, i: int) -> Measure:
+        """Those of one sample."""
+        kind, problem = self.problems.get(i, ("", ""))
+        return Measure(**{name: int(getattr(self, name)[i]) for name in _COLUMNS}, kind=kind, problem=problem)
 
     @property
     def kept(self) -> np.ndarray:
@@ -224,17 +255,22 @@ class Lengths:
             return cls(**{name: file[name] for name in _COLUMNS}, problems=problems)
 
 
-_COLUMNS = ("tokens", "trained", "image_tokens", "images", "turns", "cut_from")
+_COLUMNS = ("tokens", "trained", "image_tokens", "images", "turns", "cut_from", "pictures")
 
 
 class _Measures(Dataset):
-    def __init__(self, dataset: SftDataset):
-        self.dataset = dataset
+    """Measures that differ from the known ones; None for a sample whose pictures are those of its known measure."""
+
+    def __init__(self, dataset: SftDataset, known: Lengths | None):
+        self.dataset, self.known = dataset, known
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> Measure:
+    def __getitem__(self, i: int) -> Measure | None:
+        kept = 0 if self.known is None else int(self.known.pictures[i])
+        if kept and kept == self.dataset.picture_mark(i):
+            return None
         return self.dataset.measure(i)
 
 
@@ -244,33 +280,34 @@ def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = N
     Args:
         dataset: what to measure.
         workers: processes per rank.
-        cache: folder in which the result is kept for the next start; found again by the data set's fingerprint.
+        cache: folder in which the result is kept for the next start, found again by the data set's fingerprint. Then
+            only samples are measured whose pictures have another size or time, or failed because of a file.
         progress: show a bar.
     """
-    file = None if cache is None else cache / f"lengths-{dataset.fingerprint[:16]}.npz"
+    file = None if cache is None else cache / f"measures-{dataset.fingerprint[:16]}.npz"
     rank, world = rank_and_world()
     found = all_agree(file is not None and file.is_file())
-    if found and file is not None:
-        return Lengths.load(file)
-    mine = _measure(dataset, range(rank, len(dataset), world), workers, progress and rank == 0)
-    parts: list[list[Measure]] = [mine]
-    if world > 1:
-        parts = [[] for _ in range(world)]
-        torch.distributed.all_gather_object(parts, mine)
-    measures = [parts[i % world][i // world] for i in range(len(dataset))]
-    lengths = Lengths.of(measures)
+    known = Lengths.load(file) if found and file is not None else None
+    mine = _measure(dataset, known, range(rank, len(dataset), world), workers, progress and rank == 0)
+    new = {i: measure for part in gathered(mine) for i, measure in part.items()}
+    if known is not None and not new:
+        return known
+    lengths = Lengths.of([new[i] if known is None or i in new else known.measure(i) for i in range(len(dataset))])
     if file is not None and rank == 0:
         lengths.save(file)
     return lengths
 
 
-def _measure(dataset: SftDataset, indices: Sequence[int], workers: int, progress: bool) -> list[Measure]:
+def _measure(
+    dataset: SftDataset, known: Lengths | None, indices: Sequence[int], workers: int, progress: bool
+) -> dict[int, Measure]:
     from tqdm import tqdm
 
-    loader: Any = DataLoader(Subset(_Measures(dataset), indices), batch_size=64, num_workers=workers, collate_fn=list)
-    out: list[Measure] = []
+    samples = Subset(_Measures(dataset, known), indices)
+    loader: Any = DataLoader(samples, batch_size=64, num_workers=workers, collate_fn=list)
+    out: list[Measure | None] = []
     with tqdm(total=len(indices), desc="measuring samples", unit="sample", disable=not progress) as bar:
         for batch in loader:
             out += batch
             bar.update(len(batch))
-    return out
+    return {i: measure for i, measure in zip(indices, out, strict=True) if measure is not None}

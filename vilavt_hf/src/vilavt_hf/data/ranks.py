@@ -1,6 +1,10 @@
 """Which process this is, among those that torchrun started."""
 
+from typing import TypeVar
+
 import torch
+
+Value = TypeVar("Value")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -10,11 +14,16 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def all_agree(mine: bool) -> bool:
-    """Whether all processes say so; each has to ask. A file, say, need not be visible everywhere at the same time."""
+def gathered(mine: Value) -> list[Value]:
+    """What every process has, by rank; each has to ask."""
     _, world = rank_and_world()
     if world == 1:
-        return mine
-    answers = [False] * world
-    torch.distributed.all_gather_object(answers, mine)
-    return all(answers)
+        return [mine]
+    everyone: list[Value] = [mine] * world
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def all_agree(mine: bool) -> bool:
+    """Whether all processes say so; each has to ask. A file, say, need not be visible everywhere at the same time."""
+    return all(gathered(mine))

@@ -5,6 +5,7 @@ and tool turns. ``turn`` trains what the model samples: the text and its ``<|im_
 published mask: it also trains the newline after ``<|im_end|>``, which no engine ever samples.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -146,11 +147,18 @@ class Renderer:
         opened = open_image or self.load
 
         def picture(name: str) -> Image.Image:
+            if name[:5].lower() == "data:":
+                raise DataError(
+                    f"{sample}: images holds a data URL of {len(name)} characters; save the picture as a file and name "
+                    "that",
+                    "schema",
+                )
             path = image_root / name
             try:
                 return opened(path)
             except ImageError as error:
-                raise DataError(f"{sample}: {error}", "image" if path.exists() else "missing file") from None
+                kind = "image" if os.path.exists(path) else "missing file"  # Path.exists raises for a very long name
+                raise DataError(f"{sample}: {error}", kind) from None
 
         try:
             if isinstance(record, EpisodeRecord):

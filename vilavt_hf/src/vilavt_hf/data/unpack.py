@@ -48,13 +48,13 @@ def unpack(folder: str | os.PathLike, *, remove: bool = False, progress: bool = 
         progress: show a bar.
 
     Raises:
-        DataError: there is no such folder, or no archive in it.
+        DataError: there is no such folder, or no archive in it and never was: removed ones are remembered.
     """
     root = Path(folder)
     archives = sorted(p for p in root.rglob("*") if p.suffix.lower() == ".zip" and p.is_file())
-    if not archives:
-        raise DataError(f"{root}: {'there is no zip archive in it' if root.is_dir() else 'no such folder'}", "unpack")
     done = _read_done(root)
+    if not archives and not done:
+        raise DataError(f"{root}: {'there is no zip archive in it' if root.is_dir() else 'no such folder'}", "unpack")
     report = UnpackReport()
     for archive in archives:
         key = str(archive.relative_to(root))
@@ -67,8 +67,10 @@ def unpack(folder: str | os.PathLike, *, remove: bool = False, progress: bool = 
                     report.kept += len(entries)
                 else:
                     _extract(opened, archive, entries, report, progress)
-        except (DataError, zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
-            report.failures.append(str(error) if isinstance(error, DataError) else f"{archive}: {error}")
+        except Exception as error:  # every decoder has errors of its own, and none may keep the other archives from us
+            report.failures.append(
+                str(error) if isinstance(error, DataError) else f"{archive}: {str(error) or type(error).__name__}"
+            )
             continue
         done[key] = mark
         _write_done(root, done)

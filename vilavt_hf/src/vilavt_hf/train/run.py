@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import deepspeed
 
 from .. import compat
@@ -24,6 +25,7 @@ from ..checkpoint.provenance import PROVENANCE, write_provenance
 from ..checkpoint.writing import place_file, replace_folder, write_json
 from ..data.dataset import Lengths, SftDataset, measure_all
 from ..data.example import Dropped
+from ..data.ranks import gathered
 from ..data.rendering import Renderer, RenderSettings
 from ..errors import TrainingError
 from ..processing_vilavt import VilavtProcessor
@@ -62,7 +64,7 @@ class RunReport:
     samples: int
     """Trained on, per epoch."""
     dropped: dict[str, int]
-    """Samples left out, by reason: when they were measured, and of this rank while it trained."""
+    """Samples left out, by reason: when they were measured, and when their pictures turned out to be damaged."""
     cut: int
     last_loss: float | None
 
@@ -91,16 +93,18 @@ class Run:
         set_seed(config.seed)
         self.out = config.output.folder
         first = args.process_index == 0
-        self.processor = VilavtProcessor.from_pretrained(config.model.path)
-        dataset = make_dataset(config)
+        base = checkpoint_folder(config.model.path)
+        self.processor = VilavtProcessor.from_pretrained(base)
+        dataset = make_dataset(config, base)
         self.out.mkdir(parents=True, exist_ok=True)
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
         order = _order(config, self.lengths)
-        self.record = _record(config, self.lengths, order, args)
+        self.record = _record(config, base, self.lengths, order, args)
         self.resume = _resume_from(config, self.record)
-        drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
+        self.complete = _completion(base)
+        self.drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
-            model=_model(config),
+            model=_model(config, base),
             args=args,
             train_dataset=dataset,  # type: ignore[arg-type]
             data_collator=VilavtCollator(
@@ -111,17 +115,17 @@ class Run:
                 packed=config.batch.packing,
             ),
             processing_class=self.processor,  # type: ignore[arg-type]
-            callbacks=[LogFile(self.out / LOG), ConsoleReport()],
+            callbacks=[LogFile(self.out / LOG), ConsoleReport(), self.drops],
             order=order,
             learning_rates=config.optimizer.learning_rates,
             stable_decay=_stable_decay(config),
             loss_mean=config.batch.loss_mean,
             decay_norms=config.optimizer.decay_norms,
-            complete_checkpoint=_completion(config),
+            complete_checkpoint=self.complete,
             record=self.record,
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.trainer.on_dropped = drops.add
+        self.trainer.on_dropped = self.drops.untold.append
 
     def train(self) -> RunReport:
         """Train, save, and say what came of it.
@@ -134,7 +138,7 @@ class Run:
             raise TrainingError("parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here")
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
         dtype = "fp32" if config.lora is not None else config.output.final_dtype
-        folder = save_final(trainer, self.processor, out / FINAL, dtype, _completion(config), self.record)
+        folder = save_final(trainer, self.processor, out / FINAL, dtype, self.complete, self.record)
         lines = read_log(out / LOG)
         if trainer.args.process_index == 0:
             if lines and find_spec("matplotlib"):
@@ -147,7 +151,7 @@ class Run:
             folder=folder,
             steps=trainer.state.global_step,
             samples=len(self.lengths.kept),
-            dropped=dict(self.lengths.dropped + trainer.dropped),
+            dropped=dict(self.lengths.dropped + Counter(one.kind for one in self.drops.damaged.values())),
             cut=int((self.lengths.cut_from > 0).sum()),
             last_loss=lines[-1]["loss"] if lines else None,
         )
@@ -235,15 +239,36 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
 
 
-def make_renderer(model: str, settings: RenderSettings, preset: str | None = None) -> Renderer:
+def checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint, for what no loader of transformers reads; a hub id is fetched, or found in the cache.
+
+    Raises:
+        TrainingError: there is no such folder, and nothing to be had under that id.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.pt", "*.pth"]))  # states of an optimiser
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{model}: no such folder, and no checkpoint under that hub id: {error}") from None
+
+
+def make_renderer(model: str | Path, settings: RenderSettings, preset: str | None = None) -> Renderer:
     """What turns records into the token streams of a checkpoint."""
-    processor = VilavtProcessor.from_pretrained(model)
+    folder = checkpoint_folder(str(model))
+    processor = VilavtProcessor.from_pretrained(folder)
     prompts = processor.prompts or PromptSet.load("default")
-    return Renderer(processor.tokenizer, prompts, settings, preset_of(model, preset))
+    return Renderer(processor.tokenizer, prompts, settings, preset_of(folder, preset))
 
 
-def make_dataset(config: SftConfig) -> SftDataset:
+def make_dataset(config: SftConfig, base: Path | None = None) -> SftDataset:
     """The data set of a run.
+
+    Args:
+        config: of the run.
+        base: `checkpoint_folder` of its model, if it is known already.
 
     Raises:
         DataError: a data set is not there.
@@ -252,7 +277,7 @@ def make_dataset(config: SftConfig) -> SftDataset:
     settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
     return SftDataset(
         find_sources(data),
-        make_renderer(config.model.path, settings, data.preset),
+        make_renderer(base or config.model.path, settings, data.preset),
         max_length=data.max_length,
         over_long=data.over_long,
         seed=config.seed,
@@ -270,12 +295,12 @@ def _order(config: SftConfig, lengths: Lengths) -> Order:
     return Shuffled(lengths.kept, config.batch.samples, config.seed)
 
 
-def _model(config: SftConfig) -> Any:
+def _model(config: SftConfig, base: Path) -> Any:
     choice = config.model.attention
     plain = "sdpa" if choice == "auto" else choice
     text = PACKED if config.batch.packing and plain == "sdpa" else plain
     model = VilavtForTraining.from_pretrained(
-        config.model.path,
+        base,
         dtype=torch.float32,
         attn_implementation={"text_config": text, "vision_config": plain, "text_encoder_config": "sdpa"},
     )
@@ -289,18 +314,17 @@ def _model(config: SftConfig) -> Any:
 # ---------------------------------------------------------------------------------------------------- bookkeeping
 
 
-def _record(config: SftConfig, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
+def _record(config: SftConfig, base: Path, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
     """What every checkpoint's provenance says; `_resume_from` reads ``config`` and ``resume``."""
-    source = Path(config.model.path)
-    base = fingerprint(source) if source.is_dir() else None
+    weights = fingerprint(base)
     return {
         "made_by": "sft",
         "config": config.model_dump(mode="json"),
-        "base_fingerprint": base,
+        "base_fingerprint": weights,
         "ranks": args.world_size,
         "resume": {
             "micro-batches of a step (ranks x batch.accumulation)": args.world_size * config.batch.accumulation,
-            "model.path (its fingerprint)": base or config.model.path,
+            "model.path (its fingerprint)": weights,
             "data": lengths.digest,
             "order of the samples": digest(order),
         },
@@ -350,48 +374,71 @@ def _what_decides_the_curve(config: SftConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in free}
 
 
-class _Drops:
-    """Reports every sample that is left out, and stops a run that leaves out too many."""
+class _Drops(TrainerCallback):
+    """Lists every sample that is left out, once, and ends a run that leaves out too many.
+
+    Damage inside a picture shows when it is the sample's turn, on one rank. The ranks tell one another when a log says
+    that there was any, and at the end: those are moments at which all of them are here. So all of them end.
+    """
 
     def __init__(self, config: SftConfig, dataset: SftDataset, lengths: Lengths, path: Path, first: bool, keep: bool):
-        self.path = path
-        bad = sum(n for kind, n in lengths.dropped.items() if kind != "too long")
-        allowed = config.data.max_dropped
+        self.path, self.first = path, first
+        self.total, self.allowed = len(dataset), config.data.max_dropped
+        self.reasons = [text for kind, text in lengths.problems.values() if kind != "too long"]
+        self.damaged: dict[str, Dropped] = {}
+        """Of all ranks, by the sample's name."""
+        self.untold: list[Dropped] = []
+        """Of this rank, since the ranks last told one another."""
+        self.listed = {line["sample"] for line in read_log(path)} if keep else set()
         if first and not keep:
             path.write_text("", encoding="utf-8")
             for i, (kind, text) in lengths.problems.items():
-                self._write(Dropped(dataset.name(i), kind, text))
-        if bad > allowed * len(dataset):
-            worst = "; ".join(text for kind, text in lengths.problems.values() if kind != "too long")[:600]
-            raise TrainingError(
-                f"{bad} of {len(dataset)} samples cannot be used, data.max_dropped allows {allowed:.2%}: {worst} "
-                f"({path} lists all)"
-            )
+                self._list(Dropped(dataset.name(i), kind, text))
+        self._check()
         if lengths.problems and first:
             logger.warning("%d samples are left out: %s; %s lists them", len(lengths.problems),
                            dict(lengths.dropped), path)  # fmt: skip
-        self.seen = 0
-        self.most = max(10, allowed * len(lengths.kept))
 
-    def add(self, dropped: Dropped) -> None:
-        """A sample whose pictures turned out to be damaged when it was its turn."""
-        self._write(dropped)
-        self.seen += 1
-        if self.seen > self.most:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Count what came up since the last log; its figure is that of all ranks."""
+        if logs and logs.get("dropped"):
+            self._tell()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count what came up behind the last log."""
+        self._tell()
+
+    def _tell(self) -> None:
+        for dropped in (one for untold in gathered(self.untold) for one in untold):
+            if dropped.sample in self.damaged:
+                continue  # seen in an earlier epoch
+            self.damaged[dropped.sample] = dropped
+            if dropped.kind != "too long":
+                self.reasons.append(dropped.reason)
+            if self.first and dropped.sample not in self.listed:
+                self._list(dropped)
+        self.untold.clear()
+        self._check()
+
+    def _check(self) -> None:
+        bad = len(self.reasons)
+        if bad / self.total > self.allowed:
             raise TrainingError(
-                f"{self.seen} samples could not be loaded, data.max_dropped allows {self.most:.0f}; {self.path} lists "
-                "them"
+                f"{bad} of {self.total} samples cannot be used, data.max_dropped allows {self.allowed:.2%}: "
+                f"{'; '.join(self.reasons)[:600]} ({self.path} lists all); restore their files or correct their "
+                "records and start again, or raise data.max_dropped. `vilavt data check --decode` finds damage inside "
+                "pictures beforehand"
             )
 
-    def _write(self, dropped: Dropped) -> None:
+    def _list(self, dropped: Dropped) -> None:
         line = {"sample": dropped.sample, "kind": dropped.kind, "reason": dropped.reason}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def _completion(config: SftConfig) -> Callable[[Path], None]:
-    """Adds to a checkpoint what neither model nor processor write: how it wants to be run."""
-    settings = Path(config.model.path) / SETTINGS
+def _completion(base: Path) -> Callable[[Path], None]:
+    """Adds to a checkpoint what neither model nor processor write: how its base wants to be run."""
+    settings = base / SETTINGS
 
     def complete(folder: Path) -> None:
         if settings.is_file():

@@ -85,8 +85,6 @@ class VilavtTrainer(Trainer):
         self.complete_checkpoint, self.record = complete_checkpoint, dict(record or {})
         self.optimizer: Any
         self.lr_scheduler: Any
-        self.dropped: Counter[str] = Counter()
-        """Samples that this rank could not use, by kind."""
         self.on_dropped: Callable[[Dropped], None] | None = None
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._since_log: Counter[str] = Counter()
@@ -138,7 +136,6 @@ class VilavtTrainer(Trainer):
     def _count(self, counts: BatchCounts) -> None:
         self._since_log.update(samples=counts.samples, tokens=counts.tokens, slots=counts.slots, images=counts.images)
         for dropped in counts.dropped:
-            self.dropped[dropped.kind] += 1
             self._since_log["dropped"] += 1
             logger.warning("dropped: %s", dropped.reason)
             if self.on_dropped is not None:
