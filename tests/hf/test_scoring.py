@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from vilavt_hf.errors import ScoringError
 from vilavt_hf.scoring import (
     QuestionType,
+    check_target,
     iou,
     mean_relative_accuracy,
     option_letter,
@@ -185,6 +186,11 @@ def test_mean_relative_accuracy_near_zero_and_beyond_floats() -> None:
         ("yes yes", None),
         ("", None),
         ("nose", None),
+        ("True", "yes"),
+        (" false.", "no"),
+        ("true or false", None),
+        ("True True", None),
+        ("That is not true", None),
     ],
 )
 def test_yes_and_no_exclude_each_other(text: str, verdict: str | None) -> None:
@@ -253,12 +259,48 @@ def test_types_are_read_leniently_and_unknown_ones_refused() -> None:
         QuestionType.read("essay")
 
 
+FITTING = [
+    ("multiple choice", "B", "B"),
+    ("multiple choice", "B. left", "b"),
+    ("multiple choice", "left", "Left"),
+    ("numerical", "1,200", "1200"),
+    ("regression", "3.5 m", "3.5"),
+    ("judgment", "Yes", "yes."),
+    ("judgment", "True", "true"),
+    ("judgment", "False", "No"),
+    ("free-form", "the red car", "red car"),
+    ("box", "[0, 0, 28, 28]", "[0, 0, 28, 28]"),
+    ("vci", "move_left:1", "move_left:1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "target", "answer"), FITTING)
+def test_a_target_that_passes_the_check_can_be_met(kind: str, target: str, answer: str) -> None:
+    check_target(QuestionType(kind), target)
+    assert score_answer(answer, target, kind) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
-    ("target", "kind"),
-    [("cat", "numerical"), ("3 or 4", "regression"), (" ", "multiple choice"), ("...", "free-form"), ("1 2", "box")],
+    ("kind", "target"),
+    [
+        *((kind.value, blank) for kind in QuestionType for blank in ("", " \n")),
+        ("multiple choice", "?"),
+        ("numerical", "three"),
+        ("numerical", "3 or 4"),
+        ("regression", "cat"),
+        ("judgment", "maybe"),
+        ("judgment", "yes and no"),
+        ("math", "$$"),
+        ("free-form", "the"),
+        ("box", "oops"),
+        ("box", "[30, 20, 10, 40]"),
+        ("vci", "left"),
+    ],
 )
-def test_a_target_that_does_not_fit_its_type_is_an_error(target: str, kind: str) -> None:
-    with pytest.raises(ScoringError):
+def test_a_target_that_no_answer_could_meet_is_refused(kind: str, target: str) -> None:
+    with pytest.raises(ScoringError, match="target"):
+        check_target(QuestionType(kind), target)
+    with pytest.raises(ScoringError, match="target"):
         score_answer("1", target, kind)
 
 

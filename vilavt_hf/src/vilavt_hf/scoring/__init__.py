@@ -15,12 +15,12 @@ from typing import Literal
 
 from ..errors import ScoringError
 from . import published
-from .boxes import box_score, iou, parse_box
-from .choices import option_letter, same_option, yes_or_no
-from .expressions import same_expression
-from .numbers import Number, mean_relative_accuracy, parse_number, regression_score, same_number
-from .text import normalise, rouge_l, text_score
-from .view_change import parse_view_change, view_change_score
+from .boxes import box_score, iou, parse_box, target_box
+from .choices import option_letter, same_option, same_verdict, target_option, target_verdict, yes_or_no
+from .expressions import same_expression, target_expression
+from .numbers import Number, mean_relative_accuracy, parse_number, regression_score, same_number, target_number
+from .text import normalise, rouge_l, target_words, text_score
+from .view_change import parse_view_change, target_view_change, view_change_score
 
 Version = Literal["strict", "published"]
 
@@ -59,13 +59,32 @@ class QuestionType(StrEnum):
         raise ScoringError(f"no question type {name!r}; known are {', '.join(cls)}")
 
 
+_TARGET: dict[QuestionType, Callable[[str], object]] = {
+    QuestionType.MULTIPLE_CHOICE: target_option,
+    QuestionType.NUMERICAL: target_number,
+    QuestionType.REGRESSION: target_number,
+    QuestionType.JUDGMENT: target_verdict,
+    QuestionType.MATH: target_expression,
+    QuestionType.FREE_FORM: target_words,
+    QuestionType.BOX: target_box,
+    QuestionType.VIEW_CHANGE: target_view_change,
+}
+
+
+def check_target(kind: QuestionType, target: str) -> None:
+    """Refuse a right answer that no answer could meet by the strict rules; what checks data calls it. Needs no extra.
+
+    Raises:
+        ScoringError: it is blank or not what its type wants, as ``three`` for a number.
+    """
+    _TARGET[kind](target)
+
+
 _STRICT: dict[QuestionType, Callable[[str, str], float]] = {
     QuestionType.MULTIPLE_CHOICE: same_option,
     QuestionType.NUMERICAL: same_number,
     QuestionType.REGRESSION: regression_score,
-    QuestionType.JUDGMENT: lambda prediction, target: float(
-        (found := yes_or_no(prediction)) is not None and found == yes_or_no(target)
-    ),
+    QuestionType.JUDGMENT: same_verdict,
     QuestionType.MATH: same_expression,
     QuestionType.FREE_FORM: text_score,
     QuestionType.BOX: box_score,
@@ -97,6 +116,7 @@ __all__ = [
     "Number",
     "QuestionType",
     "Version",
+    "check_target",
     "iou",
     "mean_relative_accuracy",
     "normalise",

@@ -36,15 +36,25 @@ def iou(a: Box, b: Box) -> float:
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
+def target_box(target: str) -> Box:
+    """The box of a right answer.
+
+    Raises:
+        ScoringError: it is none.
+    """
+    box = parse_box(target)
+    if box is None:
+        raise ScoringError(f"the target {target!r} is no box; it must be [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
+    return box
+
+
 def box_score(prediction: str, target: str) -> float:
     """The overlap of the predicted box with the target, 0.0 below `MIN_IOU`.
 
     Raises:
         ScoringError: the target is no box.
     """
-    wanted = parse_box(target)
-    if wanted is None:
-        raise ScoringError(f"the target {target!r} is no box; it must be [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
+    wanted = target_box(target)
     found = parse_box(prediction)
     overlap = iou(found, wanted) if found is not None else 0.0
     return overlap if overlap >= MIN_IOU else 0.0

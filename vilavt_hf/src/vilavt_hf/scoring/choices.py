@@ -15,6 +15,8 @@ _OTHER_MARK = re.compile(
     r"(?<![A-Za-z])(?:[(\[][A-Za-z][)\]]|[A-Z][).:])|^\W*[A-Za-z]\W*$|(?<![A-Za-z])[A-Z](?=\s*(?:,|/|&|$))"
 )
 
+_VERDICTS = {"true": "yes", "false": "no"}
+
 
 def option_letter(text: str) -> str | None:
     """The letter an answer picks, upper case, or None if it picks none or several.
@@ -38,6 +40,18 @@ def _option_text(text: str) -> str:
     return normalise(match["rest"] if match else text)
 
 
+def target_option(target: str) -> str | None:
+    """The letter of a right answer; None if it is an option's text alone.
+
+    Raises:
+        ScoringError: it is neither.
+    """
+    letter = option_letter(target)
+    if letter is None and not normalise(target):
+        raise ScoringError(f"the target {target!r} of a multiple choice question names no option")
+    return letter
+
+
 def same_option(prediction: str, target: str) -> float:
     """1.0 if the prediction picks the target's option, else 0.0.
 
@@ -47,13 +61,9 @@ def same_option(prediction: str, target: str) -> float:
     Raises:
         ScoringError: the target is blank.
     """
-    if not target.strip():
-        raise ScoringError("the target of a multiple choice question is blank; it must name an option")
+    wanted = target_option(target)
     if normalise(prediction) and normalise(prediction) == normalise(target):
         return 1.0
-    wanted = option_letter(target)
-    if wanted is None:
-        return 0.0
     found = option_letter(prediction)
     if found is not None:
         return float(found == wanted)
@@ -62,6 +72,28 @@ def same_option(prediction: str, target: str) -> float:
 
 
 def yes_or_no(text: str) -> str | None:
-    """``yes`` or ``no`` if exactly that one word occurs, exactly once; else None."""
-    words = re.findall(r"\b(?:yes|no)\b", text.lower())
+    """``yes`` or ``no`` if exactly that one word occurs, exactly once; else None. ``True`` and ``False`` count when
+    they are the whole answer: in a sentence ("that is not true") they may mean the opposite."""
+    words = re.findall(r"\b(?:yes|no)\b", text.lower()) or [_VERDICTS.get(normalise(text))]
     return words[0] if len(words) == 1 else None
+
+
+def target_verdict(target: str) -> str:
+    """Whether the right answer is ``yes`` or ``no``.
+
+    Raises:
+        ScoringError: it is neither, or both.
+    """
+    verdict = yes_or_no(target)
+    if verdict is None:
+        raise ScoringError(f"the target {target!r} of a judgment must be yes or no, or true or false")
+    return verdict
+
+
+def same_verdict(prediction: str, target: str) -> float:
+    """1.0 if both say yes or both say no, else 0.0.
+
+    Raises:
+        ScoringError: the target is neither yes nor no, or both.
+    """
+    return float(yes_or_no(prediction) == target_verdict(target))

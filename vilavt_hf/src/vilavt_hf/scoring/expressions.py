@@ -27,9 +27,21 @@ def bare(text: str) -> str:
     r"""The expression without ``\boxed{}`` and math delimiters around it."""
     text = unbox(text.strip()).strip().rstrip(".").strip()
     for opening, closing in _DELIMITERS:
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+        if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
             return text[len(opening) : -len(closing)].strip()
     return text
+
+
+def target_expression(target: str) -> str:
+    """The expression of a right answer.
+
+    Raises:
+        ScoringError: it is blank.
+    """
+    expression = bare(target)
+    if not expression:
+        raise ScoringError(f"the target {target!r} of a math question holds no expression")
+    return expression
 
 
 def same_expression(prediction: str, target: str) -> float:
@@ -39,9 +51,7 @@ def same_expression(prediction: str, target: str) -> float:
     Raises:
         ScoringError: math_verify is not installed, or the target is blank.
     """
-    found, wanted = bare(prediction), bare(target)
-    if not wanted:
-        raise ScoringError("the target of a math question is blank")
+    found, wanted = bare(prediction), target_expression(target)
     parse, verify, config = _math_verify()
     if found == wanted:
         return 1.0

@@ -96,14 +96,24 @@ def _unit(word: str) -> str:
     return plain if plain in _KNOWN_UNITS else ""
 
 
+def target_number(target: str) -> Number:
+    """The number of a right answer.
+
+    Raises:
+        ScoringError: there is none, or more than one.
+    """
+    number = parse_number(target)
+    if number is None:
+        raise ScoringError(f"the target {target!r} holds no number, or several; its question type must be another")
+    return number
+
+
 def _values(prediction: str, target: str) -> tuple[list[float], Number]:
     """What the prediction may mean, in the target's unit; and the target.
 
     A percent sign on one side only may mean the number before it or a hundredth of it. Two different units never agree.
     """
-    wanted, found = parse_number(target), parse_number(prediction)
-    if wanted is None:
-        raise ScoringError(f"the target {target!r} holds no number, or several; its question type must be another")
+    wanted, found = target_number(target), parse_number(prediction)
     if found is None or (found.unit and wanted.unit and found.unit != wanted.unit):
         return [], wanted
     if found.unit == "%" and not wanted.unit:

@@ -37,17 +37,27 @@ def rouge_l(prediction: str, target: str) -> tuple[float, float, float]:
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
+def target_words(target: str) -> str:
+    """A right answer in free form, normalised.
+
+    Raises:
+        ScoringError: nothing is left of it, as of ``the``.
+    """
+    words = normalise(target)
+    if not words:
+        raise ScoringError(f"the target {target!r} of a free-form question holds no word besides articles")
+    return words
+
+
 def text_score(prediction: str, target: str) -> float:
     """1.0 for the same words, else the F1 of ROUGE-L if more than half of both texts is common, else 0.0.
 
     The bar is what keeps a repeated answer and a list of guesses at nothing: twice the target has precision 1/2.
 
     Raises:
-        ScoringError: the target is blank.
+        ScoringError: the target holds no word.
     """
-    if not normalise(target):
-        raise ScoringError(f"the target {target!r} of a free-form question holds no word")
-    if normalise(prediction) == normalise(target):
+    if normalise(prediction) == target_words(target):
         return 1.0
     precision, recall, f1 = rouge_l(prediction, target)
     return f1 if precision > 0.5 and recall > 0.5 else 0.0

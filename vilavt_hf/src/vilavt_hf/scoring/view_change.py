@@ -41,15 +41,25 @@ def axes_score(prediction: Mapping[str, float], target: Mapping[str, float]) -> 
     return sum(mean_relative_accuracy(found, wanted) for found, wanted in nets) / len(nets)
 
 
+def target_view_change(target: str) -> dict[str, float]:
+    """The change of view of a right answer.
+
+    Raises:
+        ScoringError: it is none.
+    """
+    view_change = parse_view_change(target)
+    if view_change is None:
+        known = ", ".join(name for axis in AXES for name in axis)
+        raise ScoringError(f"the target {target!r} is no change of view; it must be name:number,… out of {known}")
+    return view_change
+
+
 def view_change_score(prediction: str, target: str) -> float:
     """:func:`axes_score` of two texts; 0.0 for a prediction that cannot be read.
 
     Raises:
         ScoringError: the target cannot be read.
     """
-    wanted = parse_view_change(target)
-    if wanted is None:
-        known = ", ".join(name for axis in AXES for name in axis)
-        raise ScoringError(f"the target {target!r} is no change of view; it must be name:number,… out of {known}")
+    wanted = target_view_change(target)
     found = parse_view_change(prediction)
     return 0.0 if found is None else axes_score(found, wanted)
