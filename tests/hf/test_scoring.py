@@ -1,6 +1,11 @@
 """Scores of answers: the strict rules, and the published ones bit for bit."""
 
 import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +24,7 @@ from vilavt_hf.scoring import (
     score_answer,
     yes_or_no,
 )
+from vilavt_hf.scoring.expressions import Comparer
 
 
 @pytest.mark.parametrize(
@@ -214,7 +220,7 @@ def test_yes_and_no_exclude_each_other(text: str, verdict: str | None) -> None:
         ("1 or 2", "2", 0),
         ("$1$ $2$", "2", 0),
         ("1 2 3 4 5", "15", 0),
-        ("9^{9^{9^9}}", "1", 0),
+        ("x^2+y^2", "y^2+x^2", 1),
         ("", "1", 0),
     ],
 )
@@ -223,14 +229,74 @@ def test_expressions_are_equal_by_value(prediction: str, target: str, right: int
     assert score_answer(prediction, target, "math") == right
 
 
-def test_math_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def comparer() -> Iterator[Comparer]:
+    pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
+    comparer = Comparer(seconds=1)
+    yield comparer
+    comparer.stop()
+
+
+def in_thread(function: Callable[[], bool]) -> bool:
+    """What it returns, called as a rollout worker would: in a thread, where no signal can interrupt it."""
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it has not returned after 60 s"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "runaway",
+    ["9^{9 ^{9 ^9}}", "(9^{99})!", "\\prod_{i=1}^{10^9} i", "\\lfloor 10^{10^9} \\rfloor", "(" * 140 + "1" + ")" * 140],
+)
+def test_no_answer_keeps_a_worker_busy(comparer: Comparer, runaway: str) -> None:
+    assert not in_thread(lambda: comparer.equal("1", runaway))
+    assert in_thread(lambda: comparer.equal("1/2", "0.5"))  # the next answer is compared as ever
+
+
+def test_a_comparer_that_something_else_ended_is_started_again(comparer: Comparer) -> None:
+    assert comparer.equal("1/2", "0.5")
+    assert comparer._process is not None
+    comparer._process.kill()
+    comparer._process.wait()
+    assert comparer.equal("1/2", "0.5")
+
+
+def test_a_forked_process_has_a_comparer_of_its_own() -> None:
+    pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
     from vilavt_hf.scoring import expressions
 
-    expressions._math_verify.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
+    assert score_answer("2\\sqrt{3}", "\\sqrt{12}", "math") == 1
+    ours = expressions._comparer._process
+    assert ours is not None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
+            found = score_answer("2\\sqrt{3}", "\\sqrt{12}", "math")
+            theirs = expressions._comparer._process
+            status = int(not (found == 1 and theirs is not None and theirs.pid != ours.pid))
+            expressions._comparer.stop()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ours.poll() is None
+
+
+def test_a_comparer_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ScoringError, match="/bin/false"):
+        Comparer().equal("1", "1")
+
+
+def test_math_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ScoringError, match=r"vilavt-hf\[math\]"):
         score_answer("1", "1", "math")
-    expressions._math_verify.cache_clear()
 
 
 def test_free_text_counts_when_most_of_it_is_common() -> None:
