@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vilavt_hf.errors import ScoringError
+from vilavt_hf.protocol import Malformed, NoAction, parse_turn
 from vilavt_hf.scoring import (
     QuestionType,
     check_target,
     iou,
     mean_relative_accuracy,
+    normalise,
     option_letter,
     parse_box,
     parse_number,
@@ -25,6 +27,7 @@ from vilavt_hf.scoring import (
     yes_or_no,
 )
 from vilavt_hf.scoring.expressions import Comparer
+from vilavt_hf.scoring.published import evaluation_score
 
 
 @pytest.mark.parametrize(
@@ -368,6 +371,52 @@ def test_a_target_that_no_answer_could_meet_is_refused(kind: str, target: str) -
         check_target(QuestionType(kind), target)
     with pytest.raises(ScoringError, match="target"):
         score_answer("1", target, kind)
+
+
+LONG = 1_000_000
+"""Characters: read once they cost less than a second, in a quadratic expression hours."""
+
+
+@pytest.mark.parametrize("version", ["strict", "published"])
+@pytest.mark.parametrize(
+    ("before", "repeated", "after"),
+    [
+        ("answer", " ", "xyz"),
+        ("the answer is", "\n", "5"),
+        ("the", " ", "x"),
+        ("A. x", "(", "B"),
+        ("", "(", "1"),
+        ("a", ".", "a"),
+        ("", "..a", ""),
+        ("move_up:", "1", "x"),
+        ("move_up:1.", "1", "x"),
+        ("move_up", " ", "x"),
+        ("", "1", "x"),
+        ("[1, 2, 3, ", "1", "x"),
+        ("\\boxed{", "{", ""),
+        ("", "<answer>", ""),
+        ("", "yes", "no"),
+    ],
+)
+def test_the_cost_of_an_answer_grows_with_its_length_only(before: str, repeated: str, after: str, version: str) -> None:
+    answer = before + repeated * (LONG // len(repeated)) + after
+    for kind in (*TARGETS, "vci"):
+        if kind != "math":
+            target = TARGETS.get(kind, ("move_up:1",))[0]
+            assert 0 <= score_answer(answer, target, kind, version=version) <= 1  # type: ignore[arg-type]
+            assert evaluation_score(answer, target, kind) in (0.0, 1.0)
+    assert isinstance(parse_turn(answer), NoAction | Malformed)
+
+
+@given(st.lists(st.sampled_from(["the", "answer", "is", ":", " ", "\n", "(", "a", "B", ")", ".", ",", "1", "é"])))
+def test_option_letters_and_words_do_not_depend_on_how_many_blanks_there_are(parts: list[str]) -> None:
+    text = "".join(parts)
+    spaced = "".join(part * (1 + part.isspace()) for part in parts)
+    assert option_letter(text) == option_letter(spaced)
+    assert normalise(text) == normalise(spaced)
+    assert normalise(text) == " ".join(
+        core for word in text.lower().split() if (core := word.strip("(:).,")) not in ("", "a", "the")
+    )
 
 
 PUBLISHED = [  # what the published reward gave for each, its accidents included

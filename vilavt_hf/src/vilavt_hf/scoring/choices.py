@@ -7,7 +7,9 @@ import re
 from ..errors import ScoringError
 from .text import normalise
 
-_LEAD = r"(?:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*)?"
+# Blanks are taken whole (*+, ++): no letter, word or mark begins with one, and giving them back piece by piece to three
+# parts in a row would cost their number cubed.
+_LEAD = r"(?:(?:the\s++)?(?:correct\s++|final\s++)?(?:answer|option|choice)\s*+(?:is)?\s*+:?\s*+)?"
 _LETTER = re.compile(
     rf"^\W*?{_LEAD}[(\[]?(?P<letter>[A-Za-z])(?P<mark>[)\].:,]+|$)(?P<rest>.*)$", re.DOTALL | re.IGNORECASE
 )
