@@ -46,6 +46,30 @@ from vilavt_hf.scoring.published import evaluation_score
         ("Option B", "B"),
         ("answer: C", "C"),
         ("A. Vitamin C deficiency", "A"),
+        ("A. Vitamin C", "A"),
+        ("A. Vitamin C.", "A"),
+        ("A. Plan B", "A"),
+        ("A. X-ray", "A"),
+        ("A. a dog", "A"),
+        ("A. 3 m. wide", "A"),
+        ("B. left. A cat sits there", "B"),
+        ("B. left, I think", "B"),
+        ("( A )", "A"),
+        ("（A）", "A"),
+        ("$A$", "A"),
+        ("\\(A\\)", "A"),
+        ("\\text{A}", "A"),
+        ("`A`", "A"),
+        ('"A"', "A"),
+        ("“B”", "B"),
+        ("'C'", "C"),
+        ("A - left", "A"),
+        ("A – left", "A"),
+        ("B left", "B"),
+        ("C is correct", "C"),
+        ("My answer is A", "A"),
+        ("The answer is\nA", "A"),
+        ("A\nbecause it is left", "A"),
         ("Apple", None),
         ("A cat", None),
         ("", None),
@@ -57,6 +81,22 @@ from vilavt_hf.scoring.published import evaluation_score
         ("A/B", None),
         ("A or B", None),
         ("A. left, B. right", None),
+        ("a. b. c. d", None),
+        ("a, b, c, d", None),
+        ("a) b) c) d)", None),
+        ("A, b, c, d", None),
+        ("A. or b. or c. or d.", None),
+        ("A. left; B right", None),
+        ("A. left or b", None),
+        ("A left; B right", None),
+        ("B left C right", None),
+        ("B right; A left", None),
+        ("A - left B - right", None),
+        ("B\nC", None),
+        ("A. B-C", None),
+        ("A-frame", None),
+        ("b left", None),
+        ("I think so", None),
         ("AAAA", None),
         ("A A A", None),
         ("A. A.", None),
@@ -78,6 +118,13 @@ def test_an_option_letter_is_read_by_rule(text: str, letter: str | None) -> None
         ("The left", "left", 1),
         ("C. left", "B. left", 0),
         ("right", "B. left", 0),
+        ("A", "A. Vitamin C", 1),
+        ("vitamin c", "A. Vitamin C", 1),
+        ("A. B", "A. B", 1),
+        ("B", "A. B", 0),
+        ("A left", "A. left", 1),
+        ("A left", "A", 0),
+        ("A", "left", 0),
         ("Apple", "A", 0),
         ("", "A", 0),
     ],
@@ -354,6 +401,9 @@ def test_a_target_that_passes_the_check_can_be_met(kind: str, target: str, answe
     [
         *((kind.value, blank) for kind in QuestionType for blank in ("", " \n")),
         ("multiple choice", "?"),
+        ("multiple choice", "the"),
+        ("multiple choice", "A, C"),
+        ("multiple choice", "B and D"),
         ("numerical", "three"),
         ("numerical", "3 or 4"),
         ("regression", "cat"),
@@ -477,6 +527,34 @@ def test_nothing_is_earned_by_silence_repetition_or_everything_at_once(kind: str
 def test_nothing_is_earned_by_silence_repetition_or_everything_at_once_in_math(data: st.DataObject) -> None:
     pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
     _earns_nothing("math", data)
+
+
+OPTIONS = ("left", "a dog", "Vitamin C", "the red car", "3 m wide", "it's X-rayed")
+
+
+@given(st.data())
+def test_several_options_are_none_however_they_are_written(data: st.DataObject) -> None:
+    letters = data.draw(st.permutations("ABCD"))[: data.draw(st.integers(2, 4))]
+    joiner = data.draw(st.sampled_from([", ", "; ", " or ", " and ", " / ", "\n", " ", " & "]))
+    wrap = data.draw(st.sampled_from(["{}. {}", "{}) {}", "({}) {}", "[{}] {}", "{}: {}", "{} - {}"]))
+    texts = data.draw(st.sampled_from([[""] * 6, OPTIONS]))
+    parts = [
+        wrap.format(letter.lower() if data.draw(st.booleans()) else letter, text).strip()
+        for letter, text in zip(letters, texts, strict=False)
+    ]
+    assert option_letter(joiner.join(parts)) is None
+
+
+@given(
+    st.sampled_from("ABCD"),
+    st.booleans(),
+    st.sampled_from(
+        ["{}. {}", "{}) {}", "({}) {}", "[{}] {}", "{}: {}", "{} - {}", "**{}.** {}", "The answer is {}. {}"]
+    ),
+    st.sampled_from(["", *OPTIONS]),
+)
+def test_one_option_is_read_however_it_is_written(letter: str, small: bool, wrap: str, text: str) -> None:
+    assert option_letter(wrap.format(letter.lower() if small else letter, text)) == letter
 
 
 def _earns_nothing(kind: str, data: st.DataObject) -> None:

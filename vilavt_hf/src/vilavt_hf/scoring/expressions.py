@@ -96,7 +96,8 @@ class Comparer:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
             process = self._process
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 print(json.dumps([wanted, found]), file=process.stdin, flush=True)
                 reply = process.stdout.readline()
