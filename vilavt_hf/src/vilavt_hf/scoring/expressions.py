@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from ..errors import ScoringError
 from ..protocol import unbox
+from .numbers import NUMBER_WORD, Number, meanings, parse_number
 
 MAX_CHARS = 300
 """A longer answer is not compared."""
@@ -22,8 +24,20 @@ SECONDS = 4.0
 
 _LIST = re.compile(r",(?!\d{3}(?!\d))")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-# Several answers in one.
-_REFUSED = re.compile(r"\d\s+\d|[\w)}]\s*\|\s*\w|\$|\b(?:or|and)\b|[;\n]")
+_BLANK = re.compile(r"\\(?:[,;:!\s]|q?quad(?![A-Za-z]))|~")
+_EQUALS = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])|≈|(?<![<>!])=")
+# What it is that equals: x =, x_1 =, f(x) =, \text{Area} =
+_NAME = re.compile(r"(?:[A-Za-z\\(){},'\s]|_\w|_\{\w+\})+=")
+# Several answers in one, of which math_verify would pick one, or which it would calculate with.
+_SEVERAL = re.compile(
+    r"\d\s+\d|[\w)}]\s*\|\s*\w|\$|\\[(\[]|\b(?:or|and)\b|[;\n]|\d\s*_|\d\s*[\"']"
+    r"|\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\d"
+)
+# Letters that belong to a number: 1.5e3, \frac, minus.
+_NUMERIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)|\\[A-Za-z]+|\b(?:minus|negative)\b")
+_LETTER = re.compile(r"[^\W\d_]|!")
+DIGITS = 2e-6
+"""Relative difference up to which a decimal fraction is another number: 0.333333 is 1/3, 0.33 is not."""
 
 
 def bare(text: str) -> str:
@@ -49,7 +63,9 @@ def target_expression(target: str) -> str:
 
 def same_expression(prediction: str, target: str) -> float:
     """1.0 if both parse to equal expressions, else 0.0: ``1/2`` is ``0.5`` and ``\\frac12``. One expression counts; a
-    list of guesses is none.
+    list of guesses or a chain of equations is none.
+
+    Numbers are compared as such, with percent signs, currencies and units; everything else by math_verify.
 
     Raises:
         ScoringError: math_verify is not installed, or the target is blank.
@@ -61,14 +77,30 @@ def same_expression(prediction: str, target: str) -> float:
         )
     if found == wanted:
         return 1.0
-    if (
-        not found
-        or len(found) > MAX_CHARS
-        or _REFUSED.search(found)
-        or (_LIST.search(found) and not _LIST.search(wanted))
+    if not found or len(found) > MAX_CHARS:
+        return 0.0
+    found, wanted = (_EQUALS.sub("=", side) for side in (found, wanted))
+    if not ("=" in found and "=" in wanted):
+        found, wanted = (_NAME.sub("", side, count=1).strip() for side in (found, wanted))
+    if (number := _number(found)) is not None and (target_number := _number(wanted)) is not None:
+        return float(_same_value(number, target_number))
+    if found.count("=") > wanted.count("=") or any(
+        pattern.search(_BLANK.sub(" ", found)) and not pattern.search(_BLANK.sub(" ", wanted))
+        for pattern in (_SEVERAL, _LIST, NUMBER_WORD)
     ):
         return 0.0
     return float(_comparer.equal(wanted, found))
+
+
+def _number(text: str) -> Number | None:
+    """The number that a text is, not one with a letter (``7x``) or a factorial."""
+    number = parse_number(text)
+    return None if number is None or (not number.unit and _LETTER.search(_NUMERIC.sub("", text))) else number
+
+
+def _same_value(found: Number, wanted: Number) -> bool:
+    room = DIGITS if found.decimals or wanted.decimals else 1e-12
+    return any(math.isclose(value, wanted.value, rel_tol=room) for value in meanings(found, wanted))
 
 
 class Comparer:

@@ -168,19 +168,24 @@ def target_number(target: str) -> Number:
     return number
 
 
-def _values(prediction: str, target: str) -> tuple[list[float], Number]:
-    """What the prediction may mean, in the target's unit; and the target.
+def meanings(found: Number, wanted: Number) -> list[float]:
+    """What a number may mean, in another's unit; nothing if the units differ.
 
-    A percent sign on one side only may mean the number before it or a hundredth of it. Two different units never agree.
+    A percent sign on one side only may mean the number before it or a hundredth of it.
     """
-    wanted, found = target_number(target), parse_number(prediction)
-    if found is None or (found.unit and wanted.unit and found.unit != wanted.unit):
-        return [], wanted
+    if found.unit and wanted.unit and found.unit != wanted.unit:
+        return []
     if found.unit == "%" and not wanted.unit:
-        return [found.value, found.value / 100], wanted
+        return [found.value, found.value / 100]
     if wanted.unit == "%" and not found.unit:
-        return [found.value, found.value * 100], wanted
-    return [found.value], wanted
+        return [found.value, found.value * 100]
+    return [found.value]
+
+
+def _values(prediction: str, target: str) -> tuple[list[float], Number]:
+    """What the prediction may mean, in the target's unit; and the target."""
+    wanted, found = target_number(target), parse_number(prediction)
+    return [] if found is None else meanings(found, wanted), wanted
 
 
 def same_number(prediction: str, target: str) -> float:
