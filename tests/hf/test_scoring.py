@@ -445,6 +445,9 @@ def test_a_box_counts_by_its_overlap_from_one_half_on() -> None:
     assert parse_box("[30, 20, 10, 40]") is None
     assert parse_box("[1, 2, 3]") is None
     assert parse_box("[1,2,3,4] [5,6,7,8]") is None
+    assert parse_box("[1,2,3,4]" + " " * 600) == (1, 2, 3, 4)
+    assert parse_box("[1,2,3,4]" + " " * 600 + "[5,6,7,8]") is None
+    assert parse_box("[1,2,3,4]" + " " * 600 + "is it") is None
     assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
     assert score_answer("[0, 0, 10, 10]", "[0, 0, 10, 8]", "box") == pytest.approx(0.8)
     assert score_answer("[0, 0, 100, 100]", "[0, 0, 10, 10]", "box") == pytest.approx(0.0)
