@@ -42,6 +42,8 @@ from vilavt_hf.scoring.published import evaluation_score
         ("B) the red one", "B"),
         ("B: left", "B"),
         ("**C**", "C"),
+        ("A!", "A"),
+        ("<B>", "B"),
         ("The answer is (D).", "D"),
         ("Option B", "B"),
         ("answer: C", "C"),

@@ -19,7 +19,7 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _LETTER = re.compile(
-    r"[(\[{]? ?(?P<letter>[A-Za-z])(?: ?[)\]}.:,][)\]}.:, ]*| ?[-–—](?: |$)|$|(?P<blank> ))(?P<rest>.*)"
+    r"[(\[{]? ?(?P<letter>[A-Za-z])(?: ?[)\]}>.:,!][)\]}>.:,! ]*| ?[-–—](?: |$)|$|(?P<blank> ))(?P<rest>.*)"
 )
 # A letter that is no part of a word (X-ray, it's), and no unit (3 m).
 _ALONE = re.compile(r"(?<![\w'’])(?<!\d )[A-Za-z](?!\w|['’]\w|-\w\w)")
