@@ -105,6 +105,8 @@ def test_a_new_metric_is_a_function_named_in_the_file(tmp_path, monkeypatch):
         ("base: ERQA\ntypes: {multiple choice: {metric: guess}}\n", "no metric 'guess'; known are multiple choice"),
         ("base: ERQA\ntypes: {multiple choice: {metric: 'no_such:f'}}\n", "No module named 'no_such'"),
         ("base: ERQA\ntypes: {multiple choice: {metric: 'json:__name__'}}\n", "it must be a function"),
+        ("base: ERQA\ntypes: {multiple choice: {metric: ':f'}}\n", "metric ':f' cannot be imported: ValueError"),
+        ("base: ERQA\ntypes: {multiple choice: {metric: '.a:f'}}\n", "metric '.a:f' cannot be imported: TypeError"),
         ("base: ERQA\ndefault_type: riddle\n", "default_type: 'riddle' is not among types: multiple choice"),
         ("base: MMSI-Bench\nkeys: {question: thought}\n", "hidden: thought cannot be hidden"),
         ("base: VSI-Bench\nreport: {category: null}\n", "category: name the key"),

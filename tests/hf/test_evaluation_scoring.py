@@ -17,6 +17,7 @@ from vilavt_hf import cli
 from vilavt_hf.cli import app
 from vilavt_hf.errors import BenchmarkError, ScoringError
 from vilavt_hf.evaluation.benchmark import load_benchmark
+from vilavt_hf.evaluation.metrics import find_metric
 from vilavt_hf.evaluation.report import write_report
 from vilavt_hf.evaluation.scoring import Flaw, ScoredFile, score_file
 from vilavt_hf.evaluation.statistics import percentile_interval, resampled_means, spread
@@ -266,21 +267,73 @@ def test_wrong_files_are_refused(tmp_path):
 
 
 def test_a_benchmark_of_ones_own_is_scored_by_the_definition_that_its_run_wrote_down(tmp_path):
-    definition = {
-        "name": "mine",
-        "title": "places",
-        "file": "mine.json",
-        "options": "question",
-        "default_type": "letters",
-        "types": {"letters": {"metric": "multiple choice"}},
-        "report": {"category": "place"},
-    }
+    definition = dict(MINE)
     rows = [{**row(1), "problem_type": "letters", "place": "here"}]
     found = score_file(write(tmp_path / "r.jsonl", rows, {"benchmark": {"name": "mine", "definition": definition}}))
     assert [(r.strict, r.category) for r in found.rows] == [(1.0, "here")]
     definition["types"] = {}
     with pytest.raises(BenchmarkError, match="definition of mine"):
         score_file(write(tmp_path / "r.jsonl", rows, {"benchmark": {"name": "mine", "definition": definition}}))
+
+
+MINE = {
+    "name": "mine",
+    "title": "places",
+    "file": "mine.json",
+    "options": "question",
+    "default_type": "letters",
+    "types": {"letters": {"metric": "multiple choice"}},
+    "report": {"category": "place"},
+}
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch):
+    """The module `spying` on the path; what it leaves behind when it is imported or called."""
+    mark = tmp_path / "called"
+    (tmp_path / "spying.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef metric(prediction, target):\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield mark
+    sys.modules.pop("spying", None)
+    find_metric.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["spying:metric", ":metric", ".spying:metric", "spying:", "a:b:c", "spying"])
+@pytest.mark.parametrize("benchmark", [None, "ERQA"])
+def test_a_question_type_is_never_taken_for_a_function(kind, benchmark, tmp_path, called):
+    file = scored(tmp_path, row(1), row(2, "rm", "r", problem_type=kind), benchmark=benchmark)
+    assert file.scores("strict") == pytest.approx([1, 0])
+    assert file.flaws == {"unknown question type": 1}
+    assert not called.exists()
+
+
+def test_a_definition_inside_a_result_file_may_not_call_functions_one_that_is_named_may(tmp_path, called):
+    definition = MINE | {"types": {"letters": {"metric": "spying:metric"}}}
+    path = write(
+        tmp_path / "r.jsonl",
+        [row(1, "B", problem_type="letters")],
+        {"benchmark": {"name": "mine", "definition": definition}},
+    )
+    with pytest.raises(BenchmarkError, match=r"'spying:metric' is a function.*--benchmark FILE\.yaml"):
+        score_file(path)
+    assert not called.exists()
+    (tmp_path / "mine.yaml").write_text(json.dumps(definition))
+    result = CliRunner().invoke(app, ["score", str(path), "--benchmark", str(tmp_path / "mine.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "100.00" in result.output
+    assert called.exists()
+
+
+def test_the_name_of_a_benchmark_in_a_result_file_is_never_opened_as_a_path(tmp_path, called):
+    (tmp_path / "other.yaml").write_text("base: ERQA\ntypes: {multiple choice: {metric: 'spying:metric'}}\n")
+    for name in ("other.yaml", str(tmp_path / "other.yaml")):
+        path = write(tmp_path / "r.jsonl", [row(1)], {"benchmark": name})
+        with pytest.raises(BenchmarkError, match=r"no benchmark .*other\.yaml.*--benchmark FILE\.yaml"):
+            score_file(path)
+    assert not called.exists()
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,17 +1,24 @@
 """Scores of answers: the strict rules, and the published ones bit for bit."""
 
 import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vilavt_hf.errors import ScoringError
+from vilavt_hf.protocol import Malformed, NoAction, parse_turn
 from vilavt_hf.scoring import (
     QuestionType,
     check_target,
     iou,
     mean_relative_accuracy,
+    normalise,
     option_letter,
     parse_box,
     parse_number,
@@ -19,6 +26,8 @@ from vilavt_hf.scoring import (
     score_answer,
     yes_or_no,
 )
+from vilavt_hf.scoring.expressions import Comparer
+from vilavt_hf.scoring.published import evaluation_score
 
 
 @pytest.mark.parametrize(
@@ -33,10 +42,36 @@ from vilavt_hf.scoring import (
         ("B) the red one", "B"),
         ("B: left", "B"),
         ("**C**", "C"),
+        ("A!", "A"),
+        ("<B>", "B"),
         ("The answer is (D).", "D"),
         ("Option B", "B"),
         ("answer: C", "C"),
         ("A. Vitamin C deficiency", "A"),
+        ("A. Vitamin C", "A"),
+        ("A. Vitamin C.", "A"),
+        ("A. Plan B", "A"),
+        ("A. X-ray", "A"),
+        ("A. a dog", "A"),
+        ("A. 3 m. wide", "A"),
+        ("B. left. A cat sits there", "B"),
+        ("B. left, I think", "B"),
+        ("( A )", "A"),
+        ("（A）", "A"),
+        ("$A$", "A"),
+        ("\\(A\\)", "A"),
+        ("\\text{A}", "A"),
+        ("`A`", "A"),
+        ('"A"', "A"),
+        ("“B”", "B"),
+        ("'C'", "C"),
+        ("A - left", "A"),
+        ("A – left", "A"),
+        ("B left", "B"),
+        ("C is correct", "C"),
+        ("My answer is A", "A"),
+        ("The answer is\nA", "A"),
+        ("A\nbecause it is left", "A"),
         ("Apple", None),
         ("A cat", None),
         ("", None),
@@ -48,6 +83,22 @@ from vilavt_hf.scoring import (
         ("A/B", None),
         ("A or B", None),
         ("A. left, B. right", None),
+        ("a. b. c. d", None),
+        ("a, b, c, d", None),
+        ("a) b) c) d)", None),
+        ("A, b, c, d", None),
+        ("A. or b. or c. or d.", None),
+        ("A. left; B right", None),
+        ("A. left or b", None),
+        ("A left; B right", None),
+        ("B left C right", None),
+        ("B right; A left", None),
+        ("A - left B - right", None),
+        ("B\nC", None),
+        ("A. B-C", None),
+        ("A-frame", None),
+        ("b left", None),
+        ("I think so", None),
         ("AAAA", None),
         ("A A A", None),
         ("A. A.", None),
@@ -69,6 +120,13 @@ def test_an_option_letter_is_read_by_rule(text: str, letter: str | None) -> None
         ("The left", "left", 1),
         ("C. left", "B. left", 0),
         ("right", "B. left", 0),
+        ("A", "A. Vitamin C", 1),
+        ("vitamin c", "A. Vitamin C", 1),
+        ("A. B", "A. B", 1),
+        ("B", "A. B", 0),
+        ("A left", "A. left", 1),
+        ("A left", "A", 0),
+        ("A", "left", 0),
         ("Apple", "A", 0),
         ("", "A", 0),
     ],
@@ -91,7 +149,29 @@ def test_a_choice_is_met_by_letter_or_by_the_options_text(prediction: str, targe
         ("50 percent", 50, "%"),
         ("42 m", 42, "m"),
         ("about 42 meters", 42, "m"),
-        ("42 m^2", 42, ""),
+        ("42 m^2", 42, "m²"),
+        ("42 m²", 42, "m²"),
+        ("42 square meters", 42, "m²"),
+        ("3 \\text{ m}", 3, "m"),
+        ("3 yards", 3, "yd"),
+        ("5 m/s", 5, "m/s"),
+        ("20 °C", 20, "°C"),
+        ("5 dollars", 5, "$"),
+        ("minus 5", -5, ""),
+        ("negative 2.5 m", -2.5, "m"),
+        ("–5", -5, ""),
+        ("- 5", -5, ""),
+        ("1 1/2", 1.5, ""),
+        ("-1 1/2", -1.5, ""),
+        ("\\frac{3}{4}", 0.75, ""),
+        ("1\\frac12", 1.5, ""),
+        ("1 \\times 10^3", 1000, ""),
+        ("1\\,000", 1000, ""),
+        ("$50$", 50, ""),
+        ("\\$50", 50, "$"),
+        ("50\\%", 50, "%"),
+        ("**5**", 5, ""),
+        ("x = 5", 5, ""),
         ("3 cats", 3, ""),
         (".5", 0.5, ""),
         ("3/4", 0.75, ""),
@@ -126,6 +206,26 @@ def test_a_number_is_read_with_separators_units_and_signs(text: str, value: floa
         "1e999",
         "12,34",
         "3 ft 5 in",
+        "3 or four",
+        "3 hundred",
+        "3 and a half",
+        "3½",
+        "3 三",
+        "3 m4 m5 m6",
+        "3 cats2",
+        "3 4/2",
+        "2^3",
+        "10^3",
+        "10³",
+        "√9",
+        "\\sqrt{9}",
+        "2\\pi",
+        "\\pm 3",
+        "5 minus x",
+        "the gap - 5 m",
+        "x-5",
+        "--5",
+        "> 5",
         "1" * 201,
     ],
 )
@@ -151,6 +251,14 @@ def test_no_number_or_several_are_none(text: str) -> None:
         ("50%", "50", 1),
         ("50%", "0.5", 1),
         ("50", "50%", 1),
+        ("0.5", "50%", 1),
+        ("0.05", "50%", 0),
+        ("minus 5", "5", 0),
+        ("minus 5", "-5", 1),
+        ("–5", "-5", 1),
+        ("3 yards", "3 m", 0),
+        ("3 m^2", "3 m", 0),
+        ("3 m^2", "3", 1),
         ("1/3", "0.33", 1),
         ("41", "42", 0),
     ],
@@ -209,12 +317,44 @@ def test_yes_and_no_exclude_each_other(text: str, verdict: str | None) -> None:
         ("3x+1", "1+3x", 1),
         ("x=3", "3", 1),
         ("50\\%", "50\\%", 1),
+        ("$50", "50", 1),
+        ("\\$50", "50", 1),
+        ("50%", "50", 1),
+        ("50\\%", "0.5", 1),
+        ("1.5e3", "1500", 1),
+        ("minus 5", "-5", 1),
+        ("90°", "90", 1),
+        ("1 1/2", "1.5", 1),
+        ("0.333333", "1/3", 1),
+        ("0.33", "1/3", 0),
+        ("1000001", "1000000", 0),
+        ("42 cm", "42 m", 0),
+        ("7x", "7", 0),
+        ("7e", "7", 0),
+        ("3!", "6", 1),
+        ("3!", "3", 0),
+        ("f(x) = x^2", "x^2", 1),
+        ("x_1 \\approx 3", "3", 1),
+        ("3", "x=3", 1),
+        ("\\text{Area} = 2\\pi", "2\\pi", 1),
+        ("y=2x", "2x=y", 1),
+        ("1=2=3", "3", 0),
+        ("1=3", "3", 0),
+        ("3 \\approx 4", "3", 0),
+        ("x=1=2\\pi", "2\\pi", 0),
+        ("\\boxed{1}\\boxed{2}", "2", 0),
+        ("7 \\text{ 7}", "7", 0),
+        ("7 \\text{ eight}", "7", 0),
+        ("3 \\quad 4", "7", 0),
+        ("3_4", "3", 0),
+        ('3"4', "34", 0),
+        ("\\(1\\) \\(2\\)", "2", 0),
         ("1/3", "0.5", 0),
         ("1, 2, 3, 4", "3", 0),
         ("1 or 2", "2", 0),
         ("$1$ $2$", "2", 0),
         ("1 2 3 4 5", "15", 0),
-        ("9^{9^{9^9}}", "1", 0),
+        ("x^2+y^2", "y^2+x^2", 1),
         ("", "1", 0),
     ],
 )
@@ -223,14 +363,74 @@ def test_expressions_are_equal_by_value(prediction: str, target: str, right: int
     assert score_answer(prediction, target, "math") == right
 
 
-def test_math_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def comparer() -> Iterator[Comparer]:
+    pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
+    comparer = Comparer(seconds=1)
+    yield comparer
+    comparer.stop()
+
+
+def in_thread(function: Callable[[], bool]) -> bool:
+    """What it returns, called as a rollout worker would: in a thread, where no signal can interrupt it."""
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it has not returned after 60 s"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "runaway",
+    ["9^{9 ^{9 ^9}}", "(9^{99})!", "\\prod_{i=1}^{10^9} i", "\\lfloor 10^{10^9} \\rfloor", "(" * 140 + "1" + ")" * 140],
+)
+def test_no_answer_keeps_a_worker_busy(comparer: Comparer, runaway: str) -> None:
+    assert not in_thread(lambda: comparer.equal("1", runaway))
+    assert in_thread(lambda: comparer.equal("1/2", "0.5"))  # the next answer is compared as ever
+
+
+def test_a_comparer_that_something_else_ended_is_started_again(comparer: Comparer) -> None:
+    assert comparer.equal("1/2", "0.5")
+    assert comparer._process is not None
+    comparer._process.kill()
+    comparer._process.wait()
+    assert comparer.equal("1/2", "0.5")
+
+
+def test_a_forked_process_has_a_comparer_of_its_own() -> None:
+    pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
     from vilavt_hf.scoring import expressions
 
-    expressions._math_verify.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
+    assert score_answer("2\\sqrt{3}", "\\sqrt{12}", "math") == 1
+    ours = expressions._comparer._process
+    assert ours is not None
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
+            found = score_answer("2\\sqrt{3}", "\\sqrt{12}", "math")
+            theirs = expressions._comparer._process
+            status = int(not (found == 1 and theirs is not None and theirs.pid != ours.pid))
+            expressions._comparer.stop()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ours.poll() is None
+
+
+def test_a_comparer_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ScoringError, match="/bin/false"):
+        Comparer().equal("1", "1")
+
+
+def test_math_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ScoringError, match=r"vilavt-hf\[math\]"):
         score_answer("1", "1", "math")
-    expressions._math_verify.cache_clear()
 
 
 def test_free_text_counts_when_most_of_it_is_common() -> None:
@@ -247,6 +447,9 @@ def test_a_box_counts_by_its_overlap_from_one_half_on() -> None:
     assert parse_box("[30, 20, 10, 40]") is None
     assert parse_box("[1, 2, 3]") is None
     assert parse_box("[1,2,3,4] [5,6,7,8]") is None
+    assert parse_box("[1,2,3,4]" + " " * 600) == (1, 2, 3, 4)
+    assert parse_box("[1,2,3,4]" + " " * 600 + "[5,6,7,8]") is None
+    assert parse_box("[1,2,3,4]" + " " * 600 + "is it") is None
     assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
     assert score_answer("[0, 0, 10, 10]", "[0, 0, 10, 8]", "box") == pytest.approx(0.8)
     assert score_answer("[0, 0, 100, 100]", "[0, 0, 10, 10]", "box") == pytest.approx(0.0)
@@ -285,6 +488,9 @@ def test_a_target_that_passes_the_check_can_be_met(kind: str, target: str, answe
     [
         *((kind.value, blank) for kind in QuestionType for blank in ("", " \n")),
         ("multiple choice", "?"),
+        ("multiple choice", "the"),
+        ("multiple choice", "A, C"),
+        ("multiple choice", "B and D"),
         ("numerical", "three"),
         ("numerical", "3 or 4"),
         ("regression", "cat"),
@@ -302,6 +508,52 @@ def test_a_target_that_no_answer_could_meet_is_refused(kind: str, target: str) -
         check_target(QuestionType(kind), target)
     with pytest.raises(ScoringError, match="target"):
         score_answer("1", target, kind)
+
+
+LONG = 1_000_000
+"""Characters: read once they cost less than a second, in a quadratic expression hours."""
+
+
+@pytest.mark.parametrize("version", ["strict", "published"])
+@pytest.mark.parametrize(
+    ("before", "repeated", "after"),
+    [
+        ("answer", " ", "xyz"),
+        ("the answer is", "\n", "5"),
+        ("the", " ", "x"),
+        ("A. x", "(", "B"),
+        ("", "(", "1"),
+        ("a", ".", "a"),
+        ("", "..a", ""),
+        ("move_up:", "1", "x"),
+        ("move_up:1.", "1", "x"),
+        ("move_up", " ", "x"),
+        ("", "1", "x"),
+        ("[1, 2, 3, ", "1", "x"),
+        ("\\boxed{", "{", ""),
+        ("", "<answer>", ""),
+        ("", "yes", "no"),
+    ],
+)
+def test_the_cost_of_an_answer_grows_with_its_length_only(before: str, repeated: str, after: str, version: str) -> None:
+    answer = before + repeated * (LONG // len(repeated)) + after
+    for kind in (*TARGETS, "vci"):
+        if kind != "math":
+            target = TARGETS.get(kind, ("move_up:1",))[0]
+            assert 0 <= score_answer(answer, target, kind, version=version) <= 1  # type: ignore[arg-type]
+            assert evaluation_score(answer, target, kind) in (0.0, 1.0)
+    assert isinstance(parse_turn(answer), NoAction | Malformed)
+
+
+@given(st.lists(st.sampled_from(["the", "answer", "is", ":", " ", "\n", "(", "a", "B", ")", ".", ",", "1", "é"])))
+def test_option_letters_and_words_do_not_depend_on_how_many_blanks_there_are(parts: list[str]) -> None:
+    text = "".join(parts)
+    spaced = "".join(part * (1 + part.isspace()) for part in parts)
+    assert option_letter(text) == option_letter(spaced)
+    assert normalise(text) == normalise(spaced)
+    assert normalise(text) == " ".join(
+        core for word in text.lower().split() if (core := word.strip("(:).,")) not in ("", "a", "the")
+    )
 
 
 PUBLISHED = [  # what the published reward gave for each, its accidents included
@@ -362,6 +614,34 @@ def test_nothing_is_earned_by_silence_repetition_or_everything_at_once(kind: str
 def test_nothing_is_earned_by_silence_repetition_or_everything_at_once_in_math(data: st.DataObject) -> None:
     pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
     _earns_nothing("math", data)
+
+
+OPTIONS = ("left", "a dog", "Vitamin C", "the red car", "3 m wide", "it's X-rayed")
+
+
+@given(st.data())
+def test_several_options_are_none_however_they_are_written(data: st.DataObject) -> None:
+    letters = data.draw(st.permutations("ABCD"))[: data.draw(st.integers(2, 4))]
+    joiner = data.draw(st.sampled_from([", ", "; ", " or ", " and ", " / ", "\n", " ", " & "]))
+    wrap = data.draw(st.sampled_from(["{}. {}", "{}) {}", "({}) {}", "[{}] {}", "{}: {}", "{} - {}"]))
+    texts = data.draw(st.sampled_from([[""] * 6, OPTIONS]))
+    parts = [
+        wrap.format(letter.lower() if data.draw(st.booleans()) else letter, text).strip()
+        for letter, text in zip(letters, texts, strict=False)
+    ]
+    assert option_letter(joiner.join(parts)) is None
+
+
+@given(
+    st.sampled_from("ABCD"),
+    st.booleans(),
+    st.sampled_from(
+        ["{}. {}", "{}) {}", "({}) {}", "[{}] {}", "{}: {}", "{} - {}", "**{}.** {}", "The answer is {}. {}"]
+    ),
+    st.sampled_from(["", *OPTIONS]),
+)
+def test_one_option_is_read_however_it_is_written(letter: str, small: bool, wrap: str, text: str) -> None:
+    assert option_letter(wrap.format(letter.lower() if small else letter, text)) == letter
 
 
 def _earns_nothing(kind: str, data: st.DataObject) -> None:

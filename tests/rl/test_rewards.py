@@ -63,6 +63,7 @@ def test_published_rewards(trajectory: Trajectory, task: Task, expected: float) 
         (of(CALL, REPLY, RIGHT), A, 1.0),
         (of(RIGHT.replace(">A<", ">(A)<")), A, 1.0),
         (of(RIGHT.replace(">A<", ">\\boxed{A}<")), A, 1.0),
+        (of(RIGHT.replace(">A<", ">\\boxed{B}\\boxed{A}<")), A, 0.0),
         (of("<answer>A</answer>"), A, 0.5),  # no thought
         (of(RIGHT + " and more"), A, 0.5),
         (of("A"), A, 0.0),  # no answer tag

@@ -194,7 +194,7 @@ def accuracy(trajectory: Trajectory, task: Task, version: Version = "strict") ->
             else 0.0
         )
     action = parse_turn(last.text) if last.role == "assistant" else None
-    found = unbox(action.text) if isinstance(action, Answer) and last.problem is None else None
+    found = action.text if isinstance(action, Answer) and last.problem is None else None
     return score_answer(found, str(task.answer), task.question_type)
 
 

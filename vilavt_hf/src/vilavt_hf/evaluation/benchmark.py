@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..data.schema import problems
 from ..errors import BenchmarkError
-from .metrics import find_metric
+from .metrics import find_metric, is_function
 
 FOLDER = Path(__file__).parent / "benchmarks"
 
@@ -43,7 +43,9 @@ class TypeRule(_Part):
 
     @field_validator("metric")
     @classmethod
-    def _known(cls, value: str) -> str:
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        if is_function(value) and not (info.context or {}).get("functions"):
+            raise BenchmarkError(f"metric {value!r} is a function; only a definition named as a file may call one")
         find_metric(value)
         return value
 
@@ -164,17 +166,28 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
         values = _values(path, ())
     except BenchmarkError as error:
         raise BenchmarkError(f"{path}: {error}") from None
-    return read_benchmark(values, str(path))
+    return read_benchmark(values, str(path), functions=True)
 
 
-def read_benchmark(values: Any, where: str) -> Benchmark:
-    """A benchmark from plain data; `where` it stands, for errors.
+def shipped_benchmark(name: str) -> Benchmark | None:
+    """The benchmark that comes with the package under a name; None: there is none. A path is no name."""
+    known = _shipped(name)
+    return None if known is None else load_benchmark(known)
+
+
+def read_benchmark(values: Any, where: str, *, functions: bool = False) -> Benchmark:
+    """A benchmark from plain data.
+
+    Args:
+        values: the data.
+        where: it stands, for errors.
+        functions: whether metrics may be functions, which are imported; not if the data may come from anybody.
 
     Raises:
         BenchmarkError: wrong keys; names all of them.
     """
     try:
-        return Benchmark.model_validate(values)
+        return Benchmark.model_validate(values, context={"functions": functions})
     except ValidationError as error:
         raise BenchmarkError(f"{where}: {problems(error)}") from None
     except BenchmarkError as error:
@@ -184,12 +197,17 @@ def read_benchmark(values: Any, where: str) -> Benchmark:
 def _find(name: str, home: Path = Path()) -> Path:
     if name.endswith((".yaml", ".yml")):
         return home / name
-    by_name = {_plain(known): known for known in known_benchmarks()}
-    if _plain(name) not in by_name:
+    known = _shipped(name)
+    if known is None:
         raise BenchmarkError(
-            f"no benchmark {name!r}; known are {', '.join(by_name.values())}, or the path of a YAML file"
+            f"no benchmark {name!r}; known are {', '.join(known_benchmarks())}, or the path of a YAML file"
         )
-    return FOLDER / f"{by_name[_plain(name)]}.yaml"
+    return FOLDER / f"{known}.yaml"
+
+
+def _shipped(name: str) -> str | None:
+    """How the package spells a name that it knows."""
+    return next((known for known in known_benchmarks() if _plain(known) == _plain(name)), None)
 
 
 def _values(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

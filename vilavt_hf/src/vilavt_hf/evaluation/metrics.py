@@ -13,27 +13,44 @@ Metric = Callable[[str, str], float]
 """(prediction, target) -> 0 to 1. Raises `ScoringError` for a target that it cannot read, for a prediction never."""
 
 
+@functools.lru_cache(maxsize=1024)
+def type_metric(name: str) -> Metric:
+    """The metric of a question type. Whatever the name, nothing is imported: it may come from a file of anybody's.
+
+    Raises:
+        ScoringError: unknown type.
+    """
+    return functools.partial(_score, QuestionType.read(name))
+
+
+def is_function(name: str) -> bool:
+    """Whether a metric is a function of the user's own, whose module is imported to find it."""
+    return ":" in name
+
+
 @functools.cache
 def find_metric(name: str) -> Metric:
-    """A metric by name.
+    """A metric by the name that a definition gives it.
 
     Args:
-        name: a `QuestionType`, or ``package.module:function`` for a metric of your own.
+        name: a `QuestionType`, or ``package.module:function`` for a metric of your own, which is imported.
 
     Raises:
         BenchmarkError: there is no such metric, or its module cannot be imported.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
+    if not is_function(name):
         try:
-            return functools.partial(_score, QuestionType.read(name))
+            return type_metric(name)
         except ScoringError:
             known = ", ".join(QuestionType)
             raise BenchmarkError(f"no metric {name!r}; known are {known}, or package.module:function") from None
+    module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise BenchmarkError(f"metric {name!r} cannot be imported: {error}; is its package on the path?") from None
+    except Exception as error:  # the module of a user's own may raise anything
+        raise BenchmarkError(
+            f"metric {name!r} cannot be imported: {type(error).__name__}: {error}; is its package on the path?"
+        ) from None
     if not callable(found):
         raise BenchmarkError(
             f"metric {name!r} is a {type(found).__name__}; it must be a function of (prediction, target)"

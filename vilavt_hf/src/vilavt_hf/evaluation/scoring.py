@@ -1,5 +1,7 @@
 """Scores of the rows of a result file, under both scorers at once. Pure: a file in, scores out; no row stops it.
 
+The file may come from anybody: nothing that it says is imported, run, or opened as another file.
+
 A row that cannot be scored scores 0, is counted under what is wrong with it, and is listed. So does one whose
 question ended in an error, or whose answer is empty.
 """
@@ -23,8 +25,8 @@ import numpy as np
 from ..errors import BenchmarkError, ScoringError
 from ..protocol import ANSWER_OPEN
 from ..scoring.published import evaluation_score, tagged_answer
-from .benchmark import Benchmark, load_benchmark, read_benchmark
-from .metrics import find_metric
+from .benchmark import Benchmark, TypeRule, known_benchmarks, read_benchmark, shipped_benchmark
+from .metrics import find_metric, type_metric
 from .questions import bare_option
 
 logger = logging.getLogger(__name__)
@@ -155,10 +157,11 @@ def score_file(path: str | Path, benchmark: Benchmark | None = None) -> ScoredFi
     Args:
         path: JSON Lines. Of several rows of a question, the last one without an error counts.
         benchmark: its definition; None: the one that the file names, and if it names none, question types speak for
-            themselves and there are no categories.
+            themselves and there are no categories. One that the file holds may not call functions (`TypeRule.metric`).
 
     Raises:
-        BenchmarkError: the file cannot be opened, holds no row, or names a benchmark that is not known.
+        BenchmarkError: the file cannot be opened, holds no row, or names a benchmark that is not known or whose
+            definition in it cannot be used.
     """
     path = Path(path)
     run: Mapping[str, Any] | None = None
@@ -219,12 +222,17 @@ def _named(path: Path, run: Mapping[str, Any]) -> Benchmark | None:
     if not isinstance(name, str):
         return None
     written = named.get("definition") if isinstance(named, Mapping) else None
-    try:
-        benchmark = load_benchmark(name)
-    except BenchmarkError as error:
-        if written is not None:
+    benchmark = shipped_benchmark(name)
+    if benchmark is None:
+        if written is None:
+            raise BenchmarkError(
+                f"{path}: no benchmark {name!r} is known ({', '.join(known_benchmarks())}), and the file does not hold "
+                "its definition; name one with --benchmark FILE.yaml"
+            )
+        try:
             return read_benchmark(written, f"{path}, definition of {name}")
-        raise BenchmarkError(f"{path}: {error}; name its definition with --benchmark FILE.yaml") from None
+        except BenchmarkError as error:
+            raise BenchmarkError(f"{error}; name the definition with --benchmark FILE.yaml") from None
     version = named.get("version") if isinstance(named, Mapping) else None
     if version is not None and version != benchmark.version:
         logger.warning("%s: made with version %s of %s, scored with version %d", path, version, name, benchmark.version)
@@ -255,10 +263,10 @@ def _take(found: _Collector, line: int, data: Any, benchmark: Benchmark | None) 
 
 
 def _score(found: _Collector, line: int, question_id: str, row: Mapping[str, Any], benchmark: Benchmark | None) -> None:
-    kind, metric = _kind(row, benchmark)
+    kind, rule = _kind(row, benchmark)
     response, target = response_of(row), row.get("answer")
     target = str(target) if isinstance(target, int | float) and not isinstance(target, bool) else target
-    flaw, detail, strict = _strict(row, response, target, metric)
+    flaw, detail, strict = _strict(row, response, target, kind, rule)
     # Where the published program would have ended, there is no score.
     readable = isinstance(response, str) and isinstance(target, str)
     upstream = evaluation_score(str(response), str(target), kind) if readable else None
@@ -287,18 +295,19 @@ def _score(found: _Collector, line: int, question_id: str, row: Mapping[str, Any
         )
 
 
-def _kind(row: Mapping[str, Any], benchmark: Benchmark | None) -> tuple[str, str]:
-    """A row's question type, and the name of the metric for it."""
+def _kind(row: Mapping[str, Any], benchmark: Benchmark | None) -> tuple[str, TypeRule | None]:
+    """A row's question type, and the benchmark's rule for it."""
     kind = row.get("problem_type")
     if kind is None and benchmark is not None:
         kind = benchmark.default_type
     if not isinstance(kind, str):
-        return "" if kind is None else str(kind), ""
-    rule = None if benchmark is None else benchmark.rule(kind)
-    return kind, kind if rule is None else rule.metric
+        return "" if kind is None else str(kind), None
+    return kind, None if benchmark is None else benchmark.rule(kind)
 
 
-def _strict(row: Mapping[str, Any], response: Any, target: Any, metric: str) -> tuple[Flaw | None, str, float]:
+def _strict(
+    row: Mapping[str, Any], response: Any, target: Any, kind: str, rule: TypeRule | None
+) -> tuple[Flaw | None, str, float]:
     """What is wrong with a row, in words, and its strict score."""
     if row.get("error") is not None:
         return Flaw.FAILED, str(row["error"]), 0.0
@@ -310,8 +319,8 @@ def _strict(row: Mapping[str, Any], response: Any, target: Any, metric: str) -> 
     if not prediction.strip():
         return Flaw.EMPTY, "", 0.0
     try:
-        measure = find_metric(metric)
-    except BenchmarkError as error:
+        measure = type_metric(kind) if rule is None else find_metric(rule.metric)
+    except (BenchmarkError, ScoringError) as error:
         return Flaw.BAD_TYPE, str(error), 0.0
     try:
         score = float(measure(prediction, tagged_answer(target)))

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Literal
 
 from ..errors import ScoringError
+from ..protocol import unbox
 from . import published
 from .boxes import box_score, iou, parse_box, target_box
 from .choices import option_letter, same_option, same_verdict, target_option, target_verdict, yes_or_no
@@ -98,7 +99,8 @@ def score_answer(
     """How right an answer is, 0 to 1.
 
     Args:
-        prediction: the bare answer, without its tag; None: there is none.
+        prediction: the bare answer, without its tag; None: there is none. ``strict`` takes what is in its
+            ``\\boxed{}``; several are no answer.
         target: the right answer.
         question_type: see :class:`QuestionType`. ``published`` scores a type it does not know as 0.
         version: whose rules.
@@ -108,8 +110,11 @@ def score_answer(
     """
     if version == "published":
         return published.reward_score(prediction or "", target, question_type)
-    kind = QuestionType.read(question_type)
-    return _STRICT[kind](prediction or "", target)
+    kind, answer = QuestionType.read(question_type), prediction or ""
+    if answer.count("\\boxed{") > 1:
+        check_target(kind, target)
+        return 0.0
+    return _STRICT[kind](unbox(answer), target)
 
 
 __all__ = [

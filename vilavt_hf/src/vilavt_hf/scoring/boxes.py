@@ -13,12 +13,18 @@ Box = tuple[float, float, float, float]
 MIN_IOU = 0.5
 """Least overlap that counts, as in grounding benchmarks; below it a box around everything would earn."""
 
+MAX_CHARS = 500
+"""A longer answer is no box; its end is read like its beginning, where another box may stand."""
+
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
 
 
 def parse_box(text: str) -> Box | None:
     """``(x1, y1, x2, y2)`` if the text holds exactly four numbers with x1 < x2 and y1 < y2; key names are ignored."""
-    plain = re.sub(r"[A-Za-z_]\w*", " ", unbox(text)[:500])
+    text = unbox(text).strip()
+    if len(text) > MAX_CHARS:
+        return None
+    plain = re.sub(r"[A-Za-z_]\w*", " ", text)
     values = [float(number) for number in _NUMBER.findall(plain)]
     if len(values) != 4 or not all(map(math.isfinite, values)):
         return None

@@ -3,72 +3,124 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from dataclasses import dataclass
 
 from ..errors import ScoringError
 from .text import normalise
 
-_LEAD = r"(?:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*)?"
+# Every pattern is matched against text whose blanks are single, and none has two ways to match the same text, so that
+# the time grows with the length only.
+_LATEX = re.compile(r"\\(?:text|mathrm|mathbf)[a-z]{0,6}\{([^{}]*)\}|\\[()\[\]]")
+_QUOTES = re.compile(r"[*`$\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)")
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:(?:correct|right|best|final) ){0,2}"
+    r"(?:answer|option|choice)\b(?: is\b)? ?:? ?(?:(?:option|choice)\b ?:?)?",
+    re.IGNORECASE,
+)
 _LETTER = re.compile(
-    rf"^\W*?{_LEAD}[(\[]?(?P<letter>[A-Za-z])(?P<mark>[)\].:,]+|$)(?P<rest>.*)$", re.DOTALL | re.IGNORECASE
+    r"[(\[{]? ?(?P<letter>[A-Za-z])(?: ?[)\]}>.:,!][)\]}>.:,! ]*| ?[-–—](?: |$)|$|(?P<blank> ))(?P<rest>.*)"
 )
-_OTHER_MARK = re.compile(
-    r"(?<![A-Za-z])(?:[(\[][A-Za-z][)\]]|[A-Z][).:])|^\W*[A-Za-z]\W*$|(?<![A-Za-z])[A-Z](?=\s*(?:,|/|&|$))"
+# A letter that is no part of a word (X-ray, it's), and no unit (3 m).
+_ALONE = re.compile(r"(?<![\w'’])(?<!\d )[A-Za-z](?!\w|['’]\w|-\w\w)")
+# Before a letter: what sets it off from the text; at the start of a sentence; after it: what makes it an option's.
+_SEPARATOR = re.compile(
+    r"(?:[,;/|&+(\[]|\b(?:or|and|nor|then|not|maybe|perhaps|possibly|vs|versus|either|both|option|choice|answer)) ?$",
+    re.IGNORECASE,
 )
-
+_SENTENCE = re.compile(r"(?:^|[.:!?] ) ?$")
+_MARK = re.compile(r" ?[)\].:]| [-–—] ")
+_WORD = re.compile(r" [^\W\d_]{2}")
+_SEVERAL = re.compile(r"[A-Za-z](?: ?(?:[,;/&]|\b(?:and|or)\b) ?[A-Za-z])+")
+_REACH = 12
+"""Characters before a letter that tell what it is."""
 _VERDICTS = {"true": "yes", "false": "no"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as a right answer names it."""
+
+    letter: str | None
+    """Upper case; None: it is the text alone."""
+    text: str
+    """Normalised; empty if it is the letter alone."""
 
 
 def option_letter(text: str) -> str | None:
     """The letter an answer picks, upper case, or None if it picks none or several.
 
     A letter counts alone (``B``), in brackets (``(B)``, ``[b]``), or with a mark before the option's text (``B. left``,
-    ``B) left``, ``B: left``), with or without "the answer is" before it and Markdown stars around it. A word's first
-    letter is none (``Apple``, ``A cat``), and a second option mark makes the answer no choice (``A. B. C.``).
+    ``B) left``, ``B: left``, ``B - left``), and a capital one without a mark unless it may be a word (``B left``, not
+    ``A cat``). "The answer is" may stand before it, and quotes, Markdown stars and ``$`` around it.
+
+    Another letter makes the answer no choice if it is set off like an option's: by a mark after it, or by a separator
+    or a word such as "or" before it (``A. B. C.``, ``A. left or b``). The last word of an option's text is none
+    (``A. Vitamin C``), nor is the article ``a``.
     """
-    match = _LETTER.match(text.strip().replace("*", "").strip())
+    match = _read(text)
     if match is None:
         return None
-    rest = match["rest"].strip()
-    if rest and _OTHER_MARK.search(rest):
+    letter, rest = match["letter"], match["rest"].rstrip(" .,;:!?")
+    if match["blank"] and (not letter.isupper() or (letter in "AI" and not rest.startswith(("is ", "because ")))):
         return None
-    return match["letter"].upper()
+    if any(_is_option(rest, found, strict=bool(match["blank"])) for found in _ALONE.finditer(rest)):
+        return None
+    return letter.upper()
 
 
-def _option_text(text: str) -> str:
-    """What stands after the letter; the whole text if there is none."""
-    match = _LETTER.match(text.strip())
-    return normalise(match["rest"] if match else text)
+def _plain(text: str) -> str:
+    """Without LaTeX, quotes and stars around things; lines are sentences; single blanks."""
+    text = _QUOTES.sub("", _LATEX.sub(lambda match: match[1] or "", unicodedata.normalize("NFKC", text)))
+    return " ".join(". ".join(line for line in text.splitlines() if line.strip()).split())
 
 
-def target_option(target: str) -> str | None:
-    """The letter of a right answer; None if it is an option's text alone.
+def _read(text: str) -> re.Match[str] | None:
+    plain = re.sub(r"^[^\w(\[{]+", "", _plain(text))
+    if lead := _LEAD.match(plain):
+        plain = re.sub(r"^[^\w(\[{]+", "", plain[lead.end() :])
+    return _LETTER.match(plain)
+
+
+def _is_option(rest: str, found: re.Match[str], *, strict: bool) -> bool:
+    """Whether a letter in the text after the first one is another option's. Strict: every one that is no article is."""
+    letter, start, end = found[0], found.start(), found.end()
+    before = rest[max(0, start - _REACH) : start]
+    if letter in "aAI" and _WORD.match(rest, end) and (letter != "A" or (_SENTENCE.search(before) and not strict)):
+        return False
+    return strict or bool(_SENTENCE.search(before) or _SEPARATOR.search(before) or _MARK.match(rest, end))
+
+
+def target_option(target: str) -> Option:
+    """The option that a right answer names: a letter, a letter with the option's text, or the text alone.
 
     Raises:
-        ScoringError: it is neither.
+        ScoringError: it names none, or several.
     """
-    letter = option_letter(target)
-    if letter is None and not normalise(target):
-        raise ScoringError(f"the target {target!r} of a multiple choice question names no option")
-    return letter
+    plain = _plain(target)
+    match = _read(target)
+    if _SEVERAL.fullmatch(plain) or (match is None and not normalise(plain)):
+        raise ScoringError(
+            f"the target {target!r} of a multiple choice question must name one option: its letter, its text, or both"
+        )
+    if match is None or match["blank"]:
+        return Option(None, normalise(plain))
+    return Option(match["letter"].upper(), normalise(match["rest"]))
 
 
 def same_option(prediction: str, target: str) -> float:
     """1.0 if the prediction picks the target's option, else 0.0.
 
-    The target may be a letter, a letter with the option's text, or the text alone; a prediction that is exactly the
-    option's text is right too.
+    Where the target has the option's text, a prediction that is exactly this text is right too.
 
     Raises:
-        ScoringError: the target is blank.
+        ScoringError: the target names no option, or several.
     """
-    wanted = target_option(target)
-    if normalise(prediction) and normalise(prediction) == normalise(target):
-        return 1.0
-    found = option_letter(prediction)
-    if found is not None:
-        return float(found == wanted)
-    text = _option_text(target)
-    return float(bool(text) and text == normalise(prediction))
+    wanted, found = target_option(target), option_letter(prediction)
+    if found is not None and wanted.letter is not None:
+        return float(found == wanted.letter)
+    text = normalise(_plain(prediction))
+    return float(bool(text) and text in (wanted.text, normalise(_plain(target))))
 
 
 def yes_or_no(text: str) -> str | None:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import functools
+import atexit
+import importlib.util
+import json
+import math
+import os
 import re
+import subprocess
+import sys
 import threading
-from typing import Any
+from pathlib import Path
 
 from ..errors import ScoringError
 from ..protocol import unbox
+from .numbers import NUMBER_WORD, Number, meanings, parse_number
 
 MAX_CHARS = 300
-"""A longer answer is not parsed."""
-SECONDS = 5
-"""Time for one parse or comparison; can be enforced in the main thread only."""
+"""A longer answer is not compared."""
+SECONDS = 4.0
+"""Processor time for one comparison; an answer that needs more earns nothing."""
 
 _LIST = re.compile(r",(?!\d{3}(?!\d))")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-# Several answers in one, or numbers whose evaluation could run away in a thread that no timer stops.
-_REFUSED = re.compile(
-    r"\d\s+\d|[\w)}]\s*\|\s*\w|\$|\b(?:or|and)\b|[;\n]|\^[^\s]*\^|\*\*|\^\{?\s*-?\d{4,}|\d{4,}\s*!|!!|\d{40,}"
+_BLANK = re.compile(r"\\(?:[,;:!\s]|q?quad(?![A-Za-z]))|~")
+_EQUALS = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])|≈|(?<![<>!])=")
+# What it is that equals: x =, x_1 =, f(x) =, \text{Area} =
+_NAME = re.compile(r"(?:[A-Za-z\\(){},'\s]|_\w|_\{\w+\})+=")
+# Several answers in one, of which math_verify would pick one, or which it would calculate with.
+_SEVERAL = re.compile(
+    r"\d\s+\d|[\w)}]\s*\|\s*\w|\$|\\[(\[]|\b(?:or|and)\b|[;\n]|\d\s*_|\d\s*[\"']"
+    r"|\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\d"
 )
+# Letters that belong to a number: 1.5e3, \frac, minus.
+_NUMERIC = re.compile(r"(?<=\d)[eE](?=[-+]?\d)|\\[A-Za-z]+|\b(?:minus|negative)\b")
+_LETTER = re.compile(r"[^\W\d_]|!")
+DIGITS = 2e-6
+"""Relative difference up to which a decimal fraction is another number: 0.333333 is 1/3, 0.33 is not."""
 
 
 def bare(text: str) -> str:
@@ -46,37 +63,113 @@ def target_expression(target: str) -> str:
 
 def same_expression(prediction: str, target: str) -> float:
     """1.0 if both parse to equal expressions, else 0.0: ``1/2`` is ``0.5`` and ``\\frac12``. One expression counts; a
-    list of guesses is none.
+    list of guesses or a chain of equations is none.
+
+    Numbers are compared as such, with percent signs, currencies and units; everything else by math_verify.
 
     Raises:
         ScoringError: math_verify is not installed, or the target is blank.
     """
     found, wanted = bare(prediction), target_expression(target)
-    parse, verify, config = _math_verify()
-    if found == wanted:
-        return 1.0
-    if (
-        not found
-        or len(found) > MAX_CHARS
-        or _REFUSED.search(found)
-        or (_LIST.search(found) and not _LIST.search(wanted))
-    ):
-        return 0.0
-    # SIGALRM, which math_verify uses, works in the main thread only.
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-    sides = [
-        parse(f"${side}$", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=seconds)
-        for side in (wanted, found)
-    ]
-    return float(all(sides) and bool(verify(*sides, timeout_seconds=seconds)))
-
-
-@functools.cache
-def _math_verify() -> tuple[Any, Any, Any]:
-    try:
-        from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError:
+    if importlib.util.find_spec("math_verify") is None:
         raise ScoringError(
             'math questions are compared by math_verify, which is not installed; pip install "vilavt-hf[math]"'
-        ) from None
-    return parse, verify, LatexExtractionConfig()
+        )
+    if found == wanted:
+        return 1.0
+    if not found or len(found) > MAX_CHARS:
+        return 0.0
+    found, wanted = (_EQUALS.sub("=", side) for side in (found, wanted))
+    if not ("=" in found and "=" in wanted):
+        found, wanted = (_NAME.sub("", side, count=1).strip() for side in (found, wanted))
+    if (number := _number(found)) is not None and (target_number := _number(wanted)) is not None:
+        return float(_same_value(number, target_number))
+    if found.count("=") > wanted.count("=") or any(
+        pattern.search(_BLANK.sub(" ", found)) and not pattern.search(_BLANK.sub(" ", wanted))
+        for pattern in (_SEVERAL, _LIST, NUMBER_WORD)
+    ):
+        return 0.0
+    return float(_comparer.equal(wanted, found))
+
+
+def _number(text: str) -> Number | None:
+    """The number that a text is, not one with a letter (``7x``) or a factorial."""
+    number = parse_number(text)
+    return None if number is None or (not number.unit and _LETTER.search(_NUMERIC.sub("", text))) else number
+
+
+def _same_value(found: Number, wanted: Number) -> bool:
+    room = DIGITS if found.decimals or wanted.decimals else 1e-12
+    return any(math.isclose(value, wanted.value, rel_tol=room) for value in meanings(found, wanted))
+
+
+class Comparer:
+    """A process that compares expressions, started when it is first asked and again after an answer that ended it.
+
+    Threads share it, one at a time; a forked process starts its own.
+    """
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave the process to whoever else holds it."""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, wanted: str, found: str) -> bool:
+        """Whether two expressions in LaTeX are equal. False if that took more time or memory than there is.
+
+        Raises:
+            ScoringError: the process does not start.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            process = self._process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                print(json.dumps([wanted, found]), file=process.stdin, flush=True)
+                reply = process.stdout.readline()
+            except OSError:
+                reply = ""
+            if not reply:
+                self._stop()
+            return reply == "1\n"
+
+    def stop(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            # -P: the modules beside it are not to be found as modules, one of them is called numbers
+            [sys.executable, "-P", str(Path(__file__).with_name("expression_process.py")), str(self.seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            process.kill()
+            raise ScoringError(
+                f"the process that compares expressions ended with {process.wait()} as it started; its own error is "
+                f"above; can {sys.executable} import math_verify?"
+            )
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_comparer = Comparer()
+atexit.register(_comparer.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_comparer.forget)

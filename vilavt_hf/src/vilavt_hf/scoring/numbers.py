@@ -10,36 +10,71 @@ from dataclasses import dataclass
 from ..errors import ScoringError
 
 _NUMBER = re.compile(
-    r"""(?<![\w.,^/])(?P<sign>[-+]?)\s?(?P<currency>[$€£¥]?)\s?
+    r"""(?<![\w.,^/-])(?P<sign>[-+]?)(?P<gap>\s?)(?P<currency>[$€£¥]?)\s?(?:(?P<whole>\d+)\s(?=\d+\s?/\s?\d))?
     (?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
-    (?:\s?/\s?(?P<over>\d+(?:\.\d+)?)|\s?(?:[eE]|[x×]\s?10\s?\^\s?)\{?(?P<exponent>[-+]?\d{1,3})\}?)?
+    (?:\s?/\s?(?P<over>\d+(?:\.\d+)?)|\s?(?:[eE]|[x×·]\s?10\s?\^\s?)\{?(?P<exponent>[-+]?\d{1,3})\}?)?
     (?![\d]|[.,/]\d)""",
     re.VERBOSE,
 )
-_UNIT = re.compile(r"\s?(?P<unit>%|°\s?[CF]?|[^\W\d_]+(?:\s?/\s?[^\W\d_]+)?(?:\s?\^?[23²³])?)")
+_UNIT = re.compile(
+    r"""\s?(?:[%$€£¥]|°\s?[CF]?(?!\w)
+    |(?:(?P<power>square|sq|cubic|cu)\.?\s)?(?P<name>[^\W\d_]+)(?:\s?(?:/|per\b)\s?(?P<per>[^\W\d_]+))?
+    (?:\s?\^?\s?\{?(?P<exponent>[23])\}?)?(?!\w))""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _UNITS = {
-    "percent": "%",
-    "meter": "m",
-    "metre": "m",
-    "centimeter": "cm",
-    "centimetre": "cm",
-    "millimeter": "mm",
-    "millimetre": "mm",
-    "kilometer": "km",
-    "kilometre": "km",
-    "foot": "ft",
-    "feet": "ft",
-    "inch": "in",
-    "inche": "in",
-    "second": "s",
-    "minute": "min",
-    "hour": "h",
-    "degree": "°",
-    "gram": "g",
-    "kilogram": "kg",
-    "kilo": "kg",
+    "m": "meter metre",
+    "cm": "centimeter centimetre",
+    "mm": "millimeter millimetre",
+    "km": "kilometer kilometre",
+    "ft": "foot feet",
+    "in": "inch inche",
+    "yd": "yard",
+    "mi": "mile",
+    "s": "second sec",
+    "min": "minute",
+    "h": "hour hr",
+    "day": "",
+    "week": "",
+    "month": "",
+    "year": "yr",
+    "°": "degree deg",
+    "g": "gram",
+    "kg": "kilogram kilo",
+    "lb": "pound",
+    "oz": "ounce",
+    "l": "liter litre",
+    "ml": "milliliter millilitre",
+    "px": "pixel",
+    "%": "percent",
+    "$": "dollar",
+    "€": "euro",
+    "km/h": "kmh kph",
+    "mi/h": "mph",
 }
-_KNOWN_UNITS = {*_UNITS.values(), "$", "€", "£", "¥"}
+_UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
+_POWERS = {"2": "²", "3": "³", "square": "²", "sq": "²", "cubic": "³", "cu": "³"}
+_BOUND = re.compile(r"(?:^|\s)[<>≤≥]=?\s?$")
+NUMBER_WORD = re.compile(
+    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|dozen|hundred|thousand|[mb]illion|half|minus|negative)\b",
+    re.IGNORECASE,
+)
+"""A number in words, or a sign: beside digits it makes another number of them, or is a second one."""
+_SPELLINGS = (
+    (re.compile(r"[−–—]"), "-"),
+    (re.compile("²"), "^2"),
+    (re.compile("³"), "^3"),
+    (re.compile(r"\\([%$])|\\(?:text|mathrm)\s?\{([^{}]*)\}|\*\*"), r"\1\2"),
+    (re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"\\[,;:! ]|~|\\(?:approx|sim)\b"), " "),
+    (re.compile(r"\\(?:times|cdot)\b"), "×"),
+    (re.compile(r"\s?\^\s?\{?\\circ\}?"), "°"),
+    (re.compile(r"\\[dtc]?frac\s?(?:\{\s?(\d+)\s?\}|(\d))\s?(?:\{\s?(\d+)\s?\}|(\d))"), r" \1\2/\3\4"),
+    (re.compile(r"^(?:\$\$?|\\\()(.*?)(?:\$\$?|\\\))$"), r"\1"),
+    (re.compile(r"\b(?:minus|negative)\s(?=[\d.$€£¥])", re.IGNORECASE), "-"),
+    (re.compile(r"\s+"), " "),
+)
 MAX_CHARS = 200
 """A longer answer is no number."""
 
@@ -55,45 +90,70 @@ class Number:
     decimals: int
     """Digits after the point; 3 for a fraction that is not whole."""
     unit: str = ""
-    """One of a few units that matter (``m``, ``cm``, ``%``, ``$`` …), else empty."""
+    """One of those that matter (``m``, ``cm``, ``m²``, ``%``, ``$`` …), else empty."""
 
 
 def parse_number(text: str) -> Number | None:
     """The one number in an answer, or None if there is none, or more than one.
 
-    Read are signs, thousands separators (``1,234``), decimals, fractions (``3/4``), ``1.5e3`` and ``1.5 × 10^3``,
-    currencies, percent signs and units. ``3-4``, ``3 or 4`` and ``3,4`` are two numbers; ``m2`` and ``m^2`` are none.
+    Read are signs (``minus`` too), thousands separators (``1,234``), decimals, fractions (``3/4``, ``1 1/2``,
+    ``\\frac{3}{4}``), ``1.5e3`` and ``1.5 × 10^3``, currencies, percent signs and units. ``3-4``, ``3 or 4``, ``3 or
+    four`` and ``3,4`` are two numbers; what has to be calculated (``2^3``, ``√9``) is none.
     """
-    text = text.strip().replace("−", "-").replace("\\%", "%").replace("\\$", "$")
-    if not text or len(text) > MAX_CHARS:
+    text = text.strip()
+    if len(text) > MAX_CHARS:
         return None
+    for pattern, plain in _SPELLINGS:
+        text = pattern.sub(plain, text).strip()
     match = _NUMBER.search(text)
-    # What is left may hold the digit of a unit (m2, m^2), but no second number.
-    if match is None or re.search(r"(?<![^\W\d_])(?<!\^)\d", text[: match.start()] + " " + text[match.end() :]):
+    if match is None:
         return None
-    digits = match["digits"].replace(",", "")
-    value = float(digits)
-    decimals = len(digits.partition(".")[2])
-    if match["over"] is not None:
-        if float(match["over"]) == 0:
+    before, unit, end = text[: match.start()], match["currency"], match.end()
+    if (match["sign"] and match["gap"] and before.strip()) or _BOUND.search(before):
+        return None  # a dash between words or a sign; more or less than the number
+    if after := _UNIT.match(text, end):
+        named = _unit(after)
+        if after["exponent"] and not named:
             return None
-        value /= float(match["over"])
-        decimals = 0 if value.is_integer() else 3
-    if match["exponent"] is not None:
-        value = float(f"{digits}e{match['exponent']}")
-        decimals = max(0, decimals - int(match["exponent"]))
+        unit, end = unit or named, after.end()
+    words, rest = before + text[match.end() :], before + text[end:]
+    if NUMBER_WORD.search(words) or any(c.isnumeric() and not c.isdecimal() for c in words):
+        return None  # 3 or four, 3½
+    if any(c.isdecimal() or c in "^√∛π±+\\" for c in rest):
+        return None
+    value, decimals = _value(match)
     if not math.isfinite(value):
         return None
-    unit = match["currency"]
-    if not unit and (after := _UNIT.match(text, match.end())):
-        unit = _unit(after["unit"])
     return Number(-value if match["sign"] == "-" else value, decimals, unit)
 
 
-def _unit(word: str) -> str:
-    plain = word.lower().replace("²", "2").replace("³", "3").replace("^", "").replace(" ", "")
-    plain = _UNITS.get(plain) or _UNITS.get(plain.removesuffix("s")) or plain
-    return plain if plain in _KNOWN_UNITS else ""
+def _value(match: re.Match[str]) -> tuple[float, int]:
+    """What the digits of a number say, and how many decimals; not a number if they make none."""
+    digits = match["digits"].replace(",", "")
+    decimals = len(digits.partition(".")[2])
+    if match["exponent"] is not None:
+        return float(f"{digits}e{match['exponent']}"), max(0, decimals - int(match["exponent"]))
+    if match["over"] is None:
+        return float(digits), decimals
+    whole, part, over = float(match["whole"] or 0), float(digits), float(match["over"])
+    if over == 0 or (match["whole"] and part >= over):
+        return math.nan, 0
+    value = whole + part / over
+    return value, 0 if value.is_integer() else 3
+
+
+def _unit(match: re.Match[str]) -> str:
+    """The unit that was read, as `Number` has it."""
+    if match["name"] is None:
+        return match[0].replace(" ", "").upper()
+    names = [
+        _UNIT_OF.get(plain) or _UNIT_OF.get(plain.removesuffix("s"), "")
+        for plain in (match["name"].lower(), (match["per"] or "").lower())
+    ]
+    if not names[0] or (match["per"] and not names[1]):
+        return ""
+    unit = f"{names[0]}/{names[1]}" if match["per"] else names[0]
+    return unit + _POWERS.get((match["exponent"] or match["power"] or "").lower(), "")
 
 
 def target_number(target: str) -> Number:
@@ -108,17 +168,24 @@ def target_number(target: str) -> Number:
     return number
 
 
-def _values(prediction: str, target: str) -> tuple[list[float], Number]:
-    """What the prediction may mean, in the target's unit; and the target.
+def meanings(found: Number, wanted: Number) -> list[float]:
+    """What a number may mean, in another's unit; nothing if the units differ.
 
-    A percent sign on one side only may mean the number before it or a hundredth of it. Two different units never agree.
+    A percent sign on one side only may mean the number before it or a hundredth of it.
     """
-    wanted, found = target_number(target), parse_number(prediction)
-    if found is None or (found.unit and wanted.unit and found.unit != wanted.unit):
-        return [], wanted
+    if found.unit and wanted.unit and found.unit != wanted.unit:
+        return []
     if found.unit == "%" and not wanted.unit:
-        return [found.value, found.value / 100], wanted
-    return [found.value], wanted
+        return [found.value, found.value / 100]
+    if wanted.unit == "%" and not found.unit:
+        return [found.value, found.value * 100]
+    return [found.value]
+
+
+def _values(prediction: str, target: str) -> tuple[list[float], Number]:
+    """What the prediction may mean, in the target's unit; and the target."""
+    wanted, found = target_number(target), parse_number(prediction)
+    return [] if found is None else meanings(found, wanted), wanted
 
 
 def same_number(prediction: str, target: str) -> float:

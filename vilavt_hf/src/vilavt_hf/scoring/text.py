@@ -9,11 +9,14 @@ from ..errors import ScoringError
 MAX_WORDS = 2_000
 """Words of an answer that are compared; the cost grows with the product of both lengths."""
 
+_CORE = re.compile(r"\w(?:.*\w)?", re.DOTALL)
+"""From the first letter or digit of a word to its last."""
+
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation at word ends, articles, and repeated blanks (as SQuAD compares answers)."""
-    words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
-    return " ".join(word for word in words if word and word not in ("a", "an", "the"))
+    cores = (_CORE.search(word) for word in text.lower().split())
+    return " ".join(core[0] for core in cores if core and core[0] not in ("a", "an", "the"))
 
 
 def _longest_common(a: list[str], b: list[str]) -> int:

@@ -17,7 +17,7 @@ AXES = (
 )
 """Positive and negative direction of each axis."""
 
-_PAIR = re.compile(r"\s*(?P<key>\w+)\s*:\s*(?P<value>[-+]?(?:\d+\.?\d*|\.\d+))\s*")
+_PAIR = re.compile(r"\s*(?P<key>\w+)\s*:\s*(?P<value>[-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*")
 _KNOWN = {name for axis in AXES for name in axis}
 
 
