@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from vilavt_hf import cli
 from vilavt_hf.cli import app
@@ -187,6 +187,7 @@ FLAWED = [
     ("{not json", Flaw.NOT_JSON),
     ("[1, 2]", Flaw.NOT_JSON),
     ("[" * 100_000, Flaw.NOT_JSON),
+    ('{"question_id": ' + "[" * 500 + "]" * 500 + "}", Flaw.NOT_JSON),
     (row(2, ""), Flaw.EMPTY),
     (row(2, "<answer></answer>"), Flaw.EMPTY),
     (row(2, None), Flaw.NO_RESPONSE),
@@ -563,6 +564,85 @@ def test_the_command_scores_folders_and_says_what_was_wrong(tmp_path):
     wrong = CliRunner().invoke(app, ["score", str(tmp_path / "runs"), "--scorer", "lenient"])
     assert wrong.exit_code == 2
     assert CliRunner().invoke(app, ["score", str(tmp_path)]).exit_code == 0
+
+
+def run_score(*arguments: object, **more: Any) -> Result:
+    return CliRunner(**more).invoke(app, ["score", *map(str, arguments)])
+
+
+def test_texts_of_a_file_reach_the_terminal_without_surrogates_markup_and_control_characters(tmp_path):
+    odd = "[/bold]\x1b[31m\ud800"
+    run = {"benchmark": "ERQA", "model": odd, "seed": 0}
+    rows = [row(1, category=odd), row(2, "B", category="b", problem_type=odd)]
+    path = write(tmp_path / "r.jsonl", rows, run)
+    other = write(tmp_path / "s.jsonl", [row(1, category=odd), row(2, category="b")], run)
+    result = run_score(path, "--against", other, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    assert "[/bold]\ufffd[31m\ufffd" in result.output
+    assert "\x1b[31m" not in result.output
+    whole = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert odd in [figure["name"] for figure in whole["settings"][0]["figures"]]
+
+
+def test_a_terminal_that_cannot_show_a_character_is_sent_another(tmp_path):
+    path = write(tmp_path / "r.jsonl", [row(1, category="größer")], {"benchmark": "ERQA"})
+    result = run_score(path, charset="ascii")
+    assert result.exit_code == 0, result.exception
+    assert r"gr\xf6\xdfer" in result.output
+
+
+def test_what_cannot_be_scored_in_a_folder_is_left_out_with_a_warning_and_refused_by_name(tmp_path):
+    write(tmp_path / "good.jsonl", [row(1)])
+    for name, text in (("empty", ""), ("begun", '{"run": {"benchmark": "ERQA"}}\n')):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    write(tmp_path / "unknown.jsonl", [row(1)], {"benchmark": "mine"})
+    result = run_score(tmp_path, tmp_path / "good.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    for name in ("empty.jsonl: there is no", "begun.jsonl: there is no", "unknown.jsonl: no benchmark 'mine'"):
+        assert f"left out: {tmp_path / name}" in result.output
+    (setting,) = json.loads((tmp_path / "out" / "scores.json").read_text())["settings"]
+    assert setting["files"] == [str(tmp_path / "good.jsonl")]
+    assert isinstance(run_score(tmp_path / "empty.jsonl").exception, BenchmarkError)
+    (tmp_path / "good.jsonl").unlink()
+    with pytest.raises(BenchmarkError, match="none of the 3 result files"):
+        CliRunner().invoke(app, ["score", str(tmp_path)], catch_exceptions=False)
+
+
+ODD = ["", "\ud800", "os:popen", ":x", ".a:x", "[/b]", "\x1b[31m", "ERQA", "x.yaml", *QuestionType]
+ANY = st.recursive(
+    st.sampled_from(ODD) | st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: (
+        st.lists(x, max_size=3) | st.dictionaries(st.text() | st.sampled_from(["name", "response"]), x, max_size=3)
+    ),
+    max_leaves=4,
+)
+ROW_KEYS = (
+    "question_id", "response", "answer", "problem_type", "error", "finish", "category", "original_question_type",
+    "cycle_category", "question", "options", "images", "turns", "seed",
+)  # fmt: skip
+RUN_KEYS = ("model", "backend", "preset", "provenance", "ablation", "seed", "format", "shard")
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(ROW_KEYS), st.sampled_from(ODD) | ANY, min_size=2), min_size=1, max_size=4
+    ),
+    st.dictionaries(st.sampled_from(RUN_KEYS), st.sampled_from(ODD) | ANY),
+    st.sampled_from(["ERQA", "VSI-Bench", "SPAR-Bench", "HRBench4K", None]),
+)
+def test_no_value_of_any_key_stops_the_command(tmp_path_factory, rows, run, benchmark):
+    folder = tmp_path_factory.mktemp("any")
+    changed = [row(f"question {i}") | values for i, values in enumerate(rows)]
+    first = write(folder / "a.jsonl", [row("first"), *changed], run | {"benchmark": benchmark})
+    second = write(folder / "b.jsonl", [row("first", "B"), *changed], {"benchmark": benchmark})
+    with pytest.MonkeyPatch.context() as patch:  # a picture takes longer than everything else
+        patch.setattr("vilavt_hf.evaluation.report.plot", lambda summaries, path: None)
+        result = run_score(first, "--against", second, "--out", folder / "out", "--resamples", 10)
+    assert result.exit_code == 0, result.exception
+    whole = json.loads((folder / "out" / "scores.json").read_text())
+    assert whole["comparison"]["contrasts"][0]["questions"] >= 1
+    assert "first" in (folder / "out" / "flips.html").read_text(encoding="utf-8")
 
 
 def test_a_missing_package_is_named_with_the_smallest_extra_that_brings_it(monkeypatch, capsys):

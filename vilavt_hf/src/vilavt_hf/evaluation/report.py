@@ -39,7 +39,7 @@ def write_report(
         "comparison": None if comparison is None else asdict(comparison),
     }
     paths[0].write_text(json.dumps(whole) + "\n", encoding="utf-8")
-    paths[1].write_text(_plain_text(markdown(settings, comparison)), encoding="utf-8")
+    paths[1].write_text(markdown(settings, comparison), encoding="utf-8")
     plot([summary for summary, _ in settings], paths[2])
     rows = folder / "rows.csv"
     _write_rows([file for _, files in settings for file in files], rows)
@@ -71,6 +71,16 @@ def label(figure: Figure) -> str:
         else (f"{figure.kind} {figure.name}")
     )
     return name if figure.counted else f"{name} (not counted)"
+
+
+def shown(text: str, width: int = 120) -> str:
+    """A text from a result file as one line that a terminal, a page and a plot can show.
+
+    Without control characters and lone surrogates, which such a file may hold, and of at most `width` characters.
+    """
+    flat = " ".join(text.split())
+    line = flat if len(flat) <= width else flat[: width - 1] + "…"
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
 
 
 def contrast_cells(contrast: Contrast) -> tuple[str, ...]:
@@ -127,7 +137,7 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
 
 def _literal(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
-    return _plain_text(text[:80].replace("$", r"\$"))
+    return shown(text, 80).replace("$", r"\$")
 
 
 def _setting(summary: Summary, files: Sequence[ScoredFile]) -> dict[str, Any]:
@@ -235,13 +245,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays in its cell and is no markup."""
-    flat = re.sub(r"\s+", " ", text)[:120]
-    return re.sub(r"([\\|<>`*\[\]])", r"\\\1", flat)
-
-
-def _plain_text(text: str) -> str:
-    """Without lone surrogates, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
+    return re.sub(r"([\\|<>`*\[\]])", r"\\\1", shown(text))
 
 
 def _write_rows(files: Iterable[ScoredFile], path: Path) -> None:

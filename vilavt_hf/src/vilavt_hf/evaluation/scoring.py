@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 Scorer = Literal["strict", "published"]
 SEED_IN_NAME = re.compile(r"[-_.]*seed[-_]?(\d+)")
 """As in the names of published result files."""
+MAX_DEPTH = 100
+"""Deepest nesting of a line that is read; a row needs 3. Deeper ones could not be written down again."""
 SHOWN = 200
 """Characters of a prediction or target that are kept for listings."""
 
@@ -198,9 +200,23 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if not raw.strip():
                 continue
             try:
-                yield number, json.loads(raw)
+                data = json.loads(raw)
+                if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(data):
+                    raise RecursionError
+                yield number, data
             except (ValueError, RecursionError):
                 yield number, Flaw.NOT_JSON if raw.endswith(b"\n") else Flaw.CUT_OFF
+
+
+def _is_deep(data: Any) -> bool:
+    """Whether data is nested deeper than `MAX_DEPTH`; goes down level by level, without recursion."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        below = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = [child for children in below for child in children]
+        if not level:
+            return False
+    return True
 
 
 def response_of(row: Mapping[str, Any]) -> Any:
@@ -246,7 +262,9 @@ def _take(found: _Collector, line: int, data: Any, benchmark: Benchmark | None) 
         return
     if not isinstance(data, Mapping):
         name = f"line {line}"
-        detail = "it cannot be parsed" if data is Flaw.NOT_JSON else f"it is a {type(data).__name__}"
+        detail = f"it is a {type(data).__name__}"
+        if data is Flaw.NOT_JSON:
+            detail = f"it cannot be parsed, or is nested deeper than {MAX_DEPTH}"
         found.flaws[name] = Problem(line, name, Flaw.NOT_JSON, detail)
         found.rows[name] = ScoredRow(line, name, 0.0, 0.0, True, "", None, None, None, "", "")
         return
