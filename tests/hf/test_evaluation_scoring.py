@@ -430,7 +430,7 @@ def test_a_circular_score_wants_every_rotation_of_a_question_right(tmp_path):
 def test_files_that_differ_in_their_seed_are_averaged_with_their_spread(tmp_path):
     files = []
     for seed, right in enumerate((1, 2, 3)):
-        run = {"benchmark": "ERQA", "model": "/m/tiny", "preset": {"name": "default"}, "seed": seed, "created": seed}
+        run = {"benchmark": "ERQA", "model": "/m/tiny", "preset": {"name": "default"}, "seed": seed}
         rows = [row(i, "A" if i < right else "B", category="x") for i in range(4)]
         files.append(score_file(write(tmp_path / f"default-seed{seed}.jsonl", rows, run)))
     other = write(
@@ -450,6 +450,74 @@ def test_files_that_differ_in_their_seed_are_averaged_with_their_spread(tmp_path
     assert overall.spread == pytest.approx(0.25)
     assert overall.questions == 4
     assert summarise(files[:1]).overall.spread is None
+
+
+def run_line(seed: int, **changes: Any) -> dict[str, Any]:
+    """What `vilavt eval` writes, in short; names of `changes` may be dotted with two underscores."""
+    run: dict[str, Any] = {
+        "benchmark": {"name": "ERQA", "version": 1, "questions_sha256": "q"},
+        "model": "/m/tiny",
+        "backend": "hf",
+        "preset": {"name": "default", "sampling": {"temperature": 0.0}, "prompts_sha256": "p"},
+        "provenance": {
+            "checkpoint": "/m/tiny",
+            "fingerprint": "f",
+            "dtype": "float32",
+            "attention": "sdpa",
+            "limits": {"max_turns": 5},
+            "device": "cpu",
+            "seed": seed,
+            "versions": {"torch": "2.13.0"},
+        },
+        "seed": seed,
+        "ablation": None,
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        part = run
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = value
+    return run
+
+
+def two_seeds(tmp_path: Path, **changes: Any) -> list[tuple[ScoredFile, ...]]:
+    first = score_file(write(tmp_path / "a.jsonl", [row(1)], run_line(0)))
+    return settings_of([first, score_file(write(tmp_path / "b.jsonl", [row(1)], run_line(1, **changes)))])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"provenance__fingerprint": "g"},
+        {"provenance__dtype": "bfloat16"},
+        {"provenance__attention": "flash_attention_2"},
+        {"provenance__limits__max_turns": 2},
+        {"preset__sampling__temperature": 0.7},
+        {"preset__prompts_sha256": "r"},
+        {"benchmark__questions_sha256": "r"},
+        {"engine__quantization": "fp8"},
+        {"backend": "vllm"},
+    ],
+)
+def test_what_differs_in_more_than_its_seed_is_not_averaged_and_the_reason_is_told(changes, tmp_path, caplog):
+    assert len(two_seeds(tmp_path, **changes)) == 2
+    ((name, value),) = changes.items()
+    assert (
+        f"b.jsonl is no seed of {tmp_path / 'a.jsonl'}: '{name.replace('__', '.')}' is {value!r}, there" in caplog.text
+    )
+
+
+def test_a_checkpoint_is_known_by_its_fingerprint_wherever_it_was_found(tmp_path, caplog):
+    moved = {"model": "/other/tiny", "provenance__checkpoint": "/other/tiny", "provenance__device": "cuda:0"}
+    assert len(two_seeds(tmp_path, **moved)) == 1
+    assert caplog.text == ""
+
+
+def test_seeds_of_other_package_versions_are_averaged_with_a_warning(tmp_path, caplog):
+    assert len(two_seeds(tmp_path, provenance__versions={"torch": "2.14.1"})) == 1
+    assert "made with other versions than" in caplog.text
+    assert "'provenance.versions.torch' is '2.14.1', there '2.13.0'" in caplog.text
 
 
 def test_published_files_of_several_seeds_are_known_by_their_names(tmp_path):
