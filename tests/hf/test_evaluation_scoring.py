@@ -273,7 +273,7 @@ def test_a_benchmark_of_ones_own_is_scored_by_the_definition_that_its_run_wrote_
     found = score_file(write(tmp_path / "r.jsonl", rows, {"benchmark": {"name": "mine", "definition": definition}}))
     assert [(r.strict, r.category) for r in found.rows] == [(1.0, "here")]
     definition["types"] = {}
-    with pytest.raises(BenchmarkError, match="definition of mine"):
+    with pytest.raises(BenchmarkError, match="definition of 'mine'"):
         score_file(write(tmp_path / "r.jsonl", rows, {"benchmark": {"name": "mine", "definition": definition}}))
 
 
@@ -286,6 +286,28 @@ MINE = {
     "types": {"letters": {"metric": "multiple choice"}},
     "report": {"category": "place"},
 }
+
+
+def test_a_definition_that_a_run_wrote_down_wins_over_the_packages_of_that_name_with_a_warning(tmp_path, caplog):
+    def made_with(**changes: Any) -> ScoredFile:
+        definition = load_benchmark("ERQA").model_dump(mode="json", exclude_unset=True) | changes
+        run = {"benchmark": {"name": "ERQA", "version": definition.get("version", 1), "definition": definition}}
+        return score_file(write(tmp_path / "r.jsonl", [row(1, place="here", category="there")], run))
+
+    assert made_with(title="other words").rows[0].category == "there"
+    assert caplog.text == ""
+    for changes in ({}, {"version": 7}):
+        found = made_with(report={"category": "place"}, **changes)
+        assert found.rows[0].category == "here"
+        (record,) = caplog.records
+        version = changes.get("version", 1)
+        assert (
+            f"it holds (version {version}), which is not the package's (version 1); --benchmark ERQA" in record.message
+        )
+        caplog.clear()
+    with pytest.raises(BenchmarkError, match=r"sufix: Extra.*--benchmark ERQA \(the package's\), or FILE\.yaml"):
+        made_with(sufix="x")
+    assert score_file(tmp_path / "r.jsonl", load_benchmark("ERQA")).rows[0].category == "there"
 
 
 @pytest.fixture

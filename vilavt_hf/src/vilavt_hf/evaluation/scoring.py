@@ -232,27 +232,43 @@ def question_id_of(row: Mapping[str, Any], line: int) -> str:
 
 
 def _named(path: Path, run: Mapping[str, Any]) -> Benchmark | None:
-    """The benchmark of a run: the one known by its name, else the definition that the run wrote down."""
+    """The benchmark of a run: the definition that the run wrote down, else the one known by its name."""
     named = run.get("benchmark")
-    name = named.get("name") if isinstance(named, Mapping) else named
+    said = named if isinstance(named, Mapping) else {"name": named}
+    name, version, written = said.get("name"), said.get("version"), said.get("definition")
     if not isinstance(name, str):
         return None
-    written = named.get("definition") if isinstance(named, Mapping) else None
-    benchmark = shipped_benchmark(name)
-    if benchmark is None:
-        if written is None:
-            raise BenchmarkError(
-                f"{path}: no benchmark {name!r} is known ({', '.join(known_benchmarks())}), and the file does not hold "
-                "its definition; name one with --benchmark FILE.yaml"
-            )
+    shipped = shipped_benchmark(name)
+    if written is not None:
         try:
-            return read_benchmark(written, f"{path}, definition of {name}")
+            own = read_benchmark(written, f"{path}, definition of {name!r}")
         except BenchmarkError as error:
-            raise BenchmarkError(f"{error}; name the definition with --benchmark FILE.yaml") from None
-    version = named.get("version") if isinstance(named, Mapping) else None
-    if version is not None and version != benchmark.version:
-        logger.warning("%s: made with version %s of %s, scored with version %d", path, version, name, benchmark.version)
-    return benchmark
+            choice = "FILE.yaml" if shipped is None else f"{shipped.name} (the package's), or FILE.yaml"
+            raise BenchmarkError(f"{error}; name the definition with --benchmark {choice}") from None
+        if shipped is not None and _rules(own) != _rules(shipped):
+            logger.warning(
+                "%s: scored by the definition that it holds (version %d), which is not the package's (version %d); "
+                "--benchmark %s takes the latter",
+                path,
+                own.version,
+                shipped.version,
+                shipped.name,
+            )
+        return own
+    if shipped is None:
+        raise BenchmarkError(
+            f"{path}: no benchmark {name!r} is known ({', '.join(known_benchmarks())}), and the file does not hold its "
+            "definition; name one with --benchmark FILE.yaml"
+        )
+    if version is not None and version != shipped.version:
+        logger.warning(
+            "%s: made with version %r of %s, scored with version %d", path, version, shipped.name, shipped.version
+        )
+    return shipped
+
+
+def _rules(benchmark: Benchmark) -> dict[str, Any]:
+    return benchmark.model_dump(exclude={"title"})
 
 
 def _take(found: _Collector, line: int, data: Any, benchmark: Benchmark | None) -> None:
