@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from vilavt_hf import cli
@@ -568,6 +570,20 @@ def test_a_benchmark_whose_categories_are_not_there_says_so(tmp_path, caplog):
     assert "no row has a category that counts (original_question_type)" in caplog.text
 
 
+def test_the_memory_of_a_summary_does_not_grow_with_the_longest_name(tmp_path):
+    def peak(*kinds: str) -> int:
+        rows = [row(i, problem_type=kinds[0] if i else kinds[-1]) for i in range(2_001)]
+        file = scored(tmp_path, *rows)
+        tracemalloc.start()
+        summary = summarise([file], resamples=10)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert [f.questions for f in summary.figures if f.kind is Kind.TYPE] == [2_000, 1]
+        return used
+
+    assert peak("box", "x" * 5_000) < peak("box", "x") + 2_000_000
+
+
 def test_the_same_seed_gives_the_same_intervals(tmp_path):
     file = scored(tmp_path, *(row(i, "AB"[i % 3 % 2]) for i in range(50)))
     assert summarise([file], seed=1).figures == summarise([file], seed=1).figures
@@ -638,6 +654,17 @@ def test_a_report_holds_every_figure_flaw_and_difference_in_all_its_forms(tmp_pa
     assert "the published program would have ended" in text
     assert png.read_bytes().startswith(b"\x89PNG")
     assert len(csv.read_text().splitlines()) >= 4
+
+
+def test_a_plot_of_many_or_long_names_stays_a_picture_and_tables_have_them_all_in_short(tmp_path):
+    rows = [row(i, category=f"{'long ' * 1_000}{i}", problem_type="riddle " * 1_000) for i in range(300)]
+    file = scored(tmp_path, *rows, row("x"), benchmark="ERQA")
+    _, md, png, _ = write_report(tmp_path / "out", [(summarise([file], resamples=10), [file])])
+    width, height = Image.open(png).size
+    assert width < 2_000
+    assert 100 * 30 < height < 100 * 60
+    assert max(map(len, md.read_text().splitlines())) < 1_000
+    assert md.read_text().count("| long long") == 300
 
 
 def test_the_command_scores_folders_and_says_what_was_wrong(tmp_path):

@@ -16,6 +16,8 @@ from .summary import Figure, Kind, Summary, other_scorer
 
 LISTED = 20
 """Rows of a listing in Markdown; JSON has all."""
+PLOTTED = 100
+"""Figures of a benchmark in the plot; a picture of thousands of categories would need gigabytes."""
 
 
 def write_report(
@@ -105,21 +107,22 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = list(dict.fromkeys(summary.benchmark for summary in summaries))
-    shown = {name: [s for s in summaries if s.benchmark == name] for name in panels}
-    names = {
+    settings = {name: [s for s in summaries if s.benchmark == name] for name in panels}
+    found = {
         name: list(dict.fromkeys(label(f) for s in several for f in s.figures if f.kind is not Kind.ROTATION))
-        for name, several in shown.items()
+        for name, several in settings.items()
     }
-    heights = [1 + 0.28 * len(names[name]) * len(shown[name]) for name in panels]
+    names = {name: labels[:PLOTTED] for name, labels in found.items()}
+    heights = [1 + 0.28 * len(names[name]) * len(settings[name]) for name in panels]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, sum(heights) + 0.5), squeeze=False, height_ratios=heights
     )
     for axis, name in zip(axes[:, 0], panels, strict=True):
-        several = shown[name]
+        several = settings[name]
         width = 0.8 / len(several)
         for place, summary in enumerate(several):
-            found = {label(f): f for f in summary.figures}
-            rows = [(i, found[text]) for i, text in enumerate(names[name]) if text in found]
+            figures = {label(f): f for f in summary.figures}
+            rows = [(i, figures[text]) for i, text in enumerate(names[name]) if text in figures]
             at = [i + (place - (len(several) - 1) / 2) * width for i, _ in rows]
             scores = [100 * f.score for _, f in rows]
             below = [max(0.0, 100 * (f.score - f.interval.low)) for _, f in rows]
@@ -128,7 +131,8 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
         axis.set_yticks(range(len(names[name])), [_literal(text) for text in names[name]])
         axis.invert_yaxis()
         axis.set(xlim=(0, 100), xlabel=f"score, % ({several[0].scorer}), with 95 % intervals")
-        axis.set_title(_literal(name or "no benchmark named"))
+        more = f", the first {PLOTTED} of {len(found[name])} figures" * (len(found[name]) > PLOTTED)
+        axis.set_title(_literal(name or "no benchmark named") + more)
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)

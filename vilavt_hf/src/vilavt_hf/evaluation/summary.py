@@ -376,10 +376,12 @@ def circular_rows(files: Sequence[ScoredFile], scorer: Scorer) -> Rows | None:
 
 
 def _parts(files: Sequence[ScoredFile], rows: Rows, attribute: str) -> Iterator[tuple[str, Rows]]:
-    values = np.array([str(getattr(row, attribute) or "") for file in files for row in file.rows])
-    for value in np.unique(values):
-        if value or attribute != "rotation":
-            yield str(value), rows.select(values == value)
+    names: dict[str, int] = {}
+    texts = (getattr(row, attribute) or "" for file in files for row in file.rows)
+    places = np.array([names.setdefault(text, len(names)) for text in texts])
+    for name in sorted(names):
+        if name or attribute != "rotation":
+            yield name, rows.select(places == names[name])
 
 
 def place_of(category: str, rules: Report) -> tuple[int, str]:
