@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from PIL import Image
+from typer.testing import CliRunner, Result
 
 from vilavt_hf import cli
 from vilavt_hf.cli import app
@@ -187,6 +189,7 @@ FLAWED = [
     ("{not json", Flaw.NOT_JSON),
     ("[1, 2]", Flaw.NOT_JSON),
     ("[" * 100_000, Flaw.NOT_JSON),
+    ('{"question_id": ' + "[" * 500 + "]" * 500 + "}", Flaw.NOT_JSON),
     (row(2, ""), Flaw.EMPTY),
     (row(2, "<answer></answer>"), Flaw.EMPTY),
     (row(2, None), Flaw.NO_RESPONSE),
@@ -272,7 +275,7 @@ def test_a_benchmark_of_ones_own_is_scored_by_the_definition_that_its_run_wrote_
     found = score_file(write(tmp_path / "r.jsonl", rows, {"benchmark": {"name": "mine", "definition": definition}}))
     assert [(r.strict, r.category) for r in found.rows] == [(1.0, "here")]
     definition["types"] = {}
-    with pytest.raises(BenchmarkError, match="definition of mine"):
+    with pytest.raises(BenchmarkError, match="definition of 'mine'"):
         score_file(write(tmp_path / "r.jsonl", rows, {"benchmark": {"name": "mine", "definition": definition}}))
 
 
@@ -285,6 +288,28 @@ MINE = {
     "types": {"letters": {"metric": "multiple choice"}},
     "report": {"category": "place"},
 }
+
+
+def test_a_definition_that_a_run_wrote_down_wins_over_the_packages_of_that_name_with_a_warning(tmp_path, caplog):
+    def made_with(**changes: Any) -> ScoredFile:
+        definition = load_benchmark("ERQA").model_dump(mode="json", exclude_unset=True) | changes
+        run = {"benchmark": {"name": "ERQA", "version": definition.get("version", 1), "definition": definition}}
+        return score_file(write(tmp_path / "r.jsonl", [row(1, place="here", category="there")], run))
+
+    assert made_with(title="other words").rows[0].category == "there"
+    assert caplog.text == ""
+    for changes in ({}, {"version": 7}):
+        found = made_with(report={"category": "place"}, **changes)
+        assert found.rows[0].category == "here"
+        (record,) = caplog.records
+        version = changes.get("version", 1)
+        assert (
+            f"it holds (version {version}), which is not the package's (version 1); --benchmark ERQA" in record.message
+        )
+        caplog.clear()
+    with pytest.raises(BenchmarkError, match=r"sufix: Extra.*--benchmark ERQA \(the package's\), or FILE\.yaml"):
+        made_with(sufix="x")
+    assert score_file(tmp_path / "r.jsonl", load_benchmark("ERQA")).rows[0].category == "there"
 
 
 @pytest.fixture
@@ -429,7 +454,7 @@ def test_a_circular_score_wants_every_rotation_of_a_question_right(tmp_path):
 def test_files_that_differ_in_their_seed_are_averaged_with_their_spread(tmp_path):
     files = []
     for seed, right in enumerate((1, 2, 3)):
-        run = {"benchmark": "ERQA", "model": "/m/tiny", "preset": {"name": "default"}, "seed": seed, "created": seed}
+        run = {"benchmark": "ERQA", "model": "/m/tiny", "preset": {"name": "default"}, "seed": seed}
         rows = [row(i, "A" if i < right else "B", category="x") for i in range(4)]
         files.append(score_file(write(tmp_path / f"default-seed{seed}.jsonl", rows, run)))
     other = write(
@@ -449,6 +474,74 @@ def test_files_that_differ_in_their_seed_are_averaged_with_their_spread(tmp_path
     assert overall.spread == pytest.approx(0.25)
     assert overall.questions == 4
     assert summarise(files[:1]).overall.spread is None
+
+
+def run_line(seed: int, **changes: Any) -> dict[str, Any]:
+    """What `vilavt eval` writes, in short; names of `changes` may be dotted with two underscores."""
+    run: dict[str, Any] = {
+        "benchmark": {"name": "ERQA", "version": 1, "questions_sha256": "q"},
+        "model": "/m/tiny",
+        "backend": "hf",
+        "preset": {"name": "default", "sampling": {"temperature": 0.0}, "prompts_sha256": "p"},
+        "provenance": {
+            "checkpoint": "/m/tiny",
+            "fingerprint": "f",
+            "dtype": "float32",
+            "attention": "sdpa",
+            "limits": {"max_turns": 5},
+            "device": "cpu",
+            "seed": seed,
+            "versions": {"torch": "2.13.0"},
+        },
+        "seed": seed,
+        "ablation": None,
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        part = run
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = value
+    return run
+
+
+def two_seeds(tmp_path: Path, **changes: Any) -> list[tuple[ScoredFile, ...]]:
+    first = score_file(write(tmp_path / "a.jsonl", [row(1)], run_line(0)))
+    return settings_of([first, score_file(write(tmp_path / "b.jsonl", [row(1)], run_line(1, **changes)))])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"provenance__fingerprint": "g"},
+        {"provenance__dtype": "bfloat16"},
+        {"provenance__attention": "flash_attention_2"},
+        {"provenance__limits__max_turns": 2},
+        {"preset__sampling__temperature": 0.7},
+        {"preset__prompts_sha256": "r"},
+        {"benchmark__questions_sha256": "r"},
+        {"engine__quantization": "fp8"},
+        {"backend": "vllm"},
+    ],
+)
+def test_what_differs_in_more_than_its_seed_is_not_averaged_and_the_reason_is_told(changes, tmp_path, caplog):
+    assert len(two_seeds(tmp_path, **changes)) == 2
+    ((name, value),) = changes.items()
+    assert (
+        f"b.jsonl is no seed of {tmp_path / 'a.jsonl'}: '{name.replace('__', '.')}' is {value!r}, there" in caplog.text
+    )
+
+
+def test_a_checkpoint_is_known_by_its_fingerprint_wherever_it_was_found(tmp_path, caplog):
+    moved = {"model": "/other/tiny", "provenance__checkpoint": "/other/tiny", "provenance__device": "cuda:0"}
+    assert len(two_seeds(tmp_path, **moved)) == 1
+    assert caplog.text == ""
+
+
+def test_seeds_of_other_package_versions_are_averaged_with_a_warning(tmp_path, caplog):
+    assert len(two_seeds(tmp_path, provenance__versions={"torch": "2.14.1"})) == 1
+    assert "made with other versions than" in caplog.text
+    assert "'provenance.versions.torch' is '2.14.1', there '2.13.0'" in caplog.text
 
 
 def test_published_files_of_several_seeds_are_known_by_their_names(tmp_path):
@@ -475,6 +568,20 @@ def test_a_benchmark_whose_categories_are_not_there_says_so(tmp_path, caplog):
     summary = summarise([scored(tmp_path, row(1), row(2, "B"), benchmark="SPAR-Bench")])
     assert summary.overall.score == pytest.approx(0.5)
     assert "no row has a category that counts (original_question_type)" in caplog.text
+
+
+def test_the_memory_of_a_summary_does_not_grow_with_the_longest_name(tmp_path):
+    def peak(*kinds: str) -> int:
+        rows = [row(i, problem_type=kinds[0] if i else kinds[-1]) for i in range(2_001)]
+        file = scored(tmp_path, *rows)
+        tracemalloc.start()
+        summary = summarise([file], resamples=10)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert [f.questions for f in summary.figures if f.kind is Kind.TYPE] == [2_000, 1]
+        return used
+
+    assert peak("box", "x" * 5_000) < peak("box", "x") + 2_000_000
 
 
 def test_the_same_seed_gives_the_same_intervals(tmp_path):
@@ -549,6 +656,17 @@ def test_a_report_holds_every_figure_flaw_and_difference_in_all_its_forms(tmp_pa
     assert len(csv.read_text().splitlines()) >= 4
 
 
+def test_a_plot_of_many_or_long_names_stays_a_picture_and_tables_have_them_all_in_short(tmp_path):
+    rows = [row(i, category=f"{'long ' * 1_000}{i}", problem_type="riddle " * 1_000) for i in range(300)]
+    file = scored(tmp_path, *rows, row("x"), benchmark="ERQA")
+    _, md, png, _ = write_report(tmp_path / "out", [(summarise([file], resamples=10), [file])])
+    width, height = Image.open(png).size
+    assert width < 2_000
+    assert 100 * 30 < height < 100 * 60
+    assert max(map(len, md.read_text().splitlines())) < 1_000
+    assert md.read_text().count("| long long") == 300
+
+
 def test_the_command_scores_folders_and_says_what_was_wrong(tmp_path):
     (tmp_path / "runs").mkdir()
     write(tmp_path / "runs" / "a.jsonl", [row(1), row(2, "")])
@@ -563,6 +681,85 @@ def test_the_command_scores_folders_and_says_what_was_wrong(tmp_path):
     wrong = CliRunner().invoke(app, ["score", str(tmp_path / "runs"), "--scorer", "lenient"])
     assert wrong.exit_code == 2
     assert CliRunner().invoke(app, ["score", str(tmp_path)]).exit_code == 0
+
+
+def run_score(*arguments: object, **more: Any) -> Result:
+    return CliRunner(**more).invoke(app, ["score", *map(str, arguments)])
+
+
+def test_texts_of_a_file_reach_the_terminal_without_surrogates_markup_and_control_characters(tmp_path):
+    odd = "[/bold]\x1b[31m\ud800"
+    run = {"benchmark": "ERQA", "model": odd, "seed": 0}
+    rows = [row(1, category=odd), row(2, "B", category="b", problem_type=odd)]
+    path = write(tmp_path / "r.jsonl", rows, run)
+    other = write(tmp_path / "s.jsonl", [row(1, category=odd), row(2, category="b")], run)
+    result = run_score(path, "--against", other, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    assert "[/bold]\ufffd[31m\ufffd" in result.output
+    assert "\x1b[31m" not in result.output
+    whole = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert odd in [figure["name"] for figure in whole["settings"][0]["figures"]]
+
+
+def test_a_terminal_that_cannot_show_a_character_is_sent_another(tmp_path):
+    path = write(tmp_path / "r.jsonl", [row(1, category="größer")], {"benchmark": "ERQA"})
+    result = run_score(path, charset="ascii")
+    assert result.exit_code == 0, result.exception
+    assert r"gr\xf6\xdfer" in result.output
+
+
+def test_what_cannot_be_scored_in_a_folder_is_left_out_with_a_warning_and_refused_by_name(tmp_path):
+    write(tmp_path / "good.jsonl", [row(1)])
+    for name, text in (("empty", ""), ("begun", '{"run": {"benchmark": "ERQA"}}\n')):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    write(tmp_path / "unknown.jsonl", [row(1)], {"benchmark": "mine"})
+    result = run_score(tmp_path, tmp_path / "good.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    for name in ("empty.jsonl: there is no", "begun.jsonl: there is no", "unknown.jsonl: no benchmark 'mine'"):
+        assert f"left out: {tmp_path / name}" in result.output
+    (setting,) = json.loads((tmp_path / "out" / "scores.json").read_text())["settings"]
+    assert setting["files"] == [str(tmp_path / "good.jsonl")]
+    assert isinstance(run_score(tmp_path / "empty.jsonl").exception, BenchmarkError)
+    (tmp_path / "good.jsonl").unlink()
+    with pytest.raises(BenchmarkError, match="none of the 3 result files"):
+        CliRunner().invoke(app, ["score", str(tmp_path)], catch_exceptions=False)
+
+
+ODD = ["", "\ud800", "os:popen", ":x", ".a:x", "[/b]", "\x1b[31m", "ERQA", "x.yaml", *QuestionType]
+ANY = st.recursive(
+    st.sampled_from(ODD) | st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: (
+        st.lists(x, max_size=3) | st.dictionaries(st.text() | st.sampled_from(["name", "response"]), x, max_size=3)
+    ),
+    max_leaves=4,
+)
+ROW_KEYS = (
+    "question_id", "response", "answer", "problem_type", "error", "finish", "category", "original_question_type",
+    "cycle_category", "question", "options", "images", "turns", "seed",
+)  # fmt: skip
+RUN_KEYS = ("model", "backend", "preset", "provenance", "ablation", "seed", "format", "shard")
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(ROW_KEYS), st.sampled_from(ODD) | ANY, min_size=2), min_size=1, max_size=4
+    ),
+    st.dictionaries(st.sampled_from(RUN_KEYS), st.sampled_from(ODD) | ANY),
+    st.sampled_from(["ERQA", "VSI-Bench", "SPAR-Bench", "HRBench4K", None]),
+)
+def test_no_value_of_any_key_stops_the_command(tmp_path_factory, rows, run, benchmark):
+    folder = tmp_path_factory.mktemp("any")
+    changed = [row(f"question {i}") | values for i, values in enumerate(rows)]
+    first = write(folder / "a.jsonl", [row("first"), *changed], run | {"benchmark": benchmark})
+    second = write(folder / "b.jsonl", [row("first", "B"), *changed], {"benchmark": benchmark})
+    with pytest.MonkeyPatch.context() as patch:  # a picture takes longer than everything else
+        patch.setattr("vilavt_hf.evaluation.report.plot", lambda summaries, path: None)
+        result = run_score(first, "--against", second, "--out", folder / "out", "--resamples", 10)
+    assert result.exit_code == 0, result.exception
+    whole = json.loads((folder / "out" / "scores.json").read_text())
+    assert whole["comparison"]["contrasts"][0]["questions"] >= 1
+    assert "first" in (folder / "out" / "flips.html").read_text(encoding="utf-8")
 
 
 def test_a_missing_package_is_named_with_the_smallest_extra_that_brings_it(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The `vilavt` command. Each module of this package adds the commands of one area to the same application."""
 
+import io
 import logging
 import sys
 
@@ -18,6 +19,8 @@ app = typer.Typer(
 
 @app.callback()
 def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot show must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import BenchmarkError
+
 if TYPE_CHECKING:
+    from ..evaluation.benchmark import Benchmark
     from ..evaluation.comparison import Comparison
-    from ..evaluation.scoring import Scorer
+    from ..evaluation.scoring import ScoredFile, Scorer
     from ..evaluation.summary import Summary
 
 Results = Annotated[list[Path], typer.Argument(help="Result files (.jsonl), or folders of them.")]
@@ -39,15 +42,14 @@ def score_command(
     from ..evaluation.benchmark import load_benchmark
     from ..evaluation.comparison import compare, write_side_by_side
     from ..evaluation.report import write_report
-    from ..evaluation.scoring import score_file
     from ..evaluation.summary import settings_of, summarise
 
     if scorer not in ("strict", "published"):
         raise typer.BadParameter(f"{scorer!r}: choose strict or published", param_hint="--scorer")
     rules: Scorer = "strict" if scorer == "strict" else "published"
     definition = None if benchmark is None else load_benchmark(benchmark)
-    settings = settings_of([score_file(path, definition) for path in _files(results)])
-    others = settings_of([score_file(path, definition) for path in _files(against or [])])
+    settings = settings_of(_scored(results, definition))
+    others = settings_of(_scored(against or [], definition))
     if others and (len(settings), len(others)) != (1, 1):
         raise typer.BadParameter(
             f"{len(others)} runs against {len(settings)}: it takes one against one, each of one or several seeds",
@@ -68,15 +70,29 @@ def score_command(
         typer.echo("wrote " + ", ".join(map(str, written)))
 
 
-def _files(paths: list[Path]) -> list[Path]:
-    """Files as they are; of folders the result files below them that are whole runs."""
-    found: dict[Path, None] = {}
+def _scored(paths: list[Path], definition: "Benchmark | None") -> list["ScoredFile"]:
+    """The files that are named, and of folders the result files below them that are whole runs.
+
+    What cannot be scored in a folder is left out with a warning; a file that is named must be right.
+    """
+    from ..evaluation.scoring import score_file
+
+    found: dict[Path, ScoredFile] = {}
     for path in paths:
-        inside = sorted(p for p in path.rglob("*.jsonl") if ".shard-" not in p.name) if path.is_dir() else [path]
+        if not path.is_dir():
+            found[path] = score_file(path, definition)
+            continue
+        inside = sorted(p for p in path.rglob("*.jsonl") if ".shard-" not in p.name)
         if not inside:
             raise typer.BadParameter(f"{path}: there is no finished result file (*.jsonl) in this folder")
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        for file in inside:
+            try:
+                found[file] = found.get(file) or score_file(file, definition)
+            except BenchmarkError as error:
+                typer.secho(f"left out: {error}", fg="yellow", err=True)
+        if not found.keys() & set(inside):
+            raise BenchmarkError(f"{path}: none of the {len(inside)} result files in this folder can be scored")
+    return list(found.values())
 
 
 def show_summary(summary: "Summary") -> None:
@@ -85,15 +101,15 @@ def show_summary(summary: "Summary") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..evaluation.report import cells, label
+    from ..evaluation.report import cells, label, shown
     from ..evaluation.summary import other_scorer
 
-    title = f"{summary.benchmark or 'no benchmark named'}: {summary.name}"
+    title = escape(shown(f"{summary.benchmark or 'no benchmark named'}: {summary.name}"))
     table = Table("", "questions", f"{summary.scorer}, %", "95 % interval", other_scorer(summary.scorer), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for figure in summary.figures:
-        table.add_row(escape(label(figure)), *cells(figure))
+        table.add_row(escape(shown(label(figure))), *cells(figure))
     Console().print(table)
     for flaw, count in summary.flaws.items():
         typer.secho(f"{flaw}: {count:,} rows", fg="yellow")
@@ -107,18 +123,19 @@ def _show_comparison(comparison: "Comparison") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..evaluation.report import contrast_cells
+    from ..evaluation.report import contrast_cells, shown
 
-    names = [escape(name) for name in (comparison.first, comparison.second)]
-    table = Table("", "n", *names, "change", "95 % interval", "+ / -", "p", title=f"paired, {comparison.overall.test}")
+    first, second = shown(comparison.first), shown(comparison.second)
+    names = ("", "n", escape(first), escape(second), "change", "95 % interval", "+ / -", "p")
+    table = Table(*names, title=f"paired, {comparison.overall.test}")
     for column in table.columns[1:]:
         column.justify = "right"
     for contrast in comparison.contrasts:
-        table.add_row(escape(contrast.name), *contrast_cells(contrast))
+        table.add_row(escape(shown(contrast.name)), *contrast_cells(contrast))
     Console().print(table)
     for ids, why in (
-        (comparison.only_first, f"were answered by {comparison.first} only"),
-        (comparison.only_second, f"were answered by {comparison.second} only"),
+        (comparison.only_first, f"were answered by {first} only"),
+        (comparison.only_second, f"were answered by {second} only"),
         (comparison.other_targets, "have another right answer in the other file"),
     ):
         if ids:

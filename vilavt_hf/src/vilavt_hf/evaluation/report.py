@@ -16,6 +16,8 @@ from .summary import Figure, Kind, Summary, other_scorer
 
 LISTED = 20
 """Rows of a listing in Markdown; JSON has all."""
+PLOTTED = 100
+"""Figures of a benchmark in the plot; a picture of thousands of categories would need gigabytes."""
 
 
 def write_report(
@@ -39,7 +41,7 @@ def write_report(
         "comparison": None if comparison is None else asdict(comparison),
     }
     paths[0].write_text(json.dumps(whole) + "\n", encoding="utf-8")
-    paths[1].write_text(_plain_text(markdown(settings, comparison)), encoding="utf-8")
+    paths[1].write_text(markdown(settings, comparison), encoding="utf-8")
     plot([summary for summary, _ in settings], paths[2])
     rows = folder / "rows.csv"
     _write_rows([file for _, files in settings for file in files], rows)
@@ -73,6 +75,16 @@ def label(figure: Figure) -> str:
     return name if figure.counted else f"{name} (not counted)"
 
 
+def shown(text: str, width: int = 120) -> str:
+    """A text from a result file as one line that a terminal, a page and a plot can show.
+
+    Without control characters and lone surrogates, which such a file may hold, and of at most `width` characters.
+    """
+    flat = " ".join(text.split())
+    line = flat if len(flat) <= width else flat[: width - 1] + "…"
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+
+
 def contrast_cells(contrast: Contrast) -> tuple[str, ...]:
     """Questions, both scores, difference, its interval (in percent), how many are better and worse, and p."""
     low, high = contrast.interval.low, contrast.interval.high
@@ -95,21 +107,22 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = list(dict.fromkeys(summary.benchmark for summary in summaries))
-    shown = {name: [s for s in summaries if s.benchmark == name] for name in panels}
-    names = {
+    settings = {name: [s for s in summaries if s.benchmark == name] for name in panels}
+    found = {
         name: list(dict.fromkeys(label(f) for s in several for f in s.figures if f.kind is not Kind.ROTATION))
-        for name, several in shown.items()
+        for name, several in settings.items()
     }
-    heights = [1 + 0.28 * len(names[name]) * len(shown[name]) for name in panels]
+    names = {name: labels[:PLOTTED] for name, labels in found.items()}
+    heights = [1 + 0.28 * len(names[name]) * len(settings[name]) for name in panels]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, sum(heights) + 0.5), squeeze=False, height_ratios=heights
     )
     for axis, name in zip(axes[:, 0], panels, strict=True):
-        several = shown[name]
+        several = settings[name]
         width = 0.8 / len(several)
         for place, summary in enumerate(several):
-            found = {label(f): f for f in summary.figures}
-            rows = [(i, found[text]) for i, text in enumerate(names[name]) if text in found]
+            figures = {label(f): f for f in summary.figures}
+            rows = [(i, figures[text]) for i, text in enumerate(names[name]) if text in figures]
             at = [i + (place - (len(several) - 1) / 2) * width for i, _ in rows]
             scores = [100 * f.score for _, f in rows]
             below = [max(0.0, 100 * (f.score - f.interval.low)) for _, f in rows]
@@ -118,7 +131,8 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
         axis.set_yticks(range(len(names[name])), [_literal(text) for text in names[name]])
         axis.invert_yaxis()
         axis.set(xlim=(0, 100), xlabel=f"score, % ({several[0].scorer}), with 95 % intervals")
-        axis.set_title(_literal(name or "no benchmark named"))
+        more = f", the first {PLOTTED} of {len(found[name])} figures" * (len(found[name]) > PLOTTED)
+        axis.set_title(_literal(name or "no benchmark named") + more)
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -127,7 +141,7 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
 
 def _literal(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
-    return _plain_text(text[:80].replace("$", r"\$"))
+    return shown(text, 80).replace("$", r"\$")
 
 
 def _setting(summary: Summary, files: Sequence[ScoredFile]) -> dict[str, Any]:
@@ -235,13 +249,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays in its cell and is no markup."""
-    flat = re.sub(r"\s+", " ", text)[:120]
-    return re.sub(r"([\\|<>`*\[\]])", r"\\\1", flat)
-
-
-def _plain_text(text: str) -> str:
-    """Without lone surrogates, which no file can hold."""
-    return text.encode("utf-8", "replace").decode()
+    return re.sub(r"([\\|<>`*\[\]])", r"\\\1", shown(text))
 
 
 def _write_rows(files: Iterable[ScoredFile], path: Path) -> None:

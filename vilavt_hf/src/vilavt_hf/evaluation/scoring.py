@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 Scorer = Literal["strict", "published"]
 SEED_IN_NAME = re.compile(r"[-_.]*seed[-_]?(\d+)")
 """As in the names of published result files."""
+MAX_DEPTH = 100
+"""Deepest nesting of a line that is read; a row needs 3. Deeper ones could not be written down again."""
 SHOWN = 200
 """Characters of a prediction or target that are kept for listings."""
 
@@ -198,9 +200,23 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if not raw.strip():
                 continue
             try:
-                yield number, json.loads(raw)
+                data = json.loads(raw)
+                if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(data):
+                    raise RecursionError
+                yield number, data
             except (ValueError, RecursionError):
                 yield number, Flaw.NOT_JSON if raw.endswith(b"\n") else Flaw.CUT_OFF
+
+
+def _is_deep(data: Any) -> bool:
+    """Whether data is nested deeper than `MAX_DEPTH`; goes down level by level, without recursion."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        below = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = [child for children in below for child in children]
+        if not level:
+            return False
+    return True
 
 
 def response_of(row: Mapping[str, Any]) -> Any:
@@ -216,27 +232,43 @@ def question_id_of(row: Mapping[str, Any], line: int) -> str:
 
 
 def _named(path: Path, run: Mapping[str, Any]) -> Benchmark | None:
-    """The benchmark of a run: the one known by its name, else the definition that the run wrote down."""
+    """The benchmark of a run: the definition that the run wrote down, else the one known by its name."""
     named = run.get("benchmark")
-    name = named.get("name") if isinstance(named, Mapping) else named
+    said = named if isinstance(named, Mapping) else {"name": named}
+    name, version, written = said.get("name"), said.get("version"), said.get("definition")
     if not isinstance(name, str):
         return None
-    written = named.get("definition") if isinstance(named, Mapping) else None
-    benchmark = shipped_benchmark(name)
-    if benchmark is None:
-        if written is None:
-            raise BenchmarkError(
-                f"{path}: no benchmark {name!r} is known ({', '.join(known_benchmarks())}), and the file does not hold "
-                "its definition; name one with --benchmark FILE.yaml"
-            )
+    shipped = shipped_benchmark(name)
+    if written is not None:
         try:
-            return read_benchmark(written, f"{path}, definition of {name}")
+            own = read_benchmark(written, f"{path}, definition of {name!r}")
         except BenchmarkError as error:
-            raise BenchmarkError(f"{error}; name the definition with --benchmark FILE.yaml") from None
-    version = named.get("version") if isinstance(named, Mapping) else None
-    if version is not None and version != benchmark.version:
-        logger.warning("%s: made with version %s of %s, scored with version %d", path, version, name, benchmark.version)
-    return benchmark
+            choice = "FILE.yaml" if shipped is None else f"{shipped.name} (the package's), or FILE.yaml"
+            raise BenchmarkError(f"{error}; name the definition with --benchmark {choice}") from None
+        if shipped is not None and _rules(own) != _rules(shipped):
+            logger.warning(
+                "%s: scored by the definition that it holds (version %d), which is not the package's (version %d); "
+                "--benchmark %s takes the latter",
+                path,
+                own.version,
+                shipped.version,
+                shipped.name,
+            )
+        return own
+    if shipped is None:
+        raise BenchmarkError(
+            f"{path}: no benchmark {name!r} is known ({', '.join(known_benchmarks())}), and the file does not hold its "
+            "definition; name one with --benchmark FILE.yaml"
+        )
+    if version is not None and version != shipped.version:
+        logger.warning(
+            "%s: made with version %r of %s, scored with version %d", path, version, shipped.name, shipped.version
+        )
+    return shipped
+
+
+def _rules(benchmark: Benchmark) -> dict[str, Any]:
+    return benchmark.model_dump(exclude={"title"})
 
 
 def _take(found: _Collector, line: int, data: Any, benchmark: Benchmark | None) -> None:
@@ -246,7 +278,9 @@ def _take(found: _Collector, line: int, data: Any, benchmark: Benchmark | None) 
         return
     if not isinstance(data, Mapping):
         name = f"line {line}"
-        detail = "it cannot be parsed" if data is Flaw.NOT_JSON else f"it is a {type(data).__name__}"
+        detail = f"it is a {type(data).__name__}"
+        if data is Flaw.NOT_JSON:
+            detail = f"it cannot be parsed, or is nested deeper than {MAX_DEPTH}"
         found.flaws[name] = Problem(line, name, Flaw.NOT_JSON, detail)
         found.rows[name] = ScoredRow(line, name, 0.0, 0.0, True, "", None, None, None, "", "")
         return

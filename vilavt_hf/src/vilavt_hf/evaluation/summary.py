@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
 from ..errors import BenchmarkError
 from .benchmark import Report
+from .result_file import differences
 from .scoring import SEED_IN_NAME, ScoredFile, Scorer
 from .statistics import RESAMPLES, Interval, percentile_interval, resampled_means, spread
 
 logger = logging.getLogger(__name__)
+
+_SEEDS = ("seed", "provenance.seed")
+_VERSIONS = "provenance.versions."
 
 
 class Kind(StrEnum):
@@ -176,19 +180,30 @@ def summarise(
 
 
 def settings_of(files: Sequence[ScoredFile]) -> list[tuple[ScoredFile, ...]]:
-    """Files of one setting together, in the order given: what they say they depend on is the same but for the seed.
+    """Files of one setting together, in the order given: what would continue one run, but for seed and versions.
 
-    Files that say nothing belong together if their names are the same but for ``seed_1``.
+    That is, everything their run lines say is the same (`result_file.differences`): the checkpoint by its fingerprint,
+    wherever it was found, precision, limits, prompts, preset. Other package versions are warned about. Files that say
+    nothing belong together if their names are the same but for ``seed_1``.
 
     Raises:
         BenchmarkError: two files answer a question in the same setting and with the same seed.
     """
-    settings: dict[str, list[ScoredFile]] = {}
+    settings: list[list[ScoredFile]] = []
     for file in files:
-        settings.setdefault(_setting(file), []).append(file)
-    for several in settings.values():
+        same = next((several for several in settings if not _apart(several[0], file)), None)
+        if same is None:
+            twin = next((several[0] for several in settings if _title(several[0]) == _title(file)), None)
+            if twin is not None:
+                logger.warning("%s is no seed of %s: %s", file.path, twin.path, _listed(_apart(twin, file)))
+            settings.append([file])
+        else:
+            if versions := _other_versions(same[0], file):
+                logger.warning("%s was made with other versions than %s: %s", file.path, same[0].path, versions)
+            same.append(file)
+    for several in settings:
         _refuse_overlap(several)
-    return [tuple(several) for several in settings.values()]
+    return [tuple(several) for several in settings]
 
 
 def _refuse_overlap(files: Sequence[ScoredFile]) -> None:
@@ -223,12 +238,35 @@ def name_of(file: ScoredFile) -> str:
     return " ".join(str(part) for part in parts if part) or file.path.stem
 
 
-def _setting(file: ScoredFile) -> str:
-    benchmark = None if file.benchmark is None else file.benchmark.name
-    if file.run is None:
-        return json.dumps([benchmark, str(file.path.parent), name_of(file)])
-    keys = ("benchmark", "model", "backend", "preset", "ablation")
-    return json.dumps([benchmark, [file.run.get(key) for key in keys]], sort_keys=True, default=str)
+_Changes = list[tuple[str, Any, Any]]
+"""Name, value in the first file, value in the second."""
+
+
+def _apart(first: ScoredFile, second: ScoredFile) -> _Changes:
+    """What makes two files two settings; empty: nothing."""
+    changes = differences(_facts(first), _facts(second))
+    return [change for change in changes if change[0] not in _SEEDS and not change[0].startswith(_VERSIONS)]
+
+
+def _other_versions(first: ScoredFile, second: ScoredFile) -> str:
+    changes = differences(_facts(first), _facts(second))
+    return _listed([change for change in changes if change[0].startswith(_VERSIONS)])
+
+
+def _facts(file: ScoredFile) -> dict[str, Any]:
+    """What the answers of a file depend on."""
+    scored_as = None if file.benchmark is None else file.benchmark.name
+    said = {"folder": str(file.path.parent), "name": name_of(file)} if file.run is None else file.run
+    return {**said, "scored as": scored_as}
+
+
+def _title(file: ScoredFile) -> tuple[str | None, str]:
+    return None if file.benchmark is None else file.benchmark.name, name_of(file)
+
+
+def _listed(changes: _Changes) -> str:
+    # as repr, cut: names and values are the files' and may be anything
+    return "; ".join(f"{name!r:.60} is {new!r:.60}, there {old!r:.60}" for name, old, new in changes[:5])
 
 
 def _figures(
@@ -338,10 +376,12 @@ def circular_rows(files: Sequence[ScoredFile], scorer: Scorer) -> Rows | None:
 
 
 def _parts(files: Sequence[ScoredFile], rows: Rows, attribute: str) -> Iterator[tuple[str, Rows]]:
-    values = np.array([str(getattr(row, attribute) or "") for file in files for row in file.rows])
-    for value in np.unique(values):
-        if value or attribute != "rotation":
-            yield str(value), rows.select(values == value)
+    names: dict[str, int] = {}
+    texts = (getattr(row, attribute) or "" for file in files for row in file.rows)
+    places = np.array([names.setdefault(text, len(names)) for text in texts])
+    for name in sorted(names):
+        if name or attribute != "rotation":
+            yield name, rows.select(places == names[name])
 
 
 def place_of(category: str, rules: Report) -> tuple[int, str]:
