@@ -51,6 +51,19 @@ PROBES = [  # trajectory, task, what the published reward gave
 ]
 
 
+def test_a_box_that_no_float_holds_is_no_box_and_ends_no_training() -> None:
+    call = CALL.replace("28, 28]", "28, 1" + "0" * 400 + "]")
+    assert call != CALL
+    assert reward(of(call, REPLY, RIGHT), A, PUBLISHED).overall == 0.5
+
+
+@pytest.mark.parametrize("rules", [PUBLISHED, STRICT])
+@pytest.mark.parametrize("tag", ["<answer>", "<tool>", "<think>"])
+def test_the_cost_of_a_trajectory_grows_with_its_length_only(rules: RewardSettings, tag: str) -> None:
+    """A quadratic search would take most of an hour here."""
+    assert reward(of("<think>so</think>" + tag * 300_000), A, rules).overall == 0
+
+
 @pytest.mark.parametrize(("trajectory", "task", "expected"), PROBES)
 def test_published_rewards(trajectory: Trajectory, task: Task, expected: float) -> None:
     assert reward(trajectory, task, PUBLISHED).overall == pytest.approx(expected)

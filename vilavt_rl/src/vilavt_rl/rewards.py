@@ -27,6 +27,7 @@ from vilavt_hf.protocol import (
     unbox,
 )
 from vilavt_hf.scoring import Version, score_answer
+from vilavt_hf.scoring.published import tagged_answer
 from vilavt_hf.stream import Result
 
 from .errors import RewardError
@@ -236,16 +237,16 @@ def _overlong(tokens: int, settings: RewardSettings) -> float:
 
 
 def _published_answer(text: str) -> str:
-    found = re.search(f"{ANSWER_OPEN}(.*?){ANSWER_CLOSE}", text, re.DOTALL)
-    return unbox((found[1] if found else text).strip())
+    return unbox(tagged_answer(text).strip())
 
 
 def _published_form(text: str) -> bool:
     if not _balanced(text):
         return False
-    if TOOL_OPEN in text:
-        found = re.search(f"{TOOL_OPEN}(.*?){TOOL_CLOSE}", text, re.DOTALL)
-        return found is not None and _published_call(found[1])
+    _, opened, rest = text.partition(TOOL_OPEN)
+    if opened:
+        call, closed, _ = rest.partition(TOOL_CLOSE)
+        return bool(closed) and _published_call(call)
     return ANSWER_OPEN not in text or ANSWER_CLOSE in text.partition(ANSWER_OPEN)[2]
 
 
@@ -280,6 +281,6 @@ def _published_region(region: Any) -> bool:
         return False
     try:
         x1, y1, x2, y2 = (float(value) for value in box)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits, which ended the published run
         return False
     return x1 < x2 and y1 < y2
