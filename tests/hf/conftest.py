@@ -1,6 +1,7 @@
 """A tiny model family, built in the test process: no downloads, fp32, seeded."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,3 +159,24 @@ def tiny_checkpoint(tmp_path_factory, tiny_model, processor) -> Path:
     tiny_model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Makes ``someone/vilavt`` a hub id of a checkpoint, on a machine without a network; returns the hub's cache."""
+
+    def fill(checkpoint: Path) -> Path:
+        repository = tmp_path / "hub" / "models--someone--vilavt"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        shutil.copytree(checkpoint, repository / "blobs")
+        for blob in (p for p in (repository / "blobs").rglob("*") if p.is_file()):
+            link = snapshot / blob.relative_to(repository / "blobs")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)  # as the hub's client lays them out
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        return tmp_path / "hub"
+
+    return fill

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from vilavt_hf.backends import BackendOptions
 from vilavt_hf.chat import VilavtChat
 from vilavt_hf.engine import Sampler
 from vilavt_hf.episode import Inquiry
@@ -381,3 +383,16 @@ def test_answers_are_still_typed_when_the_model_just_talks(chat):
     assert result.answer == "7"
     assert result.turns[0].action == Answer("7", "easy")
     assert result.work.tokens_prefilled == 0  # a forced answer needs no computation at all
+
+
+def test_a_hub_id_runs_as_its_checkpoint_asks_for(tiny_checkpoint, hub_cache, tmp_path):
+    asks = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, asks)
+    save_chat_settings(asks, preset="eval-vllm", limits={"max_turns": 2})
+    cache = str(hub_cache(asks))
+    chat = VilavtChat.from_pretrained("someone/vilavt", model_kwargs={"cache_dir": cache})
+    assert chat.preset == VilavtChat.from_pretrained(asks).preset == get_preset("eval-vllm").with_limits(max_turns=2)
+    assert BackendOptions().preset_for("someone/vilavt") == chat.preset
+    assert BackendOptions(preset="rl").preset_for("someone/vilavt") == get_preset("rl").with_limits(max_turns=2)
+    assert BackendOptions().preset_for("someone/else") == get_preset("default")
+    assert BackendOptions().preset_for("http://127.0.0.1:8000/v1") == get_preset("default")

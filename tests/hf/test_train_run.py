@@ -283,19 +283,9 @@ def test_every_checkpoint_is_complete(unbroken, base):
 
 
 @pytest.fixture
-def hub(base, tmp_path, monkeypatch):
-    """Makes ``someone/vilavt`` a hub id whose files are in the cache of a machine without a network."""
-    repository = tmp_path / "hub" / "models--someone--vilavt"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    shutil.copytree(base, repository / "blobs")
-    for blob in (p for p in (repository / "blobs").rglob("*") if p.is_file()):
-        link = snapshot / blob.relative_to(repository / "blobs")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob)  # as the hub's client lays them out
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def hub(base, hub_cache):
+    """Makes ``someone/vilavt`` a hub id."""
+    return hub_cache(base)
 
 
 def test_checkpoints_of_a_model_from_the_hub_are_complete(hub, configure, base, tmp_path):

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import EngineError
 from .images import ImageLimits
-from .presets import Limits, Preset, Sampling, get_preset
+from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
 from .results import ChatResult, Provenance, Sample
 from .settings import preset_of
@@ -74,13 +73,15 @@ class BackendOptions:
                 raise EngineError(f"unknown {name} {', '.join(unknown)}; known are {', '.join(sorted(names))}")
 
     def preset_for(self, model: str) -> Preset:
-        """The preset for a checkpoint: the one named here, else the one its folder asks for; with the folder's limits.
+        """The preset for a checkpoint: the one named here, else the one it asks for; with the limits it asks for.
+
+        Args:
+            model: folder or hub id; of anything else, as a server's URL, nothing is known here.
 
         Raises:
-            VilavtError: unknown preset, or the folder's settings file is wrong.
+            VilavtError: unknown preset, or the checkpoint's settings file is wrong.
         """
-        folder = Path(model)
-        return preset_of(folder, self.preset) if folder.is_dir() else get_preset(self.preset or "default")
+        return preset_of(model, self.preset)
 
     def change_limits(self, limits: Limits) -> Limits:
         """With the changes asked for here."""

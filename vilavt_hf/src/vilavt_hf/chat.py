@@ -41,7 +41,7 @@ from .results import (
     turn_events,
     versions,
 )
-from .settings import fitting_limits, preset_of
+from .settings import fitting_limits, is_hub_id, preset_of
 from .stream import decode_turn, is_whole_text
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ class VilavtChat:
         """Load a checkpoint folder or hub id.
 
         Args:
-            path: a folder in our format, or a hub id. A folder's ``vilavt_chat.json`` gives the defaults of `preset`
-                and `limits`.
+            path: a folder in our format, or a hub id. Its ``vilavt_chat.json`` gives the defaults of `preset` and
+                `limits`.
             dtype: ``auto`` is the checkpoint's own.
             device: ``auto`` is CUDA if there is one, else the CPU.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: the library's choice.
@@ -178,9 +178,7 @@ class VilavtChat:
         from .processing_vilavt import VilavtProcessor
 
         folder = Path(path)
-        if not folder.is_dir() and (
-            folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1
-        ):
+        if not folder.is_dir() and not is_hub_id(path):
             raise CheckpointError(f"{path}: no such folder, and not a hub id (owner/name); check the path")
         kwargs = dict(model_kwargs or {})
         if attn_implementation is not None:
@@ -193,8 +191,10 @@ class VilavtChat:
 
             # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
             settings.setdefault("fingerprint", fingerprint(folder))
-            settings["preset"] = preset_of(folder, settings.get("preset"))
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub: dict[str, Any] = {
+            key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
+        }
+        settings["preset"] = preset_of(path, settings.get("preset"), hub=hub)
         try:
             model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
             processor = VilavtProcessor.from_pretrained(name, **hub)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import cached_file
 
 from . import compat
 from .errors import GroupError, PromptError
@@ -351,26 +351,21 @@ def _nested(values: Any, n_samples: int, kind: type) -> list[list[Any]]:
 
 
 def _load_query_tokenizer(path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    found = cached_file(
-        str(path),
-        f"{QUERY_TOKENIZER_FOLDER}/tokenizer_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
-    if found is None:
+    folder = _part(path, QUERY_TOKENIZER_FOLDER, hub)
+    if not (folder / "tokenizer_config.json").is_file():
         logger.warning("%s has no %s/: queries cannot be tokenised", path, QUERY_TOKENIZER_FOLDER)
         return None
-    return AutoTokenizer.from_pretrained(path, subfolder=QUERY_TOKENIZER_FOLDER, **hub)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _load_prompts(path: str | os.PathLike, hub: dict[str, Any]) -> PromptSet | None:
-    if not os.path.isdir(path):
-        from huggingface_hub import snapshot_download
+    folder = _part(path, PROMPTS_FOLDER, hub)
+    return PromptSet.load(folder) if folder.is_dir() else None
 
-        renamed = {name: value for name, value in hub.items() if name != "force_download"}
-        path = snapshot_download(str(path), allow_patterns=f"{PROMPTS_FOLDER}/*", **renamed)
-    folder = Path(path) / PROMPTS_FOLDER
-    if not folder.is_dir():
-        return None
-    return PromptSet.load(folder)
+
+def _part(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
+    """A folder within a checkpoint; that of a hub id is fetched, or found in the cache. It need not exist."""
+    if not os.path.isdir(path):
+        # transformers' `subfolder` would look for a configuration there, and end if the hub has none.
+        path = snapshot_download(str(path), allow_patterns=f"{name}/*", **hub)
+    return Path(path) / name

@@ -6,6 +6,7 @@ Every engine, local or hosted, starts from these, so that they run the same epis
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from .errors import CheckpointError
 from .presets import Limits, Preset, get_preset
 from .regions import MAX_PIXELS
 
+logger = logging.getLogger(__name__)
+
 SETTINGS = "vilavt_chat.json"
-"""File in a checkpoint folder that says how the checkpoint wants to be run; see :func:`save_chat_settings`."""
+"""File of a checkpoint that says how the checkpoint wants to be run; see :func:`save_chat_settings`."""
 
 
 def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None) -> Path:
@@ -37,17 +40,24 @@ def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: M
     return path
 
 
-def preset_of(folder: str | Path, preset: str | Preset | None = None) -> Preset:
-    """The preset that a folder asks for, or the one given, with the limits that the folder asks for.
+def preset_of(
+    checkpoint: str | Path, preset: str | Preset | None = None, *, hub: Mapping[str, Any] | None = None
+) -> Preset:
+    """The preset that a checkpoint asks for, or the one given, with the limits that the checkpoint asks for.
 
     Without a settings file it is the one given, or ``default``.
+
+    Args:
+        checkpoint: a folder or a hub id.
+        preset: the one given.
+        hub: how to reach the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
         CheckpointError: the file cannot be read, or has unknown fields.
         EpisodeError: unknown preset.
     """
-    path = Path(folder) / SETTINGS
-    if not path.is_file():
+    path = _settings_file(checkpoint, hub or {})
+    if path is None:
         return get_preset(preset or "default")
     try:
         wanted, limits = _checked(json.loads(path.read_text(encoding="utf-8")), path)
@@ -56,6 +66,30 @@ def preset_of(folder: str | Path, preset: str | Preset | None = None) -> Preset:
             raise
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     return get_preset(preset or wanted).with_limits(**limits)
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether it is written like a hub id, ``owner/name``, and no folder here is called so."""
+    text = str(name)
+    return text.count("/") == 1 and not text.startswith((".", "~", "/")) and not Path(text).is_dir()
+
+
+def _settings_file(checkpoint: str | Path, hub: Mapping[str, Any]) -> Path | None:
+    if not is_hub_id(checkpoint):
+        path = Path(checkpoint) / SETTINGS
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(checkpoint), SETTINGS, **hub))
+    except LocalEntryNotFoundError:
+        logger.warning("%s: the hub is out of reach and %s is not in the cache: defaults apply", checkpoint, SETTINGS)
+    except EntryNotFoundError:
+        pass  # it has none
+    except (OSError, ValueError):
+        pass  # no such checkpoint, or not for us: who loads its weights says so
+    return None
 
 
 def _checked(data: Any, path: Path) -> tuple[Preset, dict[str, Any]]:

@@ -89,7 +89,7 @@ class Settings:
         info: Any = MULTIMODAL_REGISTRY.create_processor(model_config).info
         processor = info.get_hf_processor()
         folder = Path(model_config.model)
-        chosen = preset_of(folder, preset)
+        chosen = preset_of(model_config.model, preset, hub={"revision": model_config.revision})
         if limits is None:
             low, high = info.pixel_bounds({})
             size = {"shortest_edge": low, "longest_edge": high}
