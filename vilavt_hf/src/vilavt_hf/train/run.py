@@ -14,18 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import deepspeed
 
 from .. import compat
-from ..checkpoint import fingerprint
 from ..checkpoint.config import set_dtype
 from ..checkpoint.layout import CONFIG
-from ..checkpoint.provenance import PROVENANCE, write_provenance
+from ..checkpoint.provenance import write_provenance
 from ..checkpoint.writing import place_file, replace_folder, write_json
 from ..data.dataset import Lengths, SftDataset, measure_all
-from ..data.example import Dropped
-from ..data.ranks import gathered
 from ..data.rendering import Renderer, RenderSettings
 from ..errors import TrainingError
 from ..processing_vilavt import VilavtProcessor
@@ -34,24 +31,19 @@ from ..settings import SETTINGS, preset_of
 from .attention import PACKED
 from .collator import VilavtCollator
 from .config import SftConfig, find_sources
+from .drops import Drops
 from .lora import add_adapters, merge_adapter
 from .model import VilavtForTraining
-from .order import Order, Packed, Shuffled, digest
+from .order import Order, Packed, Shuffled
 from .parts import freeze
 from .reporting import ConsoleReport, LogFile, plot_losses, read_log
-from .trainer import StableDecay, VilavtTrainer, checkpoints
+from .resuming import describe_run, resume_from
+from .trainer import StableDecay, VilavtTrainer
 
 logger = logging.getLogger(__name__)
 
 FINAL, MERGED, LOG, LOSS, DROPPED = "final", "merged", "log.jsonl", "loss.png", "dropped.jsonl"
 """What a run leaves in its folder, beside its checkpoints."""
-
-MAY_CHANGE = frozenset({
-    "model.path", "model.attention", "model.gradient_checkpointing", "data.registry", "data.root", "data.max_dropped",
-    "data.workers", "batch.accumulation", "parallel.settings", "parallel.timeout", "parallel.cpu", "lora.merge",
-})  # fmt: skip
-"""Keys that a resumed run may have other values of, beside those of `output`: they change what it costs or where
-things are, not what it learns. The base's weights, the samples and the micro-batches of a step are compared as such."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +91,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
         order = _order(config, self.lengths)
-        self.record = _record(config, base, self.lengths, order, args)
-        self.resume = _resume_from(config, self.record)
+        self.record = describe_run(config, base, self.lengths, order, args)
+        self.resume = resume_from(config, self.record)
         self.complete = _completion(base)
-        self.drops = _Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
+        self.drops = Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
             model=_model(config, base),
             args=args,
@@ -312,128 +304,6 @@ def _model(config: SftConfig, base: Path) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------- bookkeeping
-
-
-def _record(config: SftConfig, base: Path, lengths: Lengths, order: Order, args: TrainingArguments) -> dict[str, Any]:
-    """What every checkpoint's provenance says; `_resume_from` reads ``config`` and ``resume``."""
-    weights = fingerprint(base)
-    return {
-        "made_by": "sft",
-        "config": config.model_dump(mode="json"),
-        "base_fingerprint": weights,
-        "ranks": args.world_size,
-        "resume": {
-            "micro-batches of a step (ranks x batch.accumulation)": args.world_size * config.batch.accumulation,
-            "model.path (its fingerprint)": weights,
-            "data": lengths.digest,
-            "order of the samples": digest(order),
-        },
-    }
-
-
-def _resume_from(config: SftConfig, record: Mapping[str, Any]) -> Path | None:
-    wanted = config.output.resume
-    found = checkpoints(config.output.folder)
-    if wanted == "never":
-        if found:
-            raise TrainingError(
-                f"{config.output.folder} holds {found[-1].name} of an earlier run; choose another output.folder, or go "
-                "on with output.resume=auto"
-            )
-        return None
-    if wanted == "auto":
-        if not found:
-            return None
-        wanted = found[-1]
-    folder = Path(wanted)
-    try:
-        details = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["details"]
-        then = _what_decides_the_curve(SftConfig.model_validate(details["config"])) | details["resume"]
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(f"{folder} is no checkpoint of a run of ours: {PROVENANCE}: {error}") from None
-    now = _what_decides_the_curve(config) | record["resume"]
-    changed = [key for key in now | then if then.get(key) != now.get(key)]
-    if changed:
-        told = "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r} now" for key in changed)
-        raise TrainingError(
-            f"{folder}: {told}: it would not be the run that was broken off; restore it, or start anew in another "
-            "output.folder"
-        )
-    logger.info("going on from %s", folder)
-    return folder
-
-
-def _what_decides_the_curve(config: SftConfig) -> dict[str, Any]:
-    """Keys and values that a resumed run must share."""
-    values: dict[str, Any] = {}
-    for section, content in config.model_dump(mode="json", exclude={"output"}).items():
-        values |= {f"{section}.{k}": v for k, v in content.items()} if isinstance(content, dict) else {section: content}
-    free = MAY_CHANGE
-    if config.optimizer.schedule == "constant" and not 0 < config.optimizer.warmup < 1:
-        free |= {"optimizer.epochs", "optimizer.max_steps"}  # no rate depends on the number of steps
-    return {key: value for key, value in values.items() if key not in free}
-
-
-class _Drops(TrainerCallback):
-    """Lists every sample that is left out, once, and ends a run that leaves out too many.
-
-    Damage inside a picture shows when it is the sample's turn, on one rank. The ranks tell one another when a log says
-    that there was any, and at the end: those are moments at which all of them are here. So all of them end.
-    """
-
-    def __init__(self, config: SftConfig, dataset: SftDataset, lengths: Lengths, path: Path, first: bool, keep: bool):
-        self.path, self.first = path, first
-        self.total, self.allowed = len(dataset), config.data.max_dropped
-        self.reasons = [text for kind, text in lengths.problems.values() if kind != "too long"]
-        self.damaged: dict[str, Dropped] = {}
-        """Of all ranks, by the sample's name."""
-        self.untold: list[Dropped] = []
-        """Of this rank, since the ranks last told one another."""
-        self.listed = {line["sample"] for line in read_log(path)} if keep else set()
-        if first and not keep:
-            path.write_text("", encoding="utf-8")
-            for i, (kind, text) in lengths.problems.items():
-                self._list(Dropped(dataset.name(i), kind, text))
-        self._check()
-        if lengths.problems and first:
-            logger.warning("%d samples are left out: %s; %s lists them", len(lengths.problems),
-                           dict(lengths.dropped), path)  # fmt: skip
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Count what came up since the last log; its figure is that of all ranks."""
-        if logs and logs.get("dropped"):
-            self._tell()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count what came up behind the last log."""
-        self._tell()
-
-    def _tell(self) -> None:
-        for dropped in (one for untold in gathered(self.untold) for one in untold):
-            if dropped.sample in self.damaged:
-                continue  # seen in an earlier epoch
-            self.damaged[dropped.sample] = dropped
-            if dropped.kind != "too long":
-                self.reasons.append(dropped.reason)
-            if self.first and dropped.sample not in self.listed:
-                self._list(dropped)
-        self.untold.clear()
-        self._check()
-
-    def _check(self) -> None:
-        bad = len(self.reasons)
-        if bad / self.total > self.allowed:
-            raise TrainingError(
-                f"{bad} of {self.total} samples cannot be used, data.max_dropped allows {self.allowed:.2%}: "
-                f"{'; '.join(self.reasons)[:600]} ({self.path} lists all); restore their files or correct their "
-                "records and start again, or raise data.max_dropped. `vilavt data check --decode` finds damage inside "
-                "pictures beforehand"
-            )
-
-    def _list(self, dropped: Dropped) -> None:
-        line = {"sample": dropped.sample, "kind": dropped.kind, "reason": dropped.reason}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def _completion(base: Path) -> Callable[[Path], None]:
