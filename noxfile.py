@@ -60,6 +60,9 @@ EASYR1 = (
     "accelerate",
 )
 CONSTRAINTS, NEWEST_OF_ALL = Path("tests/constraints"), "VILAVT_NEWEST" in os.environ
+# loadfile: what a file's fixtures build is built once. A worker that ended is not replaced: the new one would begin
+# with the test that ended the old one.
+WORKERS = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
 HOURS = ("-o", "faulthandler_timeout=0")  # tests with longer timeouts of their own than pyproject.toml allows
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
@@ -97,10 +100,7 @@ def _install(session: nox.Session, transformers: str, *more: str) -> None:
 
 def _pytest(session: nox.Session, *default: str) -> None:
     session.env["OMP_NUM_THREADS"] = "1"  # one test process per core
-    # loadfile: what a file's fixtures build is built once. A worker that ended is not replaced: the new one would begin
-    # with the test that ended the old one.
-    workers = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
-    session.run("pytest", *workers, "--durations", "12", *(session.posargs or default))
+    session.run("pytest", *WORKERS, "--durations", "12", *(session.posargs or default))
 
 
 def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
@@ -230,6 +230,7 @@ def vllm_cpu(session: nox.Session) -> None:
         tree = _python_of_next_vllm(session)
         session.run(
             "pytest",
+            *WORKERS,
             *(f"tests/vllm/test_{name}.py" for name in PROCESSOR_TESTS),
             env={"PYTHONPATH": str(tree), "VLLM_TARGET_DEVICE": "cpu"},
         )
