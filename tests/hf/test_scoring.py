@@ -121,6 +121,10 @@ def test_an_option_letter_is_read_by_rule(text: str, letter: str | None) -> None
         ("C. left", "B. left", 0),
         ("right", "B. left", 0),
         ("A", "A. Vitamin C", 1),
+        ("B. A", "B", 0),  # a is also an article
+        ("A. B", "B", 0),
+        ("A. B. left", "B. left", 0),
+        ("A. between A and B", "A. between A and B", 1),
         ("vitamin c", "A. Vitamin C", 1),
         ("A. B", "A. B", 1),
         ("B", "A. B", 0),
@@ -630,6 +634,7 @@ def test_several_options_are_none_however_they_are_written(data: st.DataObject) 
         for letter, text in zip(letters, texts, strict=False)
     ]
     assert option_letter(joiner.join(parts)) is None
+    assert {score_answer(joiner.join(parts), letter, "multiple choice") for letter in letters} == {0.0}
 
 
 @given(

@@ -119,8 +119,11 @@ def same_option(prediction: str, target: str) -> float:
     wanted, found = target_option(target), option_letter(prediction)
     if found is not None and wanted.letter is not None:
         return float(found == wanted.letter)
-    text = normalise(_plain(prediction))
-    return float(bool(text) and text in (wanted.text, normalise(_plain(target))))
+    if not wanted.text:
+        return 0.0
+    plain = _plain(prediction)
+    # The whole target to the letter: `normalise` drops the article, so "A. B. left" would be "B. left".
+    return float(normalise(plain) == wanted.text or plain.casefold() == _plain(target).casefold())
 
 
 def yes_or_no(text: str) -> str | None:
