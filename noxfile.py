@@ -191,7 +191,7 @@ def verl_cpu(session: nox.Session) -> None:
 
 @nox.session
 def grpo_learns(session: nox.Session) -> None:
-    """GRPO lifts a model that mostly guesses, with a curve; not in CI, because it takes most of an hour."""
+    """GRPO lifts a model that mostly guesses, with a curve; not in CI, because it takes half an hour."""
     _install_verl(session)
     session.env["VILAVT_GRPO_LEARNS"] = str(Path(".nox/grpo-learns").absolute())
     session.run("pytest", *HOURS, "tests/rl/test_learning.py")

@@ -1,4 +1,4 @@
-"""GRPO lifts a model that can zoom and mostly guesses. Half an hour and more: `nox -s grpo_learns`, not part of CI."""
+"""GRPO lifts a model that can zoom and mostly guesses. Half an hour: `nox -s grpo_learns`, not part of CI."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ OUT = os.environ.get("VILAVT_GRPO_LEARNS")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3 * 3600),
-    pytest.mark.skipif(OUT is None, reason="takes most of an hour; `nox -s grpo_learns` runs it"),
+    pytest.mark.skipif(OUT is None, reason="takes half an hour; `nox -s grpo_learns` runs it"),
 ]
 
 ROOT = Path(__file__).parents[2]
