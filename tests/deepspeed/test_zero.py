@@ -98,6 +98,8 @@ def test_two_steps_in_bf16_with_recomputed_activations_have_the_loss_of_copies_i
     copies = start(folder, f"{strategy}-bf16-copies", "ddp", **common)
     found, expected = read_log(run / "log.jsonl"), read_log(copies / "log.jsonl")
     assert len(found) == len(expected) == 2
-    for line, same in zip(found, expected, strict=True):
-        assert line["loss"] == pytest.approx(same["loss"], rel=0.03)
+    # bf16 keeps 8 bits. After the first step the weights differ too: DeepSpeed computes with them rounded to bf16, and
+    # the loss of this trained model is small (5 % seen).
+    for key, step, room in (("loss", 0, 0.02), ("grad_norm", 0, 0.02), ("loss", 1, 0.1), ("grad_norm", 1, 0.05)):
+        assert found[step][key] == pytest.approx(expected[step][key], rel=room), (key, step)
     assert inspect_checkpoint(run / "checkpoint-2").complete
