@@ -22,6 +22,7 @@ from vilavt_hf.scoring import (
     option_letter,
     parse_box,
     parse_number,
+    parse_view_change,
     rouge_l,
     score_answer,
     yes_or_no,
@@ -618,6 +619,24 @@ def test_nothing_is_earned_by_silence_repetition_or_everything_at_once(kind: str
 def test_nothing_is_earned_by_silence_repetition_or_everything_at_once_in_math(data: st.DataObject) -> None:
     pytest.importorskip("math_verify", reason="the math extra is not installed in this environment")
     _earns_nothing("math", data)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("move_right:0.5,rotate_up:30", 1.0),
+        ("Move_Right: 0.5 , rotate_up: 30.", 1.0),
+        ("rotate_up:30", 0.8),
+        ("move_right:0.25,rotate_up:30", 0.82),
+        ("move_right:0.5,move_right:0.5,rotate_up:30", 0.0),
+        ("move_right:0.5 or 1,rotate_up:30", 0.0),
+        ("sideways:3", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_change_of_view_is_read_with_blanks_and_once_per_direction(prediction, expected):
+    assert score_answer(prediction, "move_right:0.5,rotate_up:30", "vci") == pytest.approx(expected, abs=1e-12)
+    assert parse_view_change("up:1") is None
 
 
 OPTIONS = ("left", "a dog", "Vitamin C", "the red car", "3 m wide", "it's X-rayed")
