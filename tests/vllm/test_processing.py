@@ -100,11 +100,11 @@ def test_a_turn_processes_only_its_new_inquiry(process, tiny, tools, pictures, m
     processor, config = build(tiny.path)
     cache = MultiModalProcessorOnlyCache(config)
     seen = []
-    original = processor._call_hf_processor
+    original = processor._encode
     monkeypatch.setattr(
         processor,
-        "_call_hf_processor",
-        lambda data, kw: (seen.append([i.query for i in data["inquiries"]]), original(data, kw))[1],
+        "_encode",
+        lambda inquiries, settings: (seen.append([i.query for i in inquiries]), original(inquiries, settings))[1],
     )
     turns = [("a", 1), ("b", 2), ("c", 1)]
     for n in range(4):

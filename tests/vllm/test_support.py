@@ -64,12 +64,13 @@ def test_the_private_seams_of_vllm_have_the_signatures_that_are_overridden():
 
     from vilavt_vllm.processing import InquiryParser, VilavtMultiModalProcessor
 
-    names = ("apply", "_call_hf_processor", "_get_mm_fields_config", "_get_prompt_updates", "_apply_prompt_updates")
+    names = ("apply", "_get_mm_fields_config", "_get_prompt_updates", "_apply_prompt_updates")
     for name in names:
         theirs, ours = (
             inspect.signature(getattr(c, name)) for c in (BaseMultiModalProcessor, VilavtMultiModalProcessor)
         )
         assert list(theirs.parameters) == list(ours.parameters), name
+    assert {"mm_items"} < set(inspect.signature(BaseMultiModalProcessor._apply_hf_processor_main).parameters)
     theirs, ours = (inspect.signature(c._parse_image_data) for c in (MultiModalDataParser, InquiryParser))
     assert list(theirs.parameters) == list(ours.parameters)
 
@@ -81,7 +82,7 @@ def test_an_untested_vllm_is_warned_about(monkeypatch, caplog):
     assert not caplog.records
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
     compat.check_version()
-    assert "from 0.32 and below 0.34, this is 0.99.1" in caplog.text
+    assert "from 0.20 and below 0.34, this is 0.99.1" in caplog.text
 
 
 def test_the_readme_lists_every_unsupported_feature():

@@ -306,12 +306,9 @@ class VilavtChat:
     # ------------------------------------------------------------------ running
 
     def _engine(self, *, keep_features: bool = False) -> Engine:
-        def encode(inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
-            return self.processor.encode_inquiries(inquiries, query_prefix=self.preset.query_prefix or None)
-
         engine = Engine(
             self.model,
-            encode,
+            self.processor.encode_inquiries,
             choose=self._choose,
             max_batch_size=self.max_batch_size,
             max_prefill_tokens=self.max_prefill_tokens,
@@ -571,7 +568,7 @@ def _reused(inquiry: Inquiry, views: Sequence[View]) -> Inquiry:
             return inquiry
         original = next(i for i, v in enumerate(views) if v.kind == "original" and v.source == view.source)
         origins.append((original, view.region))
-    return Reused(inquiry.images, inquiry.query, inquiry.image_indices, tuple(origins))
+    return Reused(inquiry.images, inquiry.query, inquiry.image_indices, origins=tuple(origins))
 
 
 def _several(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:

@@ -1,9 +1,7 @@
 """The only module that knows versions of transformers (4.57 to 5.x) and torch: what differs, by feature, not number."""
 
 import inspect
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,16 @@ TRAINING_ARGUMENTS = frozenset(transformers.TrainingArguments.__dataclass_fields
 
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
+
+
+def load_image_processor(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """`PilImageProcessor` of a checkpoint. 4.57 ignores ``size``, and 5.x writes the pixel bounds nowhere else."""
+    settings, unused = PilImageProcessor.get_image_processor_dict(path, **kwargs)
+    size = settings.get("size") or {}
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if settings.get(name) is None and size.get(edge) is not None:
+            settings[name] = size[edge]
+    return PilImageProcessor.from_dict(settings, **unused)
 
 
 def vision_output(last_hidden_state: torch.Tensor | None, merged: Any) -> Any:
@@ -60,17 +68,6 @@ def save_under(model: Any, renames: dict[str, str]) -> None:
         from transformers.core_model_loading import WeightRenaming
 
         model._weight_conversions = [WeightRenaming(old, new) for old, new in renames.items()]
-
-
-def make_tokenizer_portable(folder: str | os.PathLike) -> None:
-    """Let 4.57 read a tokenizer that 5.x saved: two settings have new names there, the files are the same."""
-    path = Path(folder) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def rope_index(base: Any, input_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:

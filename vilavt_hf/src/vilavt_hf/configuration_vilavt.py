@@ -96,6 +96,10 @@ class VilavtConfig(Qwen2_5_VLConfig):
         # some published files have none at the top level, and vLLM chooses the model by it
         kwargs["architectures"] = kwargs.get("architectures") or ["VilavtForConditionalGeneration"]
         super().__init__(vision_config=vision_config, **kwargs)
+        for name in ("architectures", "tie_word_embeddings"):
+            # 4.57 answers with what text_config says, which a file of 5.x does not repeat there.
+            if kwargs.get(name) is not None and getattr(self, name) != kwargs[name]:
+                setattr(self, name, kwargs[name])
 
     @classmethod
     def get_config_dict(
@@ -128,6 +132,9 @@ class VilavtConfig(Qwen2_5_VLConfig):
         out = super().to_dict()
         # 4.57 forwards `config.architectures = ...` into text_config, so the top level would be saved without it.
         out["architectures"] = ["VilavtForConditionalGeneration"]
+        if isinstance(out.get("text_config"), dict):
+            out["text_config"].pop("architectures", None)
+            out["tie_word_embeddings"] = self.tie_word_embeddings
         # 5.x writes rope_parameters, 4.57 reads rope_theta and rope_scaling and would silently take default thetas.
         for text in (out.get("text_config"), out.get("text_encoder_config")):
             if isinstance(text, dict) and text.get("rope_parameters"):

@@ -15,7 +15,7 @@ responses, and for an ``<|im_end|>`` that the episode had to add.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any, Literal
@@ -436,7 +436,7 @@ class Episode:
         numbers = {}
         for index, view in zip(indices, views, strict=True):
             numbers[index] = len(self._stream.inquiries)
-            self._stream.inquiries.append(Inquiry((view.image,), "", (index,)))
+            self._stream.inquiries.append(self._inquiry([view], "", [index]))
         self._append(chunk, numbers)
 
     def _first_user(
@@ -572,11 +572,15 @@ class Episode:
         views = gallery.add_crops(plans)
         numbers = dict.fromkeys(sizes, len(self._stream.inquiries))
         if views:
-            self._stream.inquiries.append(Inquiry(tuple(view.image for view in views), query, tuple(sizes)))
+            self._stream.inquiries.append(self._inquiry(views, query, sizes))
         self._append(chunk, numbers)
         self._asked_to_finish = self._asked_to_finish or ask_to_finish
         feedback = "".join(part if isinstance(part, str) else "<image {}x{}>".format(*sizes[part]) for part in body)
         return replace(turn, views=tuple(views), image_indices=tuple(sizes), feedback=feedback, problem=problem)
+
+    def _inquiry(self, views: Sequence[View], query: str, indices: Iterable[int]) -> Inquiry:
+        images = tuple(view.image for view in views)
+        return Inquiry(images, query, tuple(indices), self.preset.query_prefix or None)
 
     def _end(self, reason: FinishReason, detail: str, answer: str | None = None) -> None:
         self._finish, self._detail, self._answer = reason, detail, answer

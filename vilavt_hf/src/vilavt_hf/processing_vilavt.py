@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from . import compat
+from .checkpoint.companions import make_portable
 from .errors import GroupError, PromptError
 from .prompts import PromptSet
 from .protocol import ToolCall, parse_turn
@@ -91,7 +92,7 @@ class VilavtProcessor(ProcessorMixin):
         kwargs.pop("processor_dict", None)
         kwargs.pop("use_fast", None)
         return [
-            compat.PilImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            compat.load_image_processor(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
         ]
 
@@ -110,13 +111,11 @@ class VilavtProcessor(ProcessorMixin):
         """Write everything `from_pretrained` reads, in the layout that 4.57 and 5.x both understand."""
         written = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)  # 5.x alone would nest it where 4.57 cannot read it
-        compat.make_tokenizer_portable(save_directory)
         if self.query_tokenizer is not None:
-            folder = Path(save_directory) / QUERY_TOKENIZER_FOLDER
-            self.query_tokenizer.save_pretrained(folder)
-            compat.make_tokenizer_portable(folder)
+            self.query_tokenizer.save_pretrained(Path(save_directory) / QUERY_TOKENIZER_FOLDER)
         if self.prompts is not None:
             self.prompts.save(Path(save_directory) / PROMPTS_FOLDER)
+        make_portable(Path(save_directory))
         return written
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -202,14 +201,12 @@ class VilavtProcessor(ProcessorMixin):
             raise GroupError(f"{len(queries)} queries but no images: a query conditions the images encoded with it")
         return BatchFeature(data)
 
-    def encode_inquiries(
-        self, inquiries: Sequence[InquiryLike], query_prefix: str | None = None
-    ) -> dict[str, torch.Tensor]:
+    def encode_inquiries(self, inquiries: Sequence[InquiryLike]) -> dict[str, torch.Tensor]:
         """Inputs of `VilavtModel.get_image_features` for inquiries whose images have their final size.
 
         Args:
-            inquiries: regions with sides that are multiples of 28 pixels, as `vilavt_hf.regions` makes them.
-            query_prefix: overrides the processor's.
+            inquiries: regions with sides that are multiples of 28 pixels, as `vilavt_hf.regions` makes them. One with a
+                ``query_prefix`` (an `Inquiry` of an episode whose preset has one) overrides the processor's.
 
         Returns:
             pixel_values (N, 1176), image_grid_thw (n, 3), query_ids and query_attention_mask (Q, T) padded to the
@@ -228,7 +225,11 @@ class VilavtProcessor(ProcessorMixin):
                     )
         images = [image for inquiry in inquiries for image in inquiry.images]
         encoded = self.image_processor(images=images, return_tensors="pt", do_resize=False)
-        ids, mask = self.tokenize_queries([inquiry.query for inquiry in inquiries], query_prefix, padding="longest")
+        ids, mask = self.tokenize_queries(
+            [inquiry.query for inquiry in inquiries],
+            [getattr(inquiry, "query_prefix", None) for inquiry in inquiries],
+            padding="longest",
+        )
         return {
             "pixel_values": encoded["pixel_values"],
             "image_grid_thw": encoded["image_grid_thw"],
@@ -240,13 +241,18 @@ class VilavtProcessor(ProcessorMixin):
     def tokenize_queries(
         self,
         queries: Sequence[str],
-        prefix: str | None = None,
+        prefix: str | Sequence[str | None] | None = None,
         padding: Literal["max_length", "longest"] = "max_length",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Query rows: at most ``max_query_length`` tokens including the end token, right padded, special tokens inert.
 
         An empty query is a row of padding whose mask is all zero. Right padding makes the row length irrelevant to
         the features: the position of a query token is its column.
+
+        Args:
+            queries: bare.
+            prefix: put before every query that is not blank, or one for each query; None is the processor's.
+            padding: to ``max_query_length`` columns, or to the longest row.
 
         Returns:
             ids and mask, both (Q, T) int64.
@@ -256,13 +262,13 @@ class VilavtProcessor(ProcessorMixin):
                 "this checkpoint has no query_tokenizer/ folder, queries cannot be tokenised; "
                 "add it with `vilavt convert SRC DST --query-encoder ENCODER`"
             )
-        prefix = self.query_prefix if prefix is None else prefix
+        prefixes = [prefix] * len(queries) if prefix is None or isinstance(prefix, str) else prefix
         end = self.query_tokenizer.convert_tokens_to_ids(QUERY_END_TOKEN)
         if end is None or end == self.query_tokenizer.unk_token_id:
             raise PromptError(f"the query tokenizer does not know {QUERY_END_TOKEN!r}, the end token of a query")
         rows = []
-        for query in queries:
-            text = prefix + query if query.strip() else query
+        for query, own in zip(queries, prefixes, strict=True):
+            text = (self.query_prefix if own is None else own) + query if query.strip() else query
             ids = self.query_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
             rows.append([*ids[: self.max_query_length - 1], end] if text else [])
         width = self.max_query_length if padding == "max_length" else max(1, *map(len, rows), 1)

@@ -95,6 +95,8 @@ class Inquiry:
     """Without prefix; empty for an original."""
     image_indices: tuple[int, ...]
     """Places in the conversation, counted from 0."""
+    query_prefix: str | None = None
+    """Put before a non-blank query by every engine and trainer alike: the preset's; None takes the checkpoint's."""
 
 
 @dataclass(frozen=True, eq=False)

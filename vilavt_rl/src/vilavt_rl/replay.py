@@ -175,11 +175,7 @@ def model_logprobs(model: Any, processor: Any, episode: Episode, temperature: fl
 
     record = episode.record
     ids = torch.tensor(record.token_ids)
-    inputs = (
-        dict(processor.encode_inquiries(record.inquiries, query_prefix=episode.preset.query_prefix or None))
-        if (record.inquiries)
-        else {}
-    )
+    inputs = dict(processor.encode_inquiries(record.inquiries)) if record.inquiries else {}
     positions = compat.rope_index(model.model, ids, inputs.get("image_grid_thw"))
     with torch.inference_mode():
         logits = model(

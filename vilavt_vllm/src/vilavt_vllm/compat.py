@@ -1,10 +1,19 @@
-"""The only module that knows vLLM versions and flags: what is supported, and what is refused with a reason."""
+"""The only module that knows vLLM versions (0.20 to 0.33) and flags: what differs, by feature, and what is refused."""
 
+import inspect
 import logging
 import re
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 import vllm
+from torch import nn
+from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.multimodal.processing import BaseMultiModalProcessor
+from vllm.platforms import current_platform
 
 from vilavt_hf import VilavtConfig
 
@@ -12,7 +21,7 @@ from .errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ((0, 32), (0, 34))
+SUPPORTED = ((0, 20), (0, 34))
 """vLLM versions, from and below."""
 
 
@@ -41,6 +50,132 @@ def vilavt_config(model_config: Any) -> VilavtConfig:
     return VilavtConfig.from_pretrained(model_config.model, revision=model_config.revision)
 
 
+# ---------------------------------------------------------------- the processor
+
+_MAIN = inspect.signature(BaseMultiModalProcessor._apply_hf_processor_main).parameters
+
+
+class EncoderCall(NamedTuple):
+    """What vLLM asks a multimodal processor to encode."""
+
+    items: Any
+    """`MultiModalDataItems`; empty for a text prompt."""
+    settings: Mapping[str, object]
+    """``mm_processor_kwargs`` of the request."""
+    prompt: list[int] | None
+    """Before 0.29 the prompt passes through the same call, and must come back with the result."""
+
+
+def encoder_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> EncoderCall:
+    """The arguments of `_apply_hf_processor_main`, whatever this version calls them."""
+    given = {**dict(zip([name for name in _MAIN if name != "self"], args, strict=False)), **kwargs}
+    settings = given.get("hf_processor_mm_kwargs", given.get("hf_kwargs")) or {}
+    return EncoderCall(given["mm_items"], settings, list(given["prompt"]) if "prompt" in given else None)
+
+
+def token_ids(prompt: Any, tokenizer: Any) -> list[int]:
+    """A prompt's ids; before 0.29 text reaches the processor as text."""
+    return tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
+
+
+# ---------------------------------------------------------------- the vision tower
+
+
+def packed_bounds(
+    backend: Any, bounds: Any, hidden_size: int, tp_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Segment bounds in the forms that `MMEncoderAttention` takes: (cu_seqlens, sequence lengths).
+
+    Args:
+        backend: the attention backend.
+        bounds: (segments + 1,) int32 numpy array.
+        hidden_size: of the tower.
+        tp_size: tensor-parallel ranks.
+        device: where the tensors go.
+    """
+    known = inspect.signature(MMEncoderAttention.maybe_recompute_cu_seqlens).parameters
+    # fp8_padded_hidden_size says that q, k and v are separate contiguous tensors, which ours are in every precision.
+    more = {"fp8_padded_hidden_size": hidden_size} if "fp8_padded_hidden_size" in known else {}
+    lengths = MMEncoderAttention.maybe_compute_seq_lens(backend, bounds, device)
+    return MMEncoderAttention.maybe_recompute_cu_seqlens(
+        backend, bounds, hidden_size, tp_size, device, **more
+    ), lengths
+
+
+# ---------------------------------------------------------------- weights
+
+_HALVES = ("gate_proj", "up_proj")
+"""Of an MLP's first weight, in their order."""
+
+
+def stack_halves(
+    module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Load what belongs to a merged ``gate_up_proj`` of `module`; yield the rest.
+
+    Before 0.27 vLLM's `WeightsMapper` cannot say which half of a parameter a tensor is.
+
+    Args:
+        module: has the parameters.
+        weights: (name, tensor) by the checkpoint's names.
+        loaded: gets the names of the parameters that were written.
+    """
+    parameters = dict(module.named_parameters())
+    for name, tensor in weights:
+        half = next((half for half in _HALVES if f".mlp.{half}." in name), None)
+        merged = name if half is None else name.replace(half, "gate_up_proj")
+        parameter: Any = parameters.get(merged)
+        if half is None or parameter is None:
+            yield name, tensor
+            continue
+        parameter.weight_loader(parameter, tensor, _HALVES.index(half))
+        loaded.add(merged)
+
+
+class _KeptLinear(UnquantizedLinearMethod):
+    """A linear layer that reads its parameter at every call."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the parent packs the weight on a CPU and drops the parameter."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b."""
+        return nn.functional.linear(x, layer.weight, bias)
+
+
+class _KeptEmbedding(UnquantizedEmbeddingMethod):
+    """An embedding or LM head that reads its parameter at every call."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the parent computes with a packed copy on a CPU, which later weights do not reach."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b."""
+        return nn.functional.linear(x, layer.weight, bias)
+
+
+def expects_updates(vllm_config: Any) -> bool:
+    """Whether a trainer will send weights: it starts the engine with dummy weights, or extends its workers."""
+    return vllm_config.load_config.load_format == "dummy" or bool(vllm_config.parallel_config.worker_extension_cls)
+
+
+def keep_weights(model: nn.Module) -> None:
+    """On a CPU, let a model whose weights a trainer will send keep its parameters; elsewhere it does anyway.
+
+    vLLM's CPU layers pack a copy of each weight after loading, so that nothing could be loaded later.
+    """
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
+            layer.quant_method = _KeptLinear()
+        elif isinstance(layer, VocabParallelEmbedding) and type(method) is UnquantizedEmbeddingMethod:
+            layer.quant_method = _KeptEmbedding()
+
+
+# ---------------------------------------------------------------- what is refused
+
 UNSUPPORTED: dict[str, str] = {
     "encoder CUDA graphs (cudagraph_mm_encoder)": "refused: a graph is captured per image, and an inquiry's blocks "
     "attend over several images and a query; the language model's CUDA graphs are not affected",
@@ -68,10 +203,12 @@ def refuse_unsupported(vllm_config: Any) -> None:
     import vllm.envs as envs
 
     asked = {
-        "encoder CUDA graphs (cudagraph_mm_encoder)": vllm_config.compilation_config.cudagraph_mm_encoder,
+        "encoder CUDA graphs (cudagraph_mm_encoder)": getattr(
+            vllm_config.compilation_config, "cudagraph_mm_encoder", False
+        ),
         "LoRA on the vision tower (--enable-tower-connector-lora)": vllm_config.lora_config is not None
         and vllm_config.lora_config.enable_tower_connector_lora,
-        "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": envs.VLLM_USE_RUST_FRONTEND,
+        "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": getattr(envs, "VLLM_USE_RUST_FRONTEND", False),
     }
     for feature, wanted in asked.items():
         if wanted:

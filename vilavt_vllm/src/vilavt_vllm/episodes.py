@@ -27,7 +27,6 @@ from vilavt_hf.settings import fitting_limits, preset_of
 from vilavt_hf.stream import decode_turn, is_whole_text
 
 from .errors import EngineFailure
-from .processing import Inquiry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,12 +127,10 @@ class Settings:
         )
 
 
-def to_prompt(request: Request, query_prefix: str = "") -> dict[str, Any]:
+def to_prompt(request: Request) -> dict[str, Any]:
     """A request as a vLLM prompt: the whole stream and every inquiry so far; vLLM's caches know most of it."""
-    prefix = query_prefix or None  # None: the checkpoint's own
-    images = [Inquiry(inquiry.images, inquiry.query, prefix) for inquiry in request.inquiries]
     prompt: dict[str, Any] = {"prompt_token_ids": list(request.all_token_ids)}
-    return prompt | ({"multi_modal_data": {"image": images}} if images else {})
+    return prompt | ({"multi_modal_data": {"image": list(request.inquiries)}} if request.inquiries else {})
 
 
 def to_sampling_params(request: Request, sampling: Sampling, seed: int, *, stream: bool = False) -> SamplingParams:
@@ -259,7 +256,7 @@ class EpisodeRun:
 
     def prompt(self, request: Request) -> dict[str, Any]:
         """The request for vLLM."""
-        return to_prompt(request, self.settings.preset.query_prefix)
+        return to_prompt(request)
 
     def sampling_params(self, request: Request) -> SamplingParams:
         """The request's sampling for vLLM."""

@@ -7,6 +7,7 @@ data-parallel tower, each of which works image by image and would take inquiries
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     WeightsMapper,
     init_vllm_registered_model,
+    is_pp_missing_parameter,
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -114,6 +116,9 @@ class VilavtForConditionalGeneration(
                 architectures=["Qwen2ForCausalLM"],
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self._keeps_weights = compat.expects_updates(vllm_config)
+        if self._keeps_weights:
+            compat.keep_weights(self)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -230,25 +235,39 @@ class VilavtForConditionalGeneration(
         afterwards. Under ``load_format="dummy"`` and with quantised weights every call is treated as an update.
 
         Raises:
-            WeightsError: tensors are missing on the first load, or a tensor belongs to no parameter.
+            WeightsError: tensors are missing on the first load, a tensor belongs to no parameter, or (on a CPU) the
+                engine was not started for updates and has packed its weights.
         """
         brought: set[str] = set()
 
         def watched() -> Iterable[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                brought.add(checkpoint_name(name))
-                yield name, tensor
+            for given, tensor in weights:
+                name = checkpoint_name(given)
+                if self._is_foreign(name):
+                    raise WeightsError(
+                        f"the tensor {given} belongs to no parameter of this model "
+                        f"(integration_point={self.config.vision_config.integration_point!r}, "
+                        f"{self.config.text_config.num_hidden_layers} layers): it comes from another model"
+                    )
+                brought.add(name)
+                yield given, tensor
 
         try:
             loaded = AutoWeightsLoader(self).load_weights(watched(), mapper=self.hf_to_vllm_mapper)
-        except (ValueError, AssertionError) as error:
+        except WeightsError:
+            raise
+        except (ValueError, AssertionError, AttributeError, KeyError) as error:
             last = sorted(brought)[-1:] if len(brought) == 1 else []
+            packed = "weight_loader" in str(error) and not self._keeps_weights
             raise WeightsError(
-                f"a tensor does not fit this model{f' ({last[0]})' if last else ''} "
+                "vLLM has packed this CPU engine's weights and cannot load others; start it with "
+                "load_format='dummy' and send every tensor"
+                if packed
+                else f"a tensor does not fit this model{f' ({last[0]})' if last else ''} "
                 f"(integration_point={self.config.vision_config.integration_point!r}): {error}"
             ) from error
         if self._strict:
-            missing = sorted(self.checkpoint_names() - brought)
+            missing = sorted(self._names - brought)
             if missing:
                 raise WeightsError(
                     f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; "
@@ -257,10 +276,24 @@ class VilavtForConditionalGeneration(
             self._strict = False
         return loaded
 
+    def _is_foreign(self, name: str) -> bool:
+        """Whether a tensor of this name in a checkpoint has no place here; vLLM's language model before 0.25 skips such
+        a one in silence. Quantised checkpoints have tensors of their own, and other pipeline stages other layers.
+        """
+        known = self.quant_config is not None or name in self._names or name.endswith("rotary_emb.inv_freq")
+        if known or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+            return False
+        return not is_pp_missing_parameter(_place(name), self)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.checkpoint_names())
+
     def checkpoint_names(self) -> set[str]:
         """Names in a checkpoint of all tensors that this rank's stage needs."""
         names: set[str] = set()
         for name, _ in self.named_parameters():
+            name = name.replace(".base_layer.", ".")  # vLLM's LoRA layers hold the layer that they extend
             name = name.replace("language_model.lm_head.", "lm_head.").replace("language_model.model.", "model.")
             packed = next((p for p in _PACKED if f".{p}." in name), None)
             names |= {name.replace(packed, part) for part in _PACKED[packed]} if packed else {name}
@@ -273,6 +306,13 @@ def checkpoint_name(name: str) -> str:
         return "model." + name.removeprefix("model.language_model.")
     inner = name.removeprefix("model.")
     return inner if inner.startswith(_TOWER_PARTS) else name
+
+
+def _place(name: str) -> str:
+    """The parameter's name in this model of a tensor of a checkpoint, packed parts apart."""
+    if name.startswith(("lm_head.", "model.")):
+        return f"language_model.{name}"
+    return name
 
 
 __all__ = ["EncoderCounts", "VilavtForConditionalGeneration"]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.processing import (
@@ -47,7 +46,8 @@ _IMAGE_SETTINGS = ("min_pixels", "max_pixels", "size")
 class Inquiry:
     """Regions encoded together under one query, as an item of ``multi_modal_data["image"]`` (offline API).
 
-    Anything else with ``images`` and ``query``, such as `vilavt_hf.episode.Inquiry`, is accepted in its place. With
+    Anything else with ``images`` and ``query`` (and perhaps ``query_prefix``), such as `vilavt_hf.episode.Inquiry`, is
+    accepted in its place. With
     explicit inquiries nothing is read off the prompt; its placeholders must add up to the images.
     """
 
@@ -80,8 +80,8 @@ class InquiryItems(ProcessorBatchItems[Inquiry]):
         return None if any(image is None for image in inquiry.images) else inquiry
 
     def get_processor_data(self) -> Mapping[str, object]:
-        """What `VilavtMultiModalProcessor._call_hf_processor` gets."""
-        return {"inquiries": list(self.data)}
+        """Nothing: `VilavtMultiModalProcessor` encodes the items themselves."""
+        return {}
 
 
 class InquiryParser(MultiModalDataParser):
@@ -98,7 +98,7 @@ class InquiryParser(MultiModalDataParser):
         if not _is_inquiry(item):
             item = Inquiry((item,))
         elif not isinstance(item, Inquiry):
-            item = Inquiry(tuple(item.images), item.query)
+            item = Inquiry(tuple(item.images), item.query, getattr(item, "query_prefix", None))
         parsed = super()._parse_image_data(list(item.images))
         if not isinstance(parsed, ImageProcessorItems):
             raise UnsupportedError("an Inquiry takes images, not embeddings: what is encoded depends on its query")
@@ -209,7 +209,7 @@ class VilavtDummyInputsBuilder(BaseDummyInputsBuilder[VilavtProcessingInfo]):
         return PLACEHOLDER * (mm_counts.get("image", 0) * len(self.info.largest_group()))
 
     def get_dummy_mm_data(
-        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Largest inquiries with a query that fills its row."""
         overrides: Any = mm_options.get("image")
@@ -239,8 +239,9 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             LimitError: too many images, or an inquiry above the caps.
         """
         items = inputs.mm_data_items.get("image")
+        given = compat.token_ids(inputs.prompt, self.info.get_tokenizer())
         if items is None:
-            return super().apply(inputs, timing_ctx)
+            return super().apply(replace(inputs, prompt=given), timing_ctx)
         if not isinstance(items, (ImageProcessorItems, InquiryItems)):
             raise UnsupportedError(
                 "image embeddings are not accepted: what is encoded depends on the query; send the images"
@@ -250,7 +251,7 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             n_images = sum(len(i.images) for i in items.data) if isinstance(items, InquiryItems) else len(items)
             self.info.validate_num_items("image", n_images)  # vLLM counted inquiries, here are their images
             tokens = self.info.chat_tokens
-            prompt, lengths = one_placeholder_each(inputs.prompt, tokens.image_pad, n_images)
+            prompt, lengths = one_placeholder_each(given, tokens.image_pad, n_images)
             if isinstance(items, InquiryItems):
                 inquiries = _with_uuids(items.data, uuids)
             else:
@@ -264,10 +265,12 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             inputs,
             prompt=prompt,
             mm_data_items=MultiModalDataItems({**inputs.mm_data_items, "image": InquiryItems(inquiries)}),
-            mm_uuid_items=None,  # they are part of the inquiries' identity now
+            # They are part of the inquiries' identity now. One None for each, because vLLM before 0.31 hashes an item by
+            # `get_item_for_hash` only if its modality is listed here, and by pickle otherwise.
+            mm_uuid_items={"image": [None] * len(inquiries)},
         )
         result = super().apply(grouped, timing_ctx)
-        if lengths is not None and result["prompt_token_ids"] != list(inputs.prompt):
+        if lengths is not None and result["prompt_token_ids"] != given:
             self._refuse_runs(result["prompt_token_ids"], lengths)
         return result
 
@@ -294,10 +297,18 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             "(--mm-processor-kwargs, or Limits of the episode)"
         )
 
-    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        inquiries: Any = hf_data["inquiries"]
+    def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the parent's, which would write a text for a transformers processor: the inquiries are all that
+        is encoded. Its parameters differ from version to version (`compat.encoder_call`)."""
+        items, settings, prompt = compat.encoder_call(args, kwargs)
+        inquiries = list(items["image"].data) if items.get_count("image", strict=False) else []
+        encoded = self._encode(inquiries, settings) if inquiries else BatchFeature()
+        return encoded if prompt is None else (prompt, encoded, False)
+
+    def _encode(self, inquiries: Sequence[Inquiry], settings: Mapping[str, object]) -> BatchFeature:
+        """Encoder inputs, at the pixel bounds that the request's settings ask for."""
         processor = self.info.get_hf_processor()
-        low, high = self.info.pixel_bounds(hf_kwargs)
+        low, high = self.info.pixel_bounds(settings)
         encoded = processor.image_processor(
             images=[_picture(image) for inquiry in inquiries for image in inquiry.images],
             size={"shortest_edge": low, "longest_edge": high},

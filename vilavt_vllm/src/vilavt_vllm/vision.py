@@ -26,11 +26,13 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VisionPatchEmbed,
     Qwen2_5_VisionPatchMerger,
 )
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, cast_overflow_tensors
+from vllm.model_executor.models.utils import AutoWeightsLoader, cast_overflow_tensors
 from vllm.model_executor.models.vision import get_vit_attn_backend
 
 from vilavt_hf import VilavtVisionConfig
 from vilavt_hf.vision_layout import Segments, VisionLayout
+
+from . import compat
 
 NORM_EPS = 1e-6
 """Of the tower's RMS norms (fixed in Qwen2.5-VL)."""
@@ -129,13 +131,6 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """Qwen2.5-VL's tower with query-aware blocks where ``integration_point`` puts them."""
 
-    hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_stacked={
-            ".mlp.gate_proj.": (".mlp.gate_up_proj.", 0),
-            ".mlp.up_proj.": (".mlp.gate_up_proj.", 1),
-        }
-    )
-
     def __init__(self, config: VilavtVisionConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
         self.config = config
@@ -212,25 +207,20 @@ class VisionTower(nn.Module):
 
     def _span(self, segments: Segments, n: int) -> AttentionSpan:
         bounds = segments.cu_k.numpy()
-        attention = MMEncoderAttention
+        cu_seqlens, lengths = compat.packed_bounds(
+            self.attn_backend, bounds, self.config.hidden_size, self.tp_size, self.device
+        )
         undo = None if segments.key_order is None else self._here(torch.argsort(segments.key_order)[:n])
         return AttentionSpan(
-            cu_seqlens=attention.maybe_recompute_cu_seqlens(
-                self.attn_backend,
-                bounds,
-                self.config.hidden_size,
-                self.tp_size,
-                self.device,
-                # says that q, k and v are separate contiguous tensors, which ours are in every precision
-                fp8_padded_hidden_size=self.config.hidden_size,
-            ),
+            cu_seqlens=cu_seqlens,
             # a scalar on the CPU: backends call .item()
-            max_seqlen=torch.tensor(attention.compute_max_seqlen(self.attn_backend, bounds), dtype=torch.int32),
-            sequence_lengths=attention.maybe_compute_seq_lens(self.attn_backend, bounds, self.device),
+            max_seqlen=torch.tensor(MMEncoderAttention.compute_max_seqlen(self.attn_backend, bounds), dtype=torch.int32),
+            sequence_lengths=lengths,
             order=None if segments.key_order is None else self._here(segments.key_order),
             undo=undo,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors by their names in the checkpoint, without the ``visual.`` in front."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        loaded: set[str] = set()
+        return AutoWeightsLoader(self).load_weights(compat.stack_halves(self, weights, loaded)) | loaded

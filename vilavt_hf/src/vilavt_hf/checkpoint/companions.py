@@ -70,7 +70,7 @@ def bring_companions(
         if source is not None:
             copy_tokenizer(source, target / QUERY_TOKENIZER)
             brought.append(f"{QUERY_TOKENIZER}/")
-    _split_processor_config(target)
+    make_portable(target)
     _name_our_processor(target)
     return Companions(tuple(brought), tuple(missing_companions(target)))
 
@@ -127,13 +127,45 @@ def _has_chat_template(folder: Path) -> bool:
     return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
-def _split_processor_config(folder: Path) -> None:
-    """5.x can nest the image processor in processor_config.json, where 4.57 does not look."""
+def make_portable(folder: Path) -> None:
+    """Let transformers 4.57 read processor and tokenizers that 5.x wrote, and the other way round, in place.
+
+    5.x nests the image processor in ``processor_config.json``, where 4.57 does not look; gives its pixel bounds as
+    ``size``, which 4.57 ignores; and has new names for two settings of a tokenizer.
+    """
     path = folder / "processor_config.json"
-    if path.is_file() and not (folder / "preprocessor_config.json").is_file():
+    own = folder / "preprocessor_config.json"
+    if path.is_file() and not own.is_file():
         nested = read_json(path).get("image_processor")
         if isinstance(nested, dict):
-            write_json(folder / "preprocessor_config.json", nested)
+            write_json(own, nested)
+    if own.is_file():
+        _spell_out_pixel_bounds(own)
+    for tokenizer in (folder, folder / QUERY_TOKENIZER):
+        if (tokenizer / "tokenizer_config.json").is_file():
+            _name_old_tokenizer_settings(tokenizer / "tokenizer_config.json")
+
+
+def _spell_out_pixel_bounds(path: Path) -> None:
+    config = read_json(path)
+    size = config.get("size")
+    size = size if isinstance(size, dict) else {}
+    bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    # In files that have both, every version takes min_pixels and max_pixels.
+    missing = {name: value for name, value in bounds.items() if value is not None and config.get(name) is None}
+    if missing:
+        write_json(path, {**config, **missing})
+
+
+def _name_old_tokenizer_settings(path: Path) -> None:
+    config = read_json(path)
+    changed = dict(config)
+    if changed.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(changed.get("extra_special_tokens"), list):
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    if changed != config:
+        write_json(path, changed)
 
 
 def _name_our_processor(folder: Path) -> None:

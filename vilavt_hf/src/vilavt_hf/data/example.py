@@ -16,6 +16,8 @@ class ImageGroup:
 
     images: tuple[Image.Image, ...]
     query: str = ""
+    query_prefix: str | None = None
+    """Put before a query that is not blank; None: the processor's."""
 
 
 @dataclass(frozen=True)

@@ -356,7 +356,7 @@ class Renderer:
         labels = [t if m else IGNORE for t, m in zip(record_.token_ids, record_.loss_mask, strict=True)]
         for span in untrained:
             labels[span.start : span.stop] = [IGNORE] * len(span)
-        groups = tuple(ImageGroup(inquiry.images, inquiry.query) for inquiry in record_.inquiries)
+        groups = tuple(ImageGroup(inquiry.images, inquiry.query, inquiry.query_prefix) for inquiry in record_.inquiries)
         return Rendered(Example(record_.token_ids, labels, groups=groups), tuple(cuts))
 
 
