@@ -81,6 +81,28 @@ def start_grpo(tiny: Path):
     return start
 
 
+@pytest.fixture
+def two_ray_nodes():
+    """A Ray cluster of two nodes on this machine: the overrides with which verl trains on both."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 8, "num_gpus": 1, "object_store_memory": 300_000_000}
+    quiet = {"memory_monitor_refresh_ms": 0}  # other work on the machine must not decide a test
+    head = {**node, "include_dashboard": False, "_system_config": quiet}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        yield [
+            "trainer.nnodes=2",
+            "~ray_kwargs.ray_init.num_cpus",
+            "~ray_kwargs.ray_init.num_gpus",
+            f"ray_kwargs.ray_init.address={cluster.address}",
+        ]
+    finally:
+        cluster.shutdown()
+
+
 @pytest.fixture(scope="session")
 def grpo(start_grpo):
     """`start_grpo` that must end well; returns what verl logged, one dict per step."""

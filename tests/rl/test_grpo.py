@@ -12,7 +12,6 @@ pytest.importorskip("verl", reason="verl has an environment of its own")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).parents[2]
-NO_MEMORY_MONITOR = {"memory_monitor_refresh_ms": 0}  # other work on the machine must not decide a test
 
 
 @pytest.fixture(scope="module")
@@ -105,34 +104,20 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
         (folder / "transcripts.json").write_text(json.dumps(transcripts), encoding="utf-8")
 
 
-def test_two_ray_nodes_train_together(train, work: Path) -> None:
-    from ray.cluster_utils import Cluster
-
+def test_two_ray_nodes_train_together(train, two_ray_nodes: list[str], work: Path) -> None:
     from vilavt_hf.checkpoint.merge import merge_shards
 
-    node = {"num_cpus": 8, "num_gpus": 1, "object_store_memory": 300_000_000}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": NO_MEMORY_MONITOR}
+    steps = train(
+        "cluster",
+        *two_ray_nodes,
+        "trainer.total_training_steps=1",
+        "trainer.save_freq=1",
+        # here the reward comes from verl's reward workers
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={_loop_without_reward(work)}",
+        "reward.custom_reward_function.path=pkg://vilavt_rl.verl.reward",
+        "reward.custom_reward_function.name=compute_score",
+        run="cluster-run",
     )
-    try:
-        cluster.add_node(**node)
-        cluster.wait_for_nodes()
-        steps = train(
-            "cluster",
-            "trainer.nnodes=2",
-            "trainer.total_training_steps=1",
-            "trainer.save_freq=1",
-            "~ray_kwargs.ray_init.num_cpus",
-            "~ray_kwargs.ray_init.num_gpus",
-            f"ray_kwargs.ray_init.address={cluster.address}",
-            # here the reward comes from verl's reward workers
-            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={_loop_without_reward(work)}",
-            "reward.custom_reward_function.path=pkg://vilavt_rl.verl.reward",
-            "reward.custom_reward_function.name=compute_score",
-            run="cluster-run",
-        )
-    finally:
-        cluster.shutdown()
     assert steps[0]["training/rollout_probs_diff_max"] <= 1e-4
     assert steps[0]["critic/score/max"] == pytest.approx(1.0)
     shards = sorted(path.name for path in (work / "cluster-run" / "global_step_1" / "actor").glob("model_*.pt"))

@@ -5,6 +5,7 @@ Sampled at temperature 1.7 and with an entropy bonus, because the shipped model 
 """
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,8 +33,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(work: Path) -> Path:
     from vilavt_rl.tiny import write_data
 
-    write_data(work / "data", count=12, split="train", seed=28, name="train")
+    file = write_data(work / "data", count=24, split="train", seed=28, name="train")
     write_data(work / "data", count=4, split="dev", seed=22, name="val")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    both = iter(row for row in rows if row["data_type"] in ("tiny-larger", "tiny-sum"))  # two crops in one call
+    nested = iter(row for row in rows if row["data_type"] == "tiny-nested")  # a zoom into a crop
+    batches = [next(nested if place == 1 else both) for _ in range(2) for place in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in batches), encoding="utf-8")
     return work / "data"
 
 
@@ -110,9 +116,10 @@ def test_the_rollouts_zoom_into_crops_and_take_several_crops_at_once(rollouts: l
     settings = EpisodeSettings.of_checkpoint(tiny)
     assert {rollout.step for rollout in rollouts} == {1, 2}
     assert len(rollouts) == 32
-    inquiries = [play(rollout, settings).inquiries for rollout in rollouts]
-    assert any(len(inquiry.images) > 1 for found in inquiries for inquiry in found)
-    assert any(len(found) > 2 for found in inquiries), "no episode with two zooms"
+    episodes = [play(rollout, settings) for rollout in rollouts]
+    assert any(len(inquiry.images) > 1 for episode in episodes for inquiry in episode.inquiries)
+    regions = [region for e in episodes for turn in e.turns if turn.views for region in turn.action.regions]
+    assert any(region.index > 0 for region in regions), "no zoom into a crop"
 
 
 def test_the_first_step_samples_from_the_start_checkpoint(gap, tiny: Path) -> None:
@@ -164,6 +171,15 @@ def test_the_7b_recipe_runs_with_the_tiny_model_on_a_cpu(grpo, work: Path, data:
     assert step["training/global_step"] == 1
     assert step["training/rollout_probs_diff_max"] <= EQUAL
     assert step["num_turns/mean"] >= 3
+    assert step["critic/score/max"] == pytest.approx(1.0)
+
+
+@pytest.mark.skipif("VILAVT_NIGHTLY" not in os.environ, reason="two vLLM servers; `nox -s nightly` runs it")
+def test_two_ray_nodes_train_together_each_with_a_vllm_server(
+    grpo, two_ray_nodes: list[str], work: Path, data: Path
+) -> None:
+    (step,) = grpo("tiny_cpu_vllm", work, data, "nodes", *two_ray_nodes, "trainer.total_training_steps=1", run="nodes")
+    assert step["training/rollout_probs_diff_max"] <= EQUAL
     assert step["critic/score/max"] == pytest.approx(1.0)
 
 
