@@ -52,6 +52,8 @@ def verl_command(
 @app.command("doctor")
 def doctor_command() -> None:
     """Which plugs are live in this environment; exit code 1 if something has to be done."""
+    import warnings
+
     from rich.console import Console
     from rich.markup import escape
 
@@ -59,6 +61,7 @@ def doctor_command() -> None:
 
     from .doctor import checks
 
+    warnings.simplefilter("ignore")  # of engines that verl looks for and nobody has asked for
     console, failed = Console(soft_wrap=True, highlight=False), False
     colours = {Status.OK: "green", Status.NOTE: "yellow", Status.FAILED: "red"}
     for check in checks(None, False):

@@ -80,6 +80,7 @@ def _verl_plugs() -> Iterator[Check]:
     ):
         yield guarded(name, partial(_importable, module), "see the error; docs/verl.md lists what is needed")
     yield guarded("CPU mode", _cpu)
+    yield guarded("flash-attn", _flash_attention)
     yield guarded("trl", _trl)
 
 
@@ -172,6 +173,18 @@ def _cpu() -> Check:
     return Check(
         "CPU mode", Status.NOTE, "off, and there is no GPU", "export VERL_PLATFORM=cpu; `vilavt-rl verl` does it"
     )
+
+
+def _flash_attention() -> Check | str:
+    """The 7B recipes ask for it; without a GPU nothing does."""
+    import torch
+
+    if version := version_of("flash-attn"):
+        return version
+    detail = "not installed; needed by actor_rollout_ref.model.use_remove_padding=true"
+    if not torch.cuda.is_available():
+        return Check("flash-attn", Status.OK, f"{detail}, which recipes for a CPU turn off")
+    return Check("flash-attn", Status.NOTE, detail, "pip install flash-attn --no-build-isolation")
 
 
 def _trl() -> str:
