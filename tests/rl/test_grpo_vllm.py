@@ -35,12 +35,21 @@ def data(work: Path) -> Path:
 
     file = write_data(work / "data", count=24, split="train", seed=28, name="train")
     write_data(work / "data", count=4, split="dev", seed=22, name="val")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(file)
+    write_lines(work / "data" / "all.jsonl", rows)
     both = iter(row for row in rows if row["data_type"] in ("tiny-larger", "tiny-sum"))  # two crops in one call
     nested = iter(row for row in rows if row["data_type"] == "tiny-nested")  # a zoom into a crop
     batches = [next(nested if place == 1 else both) for _ in range(2) for place in range(4)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in batches), encoding="utf-8")
+    write_lines(file, batches)
     return work / "data"
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +151,10 @@ OTHER_SIZES = (
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
     "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "actor_rollout_ref.model.use_remove_padding=false",
+    "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}",
     "actor_rollout_ref.rollout.dtype=float32",
     "actor_rollout_ref.rollout.enforce_eager=true",
-    "actor_rollout_ref.rollout.enable_sleep_mode=false",
+    "+actor_rollout_ref.rollout.enable_sleep_mode=false",
     "actor_rollout_ref.rollout.free_cache_engine=false",
     "+ray_kwargs.ray_init.address=local",
     "+ray_kwargs.ray_init.num_gpus=1",
@@ -190,37 +200,53 @@ def test_the_documentation_lists_what_that_run_overrides() -> None:
 
 
 def test_what_cannot_be_answered_costs_its_own_trajectories_and_the_run_goes_on(
-    start_grpo, work: Path, data: Path
+    start_grpo, work: Path, data: Path, loop: Path, tiny: Path
 ) -> None:
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    broken, long = data / "broken.png", "What is on it? " * 60
-    whole = (data / rows[1]["image_path"][0]).read_bytes()
-    broken.write_bytes(whole[: len(whole) // 2])
-    rows[1] |= {"image_path": [str(broken)], "id": "cut-short"}
-    rows[2] |= {"question": long, "id": "too-long"}
-    (data / "faulty").mkdir()
+    from vilavt_rl.replay import play, read_rollouts
+    from vilavt_rl.rollout import EpisodeSettings
+
+    rows = read_lines(data / "all.jsonl")
     for row in rows:
         row["image_path"] = [str(data / name) for name in row["image_path"]]
+    kinds = ("tiny-larger", "tiny-nested", "tiny-one", "tiny-pair", "tiny-sum", "tiny-one")
+    chosen = [next(rows.pop(i) for i, row in enumerate(rows) if row["data_type"] == kind) for kind in kinds]
+    broken = data / "broken.png"
+    whole = Path(chosen[3]["image_path"][0]).read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    chosen[3] |= {"image_path": [str(broken)], "id": "cut-short"}
+    chosen[4] |= {"question": "What is on it? " * 60, "id": "too-long"}
+    chosen[5] |= {"image_path": chosen[5]["image_path"] * 4, "id": "too-many"}
+    (data / "faulty").mkdir()
     for name in ("train", "val"):
-        lines = "".join(json.dumps(row) + "\n" for row in rows[:4])
-        (data / "faulty" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_lines(data / "faulty" / f"{name}.jsonl", chosen)
     code, log, metrics = start_grpo(
         "tiny_cpu_vllm",
         work,
         data / "faulty",
         "faulty",
         "trainer.total_training_steps=1",
-        # An inquiry of two crops has more tokens than a scheduler step, and a conversation with four images is refused.
-        "actor_rollout_ref.rollout.max_num_batched_tokens=64",
-        "actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt.image=2",
+        "data.train_batch_size=6",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=6",
+        "data.max_prompt_length=400",
+        # A picture has more tokens than a scheduler step may have.
+        "actor_rollout_ref.rollout.max_num_batched_tokens=32",
+        "actor_rollout_ref.rollout.max_num_seqs=16",
+        "actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt.image=3",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loop}",
         run="faulty",
     )
     assert code == 0, log[-4000:]
-    (step,) = [json.loads(line)["data"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    (step,) = [line["data"] for line in read_lines(metrics)]
     assert step["training/global_step"] == 1
-    assert "broken.png" in log
+    assert step["training/rollout_probs_diff_max"] <= EQUAL
+    assert "broken.png: the picture is damaged or cut short" in log
     assert "sample too-long: its first turn has" in log
-    assert "images, at most 2 are allowed" in log
+    assert "the prompt has 4 images, at most 3 are allowed" in log
+    left = list(read_rollouts(work / "faulty"))
+    assert {rollout.row.id for rollout in left} == {row["id"] for row in chosen[:3]}
+    settings = EpisodeSettings.of_checkpoint(tiny)
+    groups = [inquiry for rollout in left for inquiry in play(rollout, settings).inquiries]
+    assert any(sum(image.width * image.height // 784 for image in group.images) > 32 for group in groups)
 
 
 def test_a_weight_update_that_vllm_refuses_ends_the_run_with_its_cause(start_grpo, work: Path, data: Path) -> None:

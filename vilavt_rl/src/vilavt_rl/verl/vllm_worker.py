@@ -8,6 +8,7 @@ receiving and fails afterwards. It is named in a configuration as
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
@@ -18,20 +19,19 @@ from ..errors import RolloutError
 class VilavtWorkerExtension(vLLMColocateWorkerExtension):
     """verl's, except that a bucket that cannot be loaded does not keep the others from being received."""
 
-    _refused: Exception | None = None
+    _refused: str | None = None
+    """What was wrong, as text: a traceback would hold tensors that lie in the shared memory to be closed."""
 
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> None:
         """Receive and load all weights.
 
         Raises:
-            RolloutError: some could not be loaded; the cause is in the message, because it travels between processes.
+            RolloutError: some could not be loaded; the message has the cause.
         """
         self._refused = None
         super().update_weights_from_ipc(*args, **kwargs)
         if self._refused is not None:
-            raise RolloutError(
-                f"vLLM refused a weight update: {type(self._refused).__name__}: {self._refused}"
-            ) from self._refused
+            raise RolloutError(f"vLLM refused a weight update: {self._refused}")
 
     def _update_weights(self, weights: Any, *args: Any, **kwargs: Any) -> None:
         if self._refused is not None:
@@ -39,4 +39,6 @@ class VilavtWorkerExtension(vLLMColocateWorkerExtension):
         try:
             super()._update_weights(weights, *args, **kwargs)
         except Exception as error:
-            self._refused = error
+            self._refused = f"{type(error).__name__}: {error}"
+        if self._refused is not None:
+            gc.collect()  # what is left of the exception may hold such tensors too
