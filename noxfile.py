@@ -88,6 +88,7 @@ MODEL_TESTS = (
     "tests/hf/test_processing.py",
     "tests/hf/test_engine.py",
     "tests/hf/test_handoff.py",
+    "tests/hf/test_portable.py",
 )
 
 

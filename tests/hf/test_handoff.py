@@ -131,7 +131,9 @@ def test_this_version_hands_a_checkpoint_over(tied, tmp_path):
     shutil.copy(TINY / "vilavt_chat.json", folder)
     (folder / "expected" / "pictures").mkdir(parents=True)
     for number, size in enumerate([(200, 150), (84, 56), (61, 97)]):
-        Image.effect_noise(size, 80 + number).convert("RGB").save(folder / "expected" / "pictures" / f"picture-{number}.png")
+        Image.effect_noise(size, 80 + number).convert("RGB").save(
+            folder / "expected" / "pictures" / f"picture-{number}.png"
+        )
     tensors, rest = found_in(folder)
     assert rest["tied"] == rest["ties"] == tied
     assert rest["image_tokens"][0] <= MAX_PIXELS // 28**2
