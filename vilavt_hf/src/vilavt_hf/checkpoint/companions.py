@@ -54,7 +54,9 @@ def bring_companions(
     """Copy the companion files into `target`, each from the first folder of `sources` that has it.
 
     Files of one thing come from one folder: the tokenizer's (one version writes files that another leaves out and
-    still reads), the chat template, and the image processor's settings, wherever its version has put them. The query tokenizer comes from a ``query_tokenizer/`` folder in `sources`, else from the tokenizer files of the
+    still reads), the chat template, and the image processor's settings, wherever its version has put them.
+
+    The query tokenizer comes from a ``query_tokenizer/`` folder in `sources`, else from the tokenizer files of the
     first folder in `query_tokenizer_sources` that has them. Nothing is fetched from anywhere.
     """
     brought = []
