@@ -258,3 +258,24 @@ def test_a_query_tokenizer_that_is_missing_is_named_with_its_remedy(tiny, tmp_pa
     processor, _ = build(folder)
     with pytest.raises(ValueError, match=r"no query_tokenizer/.*vilavt convert"):
         process(tools.conversation(("red", 1)), pictures[:2], using=processor)
+
+
+def test_an_inquiry_is_hashed_by_what_it_holds_and_not_by_pickle(process, tools, pictures, monkeypatch):
+    """Before 0.31 vLLM pickles an item whose modality has no list of uuids: slow, and another identity every time."""
+    from dataclasses import dataclass
+
+    from vllm.multimodal import hasher
+
+    @dataclass
+    class Other:  # as a trainer's own class would be
+        images: tuple
+        query: str
+
+    warned = []
+    monkeypatch.setattr(hasher.logger, "warning", lambda *args, **_: warned.append(args))
+    prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
+    plain = hashes(process(prompt, [first, a, b]))
+    for item in (Inquiry, Other):
+        given = [item((first.copy(),), ""), item((a.copy(), b.copy()), "red")]
+        assert hashes(process(prompt, given)) == plain
+    assert not warned
