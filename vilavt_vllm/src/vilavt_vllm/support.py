@@ -64,7 +64,7 @@ COMBINATIONS = (
     Combination("0.24.0", "5.9.0", UNTESTED, trainer="verl 0.9.1", note="the set that verl pins, with torch 2.11"),
     Combination("0.22.1", "4.57.6", BY_HAND, "vllm_range", note="with torch 2.11"),
     Combination("0.22.1", "4.57.6", BY_HAND, "easyr1", "EasyR1 b44b311", note="with torch 2.11"),
-    Combination("0.20.0", "4.57.6", UNTESTED, note="works; its tests were run once, outside of a session, on torch 2.11"),
+    Combination("0.20.0", "4.57.6", UNTESTED, note="by no session; its tests passed once, on torch 2.11"),
 )
 """Newest first."""
 
