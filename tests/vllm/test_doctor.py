@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from vilavt_hf.doctor import Status
-from vilavt_vllm import doctor
+from vilavt_vllm import doctor, support
 
 
 def by_name(checks):
@@ -15,6 +15,8 @@ def by_name(checks):
 
 def test_a_sound_installation_accepts_the_checkpoint(tiny):
     found = by_name(doctor.checks(tiny.path, load=False))
+    versions = found.pop("vllm versions")
+    assert versions.status is not Status.FAILED
     assert {check.status for check in found.values()} == {Status.OK}, found
     assert set(found) == {"vllm", "vllm plug-in", "vllm architectures", "vllm processor"}
     assert "VilavtForConditionalGeneration" in found["vllm processor"].detail
@@ -51,3 +53,42 @@ def test_no_vllm_and_two_vllms_are_told_apart(monkeypatch, installed, words):
     assert words in found["vllm"].detail
     assert found["vllm"].remedy
     assert "vllm architectures" not in found
+
+
+def test_the_matrix_is_shown_with_what_is_installed(monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.22.1+cpu")
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "4.57.6")
+    check = doctor._versions()
+    assert check.status is Status.OK
+    assert len([line for line in check.detail.splitlines() if " vLLM 0." in line]) >= len(support.COMBINATIONS)
+    marked = [line for line in check.detail.splitlines() if "->" in line]
+    assert len(marked) == 2
+    assert "vLLM 0.22.1 + transformers 4.57.6: tested by hand (nox -s vllm_range)" in marked[0]
+    assert "vilavt-serve needs 0.32" in check.detail
+
+
+def test_versions_that_nobody_tested_together_are_noted(monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.26.0")
+    check = doctor._versions()
+    assert check.status is Status.NOTE
+    assert "not tested" in check.detail.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "version, status",
+    [("0.19.1", Status.FAILED), ("0.20.0", Status.OK), ("0.33.4", Status.OK), ("0.34.0", Status.NOTE)],
+)
+def test_an_older_vllm_has_to_be_replaced_and_a_newer_one_is_a_note(monkeypatch, version, status):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "vllm" else None)
+    check = by_name(doctor.checks(None, load=False))["vllm"]
+    assert check.status is status
+    assert version in check.detail
+    if status is Status.FAILED:
+        assert check.remedy == f'pip install "{support.REQUIREMENT}"'

@@ -12,7 +12,7 @@ from vilavt_hf.chat import VilavtChat
 from vilavt_hf.presets import Limits, Sampling
 from vilavt_hf.results import Sample
 from vilavt_hf.tiny.evaluate import tasks
-from vilavt_vllm import VilavtLLM
+from vilavt_vllm import Inquiry, VilavtLLM
 from vilavt_vllm.errors import EngineFailure, LimitError
 
 pytestmark = pytest.mark.engine
@@ -144,7 +144,7 @@ def test_too_many_regions_in_one_call_end_that_conversation_with_the_flag_that_r
     request = run.next_request()
     picture = request.inquiries[0].images[0]
     prompt = run.prompt(request)
-    prompt["multi_modal_data"]["image"] = [type(prompt["multi_modal_data"]["image"][0])((picture,) * 17, "what")]
+    prompt["multi_modal_data"]["image"] = [Inquiry((picture,) * 17, "what")]
     prompt["prompt_token_ids"] = prompt["prompt_token_ids"] * 17
     with pytest.raises(LimitError, match="vilavt_max_regions"):
         llm.llm.llm_engine.add_request("crowded", prompt, run.sampling_params(request))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vilavt_vllm import Inquiry
+from vilavt_vllm import Inquiry, compat
 from vilavt_vllm.errors import LimitError, PlaceholderError, UnsupportedError
 
 
@@ -30,9 +30,11 @@ def process(processor):
     def run(prompt, images, *, using=processor, cache=None, uuids=None, **kwargs):
         ids = using.info.get_tokenizer().encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else prompt
         items = using.info.parse_mm_data({"image": images})
-        inputs = ProcessorInputs(
-            ids, items, {"image": uuids} if uuids else None, hf_processor_mm_kwargs=kwargs, cache=cache
-        )
+        inputs = ProcessorInputs(ids, items, {"image": uuids} if uuids else None, hf_processor_mm_kwargs=kwargs)
+        if hasattr(inputs, "cache"):
+            inputs.cache = cache
+        else:  # before 0.31 it is the processor's
+            using.cache = cache
         return using.apply(inputs, TimingContext(enabled=False))
 
     return run
@@ -194,7 +196,7 @@ def test_runs_of_another_length_than_the_image_are_refused_by_number(process, pr
 )
 def test_caps_are_enforced_before_anything_is_encoded(tiny, process, tools, pictures, options, message):
     processor, _ = build(tiny.path, **options)
-    processor._call_hf_processor = None
+    processor._encode = None
     with pytest.raises(ValueError, match=message):
         process(tools.conversation(("red", 3)), pictures[:4], using=processor)
 
@@ -210,8 +212,8 @@ def test_the_images_of_inquiries_are_counted_one_by_one(tiny, process, tools, pi
 
 def test_the_dummy_for_profiling_is_the_announced_size_and_fills_its_query(tiny):
     for options in ({}, {"hf_overrides": {"vilavt_max_regions": 3, "vilavt_max_group_pixels": 28 * 28 * 100}}):
-        processor, _ = build(tiny.path, **options)
-        result = processor.get_dummy_mm_inputs({"image": 1})
+        processor, config = build(tiny.path, **options)
+        result = compat.dummy_inputs(processor, config)
         tokens = result["mm_placeholders"]["image"][0].get_num_embeds()
         announced = processor.info.get_mm_max_tokens_per_item(4096, {"image": 1})["image"]
         assert announced - 16 <= tokens <= announced
@@ -256,3 +258,24 @@ def test_a_query_tokenizer_that_is_missing_is_named_with_its_remedy(tiny, tmp_pa
     processor, _ = build(folder)
     with pytest.raises(ValueError, match=r"no query_tokenizer/.*vilavt convert"):
         process(tools.conversation(("red", 1)), pictures[:2], using=processor)
+
+
+def test_an_inquiry_is_hashed_by_what_it_holds_and_not_by_pickle(process, tools, pictures, monkeypatch):
+    """Before 0.31 vLLM pickles an item whose modality has no list of uuids: slow, and another identity every time."""
+    from dataclasses import dataclass
+
+    from vllm.multimodal import hasher
+
+    @dataclass
+    class Other:  # as a trainer's own class would be
+        images: tuple
+        query: str
+
+    warned = []
+    monkeypatch.setattr(hasher.logger, "warning", lambda *args, **_: warned.append(args))
+    prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
+    plain = hashes(process(prompt, [first, a, b]))
+    for item in (Inquiry, Other):
+        given = [item((first.copy(),), ""), item((a.copy(), b.copy()), "red")]
+        assert hashes(process(prompt, given)) == plain
+    assert not warned

@@ -12,11 +12,15 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import vllm
 from openai import OpenAI
 
 from vilavt_hf.chat import VilavtChat
+from vilavt_vllm import support
 
 pytestmark = pytest.mark.engine
+if problem := support.server_problem(vllm.__version__):
+    pytest.skip(problem, allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT, PICTURES = ROOT / "examples" / "vilavt-tiny", ROOT / "examples" / "pictures"

@@ -15,15 +15,21 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 from prometheus_client import REGISTRY
+from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
-from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
 from vilavt_hf.images import ImageLimits
 from vilavt_hf.presets import Limits, Sampling
 from vilavt_hf.protocol import FinishReason
 from vilavt_hf.results import TextDelta
-from vilavt_vllm import register
+from vilavt_vllm import register, support
 from vilavt_vllm.errors import LimitError, RequestError
+
+if problem := support.server_problem(vllm_version):
+    pytest.skip(problem, allow_module_level=True)
+
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
+
 from vilavt_vllm.server.command import OURS, allow_plugins, parser
 from vilavt_vllm.server.endpoint import ServerOptions, VilavtEndpoint
 from vilavt_vllm.server.history import History

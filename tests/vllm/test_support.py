@@ -1,11 +1,16 @@
 """What is not supported is refused with the reason, and listed."""
 
+import importlib
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm import envs
 
-from vilavt_vllm import compat
+from vilavt_vllm import compat, support
 from vilavt_vllm.errors import UnsupportedError
 
 README = Path(__file__).parents[2] / "vilavt_vllm" / "README.md"
@@ -33,6 +38,7 @@ def test_features_that_would_take_inquiries_apart_are_refused_with_the_reason(op
         compat.refuse_unsupported(settings(**options))
 
 
+@pytest.mark.skipif("VLLM_USE_RUST_FRONTEND" not in envs.environment_variables, reason="this vLLM has no Rust frontend")
 def test_the_rust_frontend_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(UnsupportedError, match=r"VLLM_USE_RUST_FRONTEND=1.*Python processors"):
@@ -53,7 +59,7 @@ def test_the_model_promises_vllm_nothing_it_cannot_keep():
     assert all(ask(Model) for ask in (supports_multimodal, supports_mrope, supports_lora, supports_pp))
     assert not supports_encoder_cudagraph(Model)
     assert not Model.supports_encoder_tp_data  # vLLM then falls back to weights and warns
-    assert not Model.supports_tower_connector_lora
+    assert not getattr(Model, "supports_tower_connector_lora", False)  # no such promise before 0.29
 
 
 def test_the_private_seams_of_vllm_have_the_signatures_that_are_overridden():
@@ -75,7 +81,7 @@ def test_the_private_seams_of_vllm_have_the_signatures_that_are_overridden():
     assert list(theirs.parameters) == list(ours.parameters)
 
 
-def test_an_untested_vllm_is_warned_about(monkeypatch, caplog):
+def test_an_untested_vllm_is_warned_about_and_runs(monkeypatch, caplog):
     import vllm
 
     compat.check_version()
@@ -89,3 +95,75 @@ def test_the_readme_lists_every_unsupported_feature():
     text = " ".join(README.read_text().split())
     for feature, reason in compat.UNSUPPORTED.items():
         assert f"| {feature} | {reason} |" in text
+
+
+def test_the_readme_holds_the_matrix():
+    assert f"\n\n{support.table()}\n\n" in README.read_text(encoding="utf-8")
+
+
+def test_the_package_asks_for_the_supported_range():
+    dependency = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert support.REQUIREMENT in dependency
+    low, high = map(support.dotted, support.SUPPORTED)
+    assert f"vllm>={low},<{high}" == support.REQUIREMENT
+
+
+def test_every_combination_is_inside_the_range_and_its_session_exists():
+    nox = (README.parents[1] / "noxfile.py").read_text()
+    for row in support.COMBINATIONS:
+        assert support.is_supported(row.vllm), row
+        assert bool(row.session) == (row.tested != support.UNTESTED), row
+        assert not row.session or f"\ndef {row.session}(session" in nox, row
+
+
+def test_the_matrix_costs_neither_torch_nor_vllm():
+    code = "import sys, vilavt_vllm.support; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_server_refuses_an_old_vllm_with_the_reason_before_its_modules_are_imported():
+    version = "0.31.2"
+    code = f"""
+import sys, vllm
+vllm.__version__ = {version!r}
+from vilavt_vllm.server.command import main
+try:
+    main(["CHECKPOINT"])
+finally:
+    print([name for name in sys.modules if name.startswith("vilavt_vllm.server.") and not name.endswith(".command")])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert f"vilavt-serve: this is vLLM {version}, and vilavt-serve needs 0.32 or newer" in result.stderr
+    assert "`vllm serve CHECKPOINT` offers the raw model" in result.stderr
+    assert "VilavtLLM" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_vllms_own_server_is_told_why_the_loop_is_not_in_it(monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    monkeypatch.delitem(sys.modules, "vilavt_vllm.server.endpoint", raising=False)
+    with pytest.raises(UnsupportedError, match=r"this is vLLM 0\.31\.0, and vilavt-serve needs 0\.32"):
+        importlib.import_module("vilavt_vllm.server.endpoint")
+
+
+def test_the_server_runs_on_the_versions_it_is_said_to(monkeypatch):
+    import vllm
+
+    for version, runs in (
+        ("0.20.0", False),
+        ("0.24.0", False),
+        ("0.31.9", False),
+        ("0.32.0", True),
+        ("0.33.1", True),
+        ("0.99.0", True),
+    ):
+        assert (support.server_problem(version) is None) == runs
+    if support.server_problem(vllm.__version__) is None:
+        importlib.import_module("vilavt_vllm.server.endpoint")
+    else:
+        with pytest.raises(UnsupportedError):
+            importlib.import_module("vilavt_vllm.server.endpoint")

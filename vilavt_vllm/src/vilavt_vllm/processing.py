@@ -268,8 +268,8 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             inputs,
             prompt=prompt,
             mm_data_items=MultiModalDataItems({**inputs.mm_data_items, "image": InquiryItems(inquiries)}),
-            # They are part of the inquiries' identity now. One None for each, because before 0.31 vLLM hashes an item
-            # by `get_item_for_hash` only if its modality is listed here, and by pickle otherwise.
+            # They are part of the inquiries' identity now. One None for each: vLLM before 0.31 hashes an item by
+            # `get_item_for_hash` only if its modality is listed here, and by pickle otherwise.
             mm_uuid_items={"image": [None] * len(inquiries)},
         )
         result = super().apply(grouped, timing_ctx)

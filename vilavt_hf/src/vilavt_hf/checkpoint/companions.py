@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from .layout import read_json
 from .writing import place_file, write_json
 
+PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 QUERY_TOKENIZER = "query_tokenizer"
 PROMPTS = "prompts"
 
@@ -18,6 +19,7 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "vilavt_chat.json",
@@ -51,15 +53,27 @@ def bring_companions(
 ) -> Companions:
     """Copy the companion files into `target`, each from the first folder of `sources` that has it.
 
+    Files of one thing come from one folder: the tokenizer's (one version writes files that another leaves out and
+    still reads), the chat template, and the image processor's settings, wherever its version has put them.
+
     The query tokenizer comes from a ``query_tokenizer/`` folder in `sources`, else from the tokenizer files of the
     first folder in `query_tokenizer_sources` that has them. Nothing is fetched from anywhere.
     """
     brought = []
+    tokenizers = [folder for folder in sources if has_tokenizer(folder)][:1] or list(sources)
+    templates = [folder for folder in sources if _has_chat_template(folder)][:1]
+    images = [folder for folder in sources if _has_image_processor(folder)][:1]
     for name in _FILES:
-        source = next((folder / name for folder in sources if (folder / name).is_file()), None)
+        folders = templates if name in _TEMPLATES else tokenizers if name in _TOKENIZER else sources
+        folders = images if name == IMAGE_PROCESSOR else folders
+        source = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if source is not None:
             place_file(source, target / name, link=False)
             brought.append(name)
+    _drop_nested(target / PROCESSOR)
+    if images and (nested := _nested(images[0] / PROCESSOR)) is not None:
+        write_json(target / IMAGE_PROCESSOR, nested)
+        brought.append(IMAGE_PROCESSOR)
     for name in _FOLDERS:
         source = next((folder / name for folder in sources if (folder / name).is_dir()), None)
         if source is not None:
@@ -72,7 +86,7 @@ def bring_companions(
             brought.append(f"{QUERY_TOKENIZER}/")
     make_portable(target)
     _name_our_processor(target)
-    return Companions(tuple(brought), tuple(missing_companions(target)))
+    return Companions(tuple(dict.fromkeys(brought)), tuple(missing_companions(target)))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -130,20 +144,34 @@ def _has_chat_template(folder: Path) -> bool:
 def make_portable(folder: Path) -> None:
     """Let transformers 4.57 read processor and tokenizers that 5.x wrote, and the other way round, in place.
 
-    5.x nests the image processor in ``processor_config.json``, where 4.57 does not look; gives its pixel bounds as
-    ``size``, which 4.57 ignores; and has new names for two settings of a tokenizer.
+    5.x nests the image processor in ``processor_config.json``, where 4.57 does not look, and prefers that to
+    ``preprocessor_config.json``, which is left as the only place; gives its pixel bounds as ``size``, which 4.57
+    ignores; and has new names for two settings of a tokenizer.
     """
-    path = folder / "processor_config.json"
-    own = folder / "preprocessor_config.json"
-    if path.is_file() and not own.is_file():
-        nested = read_json(path).get("image_processor")
-        if isinstance(nested, dict):
-            write_json(own, nested)
+    path, own = folder / PROCESSOR, folder / IMAGE_PROCESSOR
+    nested = _nested(path)
+    if nested is not None:
+        write_json(own, nested)
+        _drop_nested(path)
     if own.is_file():
         _spell_out_pixel_bounds(own)
     for tokenizer in (folder, folder / QUERY_TOKENIZER):
         if (tokenizer / "tokenizer_config.json").is_file():
             _name_old_tokenizer_settings(tokenizer / "tokenizer_config.json")
+
+
+def _nested(path: Path) -> dict[str, Any] | None:
+    found = read_json(path).get("image_processor") if path.is_file() else None
+    return found if isinstance(found, dict) else None
+
+
+def _has_image_processor(folder: Path) -> bool:
+    return (folder / IMAGE_PROCESSOR).is_file() or _nested(folder / PROCESSOR) is not None
+
+
+def _drop_nested(path: Path) -> None:
+    if _nested(path) is not None:
+        write_json(path, {name: value for name, value in read_json(path).items() if name != "image_processor"})
 
 
 def _spell_out_pixel_bounds(path: Path) -> None:

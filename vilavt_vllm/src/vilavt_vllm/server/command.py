@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib import metadata
 
 from .. import CHAT_TEMPLATE
+from ..errors import UnsupportedError
 
 OURS = {
     "preset": "how episodes run (vilavt_hf.presets); default: what the checkpoint asks for",
@@ -69,13 +70,18 @@ def allow_plugins() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
+    from .. import compat
+
+    try:
+        compat.require_server()
+    except UnsupportedError as error:
+        raise SystemExit(f"vilavt-serve: {error}") from None
     own = parser()
     ours, rest = own.parse_known_args(arguments)
     if ours.model is None and not ours.vllm_help:
         own.error("name a checkpoint: vilavt-serve CHECKPOINT")
     allow_plugins()
 
-    from .. import compat
     from .endpoint import ServerOptions
 
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):

@@ -19,13 +19,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
-from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 from vilavt_hf.errors import VilavtError
 from vilavt_hf.images import ImageLimits
 from vilavt_hf.presets import Limits
 from vilavt_hf.results import ChatResult, Event, Finished, Sample
 
+from .. import compat
 from ..episodes import EpisodeRun, Settings
 from ..errors import BusyError, EngineFailure, RequestError
 from ..online import AsyncVilavtLLM
@@ -33,6 +33,9 @@ from .history import History
 from .media import Pictures
 from .metrics import metrics
 from .protocol import ChatRequest, Exchange, Reply, Usage, error_event, error_json, exchanges
+
+compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
+from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

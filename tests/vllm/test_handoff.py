@@ -1,0 +1,46 @@
+"""Checkpoints that other versions of transformers have written (`tests/hf/test_handoff.py`) give their numbers in vLLM.
+
+nox sets ``VILAVT_HANDOFF``; the sessions of vilavt-hf write, those with a vLLM read.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vilavt_vllm import VilavtLLM
+
+pytestmark = pytest.mark.engine
+
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+HANDOFF = os.environ.get("VILAVT_HANDOFF")
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.skipif(HANDOFF is None, reason="VILAVT_HANDOFF names no folder; nox sets it")
+def test_every_checkpoint_that_was_handed_over_gives_the_writers_numbers(start, tools):
+    folders = sorted(path.parents[1] for path in Path(HANDOFF).glob("*/*/expected/found.json"))
+    assert folders, f"{HANDOFF} holds no checkpoint: run `nox -s hf_newest hf_oldest` before"
+    questions = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
+    for folder in folders:
+        expected = json.loads((folder / "expected" / "found.json").read_text())
+        tensors = load_file(folder / "expected" / "found.safetensors")
+        engine = start(folder)
+        for number, prompt in enumerate(expected["prompts"]):
+            images = [Image.open(folder / "expected" / "pictures" / name).convert("RGB") for name in prompt["images"]]
+            output = engine.generate([(prompt["text"], images)])[0]
+            assert output.prompt_token_ids == tensors[f"tokens.{number}"].tolist(), f"prompt {number} of {folder}"
+            difference = tools.difference(tools.vocabulary(output), tensors[f"logprobs.{number}"])
+            assert difference <= 1e-3, f"prompt {number} of {folder}: {difference}"
+        for size, count in zip(expected["sizes"], expected["image_tokens"], strict=True):
+            prompt_ids = engine.generate([(IMAGE, [Image.new("RGB", size)])])[0].prompt_token_ids
+            assert len(prompt_ids) - 2 == count, f"a picture of {size} for {folder}"
+        llm = VilavtLLM(engine.llm)
+        assert llm.settings.prompts.sha256 == expected["prompts_sha256"]
+        assert llm.settings.preset.name == expected["preset"]
+        results = llm.ask([([PICTURES / q["image"]], q["question"]) for q in questions], progress=False)
+        assert [result.error for result in results] == [None] * len(results)
+        assert [[turn.text for turn in result.turns] for result in results] == expected["transcripts"], folder
