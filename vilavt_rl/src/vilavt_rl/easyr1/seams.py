@@ -9,6 +9,7 @@ import importlib
 import inspect
 
 from ..errors import HostError
+from . import engine
 
 COMMIT = "b44b311b669bf1fd1aa2fc36f2251482ba33cb16"
 
@@ -44,17 +45,22 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("verl.workers.fsdp_workers", "FSDPWorker._process_multi_modal_inputs", ("self", "data")),
     ("verl.workers.fsdp_workers", "vLLMRollout", ("model_path", "config", "tokenizer", "processor")),
     ("verl.workers.fsdp_workers", "vLLMRollout.generate_sequences", ("self", "prompts")),
+    ("verl.workers.fsdp_workers", "vLLMRollout.update_sampling_params", ("self",)),
+    ("verl.workers.rollout.vllm_rollout_spmd", "LLM", ()),
+    ("verl.workers.sharding_manager.fsdp_vllm", "vllm_ps", ()),
     ("verl.models.monkey_patch", "SUPPORTED_MODEL_TYPE", ()),
 )
 """(module, name, parameters that must exist)."""
 
 
 def check() -> None:
-    """Look every seam up.
+    """Look every seam up, and what EasyR1 itself uses of vLLM: without that nothing of it can be imported.
 
     Raises:
         HostError: one is gone or has lost a parameter; names all of them.
     """
+    if problems := engine.missing():
+        raise HostError(f"this vLLM lacks what EasyR1 uses: {'; '.join(problems)}; {engine.install_command()}")
     wrong = [problem for seam in SEAMS if (problem := _problem(*seam))]
     if wrong:
         raise HostError(f"this EasyR1 is not the one that was tested ({COMMIT[:7]}): {'; '.join(wrong)}")
