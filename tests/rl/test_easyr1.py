@@ -239,6 +239,8 @@ class FakeWorker:
 class FakeFsdpWorker(FakeWorker):
     """EasyR1's ``FSDPWorker``, as far as we touch it."""
 
+    world_size = 2
+
     def __init__(self, config, role) -> None:
         super().__init__()
         self.config, self.role, self.built = config, role, None

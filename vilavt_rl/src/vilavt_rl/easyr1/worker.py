@@ -80,6 +80,18 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
     return VilavtRollout
 
 
+def _never_prefetch(module: Any) -> None:
+    """On one GPU, keep FSDP from preparing a frozen unit for a backward pass that it does not have.
+
+    It is left without its parameters then, and the next state dict, for vLLM or a checkpoint, fails: what FSDP does at
+    the end of a backward pass for such units it does only where they are sharded.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for unit in FullyShardedDataParallel.fsdp_modules(module):
+        unit.backward_prefetch = None
+
+
 def make_worker(
     pivot_base: type,
     base: type,
@@ -121,6 +133,8 @@ def make_worker(
             if frozen:  # FSDP flattens parameters with and without gradient together otherwise
                 fsdp_config.use_orig_params = True
             super()._build_model_optimizer(model_config=model_config, fsdp_config=fsdp_config, **kwargs)
+            if frozen and self.world_size == 1:
+                _never_prefetch(self.fsdp_module)
 
         def _build_rollout(self) -> None:
             workers_module.vLLMRollout = rollout
