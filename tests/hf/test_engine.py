@@ -274,6 +274,23 @@ def test_the_sampler_draws_from_the_filtered_distribution():
     assert set(top.tolist()) == {0}
 
 
+def test_ids_from_n_tokens_on_are_never_sampled_and_have_no_share_of_the_probability(tiny_model, processor, tokenizer):
+    free = Talk(tokenizer, "a", turns=1, max_new_tokens=12)
+    run(Engine(tiny_model, processor.encode_inquiries), [free])
+    limit = free.tokens[sampled_places(free)[0]]  # the favourite has no token now
+    engine, talk = Engine(tiny_model, processor.encode_inquiries, n_tokens=limit), Talk(tokenizer, "a", turns=1)
+    row = engine.open()
+    engine.submit(row, talk.next_request())
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert max(event.token_id for event in events) < limit
+    banned = Talk(tokenizer, "a", turns=1, banned=range(limit, tiny_model.config.text_config.vocab_size))
+    engine = Engine(tiny_model, processor.encode_inquiries)
+    engine.submit(engine.open(), banned.next_request())
+    assert [(e.token_id, e.logprob) for e in engine.step()] == [(events[0].token_id, pytest.approx(events[0].logprob))]
+
+
 def test_stop_tokens_end_a_turn_and_banned_tokens_never_appear(tiny_model, processor, tokenizer):
     free = Talk(tokenizer, "a", turns=1, max_new_tokens=12)
     run(Engine(tiny_model, processor.encode_inquiries), [free])

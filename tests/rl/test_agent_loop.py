@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
@@ -116,9 +117,11 @@ def test_a_session_keeps_its_id_and_its_sampling_parameters(played) -> None:
 
 def test_groups_travel_as_counts_and_can_be_concatenated(played) -> None:
     out, calls = played
-    told = calls[-1]["more"]["mm_processor_kwargs"]
-    assert told == {"queries": ["", "digit on the red card"], "images_per_query": [1, 2]}
-    assert len(calls[-1]["images"]) == 3
+    assert [(inquiry.query, len(inquiry.images)) for inquiry in calls[-1]["images"]] == [
+        ("", 1),
+        ("digit on the red card", 2),
+    ]
+    assert calls[-1]["more"] == {}
     from verl.utils.model import extract_multi_modal_inputs
 
     inputs = extract_multi_modal_inputs(out.non_tensor_batch["multi_modal_inputs"])
@@ -162,16 +165,59 @@ def test_a_trajectory_never_outgrows_the_response_length(worker, rows_file: Path
     assert calls[-1]["params"]["max_tokens"] <= 192 + 320 - len(calls[-1]["prompt"])
 
 
-def test_an_engine_other_than_ours_is_not_told_the_groups(worker, rows_file: Path) -> None:
+def rebuilt(worker, **changes):
+    """A worker whose rollout settings and agent loop differ: `rollout` by key, the rest as fields of the loop."""
+    from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+
     config = worker.config.copy()
-    config.actor_rollout_ref.rollout.name = "vllm"
-    before, worker.config = worker.config, config
-    try:
-        out, calls = run(worker, read_rows(rows_file)[:1], [CALL, ANSWER])
-    finally:
-        worker.config = before
+    rollout = config.actor_rollout_ref.rollout
+    for key, value in changes.pop("rollout", {}).items():
+        rollout[key] = value
+    file = Path(config.trainer.default_local_dir) / f"loop-{len(changes)}-{'-'.join(map(str, changes.values()))}.yaml"
+    loops = yaml.safe_load(Path(rollout.agent.agent_loop_config_path).read_text(encoding="utf-8"))
+    file.write_text(yaml.safe_dump([{**loops[0], **changes}]), encoding="utf-8")
+    rollout.agent.agent_loop_config_path = str(file)
+    return AgentLoopWorker(config, None)
+
+
+AGAIN = CALL.replace("red", "blue")
+
+
+@pytest.mark.parametrize("turn", [CALL + AGAIN, AGAIN.replace('"query"', '"query": "blue", "query"')])
+def test_vllm_gets_the_inquiries_of_the_episode_also_where_the_presets_rules_read_a_turn_differently(
+    worker, rows_file: Path, turn: str
+) -> None:
+    # Two calls in a turn, or a key twice: strict rules, by which a foreign client's prompt is read, see no call here.
+    other = rebuilt(worker, preset="rl", rollout={"name": "vllm"})
+    out, calls = run(other, read_rows(rows_file)[:1], [turn, ANSWER])
+    given = [(inquiry.query, len(inquiry.images)) for inquiry in calls[-1]["images"]]
+    inputs = out.non_tensor_batch["multi_modal_inputs"][0]
+    assert [count for _, count in given] == inputs["images_per_query"].tolist() == [1, 2]
+    assert [bool(query) for query, _ in given] == [False, True]
+    ids, mask = worker.processor.tokenize_queries([query for query, _ in given])
+    assert torch.equal(inputs["query_ids"], ids)
+    assert torch.equal(inputs["query_attention_mask"], mask)
     assert calls[-1]["more"] == {}
-    assert out.non_tensor_batch["multi_modal_inputs"][0]["images_per_query"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["vllm", "vilavt_hf"])
+def test_the_presets_query_prefix_reaches_the_engine_and_the_trainer(worker, rows_file: Path, name: str) -> None:
+    other = rebuilt(worker, preset="eval-hf", rollout={"name": name})
+    out, calls = run(other, read_rows(rows_file)[:1], [CALL, ANSWER])
+    inquiries = calls[-1]["images"]
+    assert {inquiry.query_prefix for inquiry in inquiries} == {"Query: "}
+    expected = worker.processor.encode_inquiries(inquiries)
+    asked = int(expected["query_attention_mask"].sum())
+    assert asked > int(worker.processor.tokenize_queries(["digit on the red card"])[1].sum())
+    assert int(out.non_tensor_batch["multi_modal_inputs"][0]["query_attention_mask"].sum()) == asked
+
+
+def test_a_rollout_engine_without_a_vilavt_is_refused_by_name(worker, rows_file: Path) -> None:
+    from vilavt_rl.errors import HostError
+
+    other = rebuilt(worker, rollout={"name": "sglang"})
+    with pytest.raises(HostError, match=r"rollout\.name is 'sglang': ViLaVT runs in vllm and vilavt_hf"):
+        run(other, read_rows(rows_file)[:1], [CALL, ANSWER])
 
 
 def test_rollouts_are_written_and_play_again(worker, rows_file: Path, tiny: Path, tmp_path: Path) -> None:

@@ -279,6 +279,18 @@ def _hand_off(folder: Path, weights, batch, values: torch.Tensor, rows_file: Pat
     (folder / "trajectory.json").write_text(json.dumps(trajectory), encoding="utf-8")
 
 
+def test_images_that_come_without_an_inquiry_are_refused(server) -> None:
+    from PIL import Image
+
+    from vilavt_rl.errors import RolloutError
+
+    params = {"max_tokens": 1, "stop_token_ids": [2]}
+    with pytest.raises(RolloutError, match="got Image in the place of an inquiry"):
+        asyncio.run(server.generate([5], params, "x", image_data=[Image.new("RGB", (28, 28))]))
+    with pytest.raises(RolloutError, match="inquiries only"):
+        asyncio.run(server.generate([5], params, "x", mm_processor_kwargs={"queries": [""]}))
+
+
 def test_a_weight_update_with_other_tensors_is_refused(server) -> None:
     from vilavt_rl.errors import RolloutError
 

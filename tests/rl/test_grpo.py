@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ pytest.importorskip("verl", reason="verl has an environment of its own")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1100)]
 
 ROOT = Path(__file__).parents[2]
-NO_MEMORY_MONITOR = {"memory_monitor_refresh_ms": 0}  # other work on the machine must not decide a test
 
 
 @pytest.fixture(scope="module")
@@ -32,54 +29,16 @@ def data(work: Path) -> Path:
     return work / "data"
 
 
-def train(work: Path, tiny: Path, data: Path, name: str, *overrides: str, run: str) -> list[dict]:
-    """Run `vilavt-rl verl recipes/tiny_cpu.yaml …`; returns what verl logged, one dict per step."""
-    metrics = work / f"{name}.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "vilavt_rl",
-        "verl",
-        str(ROOT / "recipes" / "tiny_cpu.yaml"),
-        f"actor_rollout_ref.model.path={tiny}",
-        f"data.train_files={data / 'train.jsonl'}",
-        f"data.val_files={data / 'val.jsonl'}",
-        "data.train_batch_size=4",
-        "data.shuffle=false",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
-        "actor_rollout_ref.rollout.n=4",
-        "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
-        f"trainer.default_local_dir={work / run}",
-        "trainer.logger=[file]",
-        # a cluster that is running already has another environment
-        f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={metrics}",
-        "trainer.val_before_train=false",
-        "trainer.test_freq=-1",
-        *overrides,
-    ]
-    env = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_memory_monitor_refresh_ms": "0",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    env.pop("RAY_ADDRESS", None)
-    with (work / f"{name}.log").open("w") as log:
-        code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=work, timeout=1000).returncode
-    assert code == 0, (work / f"{name}.log").read_text(encoding="utf-8")[-4000:]
-    return [line["data"] for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
+@pytest.fixture(scope="module")
+def train(grpo, work: Path, data: Path):
+    """`train(name, *overrides, run=…)`: the recipe tiny_cpu on this module's data; what verl logged."""
+    return lambda name, *overrides, run: grpo("tiny_cpu", work, data, name, *overrides, run=run)
 
 
 @pytest.fixture(scope="module")
-def first(work: Path, tiny: Path, data: Path) -> list[dict]:
+def first(train) -> list[dict]:
     """Two steps on one node, each saved, with a validation at the end."""
     return train(
-        work,
-        tiny,
-        data,
         "first",
         "trainer.total_training_steps=2",
         "trainer.save_freq=1",
@@ -115,8 +74,8 @@ def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
     assert plot_curve(work / "first.jsonl", work / "curve.png").stat().st_size > 1000
 
 
-def test_a_run_resumes_where_it_was_saved(work: Path, tiny: Path, data: Path, first: list[dict]) -> None:
-    second = train(work, tiny, data, "second", "trainer.total_training_steps=3", run="run")
+def test_a_run_resumes_where_it_was_saved(train, first: list[dict]) -> None:
+    second = train("second", "trainer.total_training_steps=3", run="run")
     assert [step["training/global_step"] for step in second] == [3]
     assert second[0]["training/rollout_probs_diff_max"] <= 1e-4
 
@@ -145,37 +104,20 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
         (folder / "transcripts.json").write_text(json.dumps(transcripts), encoding="utf-8")
 
 
-def test_two_ray_nodes_train_together(work: Path, tiny: Path, data: Path) -> None:
-    from ray.cluster_utils import Cluster
-
+def test_two_ray_nodes_train_together(train, two_ray_nodes: list[str], work: Path) -> None:
     from vilavt_hf.checkpoint.merge import merge_shards
 
-    node = {"num_cpus": 8, "num_gpus": 1, "object_store_memory": 300_000_000}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": NO_MEMORY_MONITOR}
+    steps = train(
+        "cluster",
+        *two_ray_nodes,
+        "trainer.total_training_steps=1",
+        "trainer.save_freq=1",
+        # here the reward comes from verl's reward workers
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={_loop_without_reward(work)}",
+        "reward.custom_reward_function.path=pkg://vilavt_rl.verl.reward",
+        "reward.custom_reward_function.name=compute_score",
+        run="cluster-run",
     )
-    try:
-        cluster.add_node(**node)
-        cluster.wait_for_nodes()
-        steps = train(
-            work,
-            tiny,
-            data,
-            "cluster",
-            "trainer.nnodes=2",
-            "trainer.total_training_steps=1",
-            "trainer.save_freq=1",
-            "~ray_kwargs.ray_init.num_cpus",
-            "~ray_kwargs.ray_init.num_gpus",
-            f"ray_kwargs.ray_init.address={cluster.address}",
-            # here the reward comes from verl's reward workers
-            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={_loop_without_reward(work)}",
-            "reward.custom_reward_function.path=pkg://vilavt_rl.verl.reward",
-            "reward.custom_reward_function.name=compute_score",
-            run="cluster-run",
-        )
-    finally:
-        cluster.shutdown()
     assert steps[0]["training/rollout_probs_diff_max"] <= 1e-4
     assert steps[0]["critic/score/max"] == pytest.approx(1.0)
     shards = sorted(path.name for path in (work / "cluster-run" / "global_step_1" / "actor").glob("model_*.pt"))

@@ -127,3 +127,21 @@ def test_the_doctor_finds_a_plug_in_that_verl_was_told_to_leave_out(monkeypatch:
     plugin = next(check for check in checks(None, False) if check.name == "verl plug-in")
     assert plugin.status is Status.FAILED
     assert "leaves 'vilavt' out" in plugin.detail
+
+
+def test_a_run_with_vllm_rollouts_gets_our_worker_extension_unless_it_names_one(tmp_path: Path) -> None:
+    from vilavt_rl.launch import EXTENSION, OUR_EXTENSION
+
+    added = f"++{EXTENSION}={OUR_EXTENSION}"
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("actor_rollout_ref: {rollout: {name: vllm}}\n", encoding="utf-8")
+    assert added in verl_command(bare)[0]
+    assert added in verl_command("tiny_cpu", ["actor_rollout_ref.rollout.name=vllm"])[0]
+    for recipe, overrides in (
+        ("tiny_cpu", []),
+        ("tiny_cpu_vllm", []),
+        ("vilavt_7b_grpo", []),
+        (bare, [f"+{EXTENSION}=my.Extension"]),
+        (bare, ["actor_rollout_ref.rollout.name=vilavt_hf"]),
+    ):
+        assert added not in verl_command(recipe, overrides)[0]

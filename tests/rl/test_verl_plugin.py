@@ -68,6 +68,33 @@ def test_the_auto_class_gives_the_policy_which_cannot_say_a_placeholder(tiny, to
     assert torch.isfinite(logits).all()
 
 
+def test_the_policy_cannot_say_an_id_without_a_token(tiny, tokenizer, tmp_path, caplog) -> None:
+    from vilavt_rl.policy import VilavtPolicy
+
+    model = VilavtPolicy.from_pretrained(str(tiny), dtype=torch.float32)
+    assert model.n_tokens == len(tokenizer) < model.config.text_config.vocab_size
+    logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits.detach()
+    assert float(logits[..., len(tokenizer) :].max()) < -1000 < float(logits[..., len(tokenizer) - 1].min())
+    model.save_pretrained(tmp_path)  # without its tokenizer
+    bare = VilavtPolicy.from_pretrained(str(tmp_path), dtype=torch.float32)
+    assert bare.n_tokens is None
+    assert "no tokenizer" in caplog.text
+
+
+def test_verl_brings_a_prompt_to_one_placeholder_for_each_image(tiny, tokenizer) -> None:
+    from verl.utils import hf_processor
+    from verl.workers.rollout.utils import get_vision_placeholder_token_ids, qwen2_5_vl_dedup_image_tokens
+
+    processor = hf_processor(str(tiny))
+    start, pad, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
+    assert qwen2_5_vl_dedup_image_tokens([7, start, *[pad] * 4, end, 8, start, *[pad] * 9, end], processor) == [
+        *(7, start, pad, end),
+        *(8, start, pad, end),
+    ]
+    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert get_vision_placeholder_token_ids(processor) == [pad, video]
+
+
 PUBLISHED = {  # what the published run was started with
     "data.train_batch_size": 64,
     "data.max_prompt_length": 10240,

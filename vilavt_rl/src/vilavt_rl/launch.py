@@ -19,6 +19,8 @@ _PATH_KEY = re.compile(r"(^|[._])(path|dir|file|files)$")
 """Keys of verl's configuration that hold paths end so. Values of others, as a project's name, may be names of folders
 too and stay as they are."""
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
+EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
+OUR_EXTENSION = "vilavt_rl.verl.vllm_worker.VilavtWorkerExtension"
 
 
 def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
@@ -26,7 +28,8 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
 
     The command is verl's entry point with Hydra's arguments; nothing of ours runs in between. Files and folders that
     overrides name, and the agent loop's configuration, become absolute: Ray's workers may have another working
-    directory.
+    directory. With ``rollout.name=vllm`` and no ``worker_extension_cls`` of your own, ours is named: with it a weight
+    update that vLLM refuses ends the run.
 
     Args:
         recipe: a YAML file that Hydra can compose, or the name of one in `RECIPES`, as ``tiny_cpu``.
@@ -43,14 +46,16 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
     require_verl()
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     given = [_absolute(override) for override in overrides]
-    if not any(override.lstrip("+").startswith(AGENT_LOOP + "=") for override in given):
+    if _set(given, AGENT_LOOP) is None:
         loop = _at(config, AGENT_LOOP)
         if loop is not None and not Path(loop).is_absolute():
             beside = recipe.parent / Path(loop).name
             given.append(f"{AGENT_LOOP}={beside if beside.is_file() else Path(loop).absolute()}")
     environment = {"TOKENIZERS_PARALLELISM": "false"}
-    device = next((o.partition("=")[2] for o in reversed(given) if o.startswith("trainer.device=")), None)
-    if (device or _at(config, "trainer.device")) == "cpu":
+    engine = _set(given, "actor_rollout_ref.rollout.name") or _at(config, "actor_rollout_ref.rollout.name")
+    if engine == "vllm" and (_set(given, EXTENSION) or _at(config, EXTENSION)) is None:
+        given.append(f"++{EXTENSION}={OUR_EXTENSION}")
+    if (_set(given, "trainer.device") or _at(config, "trainer.device")) == "cpu":
         environment["VERL_PLATFORM"] = "cpu"
         # A cluster that is already running got its environment before: tell its workers too.
         given.append("+ray_kwargs.ray_init.runtime_env.env_vars={VERL_PLATFORM: cpu}")
@@ -95,6 +100,12 @@ def _quoted(path: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return path if re.fullmatch(r"[\w/.:+-]+", path) else QuotedString(path, Quote.single).with_quotes()
+
+
+def _set(overrides: Sequence[str], key: str) -> str | None:
+    """The value that overrides give a key; the last wins."""
+    values = [value for name, _, value in (o.partition("=") for o in overrides) if name.lstrip("+") == key]
+    return values[-1] if values else None
 
 
 def _at(config: Mapping, key: str) -> str | None:

@@ -50,6 +50,22 @@ def vilavt_config(model_config: Any) -> VilavtConfig:
     return VilavtConfig.from_pretrained(model_config.model, revision=model_config.revision)
 
 
+def n_tokens(model_config: Any) -> int | None:
+    """Number of ids that stand for a token, which is less than the rows of the LM head; None if there is no tokenizer.
+
+    Read from the files in every process that has the model: vLLM's own function for it moves from version to version.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return len(
+            AutoTokenizer.from_pretrained(model_config.tokenizer or model_config.model, revision=model_config.revision)
+        )
+    except (OSError, ValueError) as error:
+        logger.warning("%s: no tokenizer (%s); ids without a token may be sampled", model_config.model, error)
+        return None
+
+
 # ---------------------------------------------------------------- the processor
 
 _MAIN = inspect.signature(BaseMultiModalProcessor._apply_hf_processor_main).parameters
@@ -97,9 +113,7 @@ def packed_bounds(
     # fp8_padded_hidden_size says that q, k and v are separate contiguous tensors, which ours are in every precision.
     more = {"fp8_padded_hidden_size": hidden_size} if "fp8_padded_hidden_size" in known else {}
     lengths = MMEncoderAttention.maybe_compute_seq_lens(backend, bounds, device)
-    return MMEncoderAttention.maybe_recompute_cu_seqlens(
-        backend, bounds, hidden_size, tp_size, device, **more
-    ), lengths
+    return MMEncoderAttention.maybe_recompute_cu_seqlens(backend, bounds, hidden_size, tp_size, device, **more), lengths
 
 
 # ---------------------------------------------------------------- weights
@@ -138,7 +152,7 @@ class _KeptLinear(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the parent packs the weight on a CPU and drops the parameter."""
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b."""
         return nn.functional.linear(x, layer.weight, bias)
 
@@ -149,7 +163,7 @@ class _KeptEmbedding(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the parent computes with a packed copy on a CPU, which later weights do not reach."""
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b."""
         return nn.functional.linear(x, layer.weight, bias)
 

@@ -116,6 +116,7 @@ class VilavtForConditionalGeneration(
                 architectures=["Qwen2ForCausalLM"],
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.n_tokens = compat.n_tokens(vllm_config.model_config)
         self._keeps_weights = compat.expects_updates(vllm_config)
         if self._keeps_weights:
             compat.keep_weights(self)
@@ -224,8 +225,15 @@ class VilavtForConditionalGeneration(
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits over the vocabulary."""
-        return self.language_model.compute_logits(hidden_states)
+        """Logits over the vocabulary; those of ids without a token are -inf.
+
+        A Qwen2.5-VL has hundreds of such rows. They would be sampled now and then at a high temperature, as text that
+        is nothing; trainers leave them out of the softmax.
+        """
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None and self.n_tokens is not None:
+            logits[..., self.n_tokens :] = -torch.inf
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or afterwards any part of one.

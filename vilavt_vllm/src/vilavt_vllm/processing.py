@@ -59,6 +59,9 @@ class Inquiry:
     """Put before a non-blank query; None takes the checkpoint's."""
     uuids: tuple[str | None, ...] = ()
     """Caller's identity of each image, in place of its pixels' hash; the query is hashed with it in any case."""
+    final: bool = False
+    """Whether the images have the size that the encoder must see: then one that would be resized here is refused. The
+    images of an episode's inquiries do, and its token stream counts on it."""
 
 
 class InquiryItems(ProcessorBatchItems[Inquiry]):
@@ -98,7 +101,7 @@ class InquiryParser(MultiModalDataParser):
         if not _is_inquiry(item):
             item = Inquiry((item,))
         elif not isinstance(item, Inquiry):
-            item = Inquiry(tuple(item.images), item.query, getattr(item, "query_prefix", None))
+            item = Inquiry(tuple(item.images), item.query, getattr(item, "query_prefix", None), final=True)
         parsed = super()._parse_image_data(list(item.images))
         if not isinstance(parsed, ImageProcessorItems):
             raise UnsupportedError("an Inquiry takes images, not embeddings: what is encoded depends on its query")
@@ -265,8 +268,8 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             inputs,
             prompt=prompt,
             mm_data_items=MultiModalDataItems({**inputs.mm_data_items, "image": InquiryItems(inquiries)}),
-            # They are part of the inquiries' identity now. One None for each, because vLLM before 0.31 hashes an item by
-            # `get_item_for_hash` only if its modality is listed here, and by pickle otherwise.
+            # They are part of the inquiries' identity now. One None for each, because before 0.31 vLLM hashes an item
+            # by `get_item_for_hash` only if its modality is listed here, and by pickle otherwise.
             mm_uuid_items={"image": [None] * len(inquiries)},
         )
         result = super().apply(grouped, timing_ctx)
@@ -281,6 +284,14 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             if not inquiry.images:
                 raise PlaceholderError(f"inquiry {number} has no image; a query conditions the images encoded with it")
             self.info.limits.check(number, sizes, inquiry.query)
+            if inquiry.final and (changed := [pair for pair in zip(images, sizes, strict=True) if pair[0] != pair[1]]):
+                (height, width), (to_height, to_width) = changed[0]
+                raise PlaceholderError(
+                    f"inquiry {number} ({inquiry.query[:60]!r}): an image of {width}x{height} pixels would become "
+                    f"{to_width}x{to_height} here, where images have between {bounds[0]} and {bounds[1]} pixels, and "
+                    "its tokens are counted already; use the same bounds on both sides (--mm-processor-kwargs, or "
+                    "Limits of the episode)"
+                )
 
     def _refuse_runs(self, expanded: Sequence[int], given: Sequence[int]) -> None:
         pad = self.info.chat_tokens.image_pad

@@ -214,7 +214,9 @@ class VisionTower(nn.Module):
         return AttentionSpan(
             cu_seqlens=cu_seqlens,
             # a scalar on the CPU: backends call .item()
-            max_seqlen=torch.tensor(MMEncoderAttention.compute_max_seqlen(self.attn_backend, bounds), dtype=torch.int32),
+            max_seqlen=torch.tensor(
+                MMEncoderAttention.compute_max_seqlen(self.attn_backend, bounds), dtype=torch.int32
+            ),
             sequence_lengths=lengths,
             order=None if segments.key_order is None else self._here(segments.key_order),
             undo=undo,

@@ -1,7 +1,8 @@
 """One verl trajectory = one ViLaVT episode (``rollout.agent.agent_loop_config_path``).
 
-Token-exact: what the engine sampled is what is trained on; images and tool responses carry no loss. The engine may be
-any of verl's. vLLM, with our plug-in, reads off the prompt which images belong together; our CPU engine is told.
+Token-exact: what the engine sampled is what is trained on; images and tool responses carry no loss. The engine is
+verl's vLLM server, with the model of vilavt-vllm in it, or our CPU engine. Both get the episode's inquiries in the
+place of images: which images belong to which query, and what is put before it, is never read off the prompt again.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 from vilavt_hf.episode import Episode, Request
 
 from ..data import Row
-from ..errors import RolloutError
+from ..errors import HostError, RolloutError
 from ..replay import Rollout, write_rollouts
 from ..rewards import RewardSettings, Trajectory, reward
 from ..rollout import TokenRecord, settings_of
 from .cpu.names import ROLLOUT
 from .reward import score_fields
 
+ROLLOUTS = ("vllm", ROLLOUT)
+"""Values of ``actor_rollout_ref.rollout.name``."""
 _NEVER = -100.0
 """Logit bias of placeholders, the lowest that vLLM takes; it bans two of the four by itself."""
 
@@ -36,6 +39,9 @@ class VilavtAgentLoop(AgentLoopBase):
         limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` wins, its ``max_pixels`` can only lower.
         reward: fields of `vilavt_rl.rewards.RewardSettings`; None leaves the reward to verl's reward workers.
         trace_every: write the rollouts of every so many steps for `vilavt-rl replay`; 0: of none.
+
+    Raises:
+        HostError: verl's rollout engine is one that has no ViLaVT.
     """
 
     def __init__(
@@ -49,6 +55,11 @@ class VilavtAgentLoop(AgentLoopBase):
     ) -> None:
         # Prompts are the episode's; naming the parent's family only spares a warning per trajectory.
         super().__init__(*args, **{**kwargs, "hf_model_type": "qwen2_5_vl"})
+        if (name := self.rollout_config.name) not in ROLLOUTS:
+            raise HostError(
+                f"actor_rollout_ref.rollout.name is {name!r}: ViLaVT runs in {' and '.join(ROLLOUTS)}; there is no "
+                "model of it for other engines"
+            )
         self.preset = preset
         self.limits = tuple(sorted((limits or {}).items()))
         self.reward = None if reward is None else RewardSettings(**reward)
@@ -73,8 +84,7 @@ class VilavtAgentLoop(AgentLoopBase):
                 request_id=session,  # the same for all turns: they go to the engine that has the cache
                 prompt_ids=request.all_token_ids,
                 sampling_params=_sampling(sampling_params, request),
-                image_data=[image for inquiry in request.inquiries for image in inquiry.images] or None,
-                **self._told(episode, request),
+                image_data=list(request.inquiries) or None,
             )
             sampled = time.perf_counter()
             if out.stop_reason in ("aborted", "abort"):
@@ -99,13 +109,6 @@ class VilavtAgentLoop(AgentLoopBase):
             fields,
             temperature=float(sampling_params["temperature"]),
         )
-
-    def _told(self, episode: Episode, request: Request) -> dict[str, Any]:
-        """Our CPU engine gets the groups as they are; vLLM's plug-in would take the argument for a processor
-        setting."""
-        if self.rollout_config.name != ROLLOUT or not request.inquiries:
-            return {}
-        return {"mm_processor_kwargs": _groups(request.inquiries, episode.preset.query_prefix)}
 
     async def _output(
         self,

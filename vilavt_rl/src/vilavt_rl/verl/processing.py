@@ -27,6 +27,11 @@ class VerlVilavtProcessor(VilavtProcessor):
     source: str | Path = ""
     """Folder of the checkpoint."""
 
+    @property
+    def video_token_id(self) -> int | None:
+        """verl looks for it beside ``image_token_id`` in every prompt, where it never is."""
+        return self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+
     def __call__(  # type: ignore[override]  # videos, paddings and the rest travel in kwargs
         self,
         images: Any = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -62,6 +63,13 @@ class _CpuModule(ModuleType):
 
 
 _module = _CpuModule("vilavt_rl_cpu_device")
+
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes half of the memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes on the same cores
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Environment variables of vLLM's server on a CPU."""
 
 
 class CpuPlatform(PlatformBase):
@@ -144,6 +152,10 @@ class CpuPlatform(PlatformBase):
 
     def cudart(self) -> None:
         """None."""
+
+    def rollout_env_vars(self) -> dict[str, str]:
+        """What vLLM's server needs on a CPU that it shares with the trainer; what is set already stays."""
+        return {name: os.environ.get(name, value) for name, value in VLLM_ENVIRONMENT.items()}
 
 
 def register_platform() -> None:

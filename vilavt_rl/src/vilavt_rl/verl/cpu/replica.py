@@ -17,7 +17,6 @@ from typing import Any
 
 import ray
 import torch
-from PIL import Image
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
@@ -79,23 +78,25 @@ class VilavtServer:
         self.model: Any = VilavtForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = VilavtProcessor.from_pretrained(path)
         self.choose = _Choose()
-        self.engine = Engine(self.model, self._encode, choose=self.choose, max_batch_size=max_batch_size)
+        self.engine = Engine(
+            self.model,
+            self.processor.encode_inquiries,
+            choose=self.choose,
+            max_batch_size=max_batch_size,
+            n_tokens=len(self.processor.tokenizer),
+        )
         self.seed, self.started, self.global_steps = seed, 0, 0
-        self.query_prefix: str | None = None
         self.jobs: dict[Row, _Job] = {}
         self.waiting: OrderedDict[Row, tuple[str, ...]] = OrderedDict()
         """Rows between two turns, and what images they hold."""
         self._task: asyncio.Task | None = None
-
-    def _encode(self, inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
-        return self.processor.encode_inquiries(inquiries, query_prefix=self.query_prefix)
 
     async def generate(
         self,
         prompt_ids: list[int],
         sampling_params: Mapping[str, Any],
         request_id: str,
-        image_data: Sequence[Image.Image] | None = None,
+        image_data: Sequence[Inquiry] | None = None,
         video_data: Any = None,
         audio_data: Any = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
@@ -108,17 +109,19 @@ class VilavtServer:
             sampling_params: ``temperature``, ``top_p``, ``top_k``, ``max_tokens``, ``stop_token_ids``, ``logit_bias``
                 (-100 bans a token).
             request_id: not needed: a conversation is found by its tokens.
-            image_data: all images so far.
-            mm_processor_kwargs: ``queries`` and ``images_per_query`` of all images so far.
+            image_data: all inquiries so far, as an episode has them.
 
         Raises:
-            RolloutError: images and groups disagree, or videos or sound came along.
+            RolloutError: images without an inquiry, videos, sound or processor settings came along.
         """
-        if video_data or audio_data:
-            raise RolloutError("the CPU rollout takes images only; send frames as images")
-        told = mm_processor_kwargs or {}
-        self.query_prefix = told.get("query_prefix")
-        inquiries = _inquiries(list(image_data or []), told)
+        if video_data or audio_data or mm_processor_kwargs:
+            raise RolloutError("the CPU rollout takes inquiries only; send frames as images of an episode")
+        inquiries = list(image_data or [])
+        if wrong := next((entry for entry in inquiries if not isinstance(entry, Inquiry)), None):
+            raise RolloutError(
+                f"the CPU rollout got {type(wrong).__name__} in the place of an inquiry (images and their query); use "
+                "the agent loop vilavt_rl.verl.agent_loop.VilavtAgentLoop"
+            )
         keys = tuple(_key(inquiry) for inquiry in inquiries)
         row, known = self._find(prompt_ids, keys)
         if row is None:
@@ -306,22 +309,8 @@ def _module_name(name: str) -> str:
     return name
 
 
-def _inquiries(images: list[Image.Image], told: Mapping[str, Any]) -> list[Inquiry]:
-    queries, counts = list(told.get("queries") or []), list(told.get("images_per_query") or [])
-    if len(queries) != len(counts) or sum(counts) != len(images):
-        raise RolloutError(
-            f"{len(images)} images came with {len(queries)} queries for {counts} images (sum {sum(counts)}); both must "
-            "describe the same images"
-        )
-    out, first = [], 0
-    for query, count in zip(queries, counts, strict=True):
-        out.append(Inquiry(tuple(images[first : first + count]), query, tuple(range(first, first + count))))
-        first += count
-    return out
-
-
 def _key(inquiry: Inquiry) -> str:
-    digest = hashlib.blake2b(inquiry.query.encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((inquiry.query_prefix, inquiry.query)).encode(), digest_size=16)
     for image in inquiry.images:
         digest.update(str(image.size).encode() + image.tobytes())
     return digest.hexdigest()
