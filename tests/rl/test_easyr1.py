@@ -485,6 +485,21 @@ def test_a_vllm_under_another_name_is_reported_with_the_command_that_mends_it(mo
         engine.vllm_version()
 
 
+@pytest.mark.parametrize(
+    ("version", "only_cpu", "remedy"),
+    [("0.24.0", False, "pip install -c"), (None, False, "pip install -c"), (None, True, "vilavt-rl cpu-vllm-metadata")],
+)
+def test_doctor_names_the_one_command_that_mends_a_set_that_does_not_fit(
+    version: str | None, only_cpu: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "version_of", lambda name: version)
+    monkeypatch.setattr(engine, "needs_metadata", lambda: only_cpu)
+    found = next(engine.checks())
+    assert (found.name, str(found.status)) == ("EasyR1 vLLM", "failed")
+    assert found.remedy.startswith(remedy)
+    assert engine.CONSTRAINTS.is_file()
+
+
 def test_lora_is_refused_with_the_reason() -> None:
     def asking(rank: int) -> SimpleNamespace:
         lora = SimpleNamespace(rank=rank)

@@ -208,6 +208,7 @@ def test_doctor_says_that_rollouts_will_work() -> None:
     from vilavt_rl.easyr1.engine import checks
 
     found = {check.name: check for check in checks()}
+    assert str(found.pop("EasyR1 flash-attn").status) == "note"  # there is no GPU
     assert {str(check.status) for check in found.values()} == {"ok"}, found
     assert "vilavt.queries=inquiries" in found["EasyR1 vLLM"].detail
     assert found["EasyR1 rollouts"].detail.startswith("will work, vLLM's plug-in vilavt")
@@ -378,6 +379,7 @@ def start_values(out, model, processor) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1100)
 def test_main_trains_for_two_steps_with_the_7b_recipe(on_cpu, tiny: Path, tmp_path: Path) -> None:
     from vilavt_rl.replay import read_rollouts
     from vilavt_rl.tiny import write_data
@@ -403,7 +405,7 @@ def test_main_trains_for_two_steps_with_the_7b_recipe(on_cpu, tiny: Path, tmp_pa
         "vilavt.trace_every=1",
     ]
     path = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     steps = [json.loads(line) for line in (run / "experiment_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [step["step"] for step in steps if "actor" in step] == [1, 2]

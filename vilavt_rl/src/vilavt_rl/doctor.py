@@ -58,7 +58,9 @@ def _verl() -> str:
 
 def _easyr1() -> str:
     require_easyr1()
-    return "EasyR1, from a checkout"
+    import verl
+
+    return f"EasyR1 {verl.__version__}, from the checkout {Path(str(verl.__file__)).parents[1]}"
 
 
 def _verl_plugs() -> Iterator[Check]:

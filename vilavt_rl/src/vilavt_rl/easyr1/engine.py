@@ -295,6 +295,7 @@ def checks() -> Iterator[Check]:
     yield guarded("EasyR1 vLLM", _vllm, "vilavt-rl cpu-vllm-metadata" if needs_metadata() else remedy)
     yield guarded("EasyR1 transformers", lambda: _in_range("transformers", TRANSFORMERS), remedy)
     yield guarded("EasyR1 omegaconf", lambda: _in_range("omegaconf", OMEGACONF), remedy)
+    yield guarded("EasyR1 flash-attn", _flash_attention)
     yield guarded("EasyR1 seams", _seams, "use the commit that docs/easyr1.md names, and the vLLM above")
     yield guarded("EasyR1 rollouts", _rollouts, remedy)
 
@@ -310,6 +311,17 @@ def _in_range(name: str, bounds: tuple[tuple[int, int], tuple[int, int]]) -> str
     if not bounds[0] <= _numbers(version) < bounds[1]:
         raise HostError(f"{name} {version} is installed, EasyR1 and ViLaVT need {low} or newer and below {high}")
     return f"{version}, needed is {low} or newer and below {high}"
+
+
+def _flash_attention() -> Check | str:
+    """EasyR1 loads the actor with it, whatever the configuration says."""
+    import torch
+
+    if version := version_of("flash-attn"):
+        return version
+    detail = "not installed, and EasyR1's actor is loaded with it"
+    status = Status.FAILED if torch.cuda.is_available() else Status.NOTE
+    return Check("EasyR1 flash-attn", status, detail, "pip install flash-attn --no-build-isolation")
 
 
 def _seams() -> str:
