@@ -308,6 +308,29 @@ def test_two_roles_share_a_ray_process_with_our_worker(tmp_path: Path) -> None:
         ray.shutdown()
 
 
+def test_every_ray_process_finds_what_vllm_moved() -> None:
+    import ray
+
+    from vilavt_rl.easyr1.engine import PREPARE
+
+    def finders():
+        import sys
+
+        return [type(finder).__name__ for finder in sys.meta_path if not isinstance(finder, type)]
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        runtime_env={"worker_process_setup_hook": PREPARE},
+    )
+    try:
+        assert ray.get(ray.remote(finders).remote()).count("_MovedModules") == 1
+    finally:
+        ray.shutdown()
+
+
 def test_the_second_rollout_samples_from_what_the_first_update_made(
     learner: Learner, rows_file: Path, tiny: Path, processor
 ) -> None:

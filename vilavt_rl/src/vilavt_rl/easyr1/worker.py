@@ -134,7 +134,7 @@ def make_worker(
             if frozen:  # FSDP flattens parameters with and without gradient together otherwise
                 fsdp_config.use_orig_params = True
             super()._build_model_optimizer(model_config=model_config, fsdp_config=fsdp_config, **kwargs)
-            if frozen and self.world_size == 1:
+            if self.world_size == 1:
                 _never_prefetch(self.fsdp_module)
 
         def _build_rollout(self) -> None:
