@@ -224,7 +224,7 @@ def grpo_learns(session: nox.Session) -> None:
 @nox.session
 def easyr1(session: nox.Session) -> None:
     """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
-    EasyR1 is on no package index, and this takes 9 GB of disk.
+    EasyR1 is on no package index, and this takes 7 GB of disk.
     """
     session.install(*EASYR1_TORCH, "numpy", *EASYR1_VERSIONS)
     session.install("--no-deps", EASYR1_VLLM)

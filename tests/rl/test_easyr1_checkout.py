@@ -363,6 +363,29 @@ def test_the_second_rollout_samples_from_what_the_first_update_made(
     assert not torch.equal(first.batch["responses"], second.batch["responses"])
 
 
+def test_the_presets_query_prefix_reaches_vllm_and_the_actor(
+    learner: Learner, rows_file: Path, tiny: Path, processor
+) -> None:
+    from vilavt_rl.easyr1.settings import Settings
+
+    rollout = learner.worker.rollout
+    own, rollout.episodes = rollout.episodes, Settings(preset="eval-hf").episodes(str(tiny), processor)
+    try:
+        out = learner.roll_out(rows_file)
+    finally:
+        rollout.episodes = own
+    rows = out.non_tensor_batch["multi_modal_data"]
+    assert {prefix for row in rows for prefix in row["query_prefixes"]} == {"Query: "}
+    assert any(query for row in rows for query in row["queries"])
+    said, found = learner.engines_values(out), learner.actors_values(out)
+    for row in rows:
+        row["query_prefixes"] = [None] * len(row["queries"])
+    without = learner.actors_values(out)
+    print("with the prefix:", float((said - found).abs().max()), "without:", float((said - without).abs().max()))
+    assert float((said - found).abs().max()) <= 1e-3
+    assert float((said - without).abs().max()) > 1e-3
+
+
 def shapes(out, learner: Learner) -> None:
     """Several turns, several crops in one call, four different trajectories of a question, one call per turn."""
     n = learner.config.worker.rollout.n
