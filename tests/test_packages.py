@@ -49,6 +49,8 @@ def test_the_wheel_built_from_the_source_archive_is_complete(package, tmp_path):
         assert "vilavt_hf/evaluation/benchmarks/VSI-Bench.yaml" in names
         assert "vilavt_hf/evaluation/presets/default.yaml" in names
         assert "vilavt_hf/train/parallel/fsdp2.json" in names
+    if package == "vilavt_rl":
+        assert "vilavt_rl/constraints/easyr1.txt" in names
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])

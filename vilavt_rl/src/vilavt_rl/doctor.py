@@ -32,8 +32,10 @@ def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
     if found is None:
         yield Check("trainer", Status.NOTE, "neither verl nor EasyR1 is importable", INSTALL_VERL)
     elif found == "easyr1":
+        from .easyr1 import engine
+
         yield guarded("trainer", _easyr1)
-        yield guarded("EasyR1 seams", _easyr1_seams, "use the commit that docs/easyr1.md names")
+        yield from engine.checks()
     else:
         trainer = guarded("trainer", _verl)
         yield trainer
@@ -56,14 +58,9 @@ def _verl() -> str:
 
 def _easyr1() -> str:
     require_easyr1()
-    return "EasyR1, from a checkout"
+    import verl
 
-
-def _easyr1_seams() -> str:
-    from .easyr1 import seams
-
-    seams.check()
-    return f"{len(seams.SEAMS)} names that we subclass or call are there"
+    return f"EasyR1 {verl.__version__}, from the checkout {Path(str(verl.__file__)).parents[1]}"
 
 
 def _verl_plugs() -> Iterator[Check]:

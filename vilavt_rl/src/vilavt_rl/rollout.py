@@ -157,6 +157,8 @@ class TokenRecord:
     images: list[Image.Image]
     queries: list[str]
     images_per_query: list[int]
+    query_prefixes: list[str | None]
+    """Of each query: the preset's; None takes the checkpoint's."""
 
     @classmethod
     def of(cls, episode: Episode) -> TokenRecord:
@@ -185,4 +187,5 @@ class TokenRecord:
             [image for inquiry in record.inquiries for image in inquiry.images],
             [inquiry.query for inquiry in record.inquiries],
             [len(inquiry.images) for inquiry in record.inquiries],
+            [inquiry.query_prefix for inquiry in record.inquiries],
         )

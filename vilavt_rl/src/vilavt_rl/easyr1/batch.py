@@ -7,7 +7,8 @@ time or on anything a rank could see alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..errors import RolloutError
 from ..replay import Rollout
 from ..rewards import Trajectory
 from ..rollout import TokenRecord
+from .engine import Queries
 
 Generate = Callable[[list[dict[str, Any]], list[Any]], Sequence[Any]]
 """Prompts and one sampling parameter object each, to vLLM's request outputs in the same order."""
@@ -29,56 +31,90 @@ _NEVER = -100.0
 
 
 def run_episodes(
-    episodes: Sequence[Episode], generate: Generate, sampling: Any, prompt_of: Callable[[Request], dict[str, Any]]
+    episodes: Sequence[Episode],
+    generate: Generate,
+    sampling: Any,
+    prompt_of: Callable[[Request], dict[str, Any]],
+    *,
+    never: Iterable[int] = (),
+    batch: int = 0,
 ) -> None:
     """Drive all episodes to their end, one turn of all unfinished ones per call.
 
     Args:
         episodes: started.
         generate: the engine.
-        sampling: vLLM's ``SamplingParams``; copied for every request, with its limits and bans.
+        sampling: vLLM's ``SamplingParams``; copied for every request, with its limits, bans and a seed of its own.
         prompt_of: a request as an engine prompt.
+        never: ids that must not be sampled, beside those of the requests: those of the model's vocabulary that the
+            tokenizer has no token for.
+        batch: number of the batch, so that the same question does not draw the same numbers again.
 
     Raises:
         RolloutError: the engine answered another number of prompts.
     """
-    while active := [(episode, request) for episode in episodes if (request := episode.next_request()) is not None]:
-        prompts = [prompt_of(request) for _, request in active]
-        outputs = generate(prompts, [_sampling(sampling, request) for _, request in active])
+    banned, turn = tuple(never), 0
+    while active := [
+        (number, episode, request)
+        for number, episode in enumerate(episodes)
+        if (request := episode.next_request()) is not None
+    ]:
+        prompts = [prompt_of(request) for *_, request in active]
+        drawn = [(batch, number, turn) for number, *_ in active]
+        params = [_sampling(sampling, request, banned, draw) for (*_, request), draw in zip(active, drawn, strict=True)]
+        outputs = generate(prompts, params)
+        turn += 1
         if len(outputs) != len(active):
             raise RolloutError(f"the engine answered {len(outputs)} of {len(active)} prompts")
-        for (episode, request), output in zip(active, outputs, strict=True):
+        for (_, episode, request), output in zip(active, outputs, strict=True):
             ids = list(output.outputs[0].token_ids)
             stopped = bool(ids) and ids[-1] in request.stop_token_ids
             episode.feed(ids, finish="stop" if stopped else "length")
 
 
-def _sampling(sampling: Any, request: Request) -> Any:
+def _sampling(sampling: Any, request: Request, never: Iterable[int], draw: tuple[int, int, int]) -> Any:
     params = copy.copy(sampling)
+    if params.seed is not None:
+        # EasyR1 gives all requests one seed and lets vLLM count up over a request's n answers. Ours are requests of
+        # their own: with the same seed all trajectories of a question would be the same.
+        params.seed = zlib.crc32(repr((params.seed, *draw)).encode())
     params.n = 1
     params.max_tokens = request.max_new_tokens
     params.stop_token_ids = list(request.stop_token_ids)
     params.ignore_eos = False
-    params.logit_bias = dict.fromkeys(request.banned_token_ids, _NEVER)
+    params.logit_bias = dict.fromkeys((*request.banned_token_ids, *never), _NEVER)
     return params
 
 
-def engine_prompt(request: Request, queries: str, processor: Any) -> dict[str, Any]:
-    """A request as a vLLM prompt; ``queries`` as in :class:`vilavt_rl.easyr1.settings.Settings`."""
-    images = [image for inquiry in request.inquiries for image in inquiry.images]
-    prompt: dict[str, Any] = {"prompt_token_ids": _one_placeholder_each(request)}
-    if not images:
-        return prompt
-    prompt["multi_modal_data"] = {"image": images}
-    if queries == "tensors":
-        ids, mask = processor.tokenize_queries([inquiry.query for inquiry in request.inquiries])
-        counts = torch.tensor([len(inquiry.images) for inquiry in request.inquiries])
-        prompt["multi_modal_data"] |= {
+def engine_prompt(request: Request, queries: Queries, processor: Any) -> dict[str, Any]:
+    """A request as a vLLM prompt.
+
+    Args:
+        request: of an episode.
+        queries: ``inquiries``: the episode's tokens and inquiries as they are, so nothing is read off the prompt again;
+            ``tensors``: flat images with query rows and a mapping, and one placeholder per image.
+        processor: tokenizes the queries of ``tensors``.
+    """
+    if not request.inquiries:
+        return {"prompt_token_ids": list(request.all_token_ids)}
+    if queries == "inquiries":
+        return {
+            "prompt_token_ids": list(request.all_token_ids),
+            "multi_modal_data": {"image": list(request.inquiries)},
+        }
+    ids, mask = processor.tokenize_queries(
+        [inquiry.query for inquiry in request.inquiries], [inquiry.query_prefix for inquiry in request.inquiries]
+    )
+    counts = torch.tensor([len(inquiry.images) for inquiry in request.inquiries])
+    return {
+        "prompt_token_ids": _one_placeholder_each(request),
+        "multi_modal_data": {
+            "image": [image for inquiry in request.inquiries for image in inquiry.images],
             "query_ids": ids,
             "query_attention_mask": mask,
             "image_to_query_mapping": torch.repeat_interleave(torch.arange(len(counts)), counts),
-        }
-    return prompt
+        },
+    }
 
 
 def _one_placeholder_each(request: Request) -> list[int]:
@@ -97,7 +133,8 @@ def pack(
         Tensors: ``prompts`` (B, P) padded left, ``responses`` (B, R) padded right, ``input_ids`` and
         ``attention_mask`` (B, P + R), ``position_ids`` (B, 4, P + R): text, then M-RoPE; ``response_mask`` (B, R), the
         loss mask: EasyR1 uses it for advantages, loss and token counts alike.
-        Object arrays (B,): ``multi_modal_data`` (images, queries, images_per_query) and ``messages`` for the reward.
+        Object arrays (B,): ``multi_modal_data`` (images, queries, query_prefixes, images_per_query) and ``messages``
+        for the reward.
     """
     records = [TokenRecord.of(episode) for episode in episodes]
     total = prompt_length + response_length
@@ -125,7 +162,13 @@ def pack(
     }
     objects: dict[str, list[Any]] = {
         "multi_modal_data": [
-            {"images": r.images, "queries": r.queries, "images_per_query": r.images_per_query} for r in records
+            {
+                "images": r.images,
+                "queries": r.queries,
+                "query_prefixes": r.query_prefixes,
+                "images_per_query": r.images_per_query,
+            }
+            for r in records
         ],
         "messages": [Trajectory.of(episode.result).to_json() for episode in episodes],
     }
@@ -150,7 +193,7 @@ def model_inputs(data: Any, processor: Any) -> np.ndarray:
             out.append({})
             continue
         encoded = processor.image_processor(images=row["images"], return_tensors="pt", do_resize=False)
-        ids, mask = processor.tokenize_queries(row["queries"])
+        ids, mask = processor.tokenize_queries(row["queries"], row["query_prefixes"])
         out.append(
             {
                 "pixel_values": encoded["pixel_values"],

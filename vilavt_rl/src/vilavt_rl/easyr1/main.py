@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..compat import require_easyr1
 from ..rollout import EpisodeSettings
+from . import engine
 from .settings import Settings
 
 ENVIRONMENT = {
@@ -26,7 +28,7 @@ def read_config(arguments: Sequence[str]) -> tuple[Any, Settings]:
     """EasyR1's checked configuration, and ours.
 
     Raises:
-        HostError: an unknown key in our block.
+        HostError: an unknown key in our block, or LoRA.
         omegaconf.errors.ConfigKeyError: an unknown key of EasyR1's.
     """
     from omegaconf import OmegaConf
@@ -42,6 +44,7 @@ def read_config(arguments: Sequence[str]) -> tuple[Any, Settings]:
         config = OmegaConf.merge(config, loaded)
     config = OmegaConf.to_object(OmegaConf.merge(config, given))
     config.deep_post_init()
+    engine.refuse_lora(config)
     block: Any = OmegaConf.to_container(ours, resolve=True)
     return config, Settings.read(block["vilavt"])
 
@@ -50,6 +53,8 @@ def worker_class() -> type:
     """Our worker over the installed EasyR1."""
     import verl.models.monkey_patch as patch_module
     import verl.workers.fsdp_workers as workers_module
+    import verl.workers.rollout.vllm_rollout_spmd as rollout_module
+    import verl.workers.sharding_manager.fsdp_vllm as sharding_module
     from tensordict import TensorDict
     from verl.protocol import DataProto
     from verl.single_controller.base import Worker
@@ -57,7 +62,8 @@ def worker_class() -> type:
     from .worker import make_rollout, make_worker
 
     rollout = make_rollout(workers_module.vLLMRollout, DataProto, TensorDict)
-    return make_worker(Worker, workers_module.FSDPWorker, workers_module, patch_module, rollout)
+    translation = partial(engine.translated, rollout_module, sharding_module)
+    return make_worker(Worker, workers_module.FSDPWorker, workers_module, patch_module, rollout, translation)
 
 
 def dataloaders(config: Any, episodes: EpisodeSettings) -> tuple[Any, Any]:
@@ -131,14 +137,22 @@ def run(config: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     require_easyr1()
+    engine.prepare()
+    engine.fitting(engine.vllm_version())  # before anything imports it
     from .seams import check
 
     check()
     import ray
 
     config, settings = read_config(sys.argv[1:] if arguments is None else arguments)
+    engine.require_engine(settings.queries)
     if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": {**ENVIRONMENT, **settings.to_environment()}})
+        ray.init(
+            runtime_env={
+                "env_vars": {**ENVIRONMENT, **settings.to_environment()},
+                "worker_process_setup_hook": engine.PREPARE,
+            }
+        )
     ray.get(ray.remote(num_cpus=1)(run).remote(config))
 
 

@@ -5,14 +5,13 @@ Recorded from commit b44b311 (0.3.3.dev0, 2026-07-30).
 
 from __future__ import annotations
 
-import importlib
-import inspect
-
 from ..errors import HostError
+from ..seams import Seam, problems
+from . import engine
 
 COMMIT = "b44b311b669bf1fd1aa2fc36f2251482ba33cb16"
 
-SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+SEAMS: tuple[Seam, ...] = (
     ("verl.single_controller.base", "Worker", ()),
     ("verl.single_controller.ray", "RayWorkerGroup", ()),
     ("verl.protocol", "DataProto", ()),
@@ -44,31 +43,21 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("verl.workers.fsdp_workers", "FSDPWorker._process_multi_modal_inputs", ("self", "data")),
     ("verl.workers.fsdp_workers", "vLLMRollout", ("model_path", "config", "tokenizer", "processor")),
     ("verl.workers.fsdp_workers", "vLLMRollout.generate_sequences", ("self", "prompts")),
+    ("verl.workers.fsdp_workers", "vLLMRollout.update_sampling_params", ("self",)),
+    ("verl.workers.rollout.vllm_rollout_spmd", "LLM", ()),
+    ("verl.workers.sharding_manager.fsdp_vllm", "vllm_ps", ()),
     ("verl.models.monkey_patch", "SUPPORTED_MODEL_TYPE", ()),
 )
-"""(module, name, parameters that must exist)."""
+"""See `vilavt_rl.seams`."""
 
 
 def check() -> None:
-    """Look every seam up.
+    """Look every seam up, and what EasyR1 itself uses of vLLM: without that nothing of it can be imported.
 
     Raises:
         HostError: one is gone or has lost a parameter; names all of them.
     """
-    wrong = [problem for seam in SEAMS if (problem := _problem(*seam))]
-    if wrong:
+    if wrong := engine.missing():
+        raise HostError(f"this vLLM lacks what EasyR1 uses: {'; '.join(wrong)}; {engine.install_command()}")
+    if wrong := problems(SEAMS):
         raise HostError(f"this EasyR1 is not the one that was tested ({COMMIT[:7]}): {'; '.join(wrong)}")
-
-
-def _problem(module: str, name: str, parameters: tuple[str, ...]) -> str | None:
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        return f"{module}.{name}: {error}"
-    if parameters:
-        have = inspect.signature(found).parameters  # type: ignore[arg-type]
-        if missing := [parameter for parameter in parameters if parameter not in have]:
-            return f"{module}.{name} takes no {', '.join(missing)}"
-    return None

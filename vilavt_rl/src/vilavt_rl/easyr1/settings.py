@@ -10,10 +10,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 from ..errors import HostError
 from ..rollout import EpisodeSettings
+from .engine import Queries
 
 VARIABLE = "VILAVT_EASYR1"
 
@@ -26,9 +27,9 @@ class Settings:
     """None: what the checkpoint asks for."""
     limits: dict[str, Any] = field(default_factory=dict)
     """Fields of `vilavt_hf.presets.Limits`."""
-    queries: Literal["prompt", "tensors"] = "prompt"
-    """How vLLM's model learns which images are asked what: ``prompt``, it reads that off the prompt (vilavt-vllm);
-    ``tensors``, query ids, masks and a mapping come beside the images (the published plug-in for older vLLM)."""
+    queries: Queries = "inquiries"
+    """What vLLM's model is handed: ``inquiries``, the episode's own (vilavt-vllm, vLLM 0.20 to 0.22); ``tensors``,
+    query ids, masks and a mapping beside the images (the published plug-in, vLLM 0.12 and older)."""
     frozen: tuple[str, ...] = ("vision_tower", "text_encoder")
     """Parts without gradient, see `vilavt_hf.VilavtConfig`; as published."""
     trace_every: int = 0
@@ -47,8 +48,8 @@ class Settings:
                 f"unknown keys in the block vilavt: {', '.join(unknown)}; known are "
                 f"{', '.join(cls.__dataclass_fields__)}"
             )
-        if block.get("queries", "prompt") not in ("prompt", "tensors"):
-            raise HostError(f"vilavt.queries is {block['queries']!r}, it must be prompt or tensors")
+        if (queries := block.get("queries") or "inquiries") not in get_args(Queries):
+            raise HostError(f"vilavt.queries is {queries!r}, it must be {' or '.join(get_args(Queries))}")
         if not isinstance(every := block.get("trace_every") or 0, int) or every < 0:
             raise HostError(f"vilavt.trace_every is {every!r}, it must be a whole number, 0 for never")
         if "frozen" in block:

@@ -6,10 +6,15 @@ colocated worker and calls its constructor without arguments. Hence an empty cla
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+from vilavt_hf import VilavtConfig
 
 from ..data import Row
 from .batch import engine_prompt, model_inputs, pack, run_episodes, traces
+from .engine import settable
 from .settings import Settings
 
 
@@ -27,13 +32,16 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
 
         def __init__(self, model_path: str, config: Any, tokenizer: Any, processor: Any, **kwargs: Any) -> None:
             super().__init__(model_path, config, tokenizer, processor, **kwargs)
-            self.vilavt, self.processor = Settings.of_environment(), processor
+            self.vilavt, self.processor, self.batches = Settings.of_environment(), processor, 0
             self.episodes = self.vilavt.episodes(model_path, processor)
+            vocabulary = VilavtConfig.from_pretrained(model_path).get_text_config().vocab_size
+            self.never = range(len(processor.tokenizer), vocabulary)
 
         def generate_sequences(self, prompts: Any) -> Any:
             """``rollout.n`` trajectories per row, those of a row next to each other."""
             config = self.config
-            with self.update_sampling_params(**prompts.meta_info):
+            self.batches += 1
+            with self.update_sampling_params(**settable(self.sampling_params, prompts.meta_info)):
                 count, temperature = self.sampling_params.n, self.sampling_params.temperature
                 rows = [
                     row
@@ -51,6 +59,8 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
                     ),
                     self.sampling_params,
                     lambda request: engine_prompt(request, self.vilavt.queries, self.processor),
+                    never=self.never,
+                    batch=self.batches,
                 )
             tensors, objects = pack(
                 started,
@@ -70,7 +80,27 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
     return VilavtRollout
 
 
-def make_worker(pivot_base: type, base: type, workers_module: Any, patch_module: Any, rollout: type) -> type:
+def _never_prefetch(module: Any) -> None:
+    """On one GPU, keep FSDP from preparing a frozen unit for a backward pass that it does not have.
+
+    It is left without its parameters then, and the next state dict, for vLLM or a checkpoint, fails: what FSDP does at
+    the end of a backward pass for such units it does only where they are sharded.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    unit: Any
+    for unit in FullyShardedDataParallel.fsdp_modules(module):
+        unit.backward_prefetch = None
+
+
+def make_worker(
+    pivot_base: type,
+    base: type,
+    workers_module: Any,
+    patch_module: Any,
+    rollout: type,
+    translation: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> type:
     """EasyR1's FSDP worker for ViLaVT.
 
     Args:
@@ -79,6 +109,7 @@ def make_worker(pivot_base: type, base: type, workers_module: Any, patch_module:
         workers_module: the module of `base`: its name ``vLLMRollout`` is looked up when the rollout is built.
         patch_module: its ``monkey_patch`` module: the model types it accepts are listed there.
         rollout: see :func:`make_rollout`.
+        translation: entered while the rollout is built, see :func:`vilavt_rl.easyr1.engine.translated`.
     """
 
     class Pivot(pivot_base):  # type: ignore[misc, valid-type]
@@ -93,8 +124,6 @@ def make_worker(pivot_base: type, base: type, workers_module: Any, patch_module:
         def _build_model_optimizer(self, model_config: Any, fsdp_config: Any, **kwargs: Any) -> None:
             from transformers import AutoModelForImageTextToText
 
-            from vilavt_hf import VilavtConfig
-
             from ..policy import VilavtPolicy
 
             AutoModelForImageTextToText.register(VilavtConfig, VilavtPolicy, exist_ok=True)
@@ -105,10 +134,13 @@ def make_worker(pivot_base: type, base: type, workers_module: Any, patch_module:
             if frozen:  # FSDP flattens parameters with and without gradient together otherwise
                 fsdp_config.use_orig_params = True
             super()._build_model_optimizer(model_config=model_config, fsdp_config=fsdp_config, **kwargs)
+            if self.world_size == 1:
+                _never_prefetch(self.fsdp_module)
 
         def _build_rollout(self) -> None:
             workers_module.vLLMRollout = rollout
-            super()._build_rollout()
+            with translation():
+                super()._build_rollout()
 
         def _process_multi_modal_inputs(self, data: Any) -> None:
             if "multi_modal_data" in data.non_tensor_batch:
