@@ -6,7 +6,7 @@ colocated worker and calls its constructor without arguments. Hence an empty cla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,8 +34,10 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
             super().__init__(model_path, config, tokenizer, processor, **kwargs)
             self.vilavt, self.processor, self.batches = Settings.of_environment(), processor, 0
             self.episodes = self.vilavt.episodes(model_path, processor)
-            vocabulary = VilavtConfig.from_pretrained(model_path).get_text_config().vocab_size
-            self.never = range(len(processor.tokenizer), vocabulary)
+            self.never: Sequence[int] = ()
+            if self.vilavt.queries == "tensors":  # vilavt-vllm's model leaves these ids out by itself
+                vocabulary = VilavtConfig.from_pretrained(model_path).get_text_config().vocab_size
+                self.never = range(len(processor.tokenizer), vocabulary)
 
         def generate_sequences(self, prompts: Any) -> Any:
             """``rollout.n`` trajectories per row, those of a row next to each other."""
