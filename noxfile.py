@@ -213,7 +213,7 @@ def verl_vllm_cpu(session: nox.Session) -> None:
     that rewards are made of; and vilavt-vllm's in this vLLM.
     """
     _install_verl_and_vllm(session)
-    session.env["VILAVT_VERL_HANDOFF"] = VERL_HANDOFF
+    session.env.update({"VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
     session.run("pytest", "--durations", "16", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
     if not session.posargs:
         session.run("pytest", *WORKERS, *RANGE_TESTS)
@@ -227,6 +227,23 @@ def verl_cpu(session: nox.Session) -> None:
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
     session.run("pytest", "--durations", "12", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
     _record(session, "verl")
+
+
+@nox.session
+def verl_vllm_nodes(session: nox.Session) -> None:
+    """Two Ray nodes, each with a vLLM server; not in CI, where `verl_vllm_cpu` runs two nodes with our own engine."""
+    _install_verl_and_vllm(session)
+    session.env["VILAVT_NIGHTLY"] = "1"
+    session.run("pytest", "tests/rl/test_grpo_vllm.py", "-k", "two_ray_nodes", *session.posargs)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Everything that is too long for CI and least likely to break, one session after the other."""
+    for name in ("verl_cpu", "verl_vllm_nodes", "vllm_range", "deepspeed", "grpo_learns"):
+        session.notify(name)
+    if "EASYR1_HOME" in os.environ:
+        session.notify("easyr1")
 
 
 @nox.session

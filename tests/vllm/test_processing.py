@@ -128,6 +128,16 @@ def test_identity_of_an_inquiry_is_its_query_and_its_regions_in_order(process, t
     assert len({ours[1], other_query[1], other_order[1], other_region[1]}) == 4
 
 
+def test_an_image_of_an_episode_that_would_be_resized_is_refused_with_both_sizes(process, processor, pictures):
+    from vilavt_hf.stream import Inquiry as OfEpisode
+
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    large = pictures[0].resize((28 * 20, 28 * 20))
+    with pytest.raises(PlaceholderError, match=r"an image of 560x560 pixels would become .* here, where images have"):
+        process(image, [OfEpisode((large,), "", (0,))])
+    assert hashes(process(image, [Inquiry((large,))]))  # nobody has counted its tokens
+
+
 def test_one_group_and_the_same_regions_alone_are_different(process, tools, pictures):
     prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
     together = hashes(process(prompt, [Inquiry((first,)), Inquiry((a, b), "red")]))
