@@ -36,6 +36,7 @@ RANGE_TESTS = tuple(
     for name in ("exactness", "reuse", "grouping", "weights", "offline", "online", "processing", "support", "handoff")
 )
 """What every supported vLLM is held to, with a real engine."""
+BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
 TORCH_OF_RANGE = ("torch==2.11.0", "torchvision==0.26.0")
@@ -214,9 +215,10 @@ def verl_vllm_cpu(session: nox.Session) -> None:
     """
     _install_verl_and_vllm(session)
     session.env.update({"VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
-    session.run("pytest", "--durations", "16", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+    default = ["tests/rl", "tests/hf/test_scoring.py"]
+    session.run("pytest", *WORKERS, "--durations", "16", *(session.posargs or default))
     if not session.posargs:
-        session.run("pytest", *WORKERS, *RANGE_TESTS)
+        session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS)
     _record(session, "verl-vllm")
 
 
@@ -230,17 +232,17 @@ def verl_cpu(session: nox.Session) -> None:
 
 
 @nox.session
-def verl_vllm_nodes(session: nox.Session) -> None:
-    """Two Ray nodes, each with a vLLM server; not in CI, where `verl_vllm_cpu` runs two nodes with our own engine."""
+def verl_nodes(session: nox.Session) -> None:
+    """verl on two Ray nodes, with our rollout engine and with a vLLM server on each; not in CI."""
     _install_verl_and_vllm(session)
     session.env["VILAVT_NIGHTLY"] = "1"
-    session.run("pytest", "tests/rl/test_grpo_vllm.py", "-k", "two_ray_nodes", *session.posargs)
+    session.run("pytest", "tests/rl/test_grpo.py", "tests/rl/test_grpo_vllm.py", "-k", "two_ray_nodes")
 
 
 @nox.session
 def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
-    for name in ("verl_cpu", "verl_vllm_nodes", "vllm_range", "deepspeed", "grpo_learns"):
+    for name in ("verl_cpu", "verl_nodes", "vllm_range", "deepspeed", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")
@@ -310,7 +312,7 @@ def vllm_cpu(session: nox.Session) -> None:
     _pytest(session, "tests/vllm", "tests/vlmeval")
     if not session.posargs:
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
-        session.run("pytest", *WORKERS, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
+        session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
     _record(session, "vllm")
 
 
