@@ -255,7 +255,7 @@ def grpo_learns(session: nox.Session) -> None:
     """
     _install_verl_and_vllm(session)
     session.env["VILAVT_GRPO_LEARNS"] = str(Path(".nox/grpo-learns").absolute())
-    session.run("pytest", *HOURS, "tests/rl/test_learning.py")
+    session.run("pytest", "-s", *HOURS, "tests/rl/test_learning.py")  # it prints accuracies and seconds per step
 
 
 @nox.session
@@ -272,7 +272,7 @@ def easyr1(session: nox.Session) -> None:
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
-    session.run("pytest", "--durations", "6", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
+    session.run("pytest", "-s", "--durations", "6", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
     _record(session, "easyr1")
 
 

@@ -1,8 +1,8 @@
 """Weights that verl's trainer sent, in vLLM: they load by name and give the trainer's log-probabilities; and the merged
 checkpoint of a GRPO run, which answers in vLLM as in transformers.
 
-verl and this vLLM want different transformers, so the two halves of this test run in two environments: `nox -s
-verl_cpu` writes the files, this one reads them.
+verl and the newest vLLM want different transformers, so the two halves of this test run in two environments: `nox -s
+verl_vllm_cpu` writes the files, `nox -s vllm_cpu` reads them.
 """
 
 import json
@@ -26,7 +26,7 @@ HANDOFF = Path(os.environ.get("VILAVT_VERL_HANDOFF", "nowhere"))
 
 
 def handed_over(name):
-    return pytest.mark.skipif(not (HANDOFF / name).is_file(), reason="`nox -s verl_cpu` has not run before")
+    return pytest.mark.skipif(not (HANDOFF / name).is_file(), reason="`nox -s verl_vllm_cpu` has not run before")
 
 
 @handed_over("transcripts.json")
