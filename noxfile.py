@@ -2,7 +2,7 @@
 
 nox              everything that CI runs
 nox -s demo      the shipped tiny ViLaVT looks at a picture
-nox -s hf_newest -- tests/hf/test_episode.py -k budget
+nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
 others release today breaks nothing. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
@@ -75,6 +75,8 @@ HOURS = ("-o", "faulthandler_timeout=0")  # tests with longer timeouts of their 
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of transformers write, and others read
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
+HF_TESTS = ("tests/core", "tests/eval", "tests/hf")
+"""All tests of the distribution vilavt-hf."""
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
     "tests/hf/test_model.py",
@@ -157,7 +159,7 @@ def hf_newest(session: nox.Session) -> None:
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    _pytest(session, "tests/hf", "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
+    _pytest(session, *HF_TESTS, "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
     _record(session, f"transformers-{NEWEST}")
@@ -168,7 +170,7 @@ def hf_oldest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the oldest supported transformers."""
     _install(session, OLDEST, *TEST_TOOLS)
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    _pytest(session, "tests/hf")
+    _pytest(session, *HF_TESTS)
     if not session.posargs:
         session.run("pytest", "tests/distributed/test_sft_ranks.py", "-k", "two_steps")  # FSDP2 on two processes
     _record(session, f"transformers-{OLDEST}")
@@ -215,7 +217,7 @@ def verl_vllm_cpu(session: nox.Session) -> None:
     """
     _install_verl_and_vllm(session)
     session.env.update({"VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
-    default = ["tests/rl", "tests/hf/test_scoring.py"]
+    default = ["tests/rl", "tests/core/test_scoring.py"]
     session.run("pytest", "--durations", "16", *(session.posargs or default))  # one Ray at a time: each takes 8 GB
     if not session.posargs:
         session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS)
@@ -227,7 +229,7 @@ def verl_cpu(session: nox.Session) -> None:
     """The tests of vilavt-rl in verl alone, without vLLM; not in CI, where `verl_vllm_cpu` runs them all."""
     _install_verl(session)
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF})
-    session.run("pytest", "--durations", "12", *(session.posargs or ["tests/rl", "tests/hf/test_scoring.py"]))
+    session.run("pytest", "--durations", "12", *(session.posargs or ["tests/rl", "tests/core/test_scoring.py"]))
     _record(session, "verl")
 
 

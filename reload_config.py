@@ -5,8 +5,8 @@ import sys
 try:
     import typer
 
-    from vilavt_hf.cli.checkpoint import convert
-    from vilavt_hf.errors import VilavtError
+    from vilavt_core.cli.checkpoint import convert
+    from vilavt_core.errors import VilavtError
 except ModuleNotFoundError as error:
     sys.exit(
         f"reload_config.py: no module {error.name!r} in {sys.executable}. Install the package first, from the root of "

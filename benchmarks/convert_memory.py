@@ -91,8 +91,8 @@ def random_bytes(size: int, generator: np.random.Generator) -> Iterator[bytes]:
 
 def generate(folder: Path, gigabytes: float, shard_gigabytes: float, nested: bool) -> int:
     """Write the checkpoint and return the size of its largest shard."""
-    from vilavt_hf.checkpoint.layout import expected_tensors
-    from vilavt_hf.checkpoint.writing import (
+    from vilavt_core.checkpoint.layout import expected_tensors
+    from vilavt_core.checkpoint.writing import (
         TensorSource,
         plan_shards,
         shard_names,
@@ -129,7 +129,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 sys.path.insert(0, sys.argv[3])
 from convert_memory import ENCODER, configuration
-from vilavt_hf.checkpoint.layout import expected_tensors
+from vilavt_core.checkpoint.layout import expected_tensors
 out, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
@@ -181,7 +181,7 @@ def main() -> None:
 
 def run(root: Path, gigabytes: float, shard_gigabytes: float, merge_gigabytes: float) -> dict[str, Any]:
     """Generate, measure, print."""
-    imports = "from vilavt_hf.checkpoint import convert_checkpoint"
+    imports = "from vilavt_core.checkpoint import convert_checkpoint"
     start = time.perf_counter()
     largest = generate(root / "nested", gigabytes, shard_gigabytes, nested=True)
     total = sum(path.stat().st_size for path in (root / "nested").glob("*.safetensors"))
@@ -202,7 +202,7 @@ def run(root: Path, gigabytes: float, shard_gigabytes: float, merge_gigabytes: f
     limit = largest / (1 << 20) + LIMIT_OVER_SHARD_MB
     make_fsdp_shards(root / "shards", merge_gigabytes)
     results["merge"] = measure(
-        "from vilavt_hf.checkpoint.merge import merge_shards",
+        "from vilavt_rl.merge import merge_shards",
         "merge_shards(*sys.argv[1:])",
         root / "shards",
         root / "merged",

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
+from vilavt_core.episode import Inquiry, Request
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, compat
 from vilavt_hf.engine import Engine, Row
-from vilavt_hf.episode import Inquiry, Request
 
 VOCABULARY = 2000
 IMAGE, VIDEO, VISION_START, VISION_END, STOP = range(5)

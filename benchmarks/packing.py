@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from vision_groups import keep_freed_memory
 
-from vilavt_hf.data.example import IGNORE, Example, ImageGroup
+from vilavt_core.data.example import IGNORE, Example, ImageGroup
+from vilavt_core.data.order import best_fit
 from vilavt_hf.train.attention import PACKED
 from vilavt_hf.train.collator import VilavtCollator
 from vilavt_hf.train.model import VilavtForTraining
-from vilavt_hf.train.order import best_fit
 from vilavt_hf.train.trainer import label_weight
 
 MEDIUM = Size(vision_width=128, vision_mlp=344, vision_depth=8, text_width=384, text_mlp=1032, text_layers=8)

@@ -28,7 +28,7 @@ COMMAND = """
 import atexit, os, pathlib
 status = pathlib.Path("/proc/self/status")
 atexit.register(lambda: pathlib.Path(os.environ["PEAK"]).write_text(status.read_text()))
-from vilavt_hf.cli import main
+from vilavt_core.cli import main
 main()
 """
 """Keeps the kernel's account of its memory: what a parent is told includes the parent's own memory at the fork."""

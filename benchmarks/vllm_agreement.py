@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
+from vilavt_core.results import Sample
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.results import Sample
 from vilavt_hf.tiny.evaluate import tasks
 from vilavt_vllm import VilavtLLM
 

@@ -38,10 +38,10 @@ from rich.console import Console
 from rich.table import Table
 from vllm import LLM, RequestOutput, SamplingParams
 
+from vilavt_core.conversation import SpecialTokens
+from vilavt_core.episode import Inquiry, Request
+from vilavt_core.presets import Sampling
 from vilavt_hf import VilavtProcessor, compat
-from vilavt_hf.episode import Inquiry, Request
-from vilavt_hf.presets import Sampling
-from vilavt_hf.stream import SpecialTokens
 from vilavt_vllm.episodes import to_prompt, to_sampling_params
 from vilavt_vllm.model import take_counts
 from vilavt_vllm.offline import drive

@@ -13,11 +13,11 @@ import sys
 
 from openai import OpenAI
 
-from vilavt_hf.images import load_image
-from vilavt_hf.prompts import PromptSet
-from vilavt_hf.protocol import RESPONSE_CLOSE, RESPONSE_OPEN, ToolCall, parse_turn
-from vilavt_hf.regions import Gallery
-from vilavt_hf.settings import preset_of
+from vilavt_core.images import load_image
+from vilavt_core.prompts import PromptSet
+from vilavt_core.protocol import RESPONSE_CLOSE, RESPONSE_OPEN, ToolCall, parse_turn
+from vilavt_core.regions import Gallery
+from vilavt_core.settings import preset_of
 
 
 def png(image) -> dict:

@@ -1,13 +1,17 @@
 """What tests of several packages share."""
 
 import json
+import shutil
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vilavt_hf.presets import Limits, Sampling
-from vilavt_hf.results import Provenance
+from vilavt_core.presets import Limits, Sampling
+from vilavt_core.results import Provenance
 
 
 class StubServer:
@@ -107,3 +111,79 @@ def start_stub():
 def stub_server(start_stub):
     """A server that answers ``A``; see `StubServer`."""
     return start_stub()
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> SimpleNamespace:
+    """Where the golden vectors are, and their manifest."""
+    return SimpleNamespace(
+        root=GOLDEN,
+        checkpoint=GOLDEN / "ckpt" / "tiny_late",
+        sharded=GOLDEN / "ckpt" / "tiny_late_sharded",
+        configs=GOLDEN / "ckpt" / "configs",
+        manifest=json.loads((GOLDEN / "out" / "manifest.json").read_text()),
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer with Qwen's special tokens."""
+    from family import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def build_model(tokenizer):
+    """Builds members of the tiny family: `build_model(seed=0, **vision_config)`."""
+    from family import build_tiny_model
+
+    return partial(build_tiny_model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(build_model):
+    """Shared and therefore never modified by a test."""
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    """A processor without prompts whose query tokenizer is the tokenizer itself."""
+    from vilavt_hf import VilavtProcessor, compat
+
+    image_processor = compat.PilImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 256)
+    return VilavtProcessor(image_processor, tokenizer, query_tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_model, processor) -> Path:
+    """A complete checkpoint folder of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    tiny_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Makes ``someone/vilavt`` a hub id of a checkpoint, on a machine without a network; returns the hub's cache."""
+
+    def fill(checkpoint: Path) -> Path:
+        repository = tmp_path / "hub" / "models--someone--vilavt"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        shutil.copytree(checkpoint, repository / "blobs")
+        for blob in (p for p in (repository / "blobs").rglob("*") if p.is_file()):
+            link = snapshot / blob.relative_to(repository / "blobs")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)  # as the hub's client lays them out
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        return tmp_path / "hub"
+
+    return fill

@@ -42,12 +42,13 @@ def test_the_wheel_built_from_the_source_archive_is_complete(package, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert f"{package}/py.typed" in names
     if package == "vilavt_hf":
-        assert "vilavt_hf/prompts/default/prompts.json" in names
+        assert "vilavt_core/prompts/default/prompts.json" in names
+        assert {"vilavt_core/py.typed", "vilavt_eval/py.typed"} <= set(names)
         assert "vilavt_hf/_examples/vilavt-tiny/model.safetensors" in names
         assert "vilavt_hf/_examples/pictures/questions.json" in names
-        assert "vilavt_hf/recipes/vilavt_7b_sft.yaml" in names
-        assert "vilavt_hf/evaluation/benchmarks/VSI-Bench.yaml" in names
-        assert "vilavt_hf/evaluation/presets/default.yaml" in names
+        assert "vilavt_core/recipes/vilavt_7b_sft.yaml" in names
+        assert "vilavt_eval/benchmarks/VSI-Bench.yaml" in names
+        assert "vilavt_eval/presets/default.yaml" in names
         assert "vilavt_hf/train/parallel/fsdp2.json" in names
     if package == "vilavt_rl":
         assert "vilavt_rl/constraints/easyr1.txt" in names

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from vilavt_hf.checkpoint import fingerprint
-from vilavt_hf.cli import app
+from vilavt_core.checkpoint import fingerprint
+from vilavt_core.cli import app
 from vilavt_hf.tiny.evaluate import table
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_the_measured_figures_are_those_other_tools_read():
 def test_what_a_page_imports_exists(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         compile(block, str(page), "exec")
-        for line in re.findall(r"^(?:from|import) vilavt_hf.*$", block, re.MULTILINE):
+        for line in re.findall(r"^(?:from|import) vilavt_(?:core|eval|hf).*$", block, re.MULTILINE):
             exec(line, {})
 
 
@@ -55,7 +55,8 @@ def test_the_commands_of_a_page_exist_with_their_options(page):
         for line in re.findall(r"^vilavt .*$", block, re.MULTILINE):
             words = shlex.split(line, comments=True)[1:]
             command = typer.main.get_command(app)
-            while hasattr(command, "commands"):
-                command = command.commands[words.pop(0)]
+            while hasattr(command, "resolve_command"):
+                with command.make_context("vilavt", [words[0]], resilient_parsing=True) as context:
+                    _, command, _ = command.resolve_command(context, [words.pop(0)])
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("-")} <= known, line

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_hf import VilavtProcessor
-from vilavt_hf.checkpoint import inspect_checkpoint
 from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import MAX_PIXELS
 from vilavt_hf.train.reporting import read_log

@@ -10,10 +10,10 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from vilavt_hf.data.ranks import gathered
-from vilavt_hf.errors import TrainingError
+from vilavt_core.errors import TrainingError
+from vilavt_core.sft_config import SftConfig
 from vilavt_hf.train import run as training
-from vilavt_hf.train.config import SftConfig
+from vilavt_hf.train.ranks import gathered
 from vilavt_hf.train.trainer import VilavtTrainer
 
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.data.dataset import SftDataset
+from vilavt_core.data.order import Shuffled
+from vilavt_core.sft_config import SftConfig
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
-from vilavt_hf.checkpoint import inspect_checkpoint
-from vilavt_hf.data.dataset import SftDataset
 from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import MAX_PIXELS
 from vilavt_hf.train.collator import VilavtCollator
-from vilavt_hf.train.config import SftConfig
-from vilavt_hf.train.order import Shuffled
 from vilavt_hf.train.reporting import read_log
 from vilavt_hf.train.run import Run, make_dataset
 

@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "hf"))
-from conftest import build_tiny_model, byte_tokenizer
+sys.path.insert(0, str(Path(__file__).parent.parent / "shared"))
+from family import build_tiny_model, byte_tokenizer
 
 from vilavt_hf import VilavtProcessor, compat
 

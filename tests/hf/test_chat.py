@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vilavt_hf.backends import BackendOptions
-from vilavt_hf.chat import VilavtChat
-from vilavt_hf.engine import Sampler
-from vilavt_hf.episode import Inquiry
-from vilavt_hf.errors import CheckpointError, EngineError, ImageError
-from vilavt_hf.presets import Limits, Sampling, get_preset
-from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn
-from vilavt_hf.results import (
+from vilavt_core.backends import BackendOptions
+from vilavt_core.episode import Inquiry
+from vilavt_core.errors import CheckpointError, EngineError, ImageError
+from vilavt_core.presets import Limits, Sampling, get_preset
+from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
+from vilavt_core.results import (
     AnswerEvent,
     CropsEvent,
     Finished,
@@ -26,7 +24,9 @@ from vilavt_hf.results import (
     TextDelta,
     ToolCallEvent,
 )
-from vilavt_hf.settings import save_chat_settings
+from vilavt_core.settings import save_chat_settings
+from vilavt_hf.chat import VilavtChat
+from vilavt_hf.engine import Sampler
 
 LIMITS = Limits(max_turns=6, max_new_tokens_per_turn=200, max_pixels=84 * 84)
 

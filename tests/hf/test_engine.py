@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vilavt_core.episode import Inquiry, Request
+from vilavt_core.errors import EngineError
+from vilavt_core.presets import Sampling
 from vilavt_hf import compat
 from vilavt_hf.engine import Engine, Row, Sampler
-from vilavt_hf.episode import Inquiry, Request
-from vilavt_hf.errors import EngineError
-from vilavt_hf.presets import Sampling
 
 TOLERANCE = 1e-4
 

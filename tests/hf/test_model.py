@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from vilavt_core.errors import GroupError
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtVisionConfig, compat
-from vilavt_hf.errors import GroupError
 from vilavt_hf.modeling_vilavt import apply_frozen, group_sizes
 
 GRIDS = {0: [(1, 4, 6)], 1: [(1, 6, 4), (1, 4, 4), (1, 4, 8)], 2: []}  # images of three samples

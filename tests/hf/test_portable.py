@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
+from vilavt_core.checkpoint.companions import bring_companions, make_portable
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor, compat
-from vilavt_hf.checkpoint.companions import bring_companions, make_portable
 
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 BOUNDS = {"shortest_edge": 3136, "longest_edge": 28224}

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from vilavt_core.episode import Inquiry
+from vilavt_core.errors import GroupError, PromptError
+from vilavt_core.prompts import PromptSet
 from vilavt_hf import VilavtProcessor
-from vilavt_hf.episode import Inquiry
-from vilavt_hf.errors import GroupError, PromptError
 from vilavt_hf.processing_vilavt import groups_of_prompt
-from vilavt_hf.prompts import PromptSet
 
 MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 

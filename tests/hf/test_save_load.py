@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from vilavt_core.errors import CheckpointError
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor
-from vilavt_hf.errors import CheckpointError
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "query_ids", "query_attention_mask")
 INPUTS += ("images_per_query",)

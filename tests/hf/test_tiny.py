@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from vilavt_hf.checkpoint import inspect_checkpoint
-from vilavt_hf.data.check import check
-from vilavt_hf.data.example import IGNORE, ImageGroup
-from vilavt_hf.data.registry import Registry
-from vilavt_hf.episode import Episode
-from vilavt_hf.presets import Limits
-from vilavt_hf.protocol import Answer, Region, ToolCall, format_turn, parse_turn
-from vilavt_hf.regions import Gallery, View
+from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.data.check import check
+from vilavt_core.data.example import IGNORE, ImageGroup
+from vilavt_core.data.registry import Registry
+from vilavt_core.episode import Episode
+from vilavt_core.presets import Limits
+from vilavt_core.protocol import Answer, Region, ToolCall, format_turn, parse_turn
+from vilavt_core.regions import Gallery, View
+from vilavt_core.sft_config import SftConfig
 from vilavt_hf.tiny import build as building
 from vilavt_hf.tiny import evaluate as evaluation
 from vilavt_hf.tiny.model import fast_encoder, tiny_processor
 from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import CELL, CROP, MAX_PIXELS, SHOWN, Kind, ask, make_scene, query_for, scan_ids
 from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example
-from vilavt_hf.train.config import SftConfig
 from vilavt_hf.train.run import Run, make_dataset
 
 ROOT = Path(__file__).parents[2]

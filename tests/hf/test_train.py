@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import TrainingArguments
 
+from vilavt_core.architecture import PARTS, part_of
+from vilavt_core.data.example import IGNORE, Dropped, Example, ImageGroup, TokenTarget
+from vilavt_core.data.order import InOrder
 from vilavt_hf import compat
-from vilavt_hf.data.example import IGNORE, Dropped, Example, ImageGroup, TokenTarget
 from vilavt_hf.tiny.model import fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
 from vilavt_hf.tiny.scenes import Kind, ask, make_scene
 from vilavt_hf.tiny.teacher import Encoder, episode_example, listing_example
@@ -24,8 +26,7 @@ from vilavt_hf.train import model as training
 from vilavt_hf.train.attention import PACKED
 from vilavt_hf.train.collator import VilavtCollator, mrope_positions
 from vilavt_hf.train.losses import AuxiliaryHead, AuxiliaryLosses
-from vilavt_hf.train.order import InOrder
-from vilavt_hf.train.parts import PARTS, freeze, part_of
+from vilavt_hf.train.model import freeze
 from vilavt_hf.train.trainer import StableDecay, VilavtTrainer, label_weight
 
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import deepspeed
 
+from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.data.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
+from vilavt_core.errors import DataError, TrainingError
+from vilavt_core.prompts import PromptSet
+from vilavt_core.sft_config import SftConfig, describe
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
-from vilavt_hf.checkpoint import inspect_checkpoint
-from vilavt_hf.errors import DataError, TrainingError
-from vilavt_hf.prompts import PromptSet
-from vilavt_hf.train.config import SftConfig, describe
 from vilavt_hf.train.lora import merge_adapter
-from vilavt_hf.train.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
 from vilavt_hf.train.reporting import read_log
 from vilavt_hf.train.run import Run
 
@@ -324,7 +324,7 @@ def test_a_resumed_run_has_the_curve_of_the_unbroken_one(unbroken, configure, tm
 
 KILLED = """
 import json, os, signal, sys
-from vilavt_hf.train.config import SftConfig
+from vilavt_core.sft_config import SftConfig
 from vilavt_hf.train.run import Run
 
 run = Run(SftConfig.model_validate(json.loads(sys.argv[1])))

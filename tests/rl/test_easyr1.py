@@ -17,8 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
-from vilavt_hf.episode import Episode
-from vilavt_hf.presets import get_preset
+from vilavt_core.episode import Episode
+from vilavt_core.presets import get_preset
 from vilavt_rl.data import read_rows
 from vilavt_rl.easyr1 import batch, engine, reward, worker
 from vilavt_rl.easyr1.dataset import VilavtDataset

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from vilavt_hf.errors import EvaluationError
-from vilavt_hf.evaluation.ablation import Ablation
-from vilavt_hf.evaluation.benchmark import load_benchmark
-from vilavt_hf.evaluation.preset import EvaluationPreset
-from vilavt_hf.evaluation.questions import Questions
-from vilavt_hf.evaluation.ray_data import Cluster
-from vilavt_hf.evaluation.runner import Setting, asking, run
+from vilavt_core.errors import EvaluationError
+from vilavt_eval.ablation import Ablation
+from vilavt_eval.definition import load_benchmark
+from vilavt_eval.evaluation_preset import EvaluationPreset
+from vilavt_eval.questions import Questions
+from vilavt_eval.ray_data import Cluster
+from vilavt_eval.runner import Setting, asking, run
 from vilavt_hf.tiny.benchmark import write_benchmark
 
 TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")

@@ -84,7 +84,7 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
     from safetensors.torch import load_file
 
     from vilavt_hf.chat import VilavtChat
-    from vilavt_hf.checkpoint.merge import merge_shards
+    from vilavt_rl.merge import merge_shards
 
     merge_shards(work / "run" / "global_step_2" / "actor", work / "merged", dtype="fp32")
     before, after = load_file(tiny / "model.safetensors"), load_file(work / "merged" / "model.safetensors")
@@ -106,7 +106,7 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
 
 @pytest.mark.skipif("VILAVT_NIGHTLY" not in os.environ, reason="a start-up of Ray more; `nox -s nightly` runs it")
 def test_two_ray_nodes_train_together(train, two_ray_nodes: list[str], work: Path) -> None:
-    from vilavt_hf.checkpoint.merge import merge_shards
+    from vilavt_rl.merge import merge_shards
 
     steps = train(
         "cluster",

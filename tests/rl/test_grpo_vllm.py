@@ -136,7 +136,7 @@ def test_the_first_step_samples_from_the_start_checkpoint(gap, tiny: Path) -> No
 
 
 def test_the_second_step_samples_from_exactly_what_the_first_one_made(gap, tiny: Path, work: Path) -> None:
-    from vilavt_hf.checkpoint.merge import merge_shards
+    from vilavt_rl.merge import merge_shards
 
     merge_shards(work / "run" / "global_step_1" / "actor", work / "merged", dtype="fp32")
     assert gap(work / "merged", 2) <= EQUAL

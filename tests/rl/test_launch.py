@@ -111,7 +111,7 @@ def test_the_two_trainers_of_one_name_are_told_apart(tmp_path: Path, monkeypatch
 
 
 def test_the_doctor_says_which_plugs_are_live() -> None:
-    from vilavt_hf.doctor import Status
+    from vilavt_core.doctor import Status
     from vilavt_rl.doctor import checks
 
     found = {check.name: check for check in checks(None, False)}
@@ -120,7 +120,7 @@ def test_the_doctor_says_which_plugs_are_live() -> None:
 
 
 def test_the_doctor_finds_a_plug_in_that_verl_was_told_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vilavt_hf.doctor import Status
+    from vilavt_core.doctor import Status
     from vilavt_rl.doctor import checks
 
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")

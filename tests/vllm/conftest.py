@@ -27,110 +27,17 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from family import build_tiny_model, picture, tiny_config
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor, compat
-from vilavt_hf.protocol import Region, ToolCall, format_tool_call
+from vilavt_core.protocol import Region, ToolCall, format_tool_call
+from vilavt_hf import VilavtProcessor, compat
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+HIDDEN = 128
+"""Heads of 32: what vLLM's CPU attention supports."""
 MIN_PIXELS, MAX_PIXELS = 28 * 28 * 4, 28 * 28 * 64
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, then Qwen's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL_TOKENS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS[1:],
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def tiny_config(tokenizer: PreTrainedTokenizerFast, **vision) -> VilavtConfig:
-    """LLM 128 x 2 layers with heads of 32, tower 64 x 4 blocks with heads of 32, query encoder 32 x 2 layers."""
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
-    size = len(tokenizer)
-    return VilavtConfig(
-        text_config={
-            "vocab_size": size,
-            "hidden_size": 128,
-            "intermediate_size": 192,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 8192,
-            "rope_theta": 10000.0,
-            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [4, 6, 6]},
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": False,
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "window_size": 56,
-            "fullatt_block_indexes": [1, 3],
-            "integration_point": "late",
-            **vision,
-        },
-        text_encoder_config={
-            "vocab_size": size,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "rope_theta": 1_000_000.0,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
-
-
-def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **vision) -> VilavtForConditionalGeneration:
-    """A seeded random model whose weights are scaled up so that attention is peaked and errors show."""
-    torch.manual_seed(seed)
-    model = VilavtForConditionalGeneration(tiny_config(tokenizer, **vision)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * fan_in**-0.5)
-            elif parameter.abs().sum() == 0:  # biases
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +51,7 @@ def build_checkpoint(tokenizer, tmp_path_factory):
     )
 
     def build(seed: int = 0, **vision):
-        model = build_tiny_model(tokenizer, seed, **vision)
+        model = build_tiny_model(tokenizer, seed, hidden=HIDDEN, **vision)
         folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -164,14 +71,6 @@ def tiny(build_checkpoint):
     """The checkpoint most tests share: `.path`, `.model` (transformers), `.processor`."""
     path, model = build_checkpoint()
     return SimpleNamespace(path=path, model=model, processor=VilavtProcessor.from_pretrained(path))
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with a grain, different for every seed."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
-    grain = rng.integers(-20, 20, (height, width, 3))
-    return Image.fromarray(np.clip(np.asarray(coarse, dtype=np.int64) + grain, 0, 255).astype(np.uint8))
 
 
 def call(query: str, *indices: int) -> str:
@@ -355,7 +254,7 @@ def tools():
         difference=lambda a, b: float(np.abs(a[: len(b)] - b[: len(a)]).max()),
         image=IMAGE,
         engine=Engine,
-        config=partial(tiny_config),
+        config=partial(tiny_config, hidden=HIDDEN),
     )
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from vilavt_hf.doctor import Status
+from vilavt_core.doctor import Status
 from vilavt_vllm import doctor, support
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from vilavt_hf.evaluation.ablation import Ablation
-from vilavt_hf.evaluation.benchmark import load_benchmark
-from vilavt_hf.evaluation.latency import measure
-from vilavt_hf.evaluation.preset import EvaluationPreset
-from vilavt_hf.evaluation.questions import Questions
-from vilavt_hf.evaluation.result_file import lines
-from vilavt_hf.evaluation.runner import Setting, asking, run
-from vilavt_hf.evaluation.scoring import score_file
-from vilavt_hf.evaluation.summary import summarise
+from vilavt_eval.ablation import Ablation
+from vilavt_eval.definition import load_benchmark
+from vilavt_eval.evaluation_preset import EvaluationPreset
+from vilavt_eval.latency import measure
+from vilavt_eval.questions import Questions
+from vilavt_eval.result_file import lines
+from vilavt_eval.runner import Setting, asking, run
+from vilavt_eval.scores import score_file
+from vilavt_eval.summary import summarise
 from vilavt_hf.tiny.benchmark import write_benchmark
 
 pytestmark = pytest.mark.engine

@@ -65,7 +65,7 @@ def test_the_query_and_the_grouping_reach_the_encoder(engine, tools, pictures):
 
 
 def test_inquiries_and_plain_images_give_the_same(engine, tools, pictures):
-    from vilavt_hf.episode import Inquiry as EpisodeInquiry
+    from vilavt_core.episode import Inquiry as EpisodeInquiry
     from vilavt_vllm import Inquiry
 
     prompt, images = tools.conversation(("the red button", 2)), pictures[:3]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vilavt_core.presets import Limits, Sampling
+from vilavt_core.results import Sample
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.presets import Limits, Sampling
-from vilavt_hf.results import Sample
 from vilavt_hf.tiny.evaluate import tasks
 from vilavt_vllm import Inquiry, VilavtLLM
 from vilavt_vllm.errors import EngineFailure, LimitError

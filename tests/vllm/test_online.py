@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vilavt_hf.results import AnswerEvent, CropsEvent, Finished, Sample, TextDelta, ToolCallEvent
+from vilavt_core.results import AnswerEvent, CropsEvent, Finished, Sample, TextDelta, ToolCallEvent
 from vilavt_vllm import AsyncVilavtLLM
 
 pytestmark = pytest.mark.engine

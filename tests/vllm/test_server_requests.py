@@ -18,10 +18,10 @@ from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
 
-from vilavt_hf.images import ImageLimits
-from vilavt_hf.presets import Limits, Sampling
-from vilavt_hf.protocol import FinishReason
-from vilavt_hf.results import TextDelta
+from vilavt_core.images import ImageLimits
+from vilavt_core.presets import Limits, Sampling
+from vilavt_core.protocol import FinishReason
+from vilavt_core.results import TextDelta
 from vilavt_vllm import register, support
 from vilavt_vllm.errors import LimitError, RequestError
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from vilavt_core.sft_config import SftConfig
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
-from vilavt_hf.train.config import SftConfig
 from vilavt_hf.train.run import Run
 
 pytestmark = pytest.mark.engine

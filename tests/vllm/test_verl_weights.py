@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from vilavt_core.episode import Episode
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.episode import Episode
 from vilavt_vllm import VilavtLLM
 
 pytestmark = pytest.mark.engine

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vilavt_core.episode import Episode
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.episode import Episode
 
 pytestmark = pytest.mark.engine
 

@@ -1,12 +1,16 @@
 """ViLaVT for transformers: importing this package registers ``model_type: vilavt`` with the Auto classes."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_vilavt import VilavtConfig, VilavtVisionConfig
 from .modeling_vilavt import VilavtForConditionalGeneration, VilavtModel, VilavtVisionModel
 from .processing_vilavt import VilavtProcessor
+
+if TYPE_CHECKING:
+    from .chat import VilavtChat
 
 __version__ = version("vilavt-hf")
 
@@ -15,6 +19,7 @@ AutoModelForImageTextToText.register(VilavtConfig, VilavtForConditionalGeneratio
 AutoProcessor.register(VilavtConfig, VilavtProcessor, exist_ok=True)
 
 __all__ = [
+    "VilavtChat",
     "VilavtConfig",
     "VilavtForConditionalGeneration",
     "VilavtModel",
@@ -23,3 +28,11 @@ __all__ = [
     "VilavtVisionModel",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "VilavtChat":  # the engine and the episode are imported when they are used
+        from .chat import VilavtChat
+
+        return VilavtChat
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
 """Ask a ViLaVT about pictures: episodes over a local model, one alone, several in a batch, streamed, or with follow-up
 questions.
 
-:class:`VilavtChat` ties the parts together: :mod:`vilavt_hf.episode` decides what happens next, :mod:`vilavt_hf.engine`
-computes it, each image and token once. A conversation that fails does not take the others of its batch along.
+:class:`VilavtChat` ties the parts together: :mod:`vilavt_core.episode` decides what happens next,
+:mod:`vilavt_hf.engine` computes it, each image and token once. A conversation that fails does not take the others of
+its batch along.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from .engine import MAX_PREFILL_TOKENS, Engine, Reused, Row, Sampled, Sampler, Timings, Work
-from .episode import Episode, Inquiry, Request
-from .errors import CheckpointError, EngineError
-from .images import ImageLimits, load_image
-from .presets import Limits, Preset, Sampling, get_preset
-from .prompts import PromptSet
-from .regions import View
-from .results import (
+from vilavt_core.conversation import decode_turn, is_whole_text
+from vilavt_core.episode import Episode, Inquiry, Request
+from vilavt_core.errors import CheckpointError, EngineError
+from vilavt_core.images import ImageLimits, load_image
+from vilavt_core.presets import Limits, Preset, Sampling, get_preset
+from vilavt_core.prompts import PromptSet
+from vilavt_core.regions import View
+from vilavt_core.results import (
     AnswerEvent,
     ChatResult,
     CropsEvent,
@@ -41,8 +42,9 @@ from .results import (
     turn_events,
     versions,
 )
-from .settings import fitting_limits, is_hub_id, preset_of
-from .stream import decode_turn, is_whole_text
+from vilavt_core.settings import fitting_limits, is_hub_id, preset_of
+
+from .engine import MAX_PREFILL_TOKENS, Engine, Reused, Row, Sampled, Sampler, Timings, Work
 
 if TYPE_CHECKING:
     from .modeling_vilavt import VilavtForConditionalGeneration
@@ -80,7 +82,7 @@ class VilavtChat:
     Args:
         model: in eval mode.
         processor: its processor, with a query tokenizer.
-        preset: how episodes run; see :mod:`vilavt_hf.presets`.
+        preset: how episodes run; see :mod:`vilavt_core.presets`.
         limits: budgets. None: the preset's, with the pixel bounds of the image processor where they are tighter, and
             the context the language model was made for.
         sampling: how tokens are chosen. None: the preset's (the default preset is greedy).
@@ -187,7 +189,7 @@ class VilavtChat:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         name = str(path)
         if folder.is_dir():
-            from .checkpoint import fingerprint
+            from vilavt_core.checkpoint import fingerprint
 
             # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
             settings.setdefault("fingerprint", fingerprint(folder))

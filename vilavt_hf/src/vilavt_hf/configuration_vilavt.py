@@ -11,8 +11,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
-from .checkpoint.config import derived_text_encoder_config
-from .checkpoint.layout import Checkpoint, query_aware_blocks
+from vilavt_core.checkpoint.config import derived_text_encoder_config
+from vilavt_core.checkpoint.layout import Checkpoint, query_aware_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 Contract: token ids in, token ids out. One :class:`Row` is one conversation's token stream; :meth:`Engine.submit`
 appends a request's tokens and images to it, :meth:`Engine.step` advances every row that has work, and a row that has
 finished a turn waits, with its keys and values, for its next request. Text, tool calls and crops are none of the
-engine's business (:mod:`vilavt_hf.episode` has them).
+engine's business (:mod:`vilavt_core.episode` has them).
 
 How reuse stays exact:
 
@@ -32,14 +32,17 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vilavt_core.conversation import Inquiry
+from vilavt_core.errors import EngineError
+from vilavt_core.presets import Sampling
+from vilavt_core.regions import FACTOR, Box
+from vilavt_core.results import Timings, Work
+
 from . import compat
-from .errors import EngineError
-from .presets import Sampling
-from .regions import FACTOR, Box
-from .stream import Inquiry
 
 if TYPE_CHECKING:
-    from .episode import Request
+    from vilavt_core.episode import Request
+
     from .modeling_vilavt import VilavtForConditionalGeneration
 
 logger = logging.getLogger(__name__)
@@ -62,44 +65,6 @@ class Reused(Inquiry):
     """For each image the index of an earlier, encoded one, and where it lies on it: ``(x1, y1, x2, y2)`` as fractions
     of its width and height.
     """
-
-
-@dataclass
-class Work:
-    """What a row has cost so far; the ratios are 1.00 if nothing was done twice."""
-
-    patches_encoded: int = 0
-    """14 x 14 patches that went through the vision encoder."""
-    distinct_patches: int = 0
-    """Patches of the row's images, each counted once."""
-    tokens_prefilled: int = 0
-    """Tokens of prompts, images, tool responses and forced turns that went through the language model."""
-    tokens_decoded: int = 0
-    """Sampled tokens that were fed back one by one."""
-    distinct_tokens: int = 0
-    """Tokens of the stream whose keys and values are cached."""
-
-    def __add__(self, other: Work) -> Work:
-        return Work(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
-
-    @property
-    def patches_ratio(self) -> float:
-        """Patches encoded per distinct patch."""
-        return self.patches_encoded / self.distinct_patches if self.distinct_patches else 1.0
-
-    @property
-    def tokens_ratio(self) -> float:
-        """Tokens sent through the language model per distinct token."""
-        return (self.tokens_prefilled + self.tokens_decoded) / self.distinct_tokens if self.distinct_tokens else 1.0
-
-
-@dataclass
-class Timings:
-    """Seconds an engine has spent, by its clock."""
-
-    encode: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -336,7 +301,7 @@ class Engine:
 
         Args:
             row: idle, with the stream the request continues.
-            request: see `vilavt_hf.episode.Request`.
+            request: see `vilavt_core.episode.Request`.
             inquiries: encoded instead of ``request.new_inquiries``; must hold the same images' worth of tokens, in
                 order.
 

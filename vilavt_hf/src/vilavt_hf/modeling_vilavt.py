@@ -17,9 +17,10 @@ from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from vilavt_core.errors import CheckpointError, GroupError
+
 from . import compat
 from .configuration_vilavt import FREEZABLE, VilavtConfig, VilavtVisionConfig
-from .errors import CheckpointError, GroupError
 from .vision_layout import VisionLayout, rotate
 
 logger = logging.getLogger(__name__)

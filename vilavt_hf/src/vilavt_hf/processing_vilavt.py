@@ -15,11 +15,12 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from vilavt_core.checkpoint.companions import make_portable
+from vilavt_core.errors import GroupError, PromptError
+from vilavt_core.prompts import PromptSet
+from vilavt_core.protocol import ToolCall, parse_turn
+
 from . import compat
-from .checkpoint.companions import make_portable
-from .errors import GroupError, PromptError
-from .prompts import PromptSet
-from .protocol import ToolCall, parse_turn
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 
 
 class InquiryLike(Protocol):
-    """Regions encoded together under one query; `vilavt_hf.episode.Inquiry` is one."""
+    """Regions encoded together under one query; `vilavt_core.episode.Inquiry` is one."""
 
     @property
     def images(self) -> Sequence[Image.Image]:
@@ -205,8 +206,8 @@ class VilavtProcessor(ProcessorMixin):
         """Inputs of `VilavtModel.get_image_features` for inquiries whose images have their final size.
 
         Args:
-            inquiries: regions with sides that are multiples of 28 pixels, as `vilavt_hf.regions` makes them. One with a
-                ``query_prefix`` (an `Inquiry` of an episode whose preset has one) overrides the processor's.
+            inquiries: regions with sides that are multiples of 28 pixels, as `vilavt_core.regions` makes them. One with
+                a ``query_prefix`` (an `Inquiry` of an episode whose preset has one) overrides the processor's.
 
         Returns:
             pixel_values (N, 1176), image_grid_thw (n, 3), query_ids and query_attention_mask (Q, T) padded to the
@@ -221,7 +222,7 @@ class VilavtProcessor(ProcessorMixin):
                 if image.width % factor or image.height % factor:
                     raise GroupError(
                         f"inquiry {i}, image {j}: {image.width}x{image.height} pixels, both sides must be multiples of "
-                        f"{factor}; resize it with vilavt_hf.regions.smart_resize"
+                        f"{factor}; resize it with vilavt_core.regions.smart_resize"
                     )
         images = [image for inquiry in inquiries for image in inquiry.images]
         encoded = self.image_processor(images=images, return_tensors="pt", do_resize=False)

@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vilavt_hf.errors import VilavtError
+from vilavt_core.cli.checkpoint import (
+    Architecture,
+    ClassName,
+    Force,
+    Processor,
+    QueryEncoder,
+    class_name,
+    readable_size,
+    show_remarks,
+)
+from vilavt_core.errors import VilavtError
 
 app = typer.Typer(
     name="vilavt-rl",
@@ -57,7 +68,7 @@ def doctor_command() -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from vilavt_hf.doctor import Status
+    from vilavt_core.doctor import Status
 
     from .doctor import checks
 
@@ -82,6 +93,47 @@ def cpu_vllm_metadata_command() -> None:
     from .cpu_vllm import write_metadata
 
     typer.echo(str(write_metadata()))
+
+
+class MergeDtype(StrEnum):
+    """Type of merged floating-point tensors."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+    KEEP = "keep"
+
+
+@app.command("merge")
+def merge_command(
+    shards: Annotated[Path, typer.Argument(help="Folder with model_world_size_W_rank_R.pt files.")],
+    destination: Annotated[Path, typer.Argument(help="New folder.")],
+    dtype: Annotated[MergeDtype, typer.Option(help="Type of floating-point tensors.")] = MergeDtype.BF16,
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of an output file in GB.")] = 5.0,
+    config: Annotated[Path | None, typer.Option(help="Folder with config.json; default: huggingface/ beside.")] = None,
+    query_encoder: QueryEncoder = None,
+    processor: Processor = None,
+    architecture: ClassName = Architecture.VILAVT,
+    force: Force = False,
+) -> None:
+    """Merge FSDP shards of EasyR1 or verl into one checkpoint."""
+    from .merge import merge_shards
+
+    report = merge_shards(
+        shards,
+        destination,
+        dtype=dtype.value,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        config=config,
+        query_encoder=query_encoder,
+        processor=processor,
+        architecture=class_name(architecture),
+        force=force,
+    )
+    typer.echo(
+        f"{destination}: {report.tensors} tensors, {readable_size(report.nbytes)}, {report.dtype}, "
+        f"from {report.world_size} ranks (mesh {report.mesh})"
+    )
+    show_remarks(report.notes, report.missing)
 
 
 @app.command("replay")

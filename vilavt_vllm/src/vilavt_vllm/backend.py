@@ -1,8 +1,8 @@
-"""The backend ``vllm`` of `vilavt_hf.backends`: what an evaluation opens by name."""
+"""The backend ``vllm`` of `vilavt_core.backends`: what an evaluation opens by name."""
 
 from dataclasses import replace
 
-from vilavt_hf.backends import BackendOptions
+from vilavt_core.backends import BackendOptions
 
 from .offline import VilavtLLM
 

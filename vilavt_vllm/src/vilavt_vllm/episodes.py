@@ -1,7 +1,7 @@
 """One conversation on its way through vLLM, without an engine: what to send, and what came of what was received.
 
-`EpisodeRun` stands between a `vilavt_hf.episode.Episode` and any vLLM engine. The offline engine, the async one and the
-server drive the same object, so they run the same conversations.
+`EpisodeRun` stands between a `vilavt_core.episode.Episode` and any vLLM engine. The offline engine, the async one and
+the server drive the same object, so they run the same conversations.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from vilavt_hf.checkpoint import fingerprint
-from vilavt_hf.engine import Work
-from vilavt_hf.episode import Episode, Request
-from vilavt_hf.images import ImageLimits, load_image
-from vilavt_hf.presets import Limits, Preset, Sampling
-from vilavt_hf.prompts import PromptSet
-from vilavt_hf.protocol import Answer, format_turn
-from vilavt_hf.results import ChatResult, Event, Finished, Provenance, Sample, TextDelta, turn_events, versions
-from vilavt_hf.settings import fitting_limits, preset_of
-from vilavt_hf.stream import decode_turn, is_whole_text
+from vilavt_core.checkpoint import fingerprint
+from vilavt_core.conversation import decode_turn, is_whole_text
+from vilavt_core.episode import Episode, Request
+from vilavt_core.images import ImageLimits, load_image
+from vilavt_core.presets import Limits, Preset, Sampling
+from vilavt_core.prompts import PromptSet
+from vilavt_core.protocol import Answer, format_turn
+from vilavt_core.results import ChatResult, Event, Finished, Provenance, Sample, TextDelta, Work, turn_events, versions
+from vilavt_core.settings import fitting_limits, preset_of
 
 from .errors import EngineFailure
 

@@ -1,6 +1,6 @@
 """Every error this package raises on purpose. All are ``ValueError``, which vLLM's server answers with status 400."""
 
-from vilavt_hf.errors import VilavtError
+from vilavt_core.errors import VilavtError
 
 
 class PlaceholderError(VilavtError):

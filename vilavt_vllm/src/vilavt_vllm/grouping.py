@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vilavt_hf.protocol import ToolCall, parse_turn
+from vilavt_core.protocol import ToolCall, parse_turn
 
 from .errors import PlaceholderError
 

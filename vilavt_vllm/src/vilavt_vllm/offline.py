@@ -10,10 +10,10 @@ from typing import Any
 
 from vllm import LLM
 
-from vilavt_hf.images import ImageLimits
-from vilavt_hf.presets import Limits, Preset, Sampling
-from vilavt_hf.prompts import PromptSet
-from vilavt_hf.results import ChatResult, Provenance, Sample
+from vilavt_core.images import ImageLimits
+from vilavt_core.presets import Limits, Preset, Sampling
+from vilavt_core.prompts import PromptSet
+from vilavt_core.results import ChatResult, Provenance, Sample
 
 from .episodes import EpisodeRun, Settings
 

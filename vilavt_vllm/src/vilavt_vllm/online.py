@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from vilavt_hf.presets import Sampling
-from vilavt_hf.results import ChatResult, Event, Finished, Sample
+from vilavt_core.presets import Sampling
+from vilavt_core.results import ChatResult, Event, Finished, Sample
 
 from .episodes import EpisodeRun, Settings
 from .errors import EngineFailure

@@ -28,8 +28,8 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
+from vilavt_core.regions import smart_resize
 from vilavt_hf import VilavtConfig, VilavtProcessor
-from vilavt_hf.regions import smart_resize
 
 from . import compat
 from .errors import LimitError, PlaceholderError, UnsupportedError
@@ -46,9 +46,9 @@ _IMAGE_SETTINGS = ("min_pixels", "max_pixels", "size")
 class Inquiry:
     """Regions encoded together under one query, as an item of ``multi_modal_data["image"]`` (offline API).
 
-    Anything else with ``images`` and ``query`` (and perhaps ``query_prefix``), such as `vilavt_hf.episode.Inquiry`, is
-    accepted in its place. With
-    explicit inquiries nothing is read off the prompt; its placeholders must add up to the images.
+    Anything else with ``images`` and ``query`` (and perhaps ``query_prefix``), such as `vilavt_core.episode.Inquiry`,
+    is accepted in its place. With explicit inquiries nothing is read off the prompt; its placeholders must add up to
+    the images.
     """
 
     images: tuple[Any, ...]

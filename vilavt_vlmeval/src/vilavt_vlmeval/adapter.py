@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vilavt_hf.backends import is_url, open_backend
-from vilavt_hf.results import Sample
+from vilavt_core.backends import is_url, open_backend
+from vilavt_core.results import Sample
 
 from .messages import Question
 from .settings import PREFIX, AdapterSettings

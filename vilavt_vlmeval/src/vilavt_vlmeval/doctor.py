@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vilavt_hf.doctor import Check, Status, guarded
+from vilavt_core.doctor import Check, Status, guarded
 
 from . import _autoload, compat
 
 
 def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
-    """See `vilavt_hf.doctor`."""
+    """See `vilavt_core.doctor`."""
     yield guarded("vlmeval", compat.distribution_found, compat.INSTALL)
     yield guarded("vlmeval runner", lambda: str(compat.runner()), "run from a checkout, or pip install ms-vlmeval")
     yield guarded("vlmeval names", _hook)

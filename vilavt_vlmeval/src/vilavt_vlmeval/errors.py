@@ -1,6 +1,6 @@
 """Every error this package raises on purpose.
 
-They are not `vilavt_hf.errors.VilavtError`: the runner must choose a rank's GPU before anything imports torch, and
+They are not `vilavt_core.errors.VilavtError`: the runner must choose a rank's GPU before anything imports torch, and
 vilavt_hf imports it.
 """
 

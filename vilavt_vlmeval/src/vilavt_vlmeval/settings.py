@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vilavt_hf.backends import BackendOptions, is_url
-from vilavt_hf.images import BENCHMARK_IMAGES
-from vilavt_hf.presets import Limits, Sampling
+from vilavt_core.backends import BackendOptions, is_url
+from vilavt_core.images import BENCHMARK_IMAGES
+from vilavt_core.presets import Limits, Sampling
 from vilavt_hf.tiny.shipped import shipped
 
 from .errors import SettingsError
@@ -112,7 +112,7 @@ class AdapterSettings(BaseModel):
         return "server" if is_url(self.backend) else self.backend
 
     def options(self) -> BackendOptions:
-        """For `vilavt_hf.backends.open_backend`."""
+        """For `vilavt_core.backends.open_backend`."""
         return BackendOptions(
             preset=self.preset,
             prompts=self.prompts,

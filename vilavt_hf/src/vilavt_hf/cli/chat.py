@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, ImageError
+from vilavt_core.cli.quiet import load_quietly
+from vilavt_core.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console
 
+    from vilavt_core.results import ChatResult, Event
+
     from ..chat import VilavtChat
-    from ..results import ChatResult, Event
 
 NO_ANSWER = 3
 """Exit code when the conversation ended without an answer."""
@@ -57,7 +59,7 @@ def ask(
     """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
     from rich.console import Console
 
-    from ..settings import preset_of
+    from vilavt_core.settings import preset_of
 
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
@@ -114,12 +116,6 @@ def demo(
     _write(console, results, out, picture)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("ask")(ask)
-    app.command("demo")(demo)
-
-
 # ---------------------------------------------------------------------- parts
 
 
@@ -130,17 +126,9 @@ def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **
     return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
 
 
-def load_quietly() -> None:
-    """Keep transformers from writing about the weights it loads."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:
     """Print a conversation as it happens."""
-    from ..results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
+    from vilavt_core.results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
 
     open_turn = -1
     for event in events:
@@ -193,7 +181,7 @@ def _check_writable(*paths: Path | None) -> None:
 
 
 def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:
-    from ..trace import draw_conversation, write_html
+    from vilavt_core.trace import draw_conversation, write_html
 
     if page is not None:
         write_html(results, page)
@@ -215,4 +203,4 @@ def _questions(path: Path) -> list[tuple[Path, str, str]]:
         raise ImageError(f'{path}: not a list of {{"image", "question", "answer"}} ({detail}); check --data') from None
 
 
-__all__ = ["ask", "demo", "register"]
+__all__ = ["ask", "demo"]

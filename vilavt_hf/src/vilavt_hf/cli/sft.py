@@ -19,7 +19,7 @@ def sft(
 
     On several GPUs: torchrun --nproc-per-node 8 -m vilavt_hf.train CONFIG.yaml [section.key=value …]
     """
-    from ..train.config import SftConfig, describe
+    from vilavt_core.sft_config import SftConfig, describe
 
     if keys:
         for key, default, text in describe():
@@ -47,9 +47,3 @@ def merge_lora(
     from ..train.lora import merge_adapter
 
     typer.echo(str(merge_adapter(adapter, destination, base=base, dtype=dtype)))
-
-
-def register(app: typer.Typer) -> None:
-    """Add this module's commands."""
-    app.command("sft")(sft)
-    app.command("merge-lora")(merge_lora)

@@ -11,11 +11,6 @@ from .allocator import keep_freed_memory
 tiny_app = typer.Typer(no_args_is_help=True, help="The tiny example model: build it, evaluate it, draw its scenes.")
 
 
-def register(app: typer.Typer) -> None:
-    """Add ``vilavt tiny``."""
-    app.add_typer(tiny_app, name="tiny")
-
-
 @tiny_app.command("build")
 def build_command(
     out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")],
@@ -96,8 +91,9 @@ def data_command(
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
 ) -> None:
     """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`."""
+    from vilavt_core.prompts import PromptSet
+
     from ..processing_vilavt import VilavtProcessor
-    from ..prompts import PromptSet
     from ..tiny.records import write_training_set
     from ..tiny.shipped import shipped
 

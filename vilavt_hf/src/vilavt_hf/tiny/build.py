@@ -21,16 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from ..data.example import Example
-from ..data.ranks import rank_and_world
-from ..errors import TrainingError
+from vilavt_core.architecture import Part, part_of
+from vilavt_core.data.example import Example
+from vilavt_core.data.order import InOrder
+from vilavt_core.errors import TrainingError
+from vilavt_core.prompts import PromptSet
+from vilavt_core.settings import save_chat_settings
+
 from ..processing_vilavt import VilavtProcessor
-from ..prompts import PromptSet
-from ..settings import save_chat_settings
 from ..train.collator import VilavtCollator
 from ..train.model import VilavtForTraining
-from ..train.order import InOrder
-from ..train.parts import Part, part_of
+from ..train.ranks import rank_and_world
 from ..train.reporting import LogFile
 from ..train.trainer import StableDecay, VilavtTrainer
 from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from vilavt_core.protocol import format_turn
+from vilavt_core.results import ChatResult, Intervention, Sample
+from vilavt_eval.ablation import ABLATIONS, with_query
+
 from ..chat import VilavtChat
-from ..evaluation.ablation import ABLATIONS, with_query
-from ..protocol import format_turn
-from ..results import ChatResult, Intervention, Sample
 from .scenes import CELL, Card, Kind, Question, Scene, Split, examples, make_scene, query_for
 
 COUNTS = {Kind.ONE: 110, Kind.PAIR: 150, Kind.NESTED: 110, Kind.SUM: 110, Kind.LARGER: 80}

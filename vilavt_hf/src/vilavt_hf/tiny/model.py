@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
+from vilavt_core.data.example import ImageGroup
+from vilavt_core.prompts import PromptSet
+
 from .. import compat
 from ..configuration_vilavt import VilavtConfig, VilavtVisionConfig
-from ..data.example import ImageGroup
 from ..modeling_vilavt import VilavtForConditionalGeneration
 from ..processing_vilavt import VilavtProcessor
-from ..prompts import PromptSet
 from ..train.losses import AuxiliaryHead, AuxiliaryLosses
 from ..train.model import VilavtForTraining
 from .scenes import CELLS, COLOURS, MAX_PIXELS

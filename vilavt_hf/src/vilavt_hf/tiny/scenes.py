@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ..protocol import Region, ToolCall
+from vilavt_core.protocol import Region, ToolCall
 
 CELLS = 6
 """Cells per side of the canvas; one cell is one merged vision token of the first look."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import CheckpointError
+from vilavt_core.errors import CheckpointError
 
 
 def shipped(name: str, instead: str = "name a checkpoint of your own") -> Path:

@@ -1,6 +1,6 @@
 """The ideal conversations of the tiny model as training examples, with what the auxiliary losses need to know.
 
-The token stream is the one `vilavt_hf.episode` makes when it is fed the ideal turns (a test compares the two); it is
+The token stream is the one `vilavt_core.episode` makes when it is fed the ideal turns (a test compares the two); it is
 built here a second time because training needs thousands of them a minute, together with the positions of single words.
 """
 
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..data.example import AttentionTarget, Example, ImageGroup, TokenTarget
-from ..prompts import PromptSet
-from ..protocol import Answer, format_turn
+from vilavt_core.data.example import AttentionTarget, Example, ImageGroup, TokenTarget
+from vilavt_core.prompts import PromptSet
+from vilavt_core.protocol import Answer, format_turn
+
 from .scenes import CELLS, COLOURS, Card, Kind, Question, Scene, ask, make_scene, query_for
 
 COLOUR_NAMES = list(COLOURS)

@@ -3,8 +3,9 @@
 import logging
 import sys
 
-from ..errors import VilavtError
-from .config import SftConfig
+from vilavt_core.errors import VilavtError
+from vilavt_core.sft_config import SftConfig
+
 from .run import Run
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.example import IGNORE, Dropped, Example, ImageGroup
+from vilavt_core.data.example import IGNORE, Dropped, Example, ImageGroup
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Keys of a packed batch that say where its samples begin, under the names that transformers gives them."""

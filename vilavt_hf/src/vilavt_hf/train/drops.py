@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..data.dataset import Lengths, SftDataset
-from ..data.example import Dropped
-from ..data.ranks import gathered
-from ..errors import TrainingError
-from .config import SftConfig
+from vilavt_core.data.dataset import Lengths, SftDataset
+from vilavt_core.data.example import Dropped
+from vilavt_core.errors import TrainingError
+from vilavt_core.sft_config import SftConfig
+
+from .ranks import gathered
 from .reporting import read_log
 
 logger = logging.getLogger(__name__)

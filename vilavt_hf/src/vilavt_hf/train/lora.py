@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import write_provenance
-from ..checkpoint.companions import bring_companions
-from ..checkpoint.writing import staged_folder
-from ..errors import TrainingError
+from vilavt_core.checkpoint import write_provenance
+from vilavt_core.checkpoint.companions import bring_companions
+from vilavt_core.checkpoint.writing import staged_folder
+from vilavt_core.errors import TrainingError
+from vilavt_core.sft_config import LoraSettings
+
 from ..modeling_vilavt import VilavtForConditionalGeneration
-from .config import LoraSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
 

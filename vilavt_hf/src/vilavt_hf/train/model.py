@@ -1,15 +1,19 @@
 """The model in training: one forward pass from a batch to summed losses."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vilavt_core.architecture import Part, part_of
+from vilavt_core.data.example import IGNORE
+
 from .. import compat
 from ..configuration_vilavt import VilavtConfig
-from ..data.example import IGNORE
 from ..modeling_vilavt import FLAT_KEYS, VilavtForConditionalGeneration
 from .collator import BOUNDARIES
 from .losses import AuxiliaryLosses, BlockOutputs
@@ -125,3 +129,10 @@ def _summed_cross_entropy(logits: torch.Tensor, target: torch.Tensor, weights: t
         factor = None if weights is None else weights[own]
         total = total + checkpoint(chunk, logits[own], target[own], factor, use_reentrant=False)
     return total
+
+
+def freeze(model: nn.Module, parts: Iterable[Part]) -> None:
+    """Switch gradients off in these parts and on everywhere else."""
+    frozen = set(parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in frozen)

@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..checkpoint import fingerprint
-from ..checkpoint.provenance import PROVENANCE
-from ..data.dataset import Lengths
-from ..errors import TrainingError
-from .config import SftConfig
-from .order import Order, digest
+from vilavt_core.checkpoint import fingerprint
+from vilavt_core.checkpoint.provenance import PROVENANCE
+from vilavt_core.data.dataset import Lengths
+from vilavt_core.data.order import Order, digest
+from vilavt_core.errors import TrainingError
+from vilavt_core.sft_config import SftConfig
+
 from .trainer import checkpoints
 
 logger = logging.getLogger(__name__)

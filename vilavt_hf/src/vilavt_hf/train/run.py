@@ -17,25 +17,25 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import deepspeed
 
+from vilavt_core.checkpoint.config import set_dtype
+from vilavt_core.checkpoint.layout import CONFIG
+from vilavt_core.checkpoint.provenance import write_provenance
+from vilavt_core.checkpoint.writing import place_file, replace_folder, write_json
+from vilavt_core.data.dataset import Lengths
+from vilavt_core.data.order import Order, Packed, Shuffled
+from vilavt_core.errors import TrainingError
+from vilavt_core.settings import SETTINGS
+from vilavt_core.sft_config import SftConfig
+from vilavt_core.training_set import checkpoint_folder, make_dataset
+
 from .. import compat
-from ..checkpoint.config import set_dtype
-from ..checkpoint.layout import CONFIG
-from ..checkpoint.provenance import write_provenance
-from ..checkpoint.writing import place_file, replace_folder, write_json
-from ..data.dataset import Lengths, SftDataset, measure_all
-from ..data.rendering import Renderer, RenderSettings
-from ..errors import TrainingError
 from ..processing_vilavt import VilavtProcessor
-from ..prompts import PromptSet
-from ..settings import SETTINGS, preset_of
 from .attention import PACKED
 from .collator import VilavtCollator
-from .config import SftConfig, find_sources
 from .drops import Drops
 from .lora import add_adapters, merge_adapter
-from .model import VilavtForTraining
-from .order import Order, Packed, Shuffled
-from .parts import freeze
+from .measuring import measure_all
+from .model import VilavtForTraining, freeze
 from .reporting import ConsoleReport, LogFile, plot_losses, read_log
 from .resuming import describe_run, resume_from
 from .trainer import StableDecay, VilavtTrainer
@@ -87,7 +87,7 @@ class Run:
         first = args.process_index == 0
         base = checkpoint_folder(config.model.path)
         self.processor = VilavtProcessor.from_pretrained(base)
-        dataset = make_dataset(config, base)
+        dataset = make_dataset(config, base, self.processor.tokenizer)
         self.out.mkdir(parents=True, exist_ok=True)
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
         order = _order(config, self.lengths)
@@ -229,51 +229,6 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         return json.loads(parallel.settings.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
-
-
-def checkpoint_folder(model: str) -> Path:
-    """The folder of a checkpoint, for what no loader of transformers reads; a hub id is fetched, or found in the cache.
-
-    Raises:
-        TrainingError: there is no such folder, and nothing to be had under that id.
-    """
-    if os.path.isdir(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, ignore_patterns=["*.pt", "*.pth"]))  # states of an optimiser
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{model}: no such folder, and no checkpoint under that hub id: {error}") from None
-
-
-def make_renderer(model: str | Path, settings: RenderSettings, preset: str | None = None) -> Renderer:
-    """What turns records into the token streams of a checkpoint."""
-    folder = checkpoint_folder(str(model))
-    processor = VilavtProcessor.from_pretrained(folder)
-    prompts = processor.prompts or PromptSet.load("default")
-    return Renderer(processor.tokenizer, prompts, settings, preset_of(folder, preset))
-
-
-def make_dataset(config: SftConfig, base: Path | None = None) -> SftDataset:
-    """The data set of a run.
-
-    Args:
-        config: of the run.
-        base: `checkpoint_folder` of its model, if it is known already.
-
-    Raises:
-        DataError: a data set is not there.
-    """
-    data = config.data
-    settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
-    return SftDataset(
-        find_sources(data),
-        make_renderer(base or config.model.path, settings, data.preset),
-        max_length=data.max_length,
-        over_long=data.over_long,
-        seed=config.seed,
-    )
 
 
 def _order(config: SftConfig, lengths: Lengths) -> Order:

@@ -9,27 +9,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..checkpoint import write_provenance
-from ..checkpoint.writing import replace_folder
-from ..data.example import IGNORE, Dropped
-from ..errors import TrainingError
+from vilavt_core.architecture import PARTS, Part, part_of
+from vilavt_core.checkpoint import write_provenance
+from vilavt_core.checkpoint.writing import replace_folder
+from vilavt_core.data.example import IGNORE, Dropped
+from vilavt_core.data.order import Order, RankShare
+from vilavt_core.errors import TrainingError
+from vilavt_core.sft_config import LossMean
+
 from .collator import BatchCounts
-from .order import Order, RankShare
-from .parts import PARTS, Part, part_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 """Start of the names of checkpoint folders; the number of finished steps follows."""
-
-LossMean = Literal["tokens", "micro_batch"]
 
 
 @dataclass(frozen=True)

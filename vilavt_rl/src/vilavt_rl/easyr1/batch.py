@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vilavt_hf.episode import Episode, Request
+from vilavt_core.episode import Episode, Request
 from vilavt_hf.train.collator import mrope_positions
 
 from ..data import Row

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
-from vilavt_hf.doctor import Check, Status, guarded
+from vilavt_core.doctor import Check, Status, guarded
 
 from ..cpu_vllm import needs_metadata, version_of
 from ..errors import HostError
@@ -289,7 +289,7 @@ def _text(bound: tuple[int, int]) -> str:
 
 
 def checks() -> Iterator[Check]:
-    """Whether the installed set goes together, see `vilavt_hf.doctor`."""
+    """Whether the installed set goes together, see `vilavt_core.doctor`."""
     prepare()
     remedy = install_command()
     yield guarded("EasyR1 vLLM", _vllm, "vilavt-rl cpu-vllm-metadata" if needs_metadata() else remedy)

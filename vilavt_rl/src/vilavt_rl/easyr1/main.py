@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from vilavt_hf.errors import VilavtError
+    from vilavt_core.errors import VilavtError
 
     try:
         main()

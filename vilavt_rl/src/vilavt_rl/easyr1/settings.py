@@ -26,7 +26,7 @@ class Settings:
     preset: str | None = None
     """None: what the checkpoint asks for."""
     limits: dict[str, Any] = field(default_factory=dict)
-    """Fields of `vilavt_hf.presets.Limits`."""
+    """Fields of `vilavt_core.presets.Limits`."""
     queries: Queries = "inquiries"
     """What vLLM's model is handed: ``inquiries``, the episode's own (vilavt-vllm, vLLM 0.20 to 0.22); ``tensors``,
     query ids, masks and a mapping beside the images (the published plug-in, vLLM 0.12 and older)."""

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
-from vilavt_hf.episode import Episode, Request
+from vilavt_core.episode import Episode, Request
 
 from ..data import Row
 from ..errors import HostError, RolloutError
@@ -36,7 +36,7 @@ class VilavtAgentLoop(AgentLoopBase):
 
     Args:
         preset: how episodes run; None: what the checkpoint asks for.
-        limits: fields of `vilavt_hf.presets.Limits`; a row's ``max_turns`` wins, its ``max_pixels`` can only lower.
+        limits: fields of `vilavt_core.presets.Limits`; a row's ``max_turns`` wins, its ``max_pixels`` can only lower.
         reward: fields of `vilavt_rl.rewards.RewardSettings`; None leaves the reward to verl's reward workers.
         trace_every: write the rollouts of every so many steps for `vilavt-rl replay`; 0: of none.
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BatchFeature
 
+from vilavt_core.settings import SETTINGS
 from vilavt_hf import VilavtProcessor
-from vilavt_hf.settings import SETTINGS
 from vilavt_hf.train.collator import mrope_positions
 
 

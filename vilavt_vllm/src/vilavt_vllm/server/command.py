@@ -12,7 +12,7 @@ from .. import CHAT_TEMPLATE
 from ..errors import UnsupportedError
 
 OURS = {
-    "preset": "how episodes run (vilavt_hf.presets); default: what the checkpoint asks for",
+    "preset": "how episodes run (vilavt_core.presets); default: what the checkpoint asks for",
     "prompts": "prompt set, a name or a folder; default: the checkpoint's own",
     "seed": "of requests that sample and bring none",
     "max_turns": "assistant turns of a question",

@@ -20,10 +20,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from vilavt_hf.errors import VilavtError
-from vilavt_hf.images import ImageLimits
-from vilavt_hf.presets import Limits
-from vilavt_hf.results import ChatResult, Event, Finished, Sample
+from vilavt_core.errors import VilavtError
+from vilavt_core.images import ImageLimits
+from vilavt_core.presets import Limits
+from vilavt_core.results import ChatResult, Event, Finished, Sample
 
 from .. import compat
 from ..episodes import EpisodeRun, Settings

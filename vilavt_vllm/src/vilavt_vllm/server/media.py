@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from vllm.multimodal.media import MediaConnector, MediaIO
 
-from vilavt_hf.errors import ImageError
-from vilavt_hf.images import ImageLimits, load_image
-from vilavt_hf.protocol import Rules
+from vilavt_core.errors import ImageError
+from vilavt_core.images import ImageLimits, load_image
+from vilavt_core.protocol import Rules
 
 from ..errors import RequestError
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vilavt_hf.presets import Limits, Sampling
-from vilavt_hf.protocol import FinishReason, ToolCall
-from vilavt_hf.results import (
+from vilavt_core.conversation import Turn
+from vilavt_core.presets import Limits, Sampling
+from vilavt_core.protocol import FinishReason, ToolCall
+from vilavt_core.results import (
     ChatResult,
     CropsEvent,
     Event,
@@ -25,7 +26,6 @@ from vilavt_hf.results import (
     TextDelta,
     ToolCallEvent,
 )
-from vilavt_hf.stream import Turn
 
 from ..errors import LimitError, RequestError
 

@@ -21,11 +21,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from vilavt_core.episode import Inquiry, Request
+from vilavt_core.presets import Sampling
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.engine import Engine, Row, Sampler
-from vilavt_hf.episode import Inquiry, Request
 from vilavt_hf.modeling_vilavt import FLAT_KEYS
-from vilavt_hf.presets import Sampling
 
 from ...errors import RolloutError
 from .names import ROLLOUT
@@ -211,7 +211,7 @@ class VilavtServer:
         self.global_steps = global_steps
 
     async def work(self) -> dict[str, float]:
-        """What the rows that wait have cost, see `vilavt_hf.engine.Work`: both ratios are 1.00."""
+        """What the rows that wait have cost, see `vilavt_core.results.Work`: both ratios are 1.00."""
         rows = list(self.waiting)
         total = sum((row.work for row in rows[1:]), rows[0].work) if rows else None
         return {} if total is None else {"patches_ratio": total.patches_ratio, "tokens_ratio": total.tokens_ratio}

@@ -1,0 +1,151 @@
+"""Backends by name: a local model, and a server spoken to through the ordinary OpenAI client."""
+
+import base64
+import io
+import threading
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vilavt_core.backends import BackendOptions, backends, open_backend
+from vilavt_core.client import ServerClient
+from vilavt_core.errors import EngineError
+from vilavt_core.presets import Limits
+from vilavt_core.results import Provenance, Sample
+from vilavt_hf.chat import VilavtChat
+
+TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")
+PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "scene-1.png"
+
+
+def answers(backend, samples):
+    return dict(backend.iter_many(samples))
+
+
+def test_the_backends_of_this_package_are_entry_points():
+    assert {"hf", "server"} <= set(backends())
+    assert backends()["hf"].dist.name == "vilavt-hf"
+
+
+def test_a_local_backend_is_a_chat_with_the_changes_asked_for():
+    options = BackendOptions(
+        limits={"max_turns": 2}, sampling={"temperature": 0.5}, seed=3, concurrency=4, dtype="float32"
+    )
+    chat, plain = open_backend(TINY, "hf", options), VilavtChat.from_pretrained(TINY)
+    assert isinstance(chat, VilavtChat)
+    assert chat.limits == replace(plain.limits, max_turns=2)
+    assert chat.sampling == replace(plain.sampling, temperature=0.5)
+    assert (chat.seed, chat.max_batch_size) == (3, 4)
+    result = answers(chat, [Sample([PICTURE], "Which digit is on the blue card?", id="a")])[0]
+    assert result.provenance == chat.provenance(Sample([], "", id="a").seed_from(3))
+
+
+@pytest.mark.parametrize(
+    "model, name, options, words",
+    [
+        (TINY, "nope", {}, "no backend 'nope' is installed"),
+        ("http://127.0.0.1:1/v1", "hf", {}, "does not fit"),
+        (TINY, "server", {}, "does not fit"),
+        ("http://127.0.0.1:1/v1", None, {}, "no vilavt-serve of this version answers"),
+        ("http://127.0.0.1:1/v1", None, {"dtype": "float16"}, "cannot heed dtype='float16'"),
+        ("http://127.0.0.1:1/v1", None, {"limits": {"min_pixels": 9}}, "restart the server"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_with_the_remedy(model, name, options, words):
+    with pytest.raises(EngineError, match=words):
+        open_backend(model, name, BackendOptions(**options))
+
+
+def test_unknown_limits_and_sampling_are_refused_by_name():
+    with pytest.raises(EngineError, match="unknown limits max_turn;"):
+        BackendOptions(limits={"max_turn": 2})
+    with pytest.raises(EngineError, match="unknown sampling heat;"):
+        BackendOptions(sampling={"heat": 2})
+
+
+def test_a_missing_vllm_backend_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [])
+    with pytest.raises(EngineError, match="pip install vilavt-vllm"):
+        open_backend(TINY, "vllm")
+
+
+def test_a_provenance_survives_json():
+    chat = open_backend(TINY, options=BackendOptions(limits={"max_context": None}))
+    provenance = chat.provenance(5)
+    assert Provenance.from_json(provenance.to_json()) == provenance
+
+
+def test_a_server_gets_pictures_question_limits_sampling_and_seed(stub_server):
+    options = BackendOptions(limits={"max_turns": 3}, sampling={"temperature": 0.7}, seed=9)
+    client = open_backend(stub_server.url, options=options)
+    picture = Image.new("RGB", (40, 30), "red")
+    sample = Sample([PICTURE, picture, PICTURE.read_bytes()], "What?", id="a", limits=Limits(max_turns=1))
+    result = answers(client, [sample])[0]
+    (request,) = stub_server.requests
+    parts = request["messages"][0]["content"]
+    data = [base64.b64decode(part["image_url"]["url"].split(",")[1]) for part in parts[:3]]
+    assert data[0] == data[2] == PICTURE.read_bytes()
+    assert Image.open(io.BytesIO(data[1])).size == (40, 30)
+    assert parts[3] == {"type": "text", "text": "What?"}
+    assert request["vilavt"] == {"max_turns": 1}
+    assert request["temperature"] == 0.7
+    assert request["seed"] == sample.seed_from(9) == result.provenance.seed
+    assert result.answer == "A"
+    assert result.finish == "answer"
+    told = result.to_json()
+    assert told["events"][0]["query"] == "digit"
+    assert told["thoughts"] == "I looked."
+    assert told["provenance"]["checkpoint"] == f"{stub_server.url} stub"
+    assert told["provenance"]["fingerprint"] == "f" * 64
+
+
+def test_the_provenance_of_a_server_is_known_before_it_is_asked(stub_server):
+    client = ServerClient(stub_server.url, BackendOptions(limits={"max_turns": 3}, sampling={"top_p": 0.5}))
+    provenance = client.provenance(7)
+    assert (provenance.limits.max_turns, provenance.sampling.top_p, provenance.seed) == (3, 0.5, 7)
+    assert provenance.fingerprint == "f" * 64
+
+
+def test_a_server_that_runs_another_preset_is_refused(stub_server):
+    with pytest.raises(EngineError, match="runs the preset 'default', 'rl' was asked for"):
+        ServerClient(stub_server.url, BackendOptions(preset="rl"))
+
+
+def test_a_request_that_fails_stops_no_other_and_no_answer_is_none(stub_server):
+    stub_server.answer = lambda request: {"b": 400, "c": None}.get(request["messages"][0]["content"][-1]["text"], "7")
+    samples = [Sample([], name, id=name) for name in "abcd"]
+    found = answers(ServerClient(stub_server.url), [*samples, Sample(["missing.png"], "e", id="e")])
+    assert [found[place].answer for place in range(5)] == ["7", None, None, "7", None]
+    assert [found[place].finish for place in range(5)] == ["answer", "error", "turn_limit", "answer", "error"]
+    assert "sample b" in str(found[1].error)
+    assert "told to fail" in str(found[1].error)
+    assert "missing.png" in str(found[4].error)
+
+
+def test_questions_are_asked_side_by_side_and_drawn_when_their_turn_comes(stub_server):
+    drawn, together = [], threading.Barrier(3)
+    stub_server.answer = lambda request: str(together.wait(10) >= 0)
+
+    def samples():
+        for i in range(6):
+            drawn.append(i)
+            yield Sample([], str(i), id=str(i))
+
+    client = ServerClient(stub_server.url, BackendOptions(concurrency=3))
+    results = client.iter_many(samples())
+    next(results)
+    assert len(drawn) == 3
+    assert {place for place, _ in results} <= set(range(6))
+    assert len(drawn) == 6
+
+
+def test_the_key_comes_from_the_environment_or_the_options_and_never_from_openai(stub_server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "for-the-judge")
+    answers(ServerClient(stub_server.url), [Sample([], "a")])
+    monkeypatch.setenv("VILAVT_API_KEY", "ours")
+    answers(ServerClient(stub_server.url), [Sample([], "a")])
+    answers(ServerClient(stub_server.url, BackendOptions(engine={"api_key": "given"})), [Sample([], "a")])
+    assert stub_server.keys == ["Bearer none", "Bearer ours", "Bearer given"]

@@ -1,0 +1,108 @@
+"""`vilavt doctor`: what is wrong is named with its remedy, and one broken part does not hide the others."""
+
+import json
+import shutil
+from importlib import metadata
+
+import pytest
+from typer.testing import CliRunner
+
+from vilavt_core import doctor
+from vilavt_core.cli import app
+from vilavt_core.doctor import Check, Status
+from vilavt_hf.doctor import checks as hf_checks
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Stands for the entry points of installed packages: `hosts({name: checks})`."""
+
+    class Entry:
+        def __init__(self, name, checks):
+            self.name, self.checks = name, checks
+
+        def load(self):
+            if isinstance(self.checks, Exception):
+                raise self.checks
+            return self.checks
+
+    def installed(checks):
+        entries = [Entry(*item) for item in checks.items()]
+        checkpoint_entries = [Entry("vilavt-hf", hf_checks)]
+        groups = {doctor.GROUP: entries, doctor.CHECKPOINT_GROUP: checkpoint_entries}
+        monkeypatch.setattr(metadata, "entry_points", lambda group: groups.get(group, []))
+
+    installed({})
+    return installed
+
+
+def by_name(checks):
+    return {check.name: check for check in checks}
+
+
+def test_a_sound_installation_and_checkpoint_pass(hosts, tiny_checkpoint):
+    result = runner.invoke(app, ["doctor", "--model", str(tiny_checkpoint), "--load", "--json"])
+    found = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == 0, result.output
+    assert set(found) == {"packages", "transformers", "device", "Auto classes", "checkpoint", "processor", "weights"}
+    assert metadata.version("transformers") in found["transformers"]["detail"]
+    assert "answer a question" in found["weights"]["detail"]
+
+
+def test_a_damaged_checkpoint_is_named_with_a_remedy_and_exit_code_1(hosts, tiny_checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, broken)
+    shutil.rmtree(broken / "query_tokenizer")
+    result = runner.invoke(app, ["doctor", "--model", str(broken)])
+    assert result.exit_code == 1
+    assert "query_tokenizer" in result.output
+    assert "Auto classes" in result.output
+    found = by_name(doctor.examine(broken))
+    assert found["checkpoint"].status is Status.FAILED
+    assert found["checkpoint"].remedy
+    assert found["Auto classes"].status is Status.OK
+
+
+def test_hosts_add_their_checks_and_a_broken_one_hides_nobody(hosts, tmp_path):
+    asked = []
+
+    def checks(checkpoint, load):
+        asked.append((checkpoint, load))
+        yield Check("theirs", Status.NOTE, "slow")
+        raise OSError("no driver")
+
+    hosts({"host": checks, "other": ImportError("no module named other")})
+    found = by_name(doctor.examine())
+    assert asked == [(None, False)]
+    assert found["theirs"].status is Status.NOTE
+    assert (found["host"].status, found["host"].detail) == (Status.FAILED, "OSError: no driver")
+    assert "no module named other" in found["other"].detail
+
+
+@pytest.mark.parametrize(
+    "version, status", [("0.31.9", "failed"), ("0.32.0", "ok"), ("0.33.1", "ok"), ("0.34", "failed")]
+)
+def test_versions_are_compared_by_number(version, status):
+    check = doctor.in_range("vllm", version, (0, 32), (0, 34), "vllm>=0.32,<0.34")
+    assert check.status == status
+    assert bool(check.remedy) == (status == "failed")
+
+
+def test_packages_of_different_releases_are_refused(hosts, monkeypatch):
+    versions = {"vilavt-hf": "0.1.0", "vilavt-vllm": "0.2.0"}
+
+    def version(package):
+        if package in doctor.PACKAGES and package not in versions:
+            raise metadata.PackageNotFoundError
+        return versions.get(package, "5.0.0")
+
+    monkeypatch.setattr(metadata, "version", version)
+    check = next(iter(doctor.examine()))
+    assert check.status is Status.FAILED
+    assert "vilavt-vllm 0.2.0" in check.detail
+
+
+def test_load_needs_a_model():
+    assert runner.invoke(app, ["doctor", "--load"]).exit_code == 2

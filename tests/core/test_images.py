@@ -1,0 +1,324 @@
+import base64
+import contextlib
+import http.server
+import io
+import os
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vilavt_core.errors import ImageError
+from vilavt_core.images import ImageLimits, UrlPolicy, load_image, to_rgb
+
+RED = (255, 0, 0)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def upright() -> Image.Image:
+    """40 x 20, left half red, right half blue."""
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste("red", (0, 0, 20, 20))
+    return image
+
+
+def test_a_picture_loads_alike_from_path_bytes_data_url_and_pil(tmp_path, upright):
+    data = encoded(upright)
+    (tmp_path / "a.png").write_bytes(data)
+    sources = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        data,
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+        upright,
+    ]
+    for source in sources:
+        image = load_image(source)
+        assert image.mode == "RGB"
+        assert image.tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_common_formats_are_read(kind, upright):
+    image = load_image(encoded(upright, kind))
+    assert image.size == (40, 20)
+    assert np.abs(np.asarray(image).astype(int)[10, 5] - RED).max() < 30
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(orientation, upright):
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, exif=exif)
+    assert load_image(data).tobytes() == upright.tobytes()
+    assert load_image(data, rules="published").tobytes() == stored.tobytes()
+
+
+def test_an_exif_orientation_of_a_palette_picture_is_applied(upright):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = upright.transpose(Image.Transpose.ROTATE_90).convert("P")
+    assert load_image(encoded(stored, exif=exif)).size == (40, 20)
+
+
+def test_unreadable_exif_data_is_ignored(upright):
+    assert load_image(encoded(upright, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")).size == (40, 20)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_transparent_becomes_white(mode):
+    image = Image.new("RGBA", (30, 30), (0, 0, 0, 0)).convert(mode)
+    assert load_image(image).getpixel((15, 15)) == (255, 255, 255)
+
+
+def test_half_transparent_black_becomes_grey():
+    assert load_image(encoded(Image.new("RGBA", (30, 30), (0, 0, 0, 128)))).getpixel((15, 15)) == (127, 127, 127)
+
+
+def test_a_transparent_palette_entry_becomes_white():
+    image = Image.new("P", (30, 30), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(1, (0, 0, 15, 30))
+    loaded = load_image(encoded(image, transparency=0))
+    assert loaded.getpixel((20, 15)) == (255, 255, 255)
+    assert loaded.getpixel((5, 15)) == RED
+
+
+def test_a_transparent_colour_of_a_true_colour_picture_becomes_white():
+    assert load_image(encoded(Image.new("RGB", (30, 30), (1, 2, 3)), transparency=(1, 2, 3))).getpixel((3, 3)) == (
+        255,
+        255,
+        255,
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_other_modes_become_rgb(mode):
+    grey = Image.new("L", (30, 30), 255)
+    image = grey.convert("RGB").convert(mode) if mode != "LAB" else Image.new("LAB", (30, 30), (255, 128, 128))
+    assert load_image(image).mode == "RGB"
+    if mode != "LAB":
+        assert min(load_image(image).getpixel((9, 9))) >= 254
+
+
+def test_a_cmyk_jpeg_keeps_its_colours():
+    image = Image.new("RGB", (30, 30), RED).convert("CMYK")
+    red, green, blue = load_image(encoded(image, "JPEG")).getpixel((15, 15))
+    assert red > 240
+    assert max(green, blue) < 20
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_to_eight(kind):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, 0)
+    loaded = np.asarray(load_image(encoded(Image.fromarray(ramp), kind)))
+    assert (loaded[0, :, 0] == np.arange(256)).all()
+
+
+def test_thirty_two_bit_and_float_pictures_are_scaled():
+    assert load_image(Image.fromarray(np.full((30, 30), 65535, np.int32))).getpixel((0, 0)) == (255,) * 3
+    assert to_rgb(Image.fromarray(np.array([[0, 1_000_000]], np.int32))).getpixel((1, 0)) == (255,) * 3
+    assert to_rgb(Image.fromarray(np.array([[0.5, 1.0]], np.float32))).getpixel((0, 0)) == (128,) * 3
+    assert to_rgb(Image.fromarray(np.array([[100.0, np.nan, 300.0]], np.float32))).tobytes() == bytes(
+        [100] * 3 + [0] * 3 + [255] * 3
+    )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    frames = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue", "lime")]
+    data = encoded(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    assert load_image(data).getpixel((15, 15)) == RED
+
+
+def test_the_argument_is_left_as_it_was(tmp_path, upright):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a.png").write_bytes(encoded(upright, exif=exif))
+    with Image.open(tmp_path / "a.png") as image:
+        assert load_image(image).size == (20, 40)
+        assert image.size == (40, 20)
+        assert image.getexif()[0x0112] == 6
+        assert image.getpixel((5, 5)) == RED
+
+
+def test_too_many_bytes_are_refused_before_reading(tmp_path):
+    path = tmp_path / "large.png"
+    with path.open("wb") as file:
+        file.truncate(5_000_000_000)
+    with pytest.raises(ImageError, match=r"large\.png: 5000000000 bytes, at most 67108864.*ImageLimits"):
+        load_image(path)
+    with pytest.raises(ImageError, match="100 bytes, at most 99"):
+        load_image(b"x" * 100, ImageLimits(max_bytes=99))
+
+
+def test_too_many_pixels_are_refused_before_decoding():
+    data = encoded(Image.new("1", (12_000, 12_000)))
+    damaged = data[: len(data) // 2]
+    with pytest.raises(ImageError, match=r"big\.png: 12000 x 12000 = 144000000 pixels, at most 100000000.*ImageLimits"):
+        load_image(damaged, name="big.png")
+
+
+def test_a_decompression_bomb_is_refused_with_its_numbers():
+    header = encoded(Image.new("1", (1, 1)))
+    width = (60_000).to_bytes(4, "big")
+    chunk = b"IHDR" + width + width + header[24:29]
+    bomb = header[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + header[33:]
+    with pytest.raises(ImageError, match="3600000000 pixels"):
+        load_image(bomb)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_a_file_cut_short_is_an_image_error_that_names_it(kind, tmp_path):
+    data = encoded(Image.effect_noise((200, 200), 90).convert("RGB"), kind)
+    path = tmp_path / "cut.bin"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match=r"cut\.bin"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", b"\x89PNG\r\n\x1a\n"]
+)
+def test_what_is_no_picture_is_an_image_error(data):
+    with pytest.raises(ImageError, match=f"{len(data)} bytes"):
+        load_image(data)
+
+
+def test_damaged_bytes_never_raise_anything_else():
+    pristine = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        data = bytearray(pristine)
+        for at in random.integers(2, len(data), 20):
+            data[at] = random.integers(256)
+        with contextlib.suppress(ImageError):
+            assert load_image(bytes(data)).mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(2010, 10), (10, 2010)])
+def test_too_long_a_picture_is_refused(size):
+    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} px has a side ratio of 201, at most 200"):
+        load_image(Image.new("RGB", size))
+
+
+def test_an_empty_picture_is_refused():
+    with pytest.raises(ImageError, match="0 x 5 px"):
+        load_image(Image.new("RGB", (0, 5)))
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {
+        "missing.png": "no such file",
+        "pipe": "not a regular file",
+        ".": "not a regular file",
+        "a\0b": "a",
+    }.items():
+        with pytest.raises(ImageError, match=message):
+            load_image(str(tmp_path / name))
+
+
+def test_paths_can_be_switched_off():
+    with pytest.raises(ImageError, match="paths are not allowed"):
+        load_image("/etc/hostname", allow_paths=False)
+
+
+@pytest.mark.parametrize("url", ["data:image/png,abc", "data:image/png;base64,%%%", "data:image/png;base64"])
+def test_a_bad_data_url_is_refused(url):
+    with pytest.raises(ImageError, match="data URL"):
+        load_image(url)
+
+
+def test_something_else_is_refused():
+    with pytest.raises(ImageError, match="cannot load a int"):
+        load_image(5)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/ok a picture, /big too many bytes, /to?<url> a redirect, anything else 404."""
+
+    def do_GET(self):
+        path, _, target = self.path.partition("?")
+        if path == "/to":
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+        elif path in ("/ok", "/big"):
+            body = encoded(Image.new("RGB", (40, 20), "red")) if path == "/ok" else b"x" * 5000
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+LOCAL = UrlPolicy(private_hosts=True, timeout=5)
+
+
+def test_a_url_is_loaded_only_if_allowed(server):
+    with pytest.raises(ImageError, match="allow_urls=True"):
+        load_image(f"{server}/ok")
+    assert load_image(f"{server}/ok", allow_urls=True, url_policy=LOCAL).getpixel((0, 0)) == RED
+    assert load_image(f"{server}/to?/ok", allow_urls=True, url_policy=LOCAL).getpixel((0, 0)) == RED
+
+
+def test_private_hosts_are_refused_unless_allowed(server):
+    with pytest.raises(ImageError, match=r"127\.0\.0\.1, not a public address"):
+        load_image(f"{server}/ok", allow_urls=True)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://example.org/a.png", "gopher://example.org/"])
+def test_other_schemes_are_refused(url, server):
+    with pytest.raises(ImageError, match="scheme"):
+        load_image(url, allow_urls=True)
+    with pytest.raises(ImageError, match=r"scheme|Redirection to url .* is not allowed"):
+        load_image(f"{server}/to?{url}", allow_urls=True, url_policy=LOCAL)
+
+
+def test_a_download_is_capped(server):
+    with pytest.raises(ImageError, match="at most 4000"):
+        load_image(f"{server}/big", ImageLimits(max_bytes=4000), allow_urls=True, url_policy=LOCAL)
+
+
+def test_endless_redirects_and_missing_pages_are_image_errors(server):
+    for path in ("/none", "/to?/to?/to?/to?/to?/ok", "/to?//"):
+        with pytest.raises(ImageError, match=server.removeprefix("http://")):
+            load_image(f"{server}{path}", allow_urls=True, url_policy=LOCAL)

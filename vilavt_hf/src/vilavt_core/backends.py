@@ -1,0 +1,142 @@
+"""What answers the questions of a benchmark, by name: ``hf`` (a local model), ``vllm`` (a local vLLM engine),
+``server`` (a running ``vilavt-serve``).
+
+An evaluation asks a `Backend` and needs not know which one it is. A package adds a backend through the entry point
+group ``vilavt.backends``: its name, and a function ``(model: str, options: BackendOptions) -> Backend``. So a host
+package reaches another one's engine without importing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import metadata
+from typing import Any, Protocol
+
+from .errors import EngineError
+from .images import ImageLimits
+from .presets import Limits, Preset, Sampling
+from .prompts import PromptSet
+from .results import ChatResult, Provenance, Sample
+from .settings import preset_of
+
+GROUP = "vilavt.backends"
+
+
+class Backend(Protocol):
+    """Answers questions."""
+
+    concurrency: int
+    """Conversations side by side; may be changed between calls."""
+
+    def iter_many(self, samples: Iterable[Sample]) -> Iterator[tuple[int, ChatResult]]:
+        """Ask many questions side by side, and yield (place, result) as they are answered.
+
+        Samples are drawn, and their images loaded, when their turn comes. One that fails has its exception in
+        ``ChatResult.error`` and stops no other. `VilavtChat`'s also takes an ``intervention``; the others run the
+        model as it is.
+        """
+        ...
+
+    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+        """What the results of samples with this seed and these limits (None: the backend's) will say they depend on."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a backend is set up; every default is the checkpoint's own wish, or the server's."""
+
+    preset: str | Preset | None = None
+    """How episodes run; None: what the checkpoint asks for. A server has its own: it is compared."""
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Limits` that shall differ."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Sampling` that shall differ."""
+    prompts: str | PromptSet | None = None
+    """Wording; None: the checkpoint's own, else the built-in ``default``. Not for a server."""
+    seed: int = 0
+    concurrency: int | None = None
+    """Conversations side by side; None: the backend's choice."""
+    dtype: str = "auto"
+    """Of the weights. Not for a server."""
+    device: str = "auto"
+    """Only for ``hf``."""
+    image_limits: ImageLimits = ImageLimits()  # noqa: RUF009 (frozen)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """For what computes: keyword arguments of the model's ``from_pretrained``, of `vllm.LLM`, or of `openai.OpenAI`."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("limits", Limits), ("sampling", Sampling)):
+            names = {f.name for f in fields(known)}
+            if unknown := sorted(set(getattr(self, name)) - names):
+                raise EngineError(f"unknown {name} {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+
+    def preset_for(self, model: str) -> Preset:
+        """The preset for a checkpoint: the one named here, else the one it asks for; with the limits it asks for.
+
+        Args:
+            model: folder or hub id; of anything else, as a server's URL, nothing is known here.
+
+        Raises:
+            VilavtError: unknown preset, or the checkpoint's settings file is wrong.
+        """
+        return preset_of(model, self.preset)
+
+    def change_limits(self, limits: Limits) -> Limits:
+        """With the changes asked for here."""
+        return replace(limits, **self.limits)
+
+    def change_sampling(self, sampling: Sampling) -> Sampling:
+        """With the changes asked for here."""
+        return replace(sampling, **self.sampling)
+
+    def refuse(self, backend: str, *names: str) -> None:
+        """Stop if one of these options was given to a backend that cannot heed it.
+
+        Raises:
+            EngineError: names option and backend.
+        """
+        defaults = BackendOptions()
+        for name in names:
+            if (value := getattr(self, name)) != getattr(defaults, name):
+                raise EngineError(f"the backend {backend!r} cannot heed {name}={value!r}; leave it out")
+
+
+Factory = Callable[[str, BackendOptions], Backend]
+
+
+def backends() -> dict[str, metadata.EntryPoint]:
+    """Installed backends by name."""
+    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+
+
+def is_url(model: str) -> bool:
+    """Whether a model is named by the URL of a server."""
+    return model.startswith(("http://", "https://"))
+
+
+def open_backend(model: str, name: str | None = None, options: BackendOptions = BackendOptions()) -> Backend:
+    """Load a checkpoint, or reach a server.
+
+    Args:
+        model: checkpoint folder or hub id; for ``server`` the URL of its API, e.g. ``http://127.0.0.1:8000/v1``.
+        name: of the backend. None: ``server`` for a URL, else ``hf``.
+        options: how.
+
+    Raises:
+        EngineError: no such backend, an option it cannot heed, or the server does not answer.
+        VilavtError: the checkpoint cannot be loaded.
+    """
+    name = name or ("server" if is_url(model) else "hf")
+    found = backends()
+    if name not in found:
+        hint = "; pip install vilavt-vllm brings it" if name == "vllm" else ""
+        raise EngineError(f"no backend {name!r} is installed, there are {', '.join(sorted(found))}{hint}")
+    if (name == "server") != is_url(model):
+        raise EngineError(
+            f"model {model!r} does not fit the backend {name!r}: `server` takes the URL of a running vilavt-serve, the "
+            "others a checkpoint folder or hub id"
+        )
+    factory: Factory = found[name].load()
+    return factory(model, options)

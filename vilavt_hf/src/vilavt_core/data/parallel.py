@@ -1,0 +1,54 @@
+"""One function for many samples, in several processes, in order."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+_CHUNK = 64
+"""Samples that a process is sent at once."""
+_function: Callable[[int], object] | None = None
+"""Of this worker process: sent once, not with every sample."""
+
+
+def in_processes(
+    function: Callable[[int], Value], indices: Sequence[int], *, workers: int = 0, title: str, progress: bool = False
+) -> Iterator[Value]:
+    """``function(i)`` of every index, in their order.
+
+    Args:
+        function: must be picklable where processes are not forked.
+        indices: its arguments.
+        workers: processes; 0 computes here.
+        title: of the bar.
+        progress: show a bar.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a process was ended from outside (out of memory, say).
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=len(indices), desc=title, unit="sample", disable=not progress) as bar:
+        if workers == 0:
+            for i in indices:
+                yield function(i)
+                bar.update()
+            return
+        pool = ProcessPoolExecutor(workers, initializer=_prepare, initargs=(function,))
+        try:
+            for value in pool.map(_call, indices, chunksize=_CHUNK):
+                yield value  # type: ignore[misc]
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare(function: Callable[[int], object]) -> None:
+    global _function
+    _function = function
+
+
+def _call(i: int) -> object:
+    assert _function is not None
+    return _function(i)

@@ -1,0 +1,279 @@
+"""The crop and zoom rule: shown images in, regions of their *sources* out, enlarged, with their lineage.
+
+A region is named in pixels of an image as it was shown, which is a scaled-down view of a source picture. Its crop
+is taken from the source at full resolution, so a nested zoom always reads pixels that no earlier look has blurred.
+Rule and constants: the published system's ``zoomin``, restated in `docs/protocol.md`; `tests/core/test_regions.py`
+holds its golden table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from .errors import ImageError, RegionError
+from .protocol import Region, ToolCall
+
+FACTOR = 28
+"""Side of the square of pixels that one language-model token stands for: 2 x 2 merged patches of 14."""
+MIN_PIXELS = 4 * FACTOR**2
+MAX_PIXELS = 16384 * FACTOR**2
+MAX_ASPECT = 200
+"""Longest side over shortest side beyond which an image is refused."""
+MAX_MAGNIFICATION = 2.0
+"""A crop is shown at most this many times larger than its region was on the image that showed it."""
+
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+def smart_resize(
+    height: float,
+    width: float,
+    *,
+    min_pixels: float = MIN_PIXELS,
+    max_pixels: float = MAX_PIXELS,
+    factor: int = FACTOR,
+) -> tuple[int, int]:
+    """Size at which the encoder sees an image: sides are multiples of ``factor``, the area is within the bounds,
+    the shape is kept.
+
+    The rule of ``qwen-vl-utils`` (``smart_resize``), with Python's round-half-to-even.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        min_pixels: smaller images are enlarged to at least this area.
+        max_pixels: larger images are shrunk to at most this area; may be fractional (a total divided by a count).
+        factor: the grid.
+
+    Returns:
+        ``(height, width)`` in pixels.
+
+    Raises:
+        ImageError: an empty image, a side ratio above 200, or bounds that leave no pixel.
+    """
+    if height < 1 or width < 1:
+        raise ImageError(f"an image of {width} x {height} px has no pixels")
+    if max_pixels < min_pixels:
+        raise ImageError(
+            f"max_pixels {max_pixels:.0f} is below min_pixels {min_pixels:.0f}; raise the first or lower the second"
+        )
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        ratio = max(height, width) / min(height, width)
+        raise ImageError(
+            f"an image of {width} x {height} px has a side ratio of {ratio:.0f}, at most {MAX_ASPECT} is allowed; "
+            "crop it"
+        )
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = math.floor(height / shrink / factor) * factor
+        new_width = math.floor(width / shrink / factor) * factor
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    if new_height == 0 or new_width == 0:
+        raise ImageError(
+            f"an image of {width} x {height} px has no {factor}-px row left within max_pixels {max_pixels:.0f}; "
+            "raise max_pixels"
+        )
+    return new_height, new_width
+
+
+def share_budget(max_pixels: float, count: int, split: Literal["per_image", "total"]) -> float:
+    """Pixels each of ``count`` originals may have: all of ``max_pixels``, or its equal share if the budget is a
+    total."""
+    return max_pixels / max(1, count) if split == "total" else max_pixels
+
+
+def token_count(image: Image.Image, factor: int = FACTOR) -> int:
+    """Language-model tokens of an encoder-ready image: ``(H / 28) * (W / 28)``."""
+    return (image.height // factor) * (image.width // factor)
+
+
+def fit(image: Image.Image, *, min_pixels: float = MIN_PIXELS, max_pixels: float = MAX_PIXELS) -> Image.Image:
+    """The image as the encoder gets it: RGB, resized (bicubic) to :func:`smart_resize`'s size."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    height, width = smart_resize(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One image as the encoder gets it, and where it comes from."""
+
+    image: Image.Image
+    """RGB, both sides multiples of 28."""
+    source: int
+    """Which source picture, counted from 0 in the order they were added."""
+    region: Box = WHOLE
+    """``(x1, y1, x2, y2)`` within the source, as fractions of its width and height."""
+    kind: Literal["original", "crop"] = "original"
+    parent: int | None = None
+    """Index of the shown image that the region was named on; None for an original."""
+    box: Box | None = None
+    """The region in pixels of the parent as shown; None for an original."""
+
+    @property
+    def tokens(self) -> int:
+        """Language-model tokens this image takes."""
+        return token_count(self.image)
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """A crop whose geometry is settled and whose pixels are not cut yet. Sizes are ``(width, height)`` in pixels."""
+
+    region: Region
+    source: int
+    view_region: Box
+    """Fractions of the source."""
+    source_box: tuple[int, int, int, int]
+    """Pixels of the source."""
+    zoomed_size: tuple[int, int]
+    size: tuple[int, int]
+    """As shown: multiples of 28."""
+
+    @property
+    def tokens(self) -> int:
+        """Language-model tokens the crop will take."""
+        return (self.size[0] // FACTOR) * (self.size[1] // FACTOR)
+
+
+class Gallery:
+    """All images of one conversation in the order they were shown; source pictures are kept decoded, once.
+
+    Args:
+        min_pixels: lower bound on the area of a shown image.
+    """
+
+    def __init__(self, *, min_pixels: float = MIN_PIXELS) -> None:
+        self.min_pixels = min_pixels
+        self.sources: list[Image.Image] = []
+        self.views: list[View] = []
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def add_original(self, image: Image.Image, max_pixels: float = MAX_PIXELS) -> View:
+        """Show a whole source picture, at most ``max_pixels`` large.
+
+        Raises:
+            ImageError: the picture's shape is refused; nothing is added.
+        """
+        view = View(fit(image, min_pixels=self.min_pixels, max_pixels=max_pixels), source=len(self.sources))
+        self.sources.append(image)
+        self.views.append(view)
+        return view
+
+    def crop(self, call: ToolCall, max_pixels: float = MAX_PIXELS) -> list[View]:
+        """Show the regions of a call: all of them, or none if one of them is refused.
+
+        Raises:
+            RegionError: names the first region that is refused and why.
+        """
+        return self.add_crops(self.plan(call.regions, max_pixels))
+
+    def plan(self, regions: Iterable[Region], max_pixels: float = MAX_PIXELS) -> list[CropPlan]:
+        """Check regions and work out their crops' sizes without touching a pixel; regions name images shown before
+        the call.
+
+        Raises:
+            RegionError: as :meth:`crop`.
+        """
+        return [self._plan(i, region, max_pixels) for i, region in enumerate(regions)]
+
+    def add_crops(self, plans: Sequence[CropPlan]) -> list[View]:
+        """Cut and show planned crops, in order."""
+        views = [self._cut(plan) for plan in plans]
+        self.views.extend(views)
+        return views
+
+    def fork(self) -> Gallery:
+        """A gallery that starts with the same images and then grows on its own; pixels are shared."""
+        twin = Gallery(min_pixels=self.min_pixels)
+        twin.sources, twin.views = list(self.sources), list(self.views)
+        return twin
+
+    def lineage(self, index: int) -> tuple[int, ...]:
+        """Indices from a shown image up through its parents to its original."""
+        chain = [index]
+        while (parent := self.views[chain[-1]].parent) is not None:
+            chain.append(parent)
+        return tuple(chain)
+
+    def source_box(self, index: int) -> tuple[int, int, int, int]:
+        """Where a shown image lies on its source picture, ``(x1, y1, x2, y2)`` in source pixels, truncated as the
+        crop is."""
+        view = self.views[index]
+        width, height = self.sources[view.source].size
+        x1, y1, x2, y2 = view.region
+        return int(x1 * width), int(y1 * height), int(x2 * width), int(y2 * height)
+
+    def _plan(self, i: int, region: Region, max_pixels: float) -> CropPlan:
+        if not 0 <= region.index < len(self.views):
+            known = f"images 0 to {len(self.views) - 1} were shown" if self.views else "no image was shown"
+            raise RegionError(f"region {i} names image {region.index}, but {known}", i)
+        parent = self.views[region.index]
+        width, height = parent.image.size
+        x1, y1, x2, y2 = region.box
+        shown = f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+        for axis, low, high, size in (("x", x1, x2, width), ("y", y1, y2, height)):
+            if not low < high:
+                raise RegionError(f"region {i}: box {shown} needs {axis}1 < {axis}2, it has {low:g} and {high:g}", i)
+            if low < 0 or high > size:
+                raise RegionError(
+                    f"region {i}: box {shown} leaves image {region.index}, which is {width} x {height} px; keep "
+                    f"{axis} within 0 and {size}",
+                    i,
+                )
+        ox1, oy1, ox2, oy2 = parent.region
+        nx1, nx2 = (ox1 + x / width * (ox2 - ox1) for x in (x1, x2))
+        ny1, ny2 = (oy1 + y / height * (oy2 - oy1) for y in (y1, y2))
+        source = self.sources[parent.source]
+        left, top, right, bottom = (
+            int(nx1 * source.width),
+            int(ny1 * source.height),
+            int(nx2 * source.width),
+            int(ny2 * source.height),
+        )
+        crop_width, crop_height = right - left, bottom - top
+        if crop_width < 1 or crop_height < 1:
+            raise RegionError(
+                f"region {i}: box {shown} covers {crop_width} x {crop_height} px of its picture, less than one "
+                "pixel; name a larger box",
+                i,
+            )
+        magnification = width / ((ox2 - ox1) * source.width)
+        scale = min(MAX_MAGNIFICATION * magnification, 1 / max(nx2 - nx1, 1e-6), 1 / max(ny2 - ny1, 1e-6))
+        new_width, new_height = int(crop_width * scale), int(crop_height * scale)
+        try:
+            if new_width < 1 or new_height < 1:
+                raise ImageError(f"it would be shown at {new_width} x {new_height} px")
+            final_height, final_width = smart_resize(
+                new_height, new_width, min_pixels=self.min_pixels, max_pixels=max_pixels
+            )
+        except ImageError as error:
+            raise RegionError(f"region {i}: box {shown} cannot be shown: {error}", i) from None
+        return CropPlan(
+            region,
+            parent.source,
+            (nx1, ny1, nx2, ny2),
+            (left, top, right, bottom),
+            (new_width, new_height),
+            (final_width, final_height),
+        )
+
+    def _cut(self, plan: CropPlan) -> View:
+        """Two steps as published: LANCZOS to the zoomed size, then bicubic to the encoder's grid."""
+        zoomed = self.sources[plan.source].crop(plan.source_box).resize(plan.zoomed_size, Image.Resampling.LANCZOS)
+        zoomed = zoomed if zoomed.mode == "RGB" else zoomed.convert("RGB")
+        image = zoomed if zoomed.size == plan.size else zoomed.resize(plan.size, Image.Resampling.BICUBIC)
+        return View(image, plan.source, plan.view_region, "crop", plan.region.index, plan.region.box)

@@ -1,0 +1,279 @@
+"""What goes into a conversation and what comes out of it: samples, interventions, events, results."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .episode import Inquiry, Record, Result, Turn
+from .presets import Limits, Sampling
+from .protocol import Answer, ToolCall
+from .regions import View
+
+ImageSource = str | Path | bytes | Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question about some images."""
+
+    images: Sequence[ImageSource]
+    question: str
+    id: str | None = None
+    """Named in errors and results; also varies the seed."""
+    seed: int | None = None
+    """Drives this sample's sampling alone; None: made from the chat's seed and `id`."""
+    limits: Limits | None = None
+    """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
+    data: Any = None
+    """Anything; not read here, handed to the hooks of an `Intervention`."""
+
+    def seed_from(self, base: int) -> int:
+        """This sample's seed: its own, else made from a `base` seed and its id."""
+        if self.seed is not None:
+            return self.seed
+        if self.id is None:
+            return base
+        return int.from_bytes(hashlib.sha256(f"{base}:{self.id}".encode()).digest()[:6], "big")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Changes to what really happens, behind the back of the text: for ablations. Every hook is optional.
+
+    No zoom is not a hook: give the sample ``Limits(max_turns=1)``, and the prompt set says so in its own words.
+    """
+
+    transform_call: Callable[[Sample, ToolCall, Sequence[View]], ToolCall] | None = None
+    """Before cropping; the views are the images shown so far. Only the regions of the returned call matter; the stream
+    keeps the call the model wrote. (Random box.)
+    """
+    transform_inquiry: Callable[[Sample, Inquiry], Sequence[Inquiry]] | None = None
+    """Before encoding; the images must stay, in order, the query and the grouping may change. (No query, swapped
+    query, no joint.)
+    """
+    forced_turns: Callable[[Sample, int], str | Sequence[int] | None] | None = None
+    """Assistant turn number i (from 0) as text or token ids, instead of sampling it; None: sample it. (Teacher
+    boxes.)
+    """
+    reencode: bool = True
+    """False: a crop is not encoded. Its features are those of its original, as it was encoded at the start, where the
+    crop lies on it, interpolated to the crop's size: no new detail, no query, no joint encoding. Conversation and
+    number of tokens stay as they are.
+    """
+
+
+@dataclass
+class Work:
+    """What a row has cost so far; the ratios are 1.00 if nothing was done twice."""
+
+    patches_encoded: int = 0
+    """14 x 14 patches that went through the vision encoder."""
+    distinct_patches: int = 0
+    """Patches of the row's images, each counted once."""
+    tokens_prefilled: int = 0
+    """Tokens of prompts, images, tool responses and forced turns that went through the language model."""
+    tokens_decoded: int = 0
+    """Sampled tokens that were fed back one by one."""
+    distinct_tokens: int = 0
+    """Tokens of the stream whose keys and values are cached."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+
+    @property
+    def patches_ratio(self) -> float:
+        """Patches encoded per distinct patch."""
+        return self.patches_encoded / self.distinct_patches if self.distinct_patches else 1.0
+
+    @property
+    def tokens_ratio(self) -> float:
+        """Tokens sent through the language model per distinct token."""
+        return (self.tokens_prefilled + self.tokens_decoded) / self.distinct_tokens if self.distinct_tokens else 1.0
+
+
+@dataclass
+class Timings:
+    """Seconds an engine has spent, by its clock."""
+
+    encode: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a result depends on besides the images and the question."""
+
+    preset: str
+    limits: Limits
+    sampling: Sampling
+    seed: int
+    prompts: str
+    prompts_sha256: str
+    checkpoint: str | None
+    """Folder or hub id the model came from; None: a model made in this process."""
+    fingerprint: str | None
+    """`vilavt_core.checkpoint.fingerprint` of the folder, or the hub commit."""
+    dtype: str
+    device: str
+    attention: str
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(replace(self, versions={})) | {"versions": dict(self.versions)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            TypeError, KeyError: other fields than this version's.
+        """
+        nested = {"limits": Limits(**data["limits"]), "sampling": Sampling(**data["sampling"])}
+        return cls(**{**data, **nested})
+
+
+@dataclass(frozen=True, eq=False)
+class ChatResult:
+    """What came of one question."""
+
+    question: str
+    sample_id: str | None
+    episode: Result | None
+    """How the conversation ended, with all turns, images and inquiries; None if it failed."""
+    record: Record | None
+    """The token stream up to the end or the failure."""
+    provenance: Provenance
+    work: Work
+    """Cost of the whole conversation so far; both ratios are 1.00."""
+    seconds: float
+    """Wall time from the first request to the end; in a batch it includes the others' share of the machine."""
+    error: Exception | None = None
+    fallback: Result | None = None
+    """The forced-answer conversation of presets that have one."""
+
+    @property
+    def answer(self) -> str | None:
+        """The answer, or None."""
+        for result in (self.episode, self.fallback):
+            if result is not None and result.answer is not None:
+                return result.answer
+        return None
+
+    @property
+    def finish(self) -> str:
+        """A `FinishReason`, or ``error``."""
+        return "error" if self.episode is None else str(self.episode.finish)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Assistant turns; none if the conversation failed."""
+        return () if self.episode is None else self.episode.turns
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """All images as shown, in conversation order."""
+        return () if self.episode is None else self.episode.views
+
+    def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
+        """Plain JSON data; with `include_images` every shown image as a PNG data URL."""
+        out: dict[str, Any] = {
+            "sample_id": self.sample_id,
+            "question": self.question,
+            "answer": self.answer,
+            "finish": self.finish,
+            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+        }
+        if self.episode is not None:
+            out |= {k: v for k, v in self.episode.to_json(include_images=include_images).items() if k not in out}
+        if self.fallback is not None:
+            out["fallback"] = self.fallback.to_json()
+        ratios = {"patches_ratio": self.work.patches_ratio, "tokens_ratio": self.work.tokens_ratio}
+        out["work"] = asdict(self.work) | ratios
+        out["seconds"] = self.seconds
+        out["provenance"] = self.provenance.to_json()
+        return out
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the assistant's text, cut between characters, never inside one."""
+
+    turn: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallEvent:
+    """The turn asks for a zoom."""
+
+    turn: int
+    call: ToolCall
+
+
+@dataclass(frozen=True, eq=False)
+class CropsEvent:
+    """The zoom was carried out: these images are shown next."""
+
+    turn: int
+    views: tuple[View, ...]
+    image_indices: tuple[int, ...]
+    query: str
+
+
+@dataclass(frozen=True)
+class RefusedEvent:
+    """The turn could not be carried out."""
+
+    turn: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class AnswerEvent:
+    """The turn answers."""
+
+    turn: int
+    answer: str
+    thought: str
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """Always the last event."""
+
+    result: ChatResult
+
+
+Event = TextDelta | ToolCallEvent | CropsEvent | RefusedEvent | AnswerEvent | Finished
+
+
+def turn_events(turn: Turn) -> Iterator[Event]:
+    """What a finished turn means: a zoom and its crops, an answer, a refusal."""
+    if isinstance(turn.action, ToolCall):
+        yield ToolCallEvent(turn.index, turn.action)
+        if turn.views:
+            yield CropsEvent(turn.index, turn.views, turn.image_indices, turn.action.query)
+    elif isinstance(turn.action, Answer):
+        yield AnswerEvent(turn.index, turn.action.text, turn.action.thought)
+    if turn.problem is not None:
+        yield RefusedEvent(turn.index, turn.problem)
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of the packages that decide a result, and of the `more` distributions that are installed."""
+    found = {}
+    for package in ("vilavt-hf", "torch", "transformers", "pillow", *more):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,275 @@
+"""The one schema of a training run: what ``vilavt sft CONFIG.yaml`` reads. Unknown keys are refused."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .architecture import Part
+from .data.dataset import OverLong
+from .data.registry import DataSource, Registry
+from .data.rendering import QWEN_SYSTEM, Labels
+from .data.schema import problems
+from .errors import TrainingError
+from .protocol import Rules
+from .regions import MIN_PIXELS
+
+LossMean = Literal["tokens", "micro_batch"]
+Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
+
+RECIPES = Path(__file__).parent / "recipes"
+"""Those that come with the package."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """What is trained."""
+
+    path: str = Field(description="checkpoint folder or hub id; `vilavt init` makes one from a Qwen2.5-VL")
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = Field(
+        default="auto",
+        description="of language model and tower; auto: SDPA, and torch's variable-length kernel for packs on CUDA",
+    )
+    frozen: tuple[Part, ...] = Field(
+        default=("text_encoder",),
+        description="parts without gradient, out of vision_tower, merger, text_encoder, text_proj, language_model, "
+        "lm_head; the published recipe also freezes text_proj",
+    )
+    gradient_checkpointing: bool = Field(default=True, description="recompute activations in the backward pass")
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="of the computation; weights and optimiser states are fp32 in any case"
+    )
+
+
+class LoraSettings(_Section):
+    """Low-rank adapters on the language model, through peft; everything else is frozen then."""
+
+    rank: int = Field(default=64, ge=1, description="rank of the update")
+    alpha: float = Field(default=128, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the adapters' input")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="linear layers of each block of the language model",
+    )
+    merge: bool = Field(default=True, description="also write the merged checkpoint, to merged/, at the end")
+
+
+class DataConfig(_Section):
+    """What it is trained on."""
+
+    use: tuple[str, ...] = Field(min_length=1, description="names of data sets; name%25 takes a quarter of one")
+    registry: Path | None = Field(default=None, description="YAML file of data sets of your own")
+    root: Path | None = Field(
+        default=None, description="folder of the published data sets; wins over the registry's data_root"
+    )
+    max_length: int = Field(default=24576, ge=16, description="tokens of a sample")
+    over_long: OverLong = Field(
+        default="drop", description="longer samples: drop, or cut behind the last turn that fits"
+    )
+    max_pixels: float = Field(default=200704, gt=0, description="pixels of one image, unless the record says otherwise")
+    min_pixels: float = Field(default=MIN_PIXELS, gt=0, description="smaller images are enlarged to this many pixels")
+    labels: Labels = Field(
+        default="turn",
+        description="turn: what the model samples, <|im_end|> included; turn_and_newline: the published mask, which "
+        "also trains the newline after it",
+    )
+    system: str | None = Field(
+        default=QWEN_SYSTEM, description="system turn of published records that have none; null for no system turn"
+    )
+    image_rules: Rules = Field(default="strict", description="published: leave the EXIF orientation unapplied")
+    preset: str | None = Field(
+        default=None, description="how episode records run; default: what the checkpoint asks for"
+    )
+    max_dropped: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of samples that may be unusable (too long ones aside); more end the run",
+    )
+    workers: int = Field(default=4, ge=0, description="data loader processes per rank")
+
+
+class BatchConfig(_Section):
+    """What one step holds. Tokens of a step: ranks x accumulation x micro-batch."""
+
+    packing: bool = Field(
+        default=True, description="pack samples into one row of block-diagonal attention instead of padding"
+    )
+    pack_tokens: int | None = Field(default=None, ge=16, description="tokens of a pack; default: data.max_length")
+    samples: int = Field(default=1, ge=1, description="samples of a micro-batch without packing")
+    accumulation: int = Field(default=4, ge=1, description="micro-batches of a rank per step")
+    loss_mean: LossMean = Field(
+        default="tokens",
+        description="tokens: mean over the labelled tokens of the step, on all ranks; micro_batch: mean of the "
+        "micro-batches' means, as published",
+    )
+
+
+class OptimizerConfig(_Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(default=5e-5, gt=0, description="peak")
+    learning_rates: dict[Part, float] = Field(
+        default={}, description="peaks of single parts (as in model.frozen), where they differ"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices")
+    decay_norms: bool = Field(default=False, description="weight decay on norms as well, as published")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
+    epsilon: float = Field(default=1e-8, gt=0, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    schedule: Schedule = Field(
+        default="cosine",
+        description="cosine, linear, constant, or stable_decay (constant, then linear), after a linear warm-up",
+    )
+    decay_from: float = Field(
+        default=0.6, ge=0, le=1, description="of stable_decay: fraction of the steps where it starts"
+    )
+    final_rate: float = Field(
+        default=0.03, ge=0, le=1, description="of stable_decay: last rate, as a fraction of the peak"
+    )
+    warmup: float = Field(default=0.03, ge=0, description="steps, or below 1 a fraction of all steps")
+    epochs: float = Field(default=3, gt=0, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever epochs says")
+
+
+class ParallelConfig(_Section):
+    """How ranks share the work; start them with torchrun."""
+
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        default="ddp",
+        description="ddp: copies; fsdp2, zero2, zero3: shards, through accelerate, with the shipped settings",
+    )
+    settings: Path | None = Field(default=None, description="JSON file instead of the shipped settings of the strategy")
+    timeout: int = Field(default=7200, ge=1, description="seconds that ranks wait for one another")
+    cpu: bool = Field(default=False, description="stay off the GPUs")
+
+
+class OutputConfig(_Section):
+    """What is written."""
+
+    folder: Path = Field(description="of the run: checkpoint-<step>/, final/, log.jsonl, loss.png, dropped.jsonl")
+    save_steps: float = Field(
+        default=300, gt=0, description="steps between checkpoints, or below 1 a fraction of all steps"
+    )
+    keep: int | None = Field(default=4, ge=1, description="checkpoints that are kept; null keeps all")
+    resume: Literal["auto", "never"] | Path = Field(
+        default="auto", description="auto: go on from the last whole checkpoint in the folder; or a checkpoint"
+    )
+    final_dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="of the weights in final/")
+    log_steps: int = Field(default=1, ge=1, description="steps between log lines")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        default=(), description="tensorboard, wandb, trackio, beside the console and log.jsonl; they must be installed"
+    )
+    run_name: str | None = Field(default=None, description="name there")
+
+
+class SftConfig(_Section):
+    """A training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraSettings | None = Field(default=None, description="train adapters instead of the weights")
+    parallel: ParallelConfig = ParallelConfig()
+    output: OutputConfig
+    seed: int = Field(default=0, ge=0, description="of data order, samples drawn and new weights")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "SftConfig":
+        """Read a YAML file.
+
+        Args:
+            path: the file, or the name of a shipped recipe; relative paths in it start at the current folder, as on
+                the command line.
+            overrides: ``section.key=value``, values as in YAML.
+
+        Raises:
+            TrainingError: the file cannot be read, or a key is unknown or has a wrong value; names all of them.
+        """
+        path = _named(Path(path))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise TrainingError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+        except yaml.YAMLError as error:
+            raise TrainingError(f"{path}: not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise TrainingError(f"{path}: it must hold sections (model, data, …), it is a {type(values).__name__}")
+        for override in overrides:
+            _override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise TrainingError(f"{path}: {problems(error)}; `vilavt sft --keys` lists all keys") from None
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of a pack."""
+        return self.batch.pack_tokens or self.data.max_length
+
+
+def find_sources(data: DataConfig) -> list[DataSource]:
+    """The data sets that a run uses.
+
+    Raises:
+        DataError: an unknown name, or a file that is not there.
+    """
+    registry = Registry() if data.registry is None else Registry.load(data.registry)
+    if data.root is not None:
+        registry = registry.model_copy(update={"data_root": data.root})
+    return [registry.find(name) for name in data.use]
+
+
+def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, default and description of every field, depth first; what must be given has the default ``required``."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            if field.description:
+                yield key, "null", field.description
+            yield from describe(inner, f"{key}.")
+            continue
+        default = "required" if field.is_required() else _shown(field.default)
+        yield key, default, field.description or ""
+
+
+def _named(path: Path) -> Path:
+    """A recipe that comes with the package, if there is no such file here."""
+    recipe = RECIPES / path.name
+    return recipe if recipe.is_file() and not path.is_file() else path
+
+
+def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    choices = getattr(annotation, "__args__", (annotation,))
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _shown(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise TrainingError(f"{text!r}: write section.key=value, as optimizer.learning_rate=1e-5")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise TrainingError(f"{text!r}: {section} is a value, not a section")
+        values = inner
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError:
+        raise TrainingError(f"{text!r}: the value is not YAML") from None
+    values[last] = parsed

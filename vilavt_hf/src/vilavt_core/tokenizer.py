@@ -1,0 +1,72 @@
+"""A checkpoint's tokenizer without transformers: its ``tokenizer.json``, read by the library `tokenizers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+FILE = "tokenizer.json"
+
+
+class FileTokenizer:
+    """What an `Episode` and the renderer of training data need of a tokenizer; gives the ids that transformers gives.
+
+    Args:
+        folder: a checkpoint.
+
+    Raises:
+        CheckpointError: it has no readable ``tokenizer.json``.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder}: no {FILE}; AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) "
+                "writes it from the tokenizer's other files"
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: not a tokenizer: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, split_special_tokens: bool = False) -> list[int]:
+        """Text to ids.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: add what the tokenizer's template adds.
+            split_special_tokens: encode special tokens in the text as ordinary text.
+        """
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(
+        self, token_ids: Any, *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Ids to text.
+
+        Raises:
+            ValueError: `clean_up_tokenization_spaces`: decoded text has its spaces as they are.
+        """
+        if clean_up_tokenization_spaces:
+            raise ValueError("FileTokenizer does not support clean_up_tokenization_spaces=True")
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Id of one token; None if there is no such token."""
+        found = self._tokenizer.token_to_id(tokens)
+        return None if found is None else int(found)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids of all tokens, added ones included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))

@@ -1,0 +1,69 @@
+"""The data set that a run's configuration or a command line names, with the tokenizer and prompts of a checkpoint."""
+
+import os
+from pathlib import Path
+
+from .checkpoint.companions import PROMPTS
+from .conversation import Tokenizer
+from .data.dataset import SftDataset
+from .data.rendering import Renderer, RenderSettings
+from .errors import TrainingError
+from .prompts import PromptSet
+from .settings import preset_of
+from .sft_config import SftConfig, find_sources
+from .tokenizer import FileTokenizer
+
+
+def checkpoint_folder(model: str) -> Path:
+    """The folder of a checkpoint, for what no loader of transformers reads; a hub id is fetched, or found in the cache.
+
+    Raises:
+        TrainingError: there is no such folder, and nothing to be had under that id.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.pt", "*.pth"]))  # states of an optimiser
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{model}: no such folder, and no checkpoint under that hub id: {error}") from None
+
+
+def make_renderer(
+    model: str | Path, settings: RenderSettings, preset: str | None = None, tokenizer: Tokenizer | None = None
+) -> Renderer:
+    """What turns records into the token streams of a checkpoint.
+
+    Args:
+        model: folder or hub id.
+        settings: how records become tokens.
+        preset: how episode records run; None: what the checkpoint asks for.
+        tokenizer: the checkpoint's, if it is loaded already.
+    """
+    folder = checkpoint_folder(str(model))
+    own = folder / PROMPTS
+    prompts = PromptSet.load(own if own.is_dir() else "default")
+    return Renderer(tokenizer or FileTokenizer(folder), prompts, settings, preset_of(folder, preset))
+
+
+def make_dataset(config: SftConfig, base: Path | None = None, tokenizer: Tokenizer | None = None) -> SftDataset:
+    """The data set of a run.
+
+    Args:
+        config: of the run.
+        base: `checkpoint_folder` of its model, if it is known already.
+        tokenizer: the model's, if it is loaded already.
+
+    Raises:
+        DataError: a data set is not there.
+    """
+    data = config.data
+    settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
+    return SftDataset(
+        find_sources(data),
+        make_renderer(base or config.model.path, settings, data.preset, tokenizer),
+        max_length=data.max_length,
+        over_long=data.over_long,
+        seed=config.seed,
+    )

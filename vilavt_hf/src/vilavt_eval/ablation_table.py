@@ -1,0 +1,80 @@
+"""What every ablation costs: scores with intervals, and the paired difference to the method as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .comparison import Contrast, compare
+from .scores import ScoredFile, Scorer
+from .summary import Figure, Kind, summarise
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One ablation."""
+
+    name: str
+    figures: tuple[Figure, ...]
+    """The overall score first, then categories."""
+    difference: Contrast | None
+    """To the method as it is, over the same questions; None for that itself."""
+
+
+@dataclass(frozen=True)
+class AblationTable:
+    """All ablations of one checkpoint on one benchmark."""
+
+    benchmark: str
+    scorer: Scorer
+    rows: tuple[AblationRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """A table in percent, one row per ablation; intervals are 95 %."""
+        names = list(dict.fromkeys(figure.name for row in self.rows for figure in row.figures))
+        counts = {figure.name: figure.questions for row in self.rows for figure in row.figures}
+        head = ["", *(f"{name} (n={counts[name]})" for name in names), "difference", "p"]
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for row in self.rows:
+            found = {figure.name: figure for figure in row.figures}
+            cells = [_figure(found[name]) if name in found else "" for name in names]
+            lines.append("| " + " | ".join([row.name, *cells, *_difference(row.difference)]) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def ablation_table(
+    full: Sequence[ScoredFile], ablated: Mapping[str, Sequence[ScoredFile]], scorer: Scorer = "strict"
+) -> AblationTable:
+    """Put runs side by side.
+
+    Args:
+        full: the method as it is; one file per seed.
+        ablated: name -> files of the same seeds.
+        scorer: whose scores.
+    """
+    rows = [AblationRow("full", _figures(full, scorer), None)]
+    for name, files in ablated.items():
+        rows.append(AblationRow(name, _figures(files, scorer), compare(full, files, scorer).overall))
+    return AblationTable(summarise(full, scorer).benchmark or "", scorer, tuple(rows))
+
+
+def _figures(files: Sequence[ScoredFile], scorer: Scorer) -> tuple[Figure, ...]:
+    shown = (Kind.OVERALL, Kind.CATEGORY)
+    return tuple(figure for figure in summarise(files, scorer).figures if figure.kind in shown)
+
+
+def _figure(figure: Figure) -> str:
+    low, high = figure.interval.low, figure.interval.high
+    return f"{100 * figure.score:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _difference(contrast: Contrast | None) -> tuple[str, str]:
+    if contrast is None:
+        return "", ""
+    low, high = contrast.interval.low, contrast.interval.high
+    return f"{100 * contrast.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})", f"{contrast.p_value:.2g}"

@@ -1,0 +1,309 @@
+"""One run against another on the same questions: a paired test, which answers flipped, traces side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilavt_core.errors import BenchmarkError
+from vilavt_core.protocol import Answer, Malformed, NoAction, ToolCall, parse_turn
+from vilavt_core.trace import escape, page
+
+from .definition import Report
+from .scores import ScoredFile, ScoredRow, Scorer, response_of
+from .statistics import RESAMPLES, Interval, mcnemar, percentile_interval, resampled_means, sign_flip
+from .summary import name_of, place_of
+
+SHOWN_FLIPS = 100
+"""Questions on a page, unless the caller wants another number."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Second minus first, over the questions that both answered."""
+
+    name: str
+    questions: int
+    first: float
+    second: float
+    difference: float
+    interval: Interval
+    """Paired bootstrap over questions, 95 %."""
+    better: int
+    """Questions that the second scores higher on."""
+    worse: int
+    test: str
+    p_value: float
+    """Two-sided; not corrected for the number of rows in a table."""
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A question that the two score differently."""
+
+    question_id: str
+    category: str | None
+    first: float
+    second: float
+    first_place: tuple[str, int]
+    """File and line (from 1) of the first setting's first answer to it."""
+    second_place: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two settings on the same questions."""
+
+    first: str
+    second: str
+    benchmark: str | None
+    scorer: Scorer
+    contrasts: tuple[Contrast, ...]
+    """The overall score, then every category."""
+    flips: tuple[Flip, ...]
+    """Those that got worse first, by how much."""
+    only_first: tuple[str, ...]
+    """Ids of questions that the second did not answer; they are left out."""
+    only_second: tuple[str, ...]
+    other_targets: tuple[str, ...]
+    """Ids of questions with another right answer in the other file: not the same question; they are left out."""
+
+    @property
+    def overall(self) -> Contrast:
+        """The first contrast."""
+        return self.contrasts[0]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A question in both settings; scores are means over the seeds."""
+
+    unit: Any
+    category: str | None
+    first: float
+    second: float
+
+
+def compare(
+    first: Sequence[ScoredFile],
+    second: Sequence[ScoredFile],
+    scorer: Scorer = "strict",
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Comparison:
+    """Test two settings against each other, question by question.
+
+    Scores of 0 and 1 of one seed each are tested by McNemar's exact test; graded ones, means over seeds, rotated copies
+    and means of categories by random signs of the differences.
+
+    Args:
+        first: files of one setting (see `summary.settings_of`).
+        second: of the other.
+        scorer: whose scores.
+        seed: of bootstrap and signs.
+        resamples: of the bootstrap.
+
+    Raises:
+        BenchmarkError: they are of different benchmarks, or have no question in common.
+    """
+    names = [None if files[0].benchmark is None else files[0].benchmark.name for files in (first, second)]
+    if names[0] != names[1]:
+        raise BenchmarkError(
+            f"{first[0].path} is of {names[0] or 'no benchmark'}, {second[0].path} of {names[1] or 'no benchmark'}; "
+            "only runs on the same questions can be compared (--benchmark names the one of files that do not)"
+        )
+    rules = Report() if first[0].benchmark is None else first[0].benchmark.report
+    ours, theirs = _by_question(first), _by_question(second)
+    both = [name for name in ours if name in theirs]
+    moved = [name for name in both if ours[name][0][1].target != theirs[name][0][1].target]
+    shared = [name for name in both if ours[name][0][1].target == theirs[name][0][1].target]
+    if not shared:
+        raise BenchmarkError(
+            f"{first[0].path} and {second[0].path} have no question in common: {len(ours)} and {len(theirs)} ids, "
+            f"{len(both)} in both, {len(moved)} of them with another right answer; compare runs on the same file"
+        )
+    pairs, flips = [], []
+    for name in shared:
+        (file, row), (other_file, other) = ours[name][0], theirs[name][0]
+        before, after = (float(np.mean([r.score(scorer) for _, r in rows[name]])) for rows in (ours, theirs))
+        pairs.append(_Pair(name if row.unit is None else row.unit, row.category, before, after))
+        if abs(after - before) > 1e-9:
+            flips.append(Flip(name, row.category, before, after, (file, row.line), (other_file, other.line)))
+    return Comparison(
+        first=name_of(first[0]),
+        second=name_of(second[0]),
+        benchmark=names[0],
+        scorer=scorer,
+        contrasts=tuple(_contrasts(pairs, rules, np.random.default_rng(seed), resamples)),
+        flips=tuple(sorted(flips, key=lambda flip: flip.second - flip.first)),
+        only_first=tuple(name for name in ours if name not in theirs),
+        only_second=tuple(name for name in theirs if name not in ours),
+        other_targets=tuple(moved),
+    )
+
+
+def _by_question(files: Sequence[ScoredFile]) -> dict[str, list[tuple[str, ScoredRow]]]:
+    """Question id -> its rows with the files they stand in."""
+    found: dict[str, list[tuple[str, ScoredRow]]] = {}
+    for file in files:
+        for row in file.rows:
+            if row.target:  # else nobody knows which question it is
+                found.setdefault(row.question_id, []).append((str(file.path), row))
+    return found
+
+
+def _contrasts(pairs: Sequence[_Pair], rules: Report, rng: np.random.Generator, resamples: int) -> Iterator[Contrast]:
+    grouped = {name for group in rules.groups.values() for name in group}
+    counted = [pair for pair in pairs if rules.ungrouped == "kept" or pair.category in grouped] or list(pairs)
+    if rules.overall == "categories":
+        counted = [pair for pair in counted if pair.category is not None] or counted
+        parts = [[pair for pair in counted if pair.category == name] for name in {p.category: 0 for p in counted}]
+    else:
+        parts = [counted]
+    yield _contrast("overall", parts, rng, resamples)
+    found = {pair.category for pair in pairs if pair.category is not None}
+    for category in sorted(found, key=lambda name: place_of(name, rules)):
+        yield _contrast(category, [[pair for pair in pairs if pair.category == category]], rng, resamples)
+
+
+def _contrast(name: str, parts: Sequence[Sequence[_Pair]], rng: np.random.Generator, resamples: int) -> Contrast:
+    """Of the mean of the parts' means."""
+    means = [[np.mean([getattr(pair, side) for pair in part]) for part in parts] for side in ("first", "second")]
+    replicates, weighted = [], []
+    for part in parts:
+        places: dict[Any, int] = {}
+        units = np.array([places.setdefault(pair.unit, len(places)) for pair in part])
+        sums = np.bincount(units, weights=[pair.second - pair.first for pair in part])
+        replicates.append(resampled_means(sums, np.bincount(units), rng, resamples))
+        weighted.append(sums / (len(part) * len(parts)))
+    pairs = [pair for part in parts for pair in part]
+    better = sum(pair.second > pair.first + 1e-9 for pair in pairs)
+    worse = sum(pair.first > pair.second + 1e-9 for pair in pairs)
+    plain = len(parts) == 1 and len(weighted[0]) == len(pairs)
+    if plain and all(score in (0.0, 1.0) for pair in pairs for score in (pair.first, pair.second)):
+        test, p_value = "McNemar, exact", mcnemar(worse, better)
+    else:
+        test, p_value = "random signs", sign_flip(np.concatenate(weighted), rng)
+    return Contrast(
+        name=name,
+        questions=len(pairs),
+        first=float(np.mean(means[0])),
+        second=float(np.mean(means[1])),
+        difference=float(np.mean(means[1]) - np.mean(means[0])),
+        interval=percentile_interval(np.mean(replicates, axis=0)),
+        better=better,
+        worse=worse,
+        test=test,
+        p_value=p_value,
+    )
+
+
+# ---------------------------------------------------------------------- side by side
+
+
+def write_side_by_side(comparison: Comparison, path: str | Path, *, limit: int = SHOWN_FLIPS) -> Path:
+    """Write one self-contained page with the questions that flipped, every turn of both runs beside each other.
+
+    Args:
+        comparison: its files are read again.
+        path: of the page.
+        limit: questions that are shown, those that changed most first, from both directions in turn.
+
+    Returns:
+        `path`.
+    """
+    flips = _most_changed(comparison.flips, limit)
+    rows = _rows_at({place for flip in flips for place in (flip.first_place, flip.second_place)})
+    overall = comparison.overall
+    head = (
+        f"<section><p>{escape(comparison.first)}: {100 * overall.first:.2f}. {escape(comparison.second)}: "
+        f"{100 * overall.second:.2f}. Difference {100 * overall.difference:+.2f} [{100 * overall.interval.low:+.2f}, "
+        f"{100 * overall.interval.high:+.2f}], p = {overall.p_value:.3g} ({escape(overall.test)}).</p><p>"
+        f"{len(comparison.flips)} questions are scored differently, {overall.better} of those that count better and "
+        f"{overall.worse} worse; {len(flips)} are shown.</p></section>"
+    )
+    articles = [
+        _article(flip, (comparison.first, comparison.second), rows[flip.first_place], rows[flip.second_place])
+        for flip in flips
+    ]
+    path = Path(path)
+    title = f"{comparison.first} against {comparison.second}"
+    path.write_text(page(title, "\n".join([head, *articles]), _STYLE), encoding="utf-8")
+    return path
+
+
+_STYLE = """
+main { max-width: 84rem; } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.pair > div { min-width: 0; } .score { float: right; font-variant-numeric: tabular-nums; } h2 { white-space: pre-wrap; }
+@media (max-width: 50rem) { .pair { grid-template-columns: 1fr; } }
+"""
+
+
+def _most_changed(flips: Sequence[Flip], limit: int) -> list[Flip]:
+    worse = [flip for flip in flips if flip.second < flip.first]
+    better = [flip for flip in reversed(flips) if flip.second > flip.first]
+    turns = [flip for i in range(max(len(worse), len(better))) for flip in (*worse[i : i + 1], *better[i : i + 1])]
+    return turns[:limit]
+
+
+def _rows_at(places: set[tuple[str, int]]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """The rows at some lines of some files."""
+    found: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for path in sorted({path for path, _ in places}):
+        with open(path, "rb") as file:
+            found |= {(path, n): json.loads(raw) for n, raw in enumerate(file, 1) if (path, n) in places}
+    return found
+
+
+def _article(flip: Flip, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    question = first.get("question") or first.get("text") or ""
+    images = first.get("images") or first.get("image") or []
+    facts = {
+        "question": flip.question_id,
+        "category": flip.category or "",
+        "right answer": first.get("answer"),
+        "images": ", ".join(map(str, images if isinstance(images, list) else [images])),
+    }
+    cells = "".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in facts.items() if value)
+    columns = "".join(
+        f'<div><p class="who">{escape(name)} <span class="score">{score:.2f}</span></p>{_conversation(row)}</div>'
+        for name, score, row in zip(names, (flip.first, flip.second), (first, second), strict=True)
+    )
+    return (
+        f"<article><section><h2>{escape(str(question))}</h2><table>{cells}</table></section>"
+        f'<div class="pair">{columns}</div></article>'
+    )
+
+
+def _conversation(row: Mapping[str, Any]) -> str:
+    turns = row.get("turns")
+    parts = [_turn(number, str(turn)) for number, turn in enumerate(turns if isinstance(turns, list) else [], 1)]
+    response = response_of(row)
+    problem = f'<p class="bad">{escape(str(row["error"]))}</p>' if row.get("error") is not None else ""
+    finish = f'<p class="who">{escape(str(row["finish"]))}</p>' if row.get("finish") else ""
+    answer = escape(str(response)) if response else "(no answer)"
+    return "".join([*parts, f'<section>{finish}<p class="answer">{answer}</p>{problem}</section>'])
+
+
+def _turn(number: int, text: str) -> str:
+    action = parse_turn(text)
+    body = [f'<p class="who">Turn {number}</p>']
+    if isinstance(action, Malformed):
+        body.append(f'<p class="bad">{escape(action.detail)}</p>')
+    elif action.thought:
+        body.append(f'<p class="thought">{escape(action.thought)}</p>')
+    if isinstance(action, ToolCall):
+        boxes = "; ".join(f"image {r.index} [{', '.join(f'{v:g}' for v in r.box)}]" for r in action.regions)
+        body.append(f'<p class="query">{escape(action.query)}<br>{boxes}</p>')
+    elif isinstance(action, Answer):
+        body.append(f"<p><strong>{escape(action.text)}</strong></p>")
+    elif isinstance(action, NoAction) and not action.thought:
+        body.append('<p class="thought">(nothing)</p>')
+    body.append(f"<details><summary>what the model wrote</summary><pre>{escape(text)}</pre></details>")
+    return f"<section>{''.join(body)}</section>"
