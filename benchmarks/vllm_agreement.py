@@ -34,7 +34,7 @@ def compare(chat: VilavtChat, llm: VilavtLLM, questions: int | None = None) -> d
     todo = tasks("heldout", questions)
     samples = [Sample([task.scene.image], task.question.text, id=str(i)) for i, task in enumerate(todo)]
     began = time.perf_counter()
-    theirs = llm.ask(samples, progress=False)
+    theirs = llm.ask_many(samples)
     middle = time.perf_counter()
     ours = chat.ask_many(samples)
     ended = time.perf_counter()
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     engine = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
     llm = VilavtLLM(args.checkpoint, **engine)
-    chat = VilavtChat.from_pretrained(args.checkpoint, dtype="float32", max_batch_size=64)
+    chat = VilavtChat.from_pretrained(args.checkpoint, dtype="float32", concurrency=64)
     figures = compare(chat, llm, args.questions)
     Console().print(figures)
     if args.json:

@@ -23,7 +23,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,17 @@ from multi_turn import Size, random_model
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM
 
 from vilavt_core.conversation import SpecialTokens
+from vilavt_core.driver import Driver
 from vilavt_core.episode import Inquiry, Request
 from vilavt_core.presets import Sampling
+from vilavt_core.results import BilledTokens, Event, Finished, Work
 from vilavt_hf import VilavtProcessor, compat
-from vilavt_vllm.episodes import to_prompt, to_sampling_params
+from vilavt_vllm.episodes import sampling_params, take, to_prompt
 from vilavt_vllm.model import take_counts
-from vilavt_vllm.offline import drive
+from vilavt_vllm.offline import LLMSession
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 BLOCK = 32
@@ -75,12 +77,12 @@ class Shape:
 SMALL = Shape((8, 8), (4, 8), (1, 3), (3, 6), 40, 10)
 
 
-class ScriptedRun:
-    """A conversation for `drive` whose turns are a script: what is new in each, and how many tokens to sample."""
+class ScriptedRun(Driver):
+    """A conversation whose turns are a script: what is new in each, and how many tokens to sample."""
 
     def __init__(self, seed: int, shape: Shape, special: SpecialTokens, words: list[int]) -> None:
         rng = np.random.default_rng(seed)
-        self.name, self.special, self.error = str(seed), special, None
+        self.name, self.special, self.stream, self.sampling, self.seed = str(seed), special, False, Sampling(), 0
         self.turns: list[tuple[list[int], Inquiry, int]] = []
         shown = 0
         for turn in range(1 + int(rng.integers(shape.inquiries[0], shape.inquiries[1] + 1))):
@@ -104,33 +106,38 @@ class ScriptedRun:
 
     def restart(self) -> None:
         self.tokens: list[int] = []
-        self.sampled: list[list[int]] = []
-        self.computed = 0
+        self.answers: list[list[int]] = []
+        self.work, self.billed = Work(), BilledTokens()
 
-    def next_request(self) -> Request | None:
-        turn = len(self.sampled)
-        if turn == len(self.turns):
-            return None
-        new, inquiry, count = self.turns[turn]
-        self.tokens += new
-        inquiries = tuple(entry[1] for entry in self.turns[: turn + 1])
-        banned = (*self.special.banned, *self.special.stops, self.special.im_start)
-        return Request(new, self.tokens, (inquiry,), inquiries, count, (), banned, turn)
+    @property
+    def sampled(self) -> int:
+        return 0  # turns arrive whole
 
-    def prompt(self, request: Request) -> dict[str, Any]:
-        return to_prompt(request)
+    @property
+    def computed(self) -> int:
+        return self.work.tokens_prefilled + self.work.tokens_decoded
 
-    def sampling_params(self, request: Request) -> SamplingParams:
-        return to_sampling_params(request, Sampling(), 0)
+    def start(self) -> list[Event]:
+        self._prepare()
+        return []
 
-    def take(self, output: RequestOutput) -> Iterator[None]:
-        ids = list(output.outputs[0].token_ids)
-        self.computed += len(self.tokens) - (output.num_cached_tokens or 0) + len(ids) - 1
-        self.tokens += ids
-        self.sampled.append(ids)
-        yield from ()
+    def _prepare(self) -> None:
+        turn = len(self.answers)
+        self.request = None
+        if turn < len(self.turns):
+            new, inquiry, count = self.turns[turn]
+            self.tokens += new
+            inquiries = tuple(entry[1] for entry in self.turns[: turn + 1])
+            banned = (*self.special.banned, *self.special.stops, self.special.im_start)
+            self.request = Request(new, self.tokens, (inquiry,), inquiries, count, (), banned, turn)
 
-    def fail(self, error: Exception) -> None:
+    def take(self, token_ids: Sequence[int], logprobs: Any = None, finish: Any = "stop") -> list[Event]:
+        self.tokens += token_ids
+        self.answers.append(list(token_ids))
+        self._prepare()
+        return []
+
+    def fail(self, error: Exception) -> Finished:
         raise error
 
 
@@ -163,19 +170,18 @@ def start(checkpoint: Path, concurrent: int, **options: Any) -> LLM:
 
 def lock_step(llm: LLM, runs: list[ScriptedRun]) -> None:
     """Turn by turn, all conversations in one call."""
-    todo = runs
-    while todo:
-        asked = [(run, request) for run in todo if (request := run.next_request()) is not None]
-        prompts = [run.prompt(request) for run, request in asked]
-        params = [run.sampling_params(request) for run, request in asked]
-        for (run, _), output in zip(asked, llm.generate(prompts, params, use_tqdm=False) if asked else (), strict=True):
-            list(run.take(output))
-        todo = [run for run, _ in asked]
+    for run in runs:
+        run.start()
+    while asked := [run for run in runs if run.request is not None]:
+        prompts = [to_prompt(run.request) for run in asked if run.request is not None]
+        outputs = llm.generate(prompts, [sampling_params(run) for run in asked], use_tqdm=False)  # type: ignore[arg-type]
+        for run, output in zip(asked, outputs, strict=True):
+            take(run, output)
 
 
 def free_running(llm: LLM, runs: list[ScriptedRun]) -> None:
     """Each at its own pace."""
-    for _ in drive(llm, iter(runs), len(runs)):  # type: ignore[arg-type]
+    for _ in LLMSession(llm, len(runs)).run(iter(runs)):
         pass
 
 
@@ -211,7 +217,7 @@ def benchmark(shape: Shape, model: Size, concurrent: list[int], repeats: int) ->
                     # What the engine sampled last need not be computed.
                     distinct = sum(len(run.tokens) - 1 for run in runs)
                     encoded = sum(counts.patches for counts in llm.apply_model(take_counts))
-                    sampled[name] = [run.sampled for run in runs]
+                    sampled[name] = [run.answers for run in runs]
                     before = figures.get(name, {}).get("seconds", float("inf"))
                     figures[name] = {
                         "seconds": min(before, seconds),

@@ -36,9 +36,9 @@ def test_a_local_backend_is_a_chat_with_the_changes_asked_for():
     )
     chat, plain = open_backend(TINY, "hf", options), VilavtChat.from_pretrained(TINY)
     assert isinstance(chat, VilavtChat)
-    assert chat.limits == replace(plain.limits, max_turns=2)
-    assert chat.sampling == replace(plain.sampling, temperature=0.5)
-    assert (chat.seed, chat.max_batch_size) == (3, 4)
+    assert chat.settings.limits == replace(plain.settings.limits, max_turns=2)
+    assert chat.settings.sampling == replace(plain.settings.sampling, temperature=0.5)
+    assert (chat.settings.seed, chat.concurrency) == (3, 4)
     result = answers(chat, [Sample([PICTURE], "Which digit is on the blue card?", id="a")])[0]
     assert result.provenance == chat.provenance(Sample([], "", id="a").seed_from(3))
 

@@ -10,7 +10,7 @@ from vilavt_core.episode import Episode, SpecialTokens
 from vilavt_core.errors import EpisodeError, ImageError
 from vilavt_core.presets import PRESETS, Limits
 from vilavt_core.prompts import PromptSet
-from vilavt_core.protocol import Answer, FinishReason, MalformedReason, NoAction, Region, ToolCall
+from vilavt_core.protocol import Answer, FinishReason, MalformedReason, NoAction, ToolCall
 
 SMALL = Limits(max_turns=4, max_images=6, max_new_tokens_per_turn=200, max_pixels=64 * 784)
 TINY = PromptSet.load("tiny")
@@ -232,21 +232,17 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
         SpecialTokens.of(Plain())
 
 
-def test_a_redirected_call_crops_elsewhere_and_the_stream_keeps_what_was_sampled(begin):
-    straight, elsewhere = begin(), begin()
-    other = Region(0, (84, 84, 168, 168))
-    expected = say(straight, zoom())
-    turn = say(elsewhere, zoom(), redirect=lambda call: replace(call, regions=(other,), query="not used"))
-    assert [view.box for view in turn.views] == [other.box]
-    assert (turn.action, elsewhere.inquiries[-1].query) == (expected.action, "the sign")
-    assert turn.views[0].image.size == expected.views[0].image.size
-    assert elsewhere.record.token_ids == straight.record.token_ids
-
-
-def test_a_redirected_call_is_checked_like_any_other(begin):
-    episode = begin()
-    turn = say(episode, zoom(), redirect=lambda call: replace(call, regions=(Region(7, (0, 0, 84, 84)),)))
-    assert turn.problem == "region 0 names image 7, but images 0 to 0 were shown"
+def test_a_turn_that_the_engine_has_not_computed_comes_with_the_next_request(begin):
+    known, sampled = begin(), begin()
+    for episode, computed in ((known, False), (sampled, True)):
+        first = episode.next_request()
+        tokens = [*episode.tokenizer.encode(zoom(), add_special_tokens=False), episode.special.im_end]
+        episode.feed(tokens, computed=computed)
+    request, usual = known.next_request(), sampled.next_request()
+    assert request.all_token_ids == usual.all_token_ids == request.new_token_ids
+    assert request.new_token_ids == [*first.new_token_ids, *tokens, *usual.new_token_ids]
+    assert [one.query for one in request.new_inquiries] == ["", "the sign"]
+    assert [one.query for one in usual.new_inquiries] == ["the sign"]
 
 
 def test_feedback_names_the_wrong_region_and_the_conversation_goes_on(begin, tokenizer):

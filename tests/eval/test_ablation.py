@@ -10,7 +10,7 @@ from PIL import Image
 
 from vilavt_core.conversation import Inquiry
 from vilavt_core.episode import Episode
-from vilavt_core.errors import EngineError, EvaluationError
+from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import Limits
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Region, ToolCall, format_turn
@@ -69,7 +69,7 @@ def test_parts_taken_away_together_are_all_taken_away():
     hooks = Ablation.parse("no-query+no-joint+random-box+no-reencode+no-zoom").intervention
     parts = hooks.transform_inquiry(Sample([], ""), inquiry)
     assert [(part.query, part.image_indices) for part in parts] == [("", (1,)), ("", (2,)), ("", (3,))]
-    assert hooks.transform_call is random_boxes
+    assert hooks.transform_regions is random_boxes
     assert not hooks.reencode
 
 
@@ -82,8 +82,7 @@ def test_a_random_box_has_the_size_of_the_real_one_lies_on_the_image_and_does_no
     width, height = size
     x1, x2 = sorted((box[0] * width, box[1] * width))
     y1, y2 = sorted((box[2] * height, box[3] * height))
-    call = ToolCall((Region(0, (x1, y1, x2, y2)),), "q")
-    (moved,) = random_boxes(Sample([], "", seed=seed), call, views(size)).regions
+    (moved,) = random_boxes(Sample([], "", seed=seed), [Region(0, (x1, y1, x2, y2))], views(size))
     a, b, c, d = moved.box
     assert (c - a, d - b) == pytest.approx((x2 - x1, y2 - y1), abs=1e-6)
     if x2 - x1 < 1 or y2 - y1 < 1:
@@ -98,18 +97,16 @@ def test_a_random_box_has_the_size_of_the_real_one_lies_on_the_image_and_does_no
 
 
 def test_a_random_box_depends_on_the_samples_seed_and_not_on_the_batch():
-    call = ToolCall((Region(0, (0, 0, 28, 28)), Region(0, (56, 0, 84, 28))), "q")
+    regions = (Region(0, (0, 0, 28, 28)), Region(0, (56, 0, 84, 28)))
     shown = views((560, 560))
-    first = random_boxes(Sample([], "", seed=1), call, shown)
-    assert first == random_boxes(Sample([], "", seed=1), call, shown)
-    assert len({random_boxes(Sample([], "", seed=s), call, shown) for s in range(20)}) > 15
-    assert first.query == "q"
+    first = random_boxes(Sample([], "", seed=1), regions, shown)
+    assert first == random_boxes(Sample([], "", seed=1), regions, shown)
+    assert len({tuple(random_boxes(Sample([], "", seed=s), regions, shown)) for s in range(20)}) > 15
 
 
 def test_a_region_that_cannot_be_cropped_stays_and_is_refused_as_usual():
     regions = (Region(3, (0, 0, 28, 28)), Region(0, (50, 0, 20, 28)), Region(0, (0, 0, 900, 28)))
-    call = ToolCall(regions, "q")
-    assert random_boxes(Sample([], "", seed=1), call, views((84, 84))).regions == regions
+    assert tuple(random_boxes(Sample([], "", seed=1), regions, views((84, 84)))) == regions
 
 
 @pytest.fixture(scope="module")
@@ -175,15 +172,8 @@ def test_a_crop_of_a_crop_takes_its_features_from_the_original(chat):
     calls = [ToolCall((Region(0, (0, 0, 112, 84)),), "a"), ToolCall((Region(1, (0, 0, 56, 42)),), "b")]
     turns = [format_turn(call) for call in calls]
     hooks = Intervention(forced_turns=lambda sample, i: turns[i] if i < 2 else None, reencode=False)
-    limits = replace(chat.limits, max_turns=3)
+    limits = replace(chat.settings.limits, max_turns=3)
     ((_, result),) = chat.iter_many([Sample([picture], "what?", limits=limits)], intervention=hooks)
     assert result.error is None
     assert len(result.views) == 3
     assert result.work.patches_encoded == 4 * result.views[0].tokens
-
-
-def test_an_engine_that_keeps_no_features_says_so(chat, monkeypatch):
-    engine = chat._engine
-    monkeypatch.setattr(chat, "_engine", lambda **_: engine(keep_features=False))
-    with pytest.raises(EngineError, match=r"features of image 0 are to be reused.*keep_features=True"):
-        asked(chat, (0, 0, 112, 84), Image.new("RGB", (112, 84)), reencode=False)

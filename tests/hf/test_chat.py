@@ -79,8 +79,8 @@ class Brief(Sampler):
 
 @pytest.fixture
 def chat(tiny_model, processor, tokenizer) -> VilavtChat:
-    chat = VilavtChat(tiny_model, processor, limits=LIMITS, prompts="tiny", max_batch_size=4)
-    chat._choose = Brief(tokenizer)
+    chat = VilavtChat(tiny_model, processor, limits=LIMITS, prompts="tiny", concurrency=4)
+    chat.choose = Brief(tokenizer)
     return chat
 
 
@@ -101,8 +101,8 @@ def assert_logits_match(chat, result, seen) -> None:
 
 
 def test_six_turns_with_two_regions_equal_a_full_prefill(chat, tokenizer):
-    chat.limits = replace(LIMITS, max_turns=7)
-    chat._choose = script = Forced(tokenizer, {"0": [*map(zoom, range(6)), "<answer>five</answer>"]})
+    chat.settings = replace(chat.settings, limits=replace(LIMITS, max_turns=7))
+    chat.choose = script = Forced(tokenizer, {"0": [*map(zoom, range(6)), "<answer>five</answer>"]})
     (result,) = chat.ask_many([([picture(0), picture(1, 60, 60)], "how many?")])
     assert result.answer == "five"
     assert len(result.record.inquiries) == 2 + 6
@@ -116,7 +116,7 @@ def test_a_batch_of_different_lengths_equals_a_full_prefill_of_each(chat, tokeni
         "b": ["<think>plain to see</think><answer>a longer answer</answer>"],
         "c": [zoom(0, 3), "no action at all", "<answer>2</answer>"],
     }
-    chat._choose = script = Forced(tokenizer, turns)
+    chat.choose = script = Forced(tokenizer, turns)
     samples = [Sample([picture(i, 80 + 40 * i)], "which? " * (i + 1), id=name) for i, name in enumerate(turns)]
     for result in chat.ask_many(samples):
         assert result.finish == "answer", result.error
@@ -126,7 +126,7 @@ def test_a_batch_of_different_lengths_equals_a_full_prefill_of_each(chat, tokeni
 
 def test_follow_up_questions_keep_the_cache_and_stay_exact(chat, tokenizer):
     turns = [zoom(0), "<answer>1</answer>", zoom(1), zoom(2), "<answer>2</answer>", "<answer>3</answer>"]
-    chat._choose = script = Forced(tokenizer, {"": turns})
+    chat.choose = script = Forced(tokenizer, {"": turns})
     conversation = chat.conversation(picture(0))
     first = conversation.ask("what is this?")
     second = conversation.ask("and that?", images=picture(5, 70, 70))
@@ -164,10 +164,10 @@ def test_sampling_may_be_set_between_conversations(tiny_model, processor):
     limits = replace(LIMITS, max_new_tokens_per_turn=6)
     chat = VilavtChat(tiny_model, processor, limits=limits, prompts="tiny")
     greedy = chat.ask([picture(0)], "what?")
-    chat.sampling = Sampling(temperature=5.0)
+    chat.settings = replace(chat.settings, sampling=Sampling(temperature=5.0))
     sampled = chat.ask([picture(0)], "what?")
     assert sampled.record.token_ids != greedy.record.token_ids
-    assert sampled.provenance.sampling == chat.sampling
+    assert sampled.provenance.sampling == chat.settings.sampling
 
 
 def test_one_failing_sample_does_not_lose_the_others(chat, tmp_path):
@@ -232,7 +232,7 @@ def test_images_may_be_paths_bytes_or_pil(chat, tmp_path):
 def test_streaming_yields_text_zooms_crops_and_the_answer_in_order(chat, tokenizer):
     bad = format_turn(ToolCall((Region(7, (0, 0, 9, 9)),), "none"))
     answer = "<think>日本 — é\U0001f600</think><answer>ü</answer>"
-    chat._choose = Forced(tokenizer, {"": [zoom(0), bad, answer]})
+    chat.choose = Forced(tokenizer, {"": [zoom(0), bad, answer]})
     events = list(chat.stream(picture(0), "what?"))
     kinds = [type(event) for event in events if not isinstance(event, TextDelta)]
     assert kinds == [ToolCallEvent, CropsEvent, ToolCallEvent, RefusedEvent, AnswerEvent, Finished]
@@ -251,9 +251,9 @@ def test_streaming_yields_text_zooms_crops_and_the_answer_in_order(chat, tokeniz
 
 
 def test_a_character_that_never_completes_is_still_streamed(chat, tokenizer):
-    chat.limits = replace(LIMITS, max_new_tokens_per_turn=6)
+    chat.settings = replace(chat.settings, limits=replace(LIMITS, max_new_tokens_per_turn=6))
     first_byte = tokenizer.encode("é", add_special_tokens=False)[0]
-    chat._choose = lambda rows, logits: torch.full((len(rows),), first_byte)
+    chat.choose = lambda rows, logits: torch.full((len(rows),), first_byte)
     events = list(chat.stream(picture(0), "what?"))
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
     assert text == events[-1].result.turns[0].text
@@ -293,7 +293,7 @@ def test_limits_of_one_sample_allow_an_answer_without_zoom(chat):
 def test_boxes_can_be_swapped_behind_the_text(chat):
     other = (Region(0, (40, 14, 80, 50)),)
     hooks = Intervention(
-        transform_call=lambda sample, call, views: replace(call, regions=other),
+        transform_regions=lambda sample, regions, views: other,
         forced_turns=lambda sample, turn: zoom(0, 1) if turn == 0 else None,
     )
     (result,) = chat.ask_many([([picture(0)], "what?")], intervention=hooks)
@@ -360,8 +360,8 @@ def test_a_checkpoint_can_say_how_it_wants_to_be_run(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, folder)
     save_chat_settings(folder, limits={"max_pixels": 7056, "max_turns": 3})
     chat = VilavtChat.from_pretrained(folder, device="cpu")
-    assert (chat.limits.max_pixels, chat.limits.max_turns) == (7056, 3)
-    assert VilavtChat.from_pretrained(folder, limits=LIMITS, device="cpu").limits == LIMITS
+    assert (chat.settings.limits.max_pixels, chat.settings.limits.max_turns) == (7056, 3)
+    assert VilavtChat.from_pretrained(folder, limits=LIMITS, device="cpu").settings.limits == LIMITS
     with pytest.raises(CheckpointError, match="unknown limits max_turn"):
         save_chat_settings(folder, limits={"max_turn": 3})
     (folder / "vilavt_chat.json").write_text("{")
@@ -372,7 +372,7 @@ def test_a_checkpoint_can_say_how_it_wants_to_be_run(tiny_checkpoint, tmp_path):
 
 
 def test_limits_default_to_what_the_checkpoint_was_made_for(tiny_model, processor):
-    limits = VilavtChat(tiny_model, processor).limits
+    limits = VilavtChat(tiny_model, processor).settings.limits
     assert limits.max_pixels == 28 * 28 * 256  # the image processor's
     assert limits.max_context == 8192  # the language model's
     assert limits.max_turns == get_preset("default").limits.max_turns
@@ -391,8 +391,12 @@ def test_a_hub_id_runs_as_its_checkpoint_asks_for(tiny_checkpoint, hub_cache, tm
     save_chat_settings(asks, preset="eval-vllm", limits={"max_turns": 2})
     cache = str(hub_cache(asks))
     chat = VilavtChat.from_pretrained("someone/vilavt", model_kwargs={"cache_dir": cache})
-    assert chat.preset == VilavtChat.from_pretrained(asks).preset == get_preset("eval-vllm").with_limits(max_turns=2)
-    assert BackendOptions().preset_for("someone/vilavt") == chat.preset
+    assert (
+        chat.settings.preset
+        == VilavtChat.from_pretrained(asks).settings.preset
+        == get_preset("eval-vllm").with_limits(max_turns=2)
+    )
+    assert BackendOptions().preset_for("someone/vilavt") == chat.settings.preset
     assert BackendOptions(preset="rl").preset_for("someone/vilavt") == get_preset("rl").with_limits(max_turns=2)
     assert BackendOptions().preset_for("someone/else") == get_preset("default")
     assert BackendOptions().preset_for("http://127.0.0.1:8000/v1") == get_preset("default")

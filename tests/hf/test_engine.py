@@ -1,6 +1,7 @@
 """The engine against a full re-encode and re-prefill of the same tokens: fp32, logits to 1e-4."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -320,17 +321,24 @@ def test_log_probabilities_are_the_models_own(tiny_model, processor, tokenizer):
         assert logits[place - 1].log_softmax(-1)[event.token_id] == pytest.approx(event.logprob, abs=TOLERANCE)
 
 
-def test_forced_answers_are_prefilled_with_the_next_request(tiny_model, processor, tokenizer):
+def test_turns_that_were_not_sampled_are_prefilled_with_the_request_that_brings_them(tiny_model, processor, tokenizer):
     script = Script()
     engine = Engine(tiny_model, processor.encode_inquiries, choose=script)
     talk = Talk(tokenizer, "a", turns=3, max_new_tokens=3)
     row = engine.open(name="a")
+    inquiries = []
     for _ in range(2):
-        request, answer = talk.next_request(), [50, 51, talk.stop]
-        engine.force(row, request, answer)
-        talk.tokens += answer
-    assert not engine.busy
-    engine.submit(row, talk.next_request())
+        inquiries += talk.next_request().new_inquiries
+        talk.tokens += [50, 51, talk.stop]
+    request = talk.next_request()
+    engine.submit(
+        row,
+        replace(
+            request,
+            new_token_ids=request.all_token_ids,
+            new_inquiries=(*inquiries, *request.new_inquiries),
+        ),
+    )
     while engine.busy:
         talk.tokens += [event.token_id for event in engine.step()]
     reference = full_logits(tiny_model, processor, talk)
@@ -399,7 +407,8 @@ def test_wrong_images_for_a_request_are_an_error_of_that_row(tiny_model, process
     engine = Engine(tiny_model, processor.encode_inquiries)
     talk = Talk(tokenizer, "a", turns=1)
     request = talk.next_request()
-    engine.submit(engine.open(name="x7"), request, [Inquiry((picture(0, 28, 28),), "", (0,))])
+    wrong = (Inquiry((picture(0, 28, 28),), "", (0,)),)
+    engine.submit(engine.open(name="x7"), replace(request, new_inquiries=wrong))
     (event,) = engine.step()
     assert event.finish == "error"
     assert "sample x7: 6 image placeholders" in str(event.error)

@@ -172,13 +172,13 @@ def test_a_random_box_is_another_cell_of_the_same_size():
     (call,) = question.calls()
     nested = ToolCall((Region(1, (0, CELL, CELL, 2 * CELL)),), "q")
     for given in (call, nested):
-        (moved,) = INTERVENE(sample, given, shown).regions
+        (moved,) = INTERVENE(sample, given.regions, shown)
         assert moved.index == given.regions[0].index
         assert moved.box != given.regions[0].box
         assert (moved.box[2] - moved.box[0], moved.box[3] - moved.box[1]) == (CELL, CELL)
 
 
-INTERVENE = evaluation.INTERVENTIONS["random_box"].transform_call
+INTERVENE = evaluation.INTERVENTIONS["random_box"].transform_regions
 
 
 # ------------------------------------------------------------------------------------------- training

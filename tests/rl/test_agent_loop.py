@@ -222,7 +222,7 @@ def test_a_rollout_engine_without_a_vilavt_is_refused_by_name(worker, rows_file:
 
 def test_rollouts_are_written_and_play_again(worker, rows_file: Path, tiny: Path, tmp_path: Path) -> None:
     from vilavt_rl.replay import play, read_rollouts, write_page
-    from vilavt_rl.rollout import EpisodeSettings
+    from vilavt_rl.rollout import settings_of_checkpoint
 
     rows = [replace(row, answer=answer) for row, answer in zip(read_rows(rows_file), ("7", "8"), strict=False)]
     before, worker.config = worker.config, worker.config.copy()
@@ -235,7 +235,7 @@ def test_rollouts_are_written_and_play_again(worker, rows_file: Path, tiny: Path
     rollouts = list(read_rollouts(tmp_path))
     assert [rollout.step for rollout in rollouts] == [20, 20]
     assert [rollout.temperature for rollout in rollouts] == pytest.approx([1.0, 1.0])
-    settings = EpisodeSettings.of_checkpoint(tiny)
+    settings = settings_of_checkpoint(tiny)
     record = play(rollouts[0], settings).record
     trained = [out.batch["input_ids"][i][out.batch["attention_mask"][i].bool()].tolist() for i in range(2)]
     assert record.token_ids in trained

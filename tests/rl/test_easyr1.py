@@ -17,8 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
-from vilavt_core.episode import Episode
+from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import get_preset
+from vilavt_core.prompts import PromptSet
+from vilavt_core.results import Sample
 from vilavt_rl.data import read_rows
 from vilavt_rl.easyr1 import batch, engine, reward, worker
 from vilavt_rl.easyr1.dataset import VilavtDataset
@@ -55,28 +57,24 @@ class FakeLLM:
 def play_two(tokenizer, preset: str = "default", queries: str = "inquiries", processor=None, **kwargs):
     """Two conversations in lock-step, each with a crop."""
     limits = replace(get_preset(preset).limits, max_pixels=168 * 168, max_new_tokens_per_turn=96)
-    episodes = [
-        Episode.start(
-            [Image.effect_noise((672, 672), spread).convert("RGB")],
-            "Which?",
-            tokenizer=tokenizer,
-            preset=get_preset(preset),
-            limits=limits,
-        )
-        for spread in (40, 80)
-    ]
+    named = get_preset(preset)
+    settings = ConversationSettings(tokenizer, PromptSet.load("default"), named, limits, named.sampling)
+    pictures = [Image.effect_noise((672, 672), spread).convert("RGB") for spread in (40, 80)]
+    drivers = [Driver(Sample([picture], "Which?"), settings, fallback=False) for picture in pictures]
+    for driver in drivers:
+        driver.start()
     llm = FakeLLM(tokenizer, {0: CALL.format(28), 2: ANSWER})
     sampling = SimpleNamespace(
         n=4, max_tokens=1, stop_token_ids=None, ignore_eos=True, logit_bias=None, temperature=1.0, seed=1
     )
-    batch.run_episodes(
-        episodes,
+    batch.run_drivers(
+        drivers,
         lambda prompts, params: llm.generate(prompts, params),
         sampling,
         lambda request: batch.engine_prompt(request, queries, processor),
         **kwargs,
     )
-    return episodes, llm, sampling
+    return [driver.conversation for driver in drivers], llm, sampling
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
     assert any(not before[name].float().equal(after[name].float()) for name in before)
     chat = VilavtChat.from_pretrained(work / "merged")
     assert type(chat.processor).__name__ == "VilavtProcessor"
-    assert chat.limits == VilavtChat.from_pretrained(tiny).limits
+    assert chat.settings.limits == VilavtChat.from_pretrained(tiny).settings.limits
     questions = json.loads((ROOT / "examples" / "pictures" / "questions.json").read_text(encoding="utf-8"))
     results = chat.ask_many([([ROOT / "examples" / "pictures" / q["image"]], q["question"]) for q in questions])
     assert {result.finish for result in results} == {"answer"}

@@ -94,9 +94,9 @@ def gap(tiny: Path, rollouts: list, processor):
     step, and those of the checkpoint's weights in transformers."""
     from vilavt_rl.policy import VilavtPolicy
     from vilavt_rl.replay import model_logprobs, play
-    from vilavt_rl.rollout import EpisodeSettings
+    from vilavt_rl.rollout import settings_of_checkpoint
 
-    settings = EpisodeSettings.of_checkpoint(tiny)
+    settings = settings_of_checkpoint(tiny)
 
     def measure(checkpoint: Path, step: int) -> float:
         model = VilavtPolicy.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -120,9 +120,9 @@ def test_two_steps_of_grpo_move_the_weights(steps: list[dict]) -> None:
 
 def test_the_rollouts_zoom_into_crops_and_take_several_crops_at_once(rollouts: list, tiny: Path) -> None:
     from vilavt_rl.replay import play
-    from vilavt_rl.rollout import EpisodeSettings
+    from vilavt_rl.rollout import settings_of_checkpoint
 
-    settings = EpisodeSettings.of_checkpoint(tiny)
+    settings = settings_of_checkpoint(tiny)
     assert {rollout.step for rollout in rollouts} == {1, 2}
     assert len(rollouts) == 32
     episodes = [play(rollout, settings) for rollout in rollouts]
@@ -203,7 +203,7 @@ def test_what_cannot_be_answered_costs_its_own_trajectories_and_the_run_goes_on(
     start_grpo, work: Path, data: Path, loop: Path, tiny: Path
 ) -> None:
     from vilavt_rl.replay import play, read_rollouts
-    from vilavt_rl.rollout import EpisodeSettings
+    from vilavt_rl.rollout import settings_of_checkpoint
 
     rows = read_lines(data / "all.jsonl")
     for row in rows:
@@ -244,7 +244,7 @@ def test_what_cannot_be_answered_costs_its_own_trajectories_and_the_run_goes_on(
     assert "the prompt has 4 images, at most 3 are allowed" in log
     left = list(read_rollouts(work / "faulty"))
     assert {rollout.row.id for rollout in left} == {row["id"] for row in chosen[:3]}
-    settings = EpisodeSettings.of_checkpoint(tiny)
+    settings = settings_of_checkpoint(tiny)
     groups = [inquiry for rollout in left for inquiry in play(rollout, settings).inquiries]
     assert any(sum(image.width * image.height // 784 for image in group.images) > 32 for group in groups)
 

@@ -166,15 +166,16 @@ def test_the_filter_of_long_prompts_measures_with_the_agent_loops_preset_and_lim
 
     from vilavt_rl.data import read_rows
     from vilavt_rl.errors import DataError
-    from vilavt_rl.rollout import settings_of
+    from vilavt_rl.rollout import cached_settings, start_row
     from vilavt_rl.verl.dataset import VilavtDataset
 
     loop = {"name": "vilavt", "preset": "eval-hf", "limits": {"max_pixels": 6 * 784}}
     file = tmp_path / "loop.yaml"
     file.write_text(yaml.safe_dump([{"name": "other"}, loop]), encoding="utf-8")
-    settings = settings_of(tokenizer.name_or_path, "eval-hf", (("max_pixels", 6 * 784),))
+    settings = cached_settings(tokenizer.name_or_path, "eval-hf", (("max_pixels", 6 * 784),))
     length = max(
-        len(settings.start(row, max_prompt=10_000, max_response=1).record.token_ids) for row in read_rows(rows_file)
+        len(start_row(row, settings, max_prompt=10_000, max_response=1).result.record.token_ids)
+        for row in read_rows(rows_file)
     )
 
     def rows(max_prompt: int) -> int:

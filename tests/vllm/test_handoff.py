@@ -45,6 +45,6 @@ def test_every_checkpoint_that_was_handed_over_gives_the_writers_numbers(start, 
         llm = VilavtLLM(engine.llm)
         assert llm.settings.prompts.sha256 == expected["prompts_sha256"]
         assert llm.settings.preset.name == expected["preset"]
-        results = llm.ask([([PICTURES / q["image"]], q["question"]) for q in questions], progress=False)
+        results = llm.ask_many([([PICTURES / q["image"]], q["question"]) for q in questions])
         assert [result.error for result in results] == [None] * len(results)
         assert [[turn.text for turn in result.turns] for result in results] == expected["transcripts"], folder

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vilavt_core.driver import Driver
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.results import Sample
 from vilavt_hf.chat import VilavtChat
@@ -30,7 +31,7 @@ def llm(start):
 @pytest.fixture(scope="module")
 def chat():
     torch.set_num_threads(1)
-    return VilavtChat.from_pretrained(CHECKPOINT, dtype="float32", max_batch_size=32)
+    return VilavtChat.from_pretrained(CHECKPOINT, dtype="float32", concurrency=32)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def samples():
 
 @pytest.fixture(scope="module")
 def answered(llm, samples):
-    return llm.ask(samples, progress=False)
+    return llm.ask_many(samples)
 
 
 def test_limits_come_from_the_checkpoint_and_fit_the_engine(llm, chat):
-    assert chat.limits.max_images > 32  # what this engine allows (conftest.py)
-    assert llm.settings.limits == replace(chat.limits, max_images=32)
+    assert chat.settings.limits.max_images > 32  # what this engine allows (conftest.py)
+    assert llm.settings.limits == replace(chat.settings.limits, max_images=32)
     assert llm.settings.limits.max_context == 4096
-    assert llm.settings.preset == chat.preset
+    assert llm.settings.preset == chat.settings.preset
 
 
 def test_transcripts_and_answers_equal_those_of_transformers(chat, samples, answered):
@@ -93,12 +94,12 @@ def test_what_fails_ends_alone_and_results_keep_their_order(llm, samples, tmp_pa
         big,
         samples[1],
     ]
-    results = llm.ask(todo, progress=False)
+    results = llm.ask_many(todo)
     assert [result.finish for result in results] == ["error", "answer", "error", "error", "answer"]
     assert "missing.png" in str(results[0].error)
     assert isinstance(results[3].error, ValueError)
     assert "an image of 700x700 pixels would become" in str(results[3].error)
-    again = llm.ask(samples[:2], progress=False)
+    again = llm.ask_many(samples[:2])
     assert [again[0].answer, again[1].answer] == [results[1].answer, results[4].answer]
 
 
@@ -113,38 +114,40 @@ def test_leaving_early_aborts_what_runs(llm, samples):
     for _ in llm.iter_many(samples[:6]):
         break
     assert not llm.llm.llm_engine.has_unfinished_requests()
-    assert llm.ask(samples[:1], progress=False)[0].answer is not None
+    assert llm.ask_many(samples[:1])[0].answer is not None
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(llm, samples):
     hot = VilavtLLM(llm.llm, sampling=Sampling(temperature=1.0, top_p=0.95), seed=3)
-    together = hot.ask(samples[:4], progress=False)
-    alone = hot.ask(samples[2:3], progress=False)
+    together = hot.ask_many(samples[:4])
+    alone = hot.ask_many(samples[2:3])
     assert alone[0].record.token_ids == together[2].record.token_ids
-    other = VilavtLLM(llm.llm, sampling=Sampling(temperature=5.0), seed=4).ask(samples[:4], progress=False)
+    other = VilavtLLM(llm.llm, sampling=Sampling(temperature=5.0), seed=4).ask_many(samples[:4])
     assert any(a.record.token_ids != b.record.token_ids for a, b in zip(together, other, strict=True))
 
 
-def test_a_request_that_vllm_ends_is_an_error_of_that_sample(llm, samples, monkeypatch):
+def test_a_request_that_vllm_ends_is_an_error_of_that_sample(llm, samples):
     from types import SimpleNamespace
 
-    from vilavt_vllm.episodes import EpisodeRun
+    from vilavt_vllm.episodes import take
 
-    run = EpisodeRun(samples[0], llm.settings)
-    run.next_request()
+    driver = Driver(samples[0], llm.settings)
+    driver.start()
     aborted = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], logprobs=None, finish_reason="abort")])
-    with pytest.raises(EngineFailure, match=r"sample 0, turn 0: vLLM ended it with 'abort' after 1 tokens"):
-        list(run.take(aborted))
+    (finished,) = take(driver, aborted)
+    assert isinstance(finished.result.error, EngineFailure)
+    assert "sample 0, turn 0: vLLM ended it with 'abort'" in str(finished.result.error)
+    assert driver.request is None
 
 
 def test_too_many_regions_in_one_call_end_that_conversation_with_the_flag_that_raises_the_cap(llm, samples):
-    from vilavt_vllm.episodes import EpisodeRun
+    from vilavt_vllm.episodes import sampling_params, to_prompt
 
-    run = EpisodeRun(samples[0], llm.settings, name="crowded")
-    request = run.next_request()
-    picture = request.inquiries[0].images[0]
-    prompt = run.prompt(request)
+    driver = Driver(samples[0], llm.settings, name="crowded")
+    driver.start()
+    picture = driver.request.inquiries[0].images[0]
+    prompt = to_prompt(driver.request)
     prompt["multi_modal_data"]["image"] = [Inquiry((picture,) * 17, "what")]
     prompt["prompt_token_ids"] = prompt["prompt_token_ids"] * 17
     with pytest.raises(LimitError, match="vilavt_max_regions"):
-        llm.llm.llm_engine.add_request("crowded", prompt, run.sampling_params(request))
+        llm.llm.llm_engine.add_request("crowded", prompt, sampling_params(driver))

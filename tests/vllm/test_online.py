@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vilavt_core.driver import Driver
 from vilavt_core.results import AnswerEvent, CropsEvent, Finished, Sample, TextDelta, ToolCallEvent
 from vilavt_vllm import AsyncVilavtLLM
 
@@ -52,7 +53,7 @@ async def events_of(llm, run):
 
 
 def test_events_arrive_in_order_and_the_text_is_whole(finish, llm):
-    events = finish(events_of(llm, llm.run(sample(0), stream=True)))
+    events = finish(events_of(llm, Driver(sample(0), llm.settings, stream=True)))
     result = events[-1].result
     assert isinstance(events[-1], Finished)
     assert result.answer == ASKED[0]["answer"]
@@ -66,8 +67,8 @@ def test_events_arrive_in_order_and_the_text_is_whole(finish, llm):
 
 def test_many_at_once_give_the_answers_of_one_after_the_other(finish, llm):
     async def both():
-        together = await asyncio.gather(*(llm.ask(sample(i)) for i in range(3)), llm.ask(Sample(["/no/such"], "What?")))
-        return together, [await llm.ask(sample(i)) for i in range(3)]
+        together = await llm.ask_many([*map(sample, range(3)), Sample(["/no/such"], "What?")])
+        return together, [(await llm.ask_many([sample(i)]))[0] for i in range(3)]
 
     together, alone = finish(both())
     assert [r.answer for r in together[:3]] == [r.answer for r in alone] == [asked["answer"] for asked in ASKED]
@@ -76,9 +77,9 @@ def test_many_at_once_give_the_answers_of_one_after_the_other(finish, llm):
 
 def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(finish, llm):
     async def talk():
-        first = llm.run(sample(1))
+        first = Driver(sample(1), llm.settings)
         await events_of(llm, first)
-        second = first.follow_up(Sample([], ASKED[1]["question"]))
+        second = await llm.follow_up(first, Sample([], ASKED[1]["question"]))
         await events_of(llm, second)
         return first, second
 
@@ -93,7 +94,7 @@ def test_a_follow_up_continues_the_stream_and_computes_only_what_it_adds(finish,
 
 def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(finish, llm):
     async def cancel():
-        run, seen = llm.run(sample(0), stream=True), asyncio.Event()
+        run, seen = Driver(sample(0), llm.settings, stream=True), asyncio.Event()
 
         async def watch():
             async for event in llm.events(run):
@@ -112,7 +113,7 @@ def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(finish, llm
             if not llm.engine.output_processor.has_unfinished_requests():
                 break
             await asyncio.sleep(0.1)
-        return llm.engine.output_processor.has_unfinished_requests(), await llm.ask(sample(0))
+        return llm.engine.output_processor.has_unfinished_requests(), (await llm.ask_many([sample(0)]))[0]
 
     unfinished, result = finish(cancel())
     assert not unfinished

@@ -34,7 +34,7 @@ def test_the_merged_checkpoint_of_a_run_speaks_in_vllm_as_in_transformers(start)
     pictures = EXAMPLES / "pictures"
     questions = json.loads((pictures / "questions.json").read_text(encoding="utf-8"))
     llm = VilavtLLM(start(HANDOFF / "merged").llm)
-    results = llm.ask([([pictures / q["image"]], q["question"]) for q in questions], progress=False)
+    results = llm.ask_many([([pictures / q["image"]], q["question"]) for q in questions])
     assert [[turn.text for turn in result.turns] for result in results] == json.loads(
         (HANDOFF / "transcripts.json").read_text(encoding="utf-8")
     )
@@ -52,8 +52,8 @@ def test_weights_from_verls_trainer_give_its_log_probabilities(start, monkeypatc
     trajectory = json.loads((HANDOFF / "trajectory.json").read_text(encoding="utf-8"))
     chat = VilavtChat.from_pretrained(CHECKPOINT, dtype=torch.float32)
     image = Image.open(HANDOFF / "image.png").convert("RGB")
-    settings = {"tokenizer": chat.processor.tokenizer, "prompts": chat.prompts, "preset": chat.preset}
-    run = Episode.start([image], trajectory["question"], limits=chat.limits, **settings)
+    settings = {"tokenizer": chat.processor.tokenizer, "prompts": chat.settings.prompts, "preset": chat.settings.preset}
+    run = Episode.start([image], trajectory["question"], limits=chat.settings.limits, **settings)
     compared = 0
     for turn in trajectory["turns"]:
         request = run.next_request()

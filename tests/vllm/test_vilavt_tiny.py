@@ -30,8 +30,8 @@ def chat():
 
 def episode(chat, asked):
     image = Image.open(EXAMPLES / "pictures" / asked["image"]).convert("RGB")
-    settings = {"tokenizer": chat.processor.tokenizer, "prompts": chat.prompts, "preset": chat.preset}
-    return Episode.start([image], asked["question"], limits=chat.limits, **settings)
+    settings = {"tokenizer": chat.processor.tokenizer, "prompts": chat.settings.prompts, "preset": chat.settings.preset}
+    return Episode.start([image], asked["question"], limits=chat.settings.limits, **settings)
 
 
 @pytest.mark.parametrize("asked", QUESTIONS, ids=lambda asked: asked["image"])

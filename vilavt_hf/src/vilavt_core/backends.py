@@ -8,7 +8,7 @@ package reaches another one's engine without importing it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any, Protocol
@@ -17,29 +17,211 @@ from .errors import EngineError
 from .images import ImageLimits
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
-from .results import ChatResult, Provenance, Sample
+from .results import ChatResult, Event, ImageSource, Intervention, Provenance, Sample, Timings
 from .settings import preset_of
 
 GROUP = "vilavt.backends"
 
 
+class Conversation(Protocol):
+    """Several questions about the same images; an engine computes of each only what it adds."""
+
+    def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+        """Ask the next question, about further `images` too if given; the result's turns are this question's.
+
+        Raises:
+            VilavtError: an image cannot be loaded, the conversation was closed, or an earlier question failed half-way.
+        """
+        ...
+
+    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> Iterator[Event]:
+        """Like `ask`, as events; `Finished` comes last. Leaving the loop early closes the conversation."""
+        ...
+
+    def close(self) -> None:
+        """Free what is kept for it; further questions are refused."""
+        ...
+
+
 class Backend(Protocol):
-    """Answers questions."""
+    """Asks a ViLaVT about pictures. `VilavtChat`, `VilavtLLM` and `ServerClient` have exactly these methods;
+    `AsyncBackend` has their async twins.
+    """
 
     concurrency: int
     """Conversations side by side; may be changed between calls."""
 
-    def iter_many(self, samples: Iterable[Sample]) -> Iterator[tuple[int, ChatResult]]:
-        """Ask many questions side by side, and yield (place, result) as they are answered.
+    @property
+    def timings(self) -> Timings | None:
+        """What the engine has spent; None if it does not tell."""
+        ...
 
-        Samples are drawn, and their images loaded, when their turn comes. One that fails has its exception in
-        ``ChatResult.error`` and stops no other. `VilavtChat`'s also takes an ``intervention``; the others run the
-        model as it is.
+    def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> ChatResult:
+        """Ask one question.
+
+        Args:
+            images: one picture or several.
+            question: the user's text.
+            id: named in errors and in the result.
+            seed: for sampling. None: made from the backend's and `id`.
+            limits: budgets. None: the backend's.
+
+        Raises:
+            VilavtError: an image cannot be loaded, …: what `ask_many` would put in `ChatResult.error`.
         """
+        ...
+
+    def ask_many(
+        self,
+        samples: Iterable[Sample | tuple[Any, str]],
+        *,
+        intervention: Intervention | None = None,
+        progress: bool = False,
+    ) -> list[ChatResult]:
+        """Ask many questions, `concurrency` at a time.
+
+        Args:
+            samples: `Sample`, or pairs of (images, question).
+            intervention: changes for ablations; only a local model takes them.
+            progress: show a bar.
+
+        Returns:
+            One result per sample, in their order. One that failed has ``finish == "error"`` and the exception in
+            ``error``.
+
+        Raises:
+            EngineError: the backend does not support interventions.
+        """
+        ...
+
+    def iter_many(
+        self, samples: Iterable[Sample | tuple[Any, str]], *, intervention: Intervention | None = None
+    ) -> Iterator[tuple[int, ChatResult]]:
+        """Like `ask_many`, but yields (place, result) as conversations end. Samples are drawn, and their images loaded,
+        when their turn comes. Leaving the loop early ends what is running.
+        """
+        ...
+
+    def stream(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> Iterator[Event]:
+        """Ask one question and watch: text as it is sampled, zooms, crops, the answer; `Finished` comes last.
+
+        Raises:
+            VilavtError: as `ask`.
+        """
+        ...
+
+    def conversation(
+        self,
+        images: ImageSource | Sequence[ImageSource] = (),
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> Conversation:
+        """Start a conversation in which several questions can be asked; `limits` count anew for every question."""
         ...
 
     def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
         """What the results of samples with this seed and these limits (None: the backend's) will say they depend on."""
+        ...
+
+
+class AsyncConversation(Protocol):
+    """`Conversation` over an async engine."""
+
+    async def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+        """See `Conversation.ask`."""
+        ...
+
+    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> AsyncIterator[Event]:
+        """See `Conversation.stream`."""
+        ...
+
+    def close(self) -> None:
+        """See `Conversation.close`."""
+        ...
+
+
+class AsyncBackend(Protocol):
+    """`Backend` over an async engine: the same names, arguments, defaults and errors."""
+
+    concurrency: int
+    """Conversations that `ask_many` and `iter_many` run side by side."""
+
+    @property
+    def timings(self) -> Timings | None:
+        """See `Backend.timings`."""
+        ...
+
+    async def ask(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> ChatResult:
+        """See `Backend.ask`."""
+        ...
+
+    async def ask_many(
+        self,
+        samples: Iterable[Sample | tuple[Any, str]],
+        *,
+        intervention: Intervention | None = None,
+        progress: bool = False,
+    ) -> list[ChatResult]:
+        """See `Backend.ask_many`."""
+        ...
+
+    def iter_many(
+        self, samples: Iterable[Sample | tuple[Any, str]], *, intervention: Intervention | None = None
+    ) -> AsyncIterator[tuple[int, ChatResult]]:
+        """See `Backend.iter_many`."""
+        ...
+
+    def stream(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> AsyncIterator[Event]:
+        """See `Backend.stream`."""
+        ...
+
+    def conversation(
+        self,
+        images: ImageSource | Sequence[ImageSource] = (),
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> AsyncConversation:
+        """See `Backend.conversation`."""
+        ...
+
+    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+        """See `Backend.provenance`."""
         ...
 
 

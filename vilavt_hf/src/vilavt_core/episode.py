@@ -15,7 +15,7 @@ responses, and for an ``<|im_end|>`` that the episode had to add.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any, Literal
@@ -101,6 +101,7 @@ class Episode:
         preset: str | Preset = "default",
         limits: Limits | None = None,
         sample_id: str | None = None,
+        gallery: Gallery | None = None,
     ) -> Episode:
         """Begin a conversation.
 
@@ -112,6 +113,7 @@ class Episode:
             preset: name or value.
             limits: budgets; None: the preset's.
             sample_id: named in errors and in the result.
+            gallery: empty; cuts and keeps the images. None: an ordinary one.
 
         Returns:
             An episode. If the first turn already breaks a budget it is finished (``image_limit`` or
@@ -129,7 +131,7 @@ class Episode:
             preset=preset,
             limits=limits,
             sample_id=sample_id,
-            gallery=Gallery(min_pixels=limits.min_pixels),
+            gallery=Gallery(min_pixels=limits.min_pixels) if gallery is None else gallery,
             stream=TokenStream(),
         )
         special = episode.special
@@ -307,7 +309,7 @@ class Episode:
         logprobs: Sequence[float] | None = None,
         finish: Literal["stop", "length"] = "stop",
         seconds: float | None = None,
-        redirect: Callable[[ToolCall], ToolCall] | None = None,
+        computed: bool = True,
     ) -> Turn:
         """Take one sampled turn, act on it, and append the reply or end the episode.
 
@@ -317,8 +319,8 @@ class Episode:
             logprobs: one per token.
             finish: why sampling ended; a stop token at the end counts as ``stop`` whatever is said here.
             seconds: time it took, for the record.
-            redirect: for ablations: its call's regions are cropped instead of those of the turn's call. Stream, turn
-                and query stay as the model wrote them.
+            computed: whether the engine has the request's tokens and these in its cache. False (a turn that is known
+                without the engine): the next request's ``new_token_ids`` and ``new_inquiries`` hold them too.
 
         Returns:
             The finished turn.
@@ -340,8 +342,9 @@ class Episode:
         stream.tokens += ids
         stream.mask += [1] * len(ids)
         stream.logprobs += [float(value) for value in logprobs] if logprobs is not None else [None] * len(ids)
-        stream.sent = len(stream.tokens)
-        stream.sent_inquiries = len(stream.inquiries)
+        if computed:
+            stream.sent = len(stream.tokens)
+            stream.sent_inquiries = len(stream.inquiries)
         self._pending = None
         text = self._decode(ids[:-1] if stopped else ids)
         stream.transcript.append(text + (self._decode(ids[-1:]) if stopped else ""))
@@ -358,7 +361,7 @@ class Episode:
         elif self.preset.close_tag_ends and ANSWER_CLOSE in text:
             self._end(FinishReason.MALFORMED, f"the turn holds {ANSWER_CLOSE} without an answer before it")
         else:
-            turn = self._act(turn, redirect)
+            turn = self._act(turn)
         self._turns.append(turn)
         return turn
 
@@ -483,7 +486,7 @@ class Episode:
             body = (body[0].lstrip("\n"), *body[1:])
         return [*(part for line in lines for part in line), *body]
 
-    def _act(self, turn: Turn, redirect: Callable[[ToolCall], ToolCall] | None) -> Turn:
+    def _act(self, turn: Turn) -> Turn:
         """Carry out a turn that stopped in the ordinary way and is no answer."""
         limits, action = self.limits, turn.action
         last = turn.index + 1 >= limits.max_turns
@@ -492,9 +495,8 @@ class Episode:
                 problem = f"turn {turn.index + 1} of {limits.max_turns} asked for another zoom; raise Limits.max_turns"
                 self._end(FinishReason.TURN_LIMIT, problem)
                 return replace(turn, problem=problem)
-            regions = (action if redirect is None else redirect(action)).regions
             try:
-                plans = self._gallery.plan(regions, limits.crop_max_pixels or limits.max_pixels)
+                plans = self._gallery.plan(action.regions, limits.crop_max_pixels or limits.max_pixels)
             except RegionError as error:
                 return self._refuse(turn, FinishReason.BAD_REGION, str(error), "bad_call", last)
             return self._zoom(turn, action, plans)

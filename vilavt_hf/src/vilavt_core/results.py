@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,16 @@ from PIL import Image
 
 from .episode import Inquiry, Record, Result, Turn
 from .presets import Limits, Sampling
-from .protocol import Answer, ToolCall
+from .protocol import Answer, Region, ToolCall
 from .regions import View
 
 ImageSource = str | Path | bytes | Image.Image
+"""A file's path, its bytes, a URL (where allowed), or a picture."""
+
+
+def image_list(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    """One image or several as a list."""
+    return [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +40,11 @@ class Sample:
     data: Any = None
     """Anything; not read here, handed to the hooks of an `Intervention`."""
 
+    @classmethod
+    def of(cls, entry: Sample | tuple[Any, str]) -> Sample:
+        """A sample as it is, or a pair of image or images and question."""
+        return entry if isinstance(entry, Sample) else cls(image_list(entry[0]), entry[1])
+
     def seed_from(self, base: int) -> int:
         """This sample's seed: its own, else made from a `base` seed and its id."""
         if self.seed is not None:
@@ -50,9 +61,8 @@ class Intervention:
     No zoom is not a hook: give the sample ``Limits(max_turns=1)``, and the prompt set says so in its own words.
     """
 
-    transform_call: Callable[[Sample, ToolCall, Sequence[View]], ToolCall] | None = None
-    """Before cropping; the views are the images shown so far. Only the regions of the returned call matter; the stream
-    keeps the call the model wrote. (Random box.)
+    transform_regions: Callable[[Sample, Sequence[Region], Sequence[View]], Sequence[Region]] | None = None
+    """Before cropping; the views are the images shown so far. The stream keeps the call the model wrote. (Random box.)
     """
     transform_inquiry: Callable[[Sample, Inquiry], Sequence[Inquiry]] | None = None
     """Before encoding; the images must stay, in order, the query and the grouping may change. (No query, swapped
@@ -96,6 +106,26 @@ class Work:
     def tokens_ratio(self) -> float:
         """Tokens sent through the language model per distinct token."""
         return (self.tokens_prefilled + self.tokens_decoded) / self.distinct_tokens if self.distinct_tokens else 1.0
+
+
+@dataclass
+class BilledTokens:
+    """Tokens over all turns of a question, as an API bills them."""
+
+    prompt: int = 0
+    """Of all requests together: a turn's prompt holds the turns before it."""
+    cached: int = 0
+    """Of these, what the engine had in its cache."""
+    sampled: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``usage`` of a chat completion."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.sampled,
+            "total_tokens": self.prompt + self.sampled,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
 
 
 @dataclass
@@ -156,6 +186,8 @@ class ChatResult:
     """Cost of the whole conversation so far; both ratios are 1.00."""
     seconds: float
     """Wall time from the first request to the end; in a batch it includes the others' share of the machine."""
+    billed: BilledTokens = field(default_factory=BilledTokens)
+    """Counted by engines that serve: vLLM and its server; 0 elsewhere."""
     error: Exception | None = None
     fallback: Result | None = None
     """The forced-answer conversation of presets that have one."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import Limits
-from vilavt_core.protocol import Region, ToolCall
+from vilavt_core.protocol import Region
 from vilavt_core.regions import View
 from vilavt_core.results import Intervention, Sample
 
@@ -39,7 +39,7 @@ def one_by_one(sample: Sample, inquiry: Inquiry) -> Sequence[Inquiry]:
     ]
 
 
-def random_boxes(sample: Sample, call: ToolCall, views: Sequence[View]) -> ToolCall:
+def random_boxes(sample: Sample, regions: Sequence[Region], views: Sequence[View]) -> Sequence[Region]:
     """Boxes of the same size elsewhere on the same images.
 
     A box moves by whole multiples of its own width and height, so that it never overlaps the one that was asked for,
@@ -47,7 +47,7 @@ def random_boxes(sample: Sample, call: ToolCall, views: Sequence[View]) -> ToolC
     seed and its number of images, whatever else is in the batch. Regions that cannot be carried out stay as they are.
     """
     rng = random.Random(f"{sample.seed_from(0)}:{len(views)}")
-    return replace(call, regions=tuple(_moved(region, views, rng) for region in call.regions))
+    return [_moved(region, views, rng) for region in regions]
 
 
 def _moved(region: Region, views: Sequence[View], rng: random.Random) -> Region:
@@ -79,7 +79,7 @@ ABLATIONS: dict[str, Intervention] = {
     NO_ZOOM: Intervention(),
     "no-query": Intervention(transform_inquiry=with_query(lambda sample: "")),
     "no-joint": Intervention(transform_inquiry=one_by_one),
-    "random-box": Intervention(transform_call=random_boxes),
+    "random-box": Intervention(transform_regions=random_boxes),
     NO_REENCODE: Intervention(reencode=False),
 }
 """What each takes away; ``no-zoom`` is a limit, see `Ablation.limits`."""
@@ -117,9 +117,9 @@ class Ablation:
         if not found:
             return None
         inquiries = [i.transform_inquiry for i in found if i.transform_inquiry is not None]
-        calls = [i.transform_call for i in found if i.transform_call is not None]
+        boxes = [i.transform_regions for i in found if i.transform_regions is not None]
         return Intervention(
-            transform_call=calls[0] if calls else None,
+            transform_regions=boxes[0] if boxes else None,
             transform_inquiry=_one_after_another(inquiries) if inquiries else None,
             reencode=all(i.reencode for i in found),
         )

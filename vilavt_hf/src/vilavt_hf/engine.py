@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from transformers import DynamicCache
@@ -35,7 +35,6 @@ from transformers.cache_utils import DynamicLayer
 from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import EngineError
 from vilavt_core.presets import Sampling
-from vilavt_core.regions import FACTOR, Box
 from vilavt_core.results import Timings, Work
 
 from . import compat
@@ -54,17 +53,38 @@ Encode = Callable[[Sequence["Inquiry"]], dict[str, torch.Tensor]]
 """Inquiries to the inputs of `get_image_features`, as `VilavtProcessor.encode_inquiries` does."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reused(Inquiry):
-    """Images that are not encoded: their features are cut out of those of earlier images of their row, for ablations.
+class EncodedImage(NamedTuple):
+    """One image as the language model gets it."""
 
-    Needs an engine that keeps features.
+    features: torch.Tensor
+    """(n, C), one row per token."""
+    grid: torch.Tensor
+    """(3,): frames, and patches along height and width."""
+    computed: bool = True
+    """Whether the encoder has run for it."""
+
+
+Features = Callable[[Sequence[Inquiry]], list[EncodedImage]]
+"""Inquiries, of several rows at once (groups never see each other), to one entry per image, in order."""
+
+
+class ImageFeatures:
+    """`Features` of a model.
+
+    Args:
+        model: in eval mode.
+        encode: inquiries to encoder inputs.
     """
 
-    origins: tuple[tuple[int, Box], ...] = ()
-    """For each image the index of an earlier, encoded one, and where it lies on it: ``(x1, y1, x2, y2)`` as fractions
-    of its width and height.
-    """
+    def __init__(self, model: VilavtForConditionalGeneration, encode: Encode) -> None:
+        self.model, self.encode = model, encode
+
+    def __call__(self, inquiries: Sequence[Inquiry]) -> list[EncodedImage]:
+        """Encode all images."""
+        inputs = self.encode(inquiries)
+        on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
+        features = compat.pooled(self.model.model.get_image_features(**on_device))
+        return [EncodedImage(*pair) for pair in zip(features, inputs["image_grid_thw"], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -104,8 +124,6 @@ class Row:
     """Tokens sampled in the current turn."""
     images: set[int] = field(default_factory=set)
     """Indices of the images that were encoded."""
-    features: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Of encoded images by index, (h, w, C), one per token; empty unless the engine keeps them."""
     closed: bool = False
 
 
@@ -247,7 +265,6 @@ class Engine:
         max_prefill_tokens: new tokens, padding included, that one step prefills (and whose images it encodes) at most,
             unless one row alone has more; bounds the memory of a step.
         clock: what `timings` is measured with, e.g. `time.process_time`.
-        keep_features: keep every row's image features, so that requests may reuse them (`Reused`).
         n_tokens: ids from here on stand for no token (the tokenizer's length; a Qwen2.5-VL has rows for more) and are
             never sampled. None: all may be.
 
@@ -264,7 +281,6 @@ class Engine:
         max_batch_size: int = 8,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         clock: Callable[[], float] = time.perf_counter,
-        keep_features: bool = False,
         n_tokens: int | None = None,
     ) -> None:
         config: Any = model.config
@@ -276,14 +292,14 @@ class Engine:
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size={max_batch_size}, it must be at least 1")
         self.model = model
-        self.encode = encode
+        self.features: Features = ImageFeatures(model, encode)
+        """Where features come from; an ablation wraps it."""
         self.choose = choose or Sampler(Sampling())
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
         self._layers: int = config.text_config.num_hidden_layers
         self._merge_unit: int = config.vision_config.spatial_merge_size**2
         self.clock = clock
-        self.keep_features = keep_features
         self.n_tokens = n_tokens
         self.timings = Timings()
         self._waiting: list[Row] = []
@@ -296,31 +312,21 @@ class Engine:
         """A new, empty conversation; `seed` drives its sampling alone, `name` appears in error messages."""
         return Row(torch.Generator().manual_seed(seed), name)
 
-    def submit(self, row: Row, request: Request, inquiries: Sequence[Inquiry] | None = None) -> None:
+    def submit(self, row: Row, request: Request) -> None:
         """Append a request to its row and queue the row for generation.
 
         Args:
             row: idle, with the stream the request continues.
             request: see `vilavt_core.episode.Request`.
-            inquiries: encoded instead of ``request.new_inquiries``; must hold the same images' worth of tokens, in
-                order.
 
         Raises:
             EngineError: the row is busy, or the request continues another stream.
         """
-        self._append(row, request, inquiries)
+        self._append(row, request)
         if request.max_new_tokens < 1:
             raise EngineError(f"{self._name(row)}: max_new_tokens={request.max_new_tokens}, it must be at least 1")
         row.request, row.sampled = request, 0
         self._waiting.append(row)
-
-    def force(
-        self, row: Row, request: Request, token_ids: Sequence[int], inquiries: Sequence[Inquiry] | None = None
-    ) -> None:
-        """Append a request and its answer without running the model; both are prefilled with the next request."""
-        self._append(row, request, inquiries)
-        row.tokens += token_ids
-        row.pending += token_ids
 
     def close(self, row: Row) -> None:
         """Free the row's keys and values; a running or waiting row is taken out first."""
@@ -329,7 +335,6 @@ class Engine:
         if self._running is not None and row in self._running.rows:
             self._leave([self._running.rows.index(row)])
         row.request = row.layers = None
-        row.features.clear()
         row.closed = True
 
     @property
@@ -337,7 +342,7 @@ class Engine:
         """Whether :meth:`step` has anything to do."""
         return bool(self._waiting) or self._running is not None
 
-    def _append(self, row: Row, request: Request, inquiries: Sequence[Inquiry] | None) -> None:
+    def _append(self, row: Row, request: Request) -> None:
         if self.model.training:
             raise EngineError("the model is in training mode; call model.eval() before generating")
         if row.closed:
@@ -354,7 +359,7 @@ class Engine:
             )
         row.tokens += request.new_token_ids
         row.pending += request.new_token_ids
-        row.inquiries += request.new_inquiries if inquiries is None else inquiries
+        row.inquiries += request.new_inquiries
 
     @staticmethod
     def _name(row: Row) -> str:
@@ -461,7 +466,8 @@ class Engine:
         """
         device = self.model.device
         began = self.clock()
-        features, grids = self._encode(rows)
+        features, images = self._encode(rows)
+        grids = [torch.stack([one.grid for one in mine]) if mine else None for mine in images]
         encoded = self.clock()
         self.timings.encode += encoded - began
         pad = rows[0].pending[0]  # any valid id: pad slots are masked
@@ -488,8 +494,8 @@ class Engine:
         batch.mask = torch.cat([mask, new.to(device)], 1)
         logits = self._forward(embeds, batch.mask, positions.to(device), batch.cache)
         self.timings.prefill += self.clock() - encoded
-        for row, end, grid in zip(rows, ends, grids, strict=True):
-            self._count_patches(row, grid)
+        for row, end, mine in zip(rows, ends, images, strict=True):
+            self._count_patches(row, mine)
             row.work.tokens_prefilled += len(row.pending)
             row.work.distinct_tokens = len(row.tokens)
             row.next_position = end
@@ -526,54 +532,25 @@ class Engine:
         )
         return out.logits[:, -1]
 
-    def _encode(self, rows: list[Row]) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        """Features (n, C) of all rows' new images in stream order, and each row's image grids (n, 3)."""
+    def _encode(self, rows: list[Row]) -> tuple[torch.Tensor | None, list[list[EncodedImage]]]:
+        """Features (n, C) of all rows' new images in stream order, and each row's images."""
         inquiries = [inquiry for row in rows for inquiry in row.inquiries]
         if not inquiries:
-            return None, [None] * len(rows)
-        encoded: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
-        if new := [inquiry for inquiry in inquiries if not isinstance(inquiry, Reused)]:
-            inputs = self.encode(new)
-            on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
-            features = compat.pooled(self.model.model.get_image_features(**on_device))
-            encoded = iter(zip(features, inputs["image_grid_thw"], strict=True))
-        pieces: list[torch.Tensor] = []
-        grids: list[torch.Tensor | None] = []
-        for row in rows:
-            shapes = []
-            for inquiry in row.inquiries:
-                found = (
-                    self._reuse(row, inquiry) if isinstance(inquiry, Reused) else islice(encoded, len(inquiry.images))
-                )
-                for index, (piece, shape) in zip(inquiry.image_indices, found, strict=True):
-                    pieces.append(piece)
-                    shapes.append(shape)
-                    if self.keep_features and not isinstance(inquiry, Reused):
-                        row.features[index] = piece.view(*(shape[1:] // 2).tolist(), -1)
-            grids.append(torch.stack(shapes) if shapes else None)
-        return torch.cat(pieces), grids
-
-    def _reuse(self, row: Row, inquiry: Reused) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Features (n, C) and grid (3,) of images that are cut out of earlier ones."""
-        for image, (origin, box) in zip(inquiry.images, inquiry.origins, strict=True):
-            if origin not in row.features:
-                raise EngineError(
-                    f"{self._name(row)}: the features of image {origin} are to be reused, those of images "
-                    f"{sorted(row.features)} were kept; make the engine with keep_features=True"
-                )
-            height, width = image.height // FACTOR, image.width // FACTOR
-            yield _cut_out(row.features[origin], box, height, width), torch.tensor([1, 2 * height, 2 * width])
+            return None, [[] for _ in rows]
+        encoded = iter(self.features(inquiries))
+        images = [list(islice(encoded, sum(len(i.images) for i in row.inquiries))) for row in rows]
+        return torch.cat([one.features for mine in images for one in mine]), images
 
     @staticmethod
-    def _count_patches(row: Row, grid: torch.Tensor | None) -> None:
+    def _count_patches(row: Row, images: Sequence[EncodedImage]) -> None:
         """An image counts as distinct by its index in the conversation, however often its pixels are sent."""
-        shapes = iter(() if grid is None else grid.prod(-1).tolist())
-        for inquiry in row.inquiries:
-            for index, patches in zip(inquiry.image_indices, shapes, strict=False):
-                if not isinstance(inquiry, Reused):
-                    row.work.patches_encoded += patches
-                    row.work.distinct_patches += 0 if index in row.images else patches
-                    row.images.add(index)
+        indices = [index for inquiry in row.inquiries for index in inquiry.image_indices]
+        for index, image in zip(indices, images, strict=True):
+            if image.computed:
+                patches = int(image.grid.prod())
+                row.work.patches_encoded += patches
+                row.work.distinct_patches += 0 if index in row.images else patches
+                row.images.add(index)
 
     def _check_features(self, row: Row, placeholders: int, grid: torch.Tensor | None) -> None:
         features = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge_unit
@@ -645,19 +622,6 @@ class Engine:
         used = mask.bool().any(0)
         layers = [GrowingLayer(layer.keys[stay][:, :, used], layer.values[stay][:, :, used]) for layer in batch.layers]
         self._running = _Batch([batch.rows[b] for b in stay], mask[:, used], layers)
-
-
-def _cut_out(features: torch.Tensor, box: Box, height: int, width: int) -> torch.Tensor:
-    """Part of an image's features (h, w, C) at another resolution, (height * width, C): bilinear between the tokens'
-    centres.
-    """
-    x1, y1, x2, y2 = box
-    x = x1 + (torch.arange(width) + 0.5) / width * (x2 - x1)
-    y = y1 + (torch.arange(height) + 0.5) / height * (y2 - y1)
-    grid = torch.stack(torch.meshgrid(2 * y - 1, 2 * x - 1, indexing="ij")[::-1], -1).to(features.device)
-    image = features.permute(2, 0, 1)[None].float()
-    cut = torch.nn.functional.grid_sample(image, grid[None], padding_mode="border", align_corners=False)
-    return cut[0].flatten(1).T.to(features.dtype)
 
 
 def _pad_left(x: torch.Tensor, slots: int) -> torch.Tensor:

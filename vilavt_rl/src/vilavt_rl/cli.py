@@ -151,9 +151,9 @@ def replay_command(
     from itertools import islice
 
     from .replay import read_rollouts, write_page
-    from .rollout import EpisodeSettings
+    from .rollout import settings_of_checkpoint
 
-    settings = EpisodeSettings.of_checkpoint(model)
+    settings = settings_of_checkpoint(model)
     weights, processor = None, None
     if gaps:
         import torch

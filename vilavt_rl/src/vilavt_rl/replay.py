@@ -10,10 +10,11 @@ import html
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vilavt_core.driver import ConversationSettings
 from vilavt_core.episode import Episode, Limits
 from vilavt_core.presets import Sampling, get_preset
 from vilavt_core.results import ChatResult, Provenance, Work, versions
@@ -22,7 +23,7 @@ from vilavt_core.trace import write_html
 from .data import Row
 from .errors import DataError
 from .rewards import Reward
-from .rollout import EpisodeSettings
+from .rollout import finished_episode, start_row
 
 FOLDER = "rollouts"
 """Where a run keeps them, below its checkpoint folder."""
@@ -130,7 +131,7 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     yield from sorted(found, key=lambda rollout: (rollout.step, rollout.group))
 
 
-def play(rollout: Rollout, settings: EpisodeSettings) -> Episode:
+def play(rollout: Rollout, settings: ConversationSettings) -> Episode:
     """Run the episode again.
 
     Raises:
@@ -142,26 +143,24 @@ def play(rollout: Rollout, settings: EpisodeSettings) -> Episode:
             f"{settings.prompts.sha256[:12]}; name the checkpoint of the run"
         )
     preset = settings.preset if settings.preset.name == rollout.preset else get_preset(rollout.preset)
-    from dataclasses import replace
-
     again = replace(settings, preset=preset, limits=rollout.limits)
     room = rollout.limits.max_context or 2**31
     row = replace(rollout.row, max_pixels=None, max_turns=None)  # they are in the limits
-    episode = again.start(row, max_prompt=room, max_response=room)
+    driver = start_row(row, again, max_prompt=room, max_response=room)
     for number, turn in enumerate(rollout.turns):
-        if episode.next_request() is None:
+        if driver.request is None:
             raise DataError(
                 f"sample {rollout.row.id}: the episode ends after {number} turns, {len(rollout.turns)} were recorded; "
                 "have its images changed?"
             )
         given = [value for value in turn.logprobs if value is not None]
-        stopped = turn.token_ids[-1] in episode.special.stops
-        episode.feed(
+        stopped = turn.token_ids[-1] in driver.request.stop_token_ids
+        driver.take(
             turn.token_ids,
-            logprobs=given if len(given) == len(turn.token_ids) else None,
-            finish="stop" if stopped else "length",
+            given if len(given) == len(turn.token_ids) else None,
+            "stop" if stopped else "length",
         )
-    return episode
+    return finished_episode(driver)
 
 
 def model_logprobs(model: Any, processor: Any, episode: Episode, temperature: float = 1.0) -> list[float | None]:
@@ -186,7 +185,7 @@ def model_logprobs(model: Any, processor: Any, episode: Episode, temperature: fl
 
 def write_page(
     rollouts: Iterable[Rollout],
-    settings: EpisodeSettings,
+    settings: ConversationSettings,
     path: str | Path,
     *,
     model: Any = None,

@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 
 from vilavt_core.data.rendering import Outline
+from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
-from vilavt_core.images import image_size, load_image
-from vilavt_core.presets import Limits, Preset
-from vilavt_core.prompts import PromptSet
-from vilavt_core.settings import fitting_limits, preset_of
+from vilavt_core.images import image_size
+from vilavt_core.results import Sample
+from vilavt_core.settings import preset_of
 from vilavt_hf.processing_vilavt import VilavtProcessor
 
 from .data import Row
@@ -25,109 +25,99 @@ from .errors import DataError, RolloutError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EpisodeSettings:
-    """What all episodes of a run share; the same that chat and servers start from."""
+def settings_of_checkpoint(
+    folder: str | Path,
+    processor: VilavtProcessor | None = None,
+    *,
+    preset: str | None = None,
+    limits: Mapping[str, Any] | None = None,
+) -> ConversationSettings:
+    """Settings of a checkpoint (its ``vilavt_chat.json``, its prompts), changed by those of the run: the same that chat
+    and servers start from.
 
-    tokenizer: Any
-    prompts: PromptSet
-    preset: Preset
-    limits: Limits
-
-    @classmethod
-    def of_checkpoint(
-        cls,
-        folder: str | Path,
-        processor: VilavtProcessor | None = None,
-        *,
-        preset: str | None = None,
-        limits: Mapping[str, Any] | None = None,
-    ) -> EpisodeSettings:
-        """Settings of a checkpoint (its ``vilavt_chat.json``, its prompts), changed by those of the run.
-
-        Args:
-            folder: the checkpoint.
-            processor: its processor; None loads it.
-            preset: name; None: what the checkpoint asks for.
-            limits: fields of `vilavt_core.presets.Limits`.
-        """
-        processor = processor or VilavtProcessor.from_pretrained(folder)
-        found = preset_of(folder, preset).with_limits(**dict(limits or {}))
-        return cls(
-            processor.tokenizer,
-            processor.prompts or PromptSet.load("default"),
-            found,
-            fitting_limits(found.limits, processor.image_processor.size, found.limits.max_context or 2**31),
-        )
-
-    def start(self, row: Row, *, max_prompt: int, max_response: int) -> Episode:
-        """The episode of a row, its images loaded.
-
-        Args:
-            row: the question.
-            max_prompt: tokens that the first turn may have.
-            max_response: tokens of everything after it; becomes the episode's context limit, so that nothing is ever
-                cut.
-
-        Raises:
-            ImageError: an image cannot be loaded.
-            RolloutError: the first turn is too long.
-        """
-        images = [load_image(image, rules=self.preset.rules) for image in row.images]
-        episode = self._open(row, images)
-        length = len(episode.record.token_ids)
-        if episode.finished or length > max_prompt:
-            raise RolloutError(
-                f"sample {row.id}: its first turn has {length} tokens, at most {max_prompt} are allowed; raise the "
-                f"prompt length or lower max_pixels. {episode.result.detail if episode.finished else ''}".rstrip()
-            )
-        # Known only now, and before the first request is made.
-        context = min(length + max_response, episode.limits.max_context or length + max_response)
-        episode.limits = replace(episode.limits, max_context=context)
-        return episode
-
-    def fits(self, row: Row, max_prompt: int) -> bool:
-        """Whether :meth:`start` would accept the row's first turn; only the headers of its images are read.
-
-        Raises:
-            ImageError: an image is none, or has a refused shape.
-        """
-        episode = self._open(row, [Outline(image_size(image, rules=self.preset.rules)) for image in row.images])
-        return not episode.finished and len(episode.record.token_ids) <= max_prompt
-
-    def _open(self, row: Row, images: Sequence[Image.Image]) -> Episode:
-        limits = self.limits
-        if row.max_pixels is not None:
-            pixels = max(limits.min_pixels, min(row.max_pixels, limits.max_pixels))
-            crop = limits.crop_max_pixels
-            limits = replace(limits, max_pixels=pixels, crop_max_pixels=None if crop is None else min(crop, pixels))
-        if row.max_turns is not None:
-            limits = replace(limits, max_turns=row.max_turns)
-        return Episode.start(
-            images,
-            row.question,
-            tokenizer=self.tokenizer,
-            prompts=self.prompts,
-            preset=self.preset,
-            limits=limits,
-            sample_id=row.id,
-        )
+    Args:
+        folder: the checkpoint.
+        processor: its processor; None loads it.
+        preset: name; None: what the checkpoint asks for.
+        limits: fields of `vilavt_core.presets.Limits`.
+    """
+    processor = processor or VilavtProcessor.from_pretrained(folder)
+    return ConversationSettings.fitting(
+        preset_of(folder, preset).with_limits(**dict(limits or {})),
+        tokenizer=processor.tokenizer,
+        image_size=processor.image_processor.size,
+        context=2**31,  # what a trajectory may have is set for each
+        own_prompts=processor.prompts,
+        checkpoint=str(folder),
+        packages=("vilavt-rl",),
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def settings_of(folder: str, preset: str | None, limits: tuple[tuple[str, Any], ...]) -> EpisodeSettings:
-    """`EpisodeSettings.of_checkpoint`, made once per process."""
-    return EpisodeSettings.of_checkpoint(folder, preset=preset, limits=dict(limits))
+def cached_settings(folder: str, preset: str | None, limits: tuple[tuple[str, Any], ...]) -> ConversationSettings:
+    """`settings_of_checkpoint`, made once per process."""
+    return settings_of_checkpoint(folder, preset=preset, limits=dict(limits))
 
 
-def fitting_rows(rows: Sequence[Row], settings: EpisodeSettings, max_prompt: int) -> list[Row]:
+def start_row(row: Row, settings: ConversationSettings, *, max_prompt: int, max_response: int) -> Driver:
+    """The driver of a row, its images loaded and its first request prepared.
+
+    Args:
+        row: the question.
+        settings: of the run.
+        max_prompt: tokens that the first turn may have.
+        max_response: tokens of everything after it; becomes the episode's context limit, so that nothing is ever cut.
+
+    Raises:
+        ImageError: an image cannot be loaded.
+        RolloutError: the first turn is too long.
+    """
+    episode = _open(row, settings, settings.load(row.images))
+    length = len(episode.record.token_ids)
+    if episode.finished or length > max_prompt:
+        raise RolloutError(
+            f"sample {row.id}: its first turn has {length} tokens, at most {max_prompt} are allowed; raise the "
+            f"prompt length or lower max_pixels. {episode.result.detail if episode.finished else ''}".rstrip()
+        )
+    # Known only now, and before the first request is made.
+    context = min(length + max_response, episode.limits.max_context or length + max_response)
+    episode.limits = replace(episode.limits, max_context=context)
+    sample = Sample(row.images, row.question, row.id, limits=episode.limits)
+    driver = Driver(sample, settings, episode=episode, fallback=False)
+    driver.start()
+    return driver
+
+
+def first_turn_fits(row: Row, settings: ConversationSettings, max_prompt: int) -> bool:
+    """Whether :func:`start_row` would accept the row's first turn; only the headers of its images are read.
+
+    Raises:
+        ImageError: an image is none, or has a refused shape.
+    """
+    rules = settings.preset.rules
+    episode = _open(row, settings, [Outline(image_size(image, rules=rules)) for image in row.images])
+    return not episode.finished and len(episode.record.token_ids) <= max_prompt
+
+
+def _open(row: Row, settings: ConversationSettings, images: Sequence[Image.Image]) -> Episode:
+    limits = settings.limits
+    if row.max_pixels is not None:
+        pixels = max(limits.min_pixels, min(row.max_pixels, limits.max_pixels))
+        crop = limits.crop_max_pixels
+        limits = replace(limits, max_pixels=pixels, crop_max_pixels=None if crop is None else min(crop, pixels))
+    if row.max_turns is not None:
+        limits = replace(limits, max_turns=row.max_turns)
+    return settings.episode(images, row.question, limits=limits, sample_id=row.id)
+
+
+def fitting_rows(rows: Sequence[Row], settings: ConversationSettings, max_prompt: int) -> list[Row]:
     """The rows whose first turn has at most `max_prompt` tokens and keeps the limits; the number of others is logged.
 
     Raises:
         DataError: none does.
         ImageError: an image is none, or has a refused shape.
     """
-    kept = [row for row in rows if settings.fits(row, max_prompt)]
+    kept = [row for row in rows if first_turn_fits(row, settings, max_prompt)]
     if not kept:
         raise DataError(
             f"none of {len(rows)} rows fits: each first turn has more than {max_prompt} tokens or breaks the limits on "
@@ -141,6 +131,19 @@ def fitting_rows(rows: Sequence[Row], settings: EpisodeSettings, max_prompt: int
             max_prompt,
         )
     return kept
+
+
+def finished_episode(driver: Driver) -> Episode:
+    """The episode of a driver that has its result.
+
+    Raises:
+        Exception: what ended it instead.
+    """
+    error, episode = driver.result.error, driver.conversation
+    if error is not None:
+        raise error
+    assert episode is not None
+    return episode
 
 
 @dataclass(frozen=True, eq=False)

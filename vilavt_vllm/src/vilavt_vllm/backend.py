@@ -17,7 +17,7 @@ def open_llm(model: str, options: BackendOptions) -> VilavtLLM:
         sampling=options.change_sampling(preset.sampling),
         seed=options.seed,
         prompts=options.prompts,
-        max_concurrent=options.concurrency,
+        concurrency=options.concurrency,
         image_limits=options.image_limits,
         **{"dtype": options.dtype, **options.engine},
     )

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM
 
+from vilavt_core.asking import DrivenBackend, refuse_intervention
+from vilavt_core.driver import Driver
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
-from vilavt_core.results import ChatResult, Provenance, Sample
+from vilavt_core.results import Event, Intervention
 
-from .episodes import EpisodeRun, Settings
+from .episodes import sampling_params, settings_of_engine, take, to_prompt
 
 logger = logging.getLogger(__name__)
 
 _NUMBERS = itertools.count()
 
 
-class VilavtLLM:
-    """Asks a ViLaVT about pictures, offline, with vLLM's batching and caches.
+class VilavtLLM(DrivenBackend):
+    """Asks a ViLaVT about pictures, offline, with vLLM's batching and caches; see `vilavt_core.backends.Backend`.
 
-    Every conversation advances as soon as its own turn is sampled; none waits for another. One that fails has its
-    error in its result.
+    Every conversation advances as soon as its own turn is sampled; none waits for another.
 
     Args:
         model: checkpoint folder or hub id, or a `vllm.LLM` that serves one already.
@@ -35,7 +36,7 @@ class VilavtLLM:
         sampling: None: the preset's (the default preset is greedy).
         seed: for sampling.
         prompts: wording. None: the checkpoint's own.
-        max_concurrent: conversations in flight. None: vLLM's ``max_num_seqs``.
+        concurrency: conversations in flight. None: vLLM's ``max_num_seqs``.
         image_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
         engine_args: for `vllm.LLM`, e.g. ``tensor_parallel_size=2``.
@@ -54,14 +55,14 @@ class VilavtLLM:
         sampling: Sampling | None = None,
         seed: int = 0,
         prompts: PromptSet | str | None = None,
-        max_concurrent: int | None = None,
+        concurrency: int | None = None,
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
         allow_urls: bool = False,
         **engine_args: Any,
     ) -> None:
         self.llm = LLM(model=str(model), **engine_args) if not isinstance(model, LLM) else model
         config: Any = self.llm.llm_engine.vllm_config
-        self.settings = Settings.of_engine(
+        self.settings = settings_of_engine(
             config.model_config,
             preset=preset,
             limits=limits,
@@ -72,109 +73,71 @@ class VilavtLLM:
             allow_urls=allow_urls,
             device=str(config.device_config.device_type),
         )
-        self.max_concurrent = max_concurrent or config.scheduler_config.max_num_seqs
+        self.concurrency = concurrency or config.scheduler_config.max_num_seqs
 
-    @property
-    def concurrency(self) -> int:
-        """Conversations in flight: `max_concurrent`, by the name that all backends have for it."""
-        return self.max_concurrent
-
-    @concurrency.setter
-    def concurrency(self, value: int) -> None:
-        self.max_concurrent = value
-
-    def ask(self, samples: Iterable[Sample | tuple[Any, str]], *, progress: bool = True) -> list[ChatResult]:
-        """Ask many questions.
-
-        Args:
-            samples: `Sample`, or pairs of (images, question).
-            progress: show a bar.
-
-        Returns:
-            One result per sample, in their order. One that failed has ``finish == "error"`` and the exception in
-            ``error``.
-        """
-        samples = list(samples)
-        results: dict[int, ChatResult] = {}
-        from tqdm.auto import tqdm
-
-        with tqdm(total=len(samples), unit="question", disable=not progress) as bar:
-            for place, result in self.iter_many(samples):
-                results[place] = result
-                bar.update()
-        return [results[place] for place in range(len(samples))]
-
-    def iter_many(self, samples: Iterable[Sample | tuple[Any, str]]) -> Iterator[tuple[int, ChatResult]]:
-        """Like :meth:`ask`, but yields (place, result) as conversations end; images are loaded when their turn comes.
-        Leaving the loop early aborts what is running.
-        """
-        places: dict[EpisodeRun, int] = {}
-
-        def runs() -> Iterator[EpisodeRun]:
-            for place, entry in enumerate(samples):
-                run = EpisodeRun(_sample(entry), self.settings, name=str(place))
-                places[run] = place
-                yield run
-
-        for run in drive(self.llm, runs(), self.max_concurrent):
-            yield places.pop(run), run.result
-
-    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
-        """What a result with this seed and these limits (None: the engine's) depends on."""
-        return self.settings.provenance(seed, limits)
+    def _session(self, intervention: Intervention | None = None) -> LLMSession:
+        refuse_intervention(intervention, "VilavtLLM")
+        return LLMSession(self.llm, self.concurrency)
 
 
-def drive(llm: LLM, runs: Iterator[EpisodeRun], max_concurrent: int) -> Iterator[EpisodeRun]:
-    """Carry out conversations, at most `max_concurrent` at a time, and yield each as it ends, well or not.
+class LLMSession:
+    """vLLM at work on some conversations; see `vilavt_core.asking.Session`. What vLLM keeps of them is in its own
+    caches, found again by content.
 
-    Leaving the loop early aborts what is running.
+    Args:
+        llm: the engine.
+        concurrency: conversations in flight.
     """
-    engine = llm.llm_engine
-    active: dict[str, EpisodeRun] = {}
 
-    def send(run: EpisodeRun) -> bool:
-        """Send a conversation's next request; False if it has ended."""
-        try:
-            request = run.next_request()
-            if request is None:
-                return False
-            name = f"vilavt-{next(_NUMBERS)}"
-            engine.add_request(name, run.prompt(request), run.sampling_params(request))  # type: ignore[arg-type]
-        except Exception as error:
-            logger.debug("sample %s failed", run.name, exc_info=True)
-            run.fail(error)
-            return False
-        active[name] = run
-        return True
+    def __init__(self, llm: LLM, concurrency: int) -> None:
+        self.llm, self.concurrency = llm, concurrency
 
-    try:
-        while True:
-            while len(active) < max_concurrent and (started := next(runs, None)) is not None:
-                if not send(started):
-                    yield started
-            if not active:
+    def run(self, drivers: Iterator[Driver]) -> Generator[tuple[Driver, Event], None, None]:
+        """Carry out conversations; leaving the loop early aborts what is running."""
+        engine: Any = self.llm.llm_engine
+        active: dict[str, Driver] = {}
+
+        def send(driver: Driver) -> Iterator[tuple[Driver, Event]]:
+            """Send a conversation's next request, if there is one."""
+            if driver.request is None:
                 return
-            for output in engine.step():
-                if not output.finished or output.request_id not in active:
-                    continue
-                run = active.pop(output.request_id)
-                try:
-                    list(run.take(output))  # type: ignore[arg-type]
-                except Exception as error:
-                    logger.debug("sample %s failed", run.name, exc_info=True)
-                    run.fail(error)
-                    yield run
-                    continue
-                if not send(run):
-                    yield run
-    finally:
-        if active:
-            engine.abort_request(list(active))
+            name = f"vilavt-{next(_NUMBERS)}"
+            try:
+                engine.add_request(name, to_prompt(driver.request), sampling_params(driver))
+            except Exception as error:
+                logger.debug("sample %s was refused", driver.name, exc_info=True)
+                yield driver, driver.fail(error)
+                return
+            active[name] = driver
 
+        try:
+            while True:
+                while len(active) < self.concurrency and (driver := next(drivers, None)) is not None:
+                    yield from ((driver, event) for event in driver.start())
+                    yield from send(driver)
+                if not active:
+                    return
+                for output in engine.step():
+                    driver = active.get(output.request_id)
+                    if driver is None or not (output.finished or driver.stream):
+                        continue
+                    if output.finished:
+                        del active[output.request_id]
+                    yield from ((driver, event) for event in take(driver, output))
+                    if output.finished:
+                        yield from send(driver)
+                    elif driver.request is None:  # its tokens could not be used
+                        del active[output.request_id]
+                        engine.abort_request([output.request_id])
+        finally:
+            if active:
+                engine.abort_request(list(active))
 
-def _sample(entry: Sample | tuple[Any, str]) -> Sample:
-    if isinstance(entry, Sample):
-        return entry
-    images, question = entry
-    several = images if isinstance(images, (list, tuple)) else [images]
-    return Sample(several, question)
+    def follow(self, before: Driver, after: Driver) -> None:
+        """Nothing is kept here."""
+
+    def release(self, driver: Driver) -> None:
+        """Nothing is kept here."""
+
+    def close(self) -> None:
+        """Nothing is kept here."""

@@ -6,34 +6,37 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vilavt_core.asking import AsyncDrivenBackend
+from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import Sampling
-from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.results import Event, Sample
 
-from .episodes import EpisodeRun, Settings
-from .errors import EngineFailure
+from .episodes import sampling_params, settings_of_engine, take, to_prompt
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
 
 _NUMBERS = itertools.count()
 
 
-class AsyncVilavtLLM:
-    """Asks a ViLaVT about pictures over an async engine; as many conversations at once as there are tasks.
+class AsyncVilavtLLM(AsyncDrivenBackend):
+    """Asks a ViLaVT about pictures over an async engine. See `vilavt_core.backends.AsyncBackend` for its methods.
 
     Args:
         engine: vLLM's `AsyncLLM`, or the engine client of its API server.
-        settings: see `Settings.of_engine`.
+        settings: see `settings_of_engine`.
+        concurrency: conversations that `ask_many` and `iter_many` run side by side.
     """
 
-    def __init__(self, engine: EngineClient, settings: Settings) -> None:
-        self.engine, self.settings = engine, settings
+    def __init__(self, engine: EngineClient, settings: ConversationSettings, concurrency: int = 64) -> None:
+        self.engine, self.settings, self.concurrency = engine, settings, concurrency
         # Pictures must not hold up the event loop; one thread, because tokenizers must not be shared by two.
         self.worker = ThreadPoolExecutor(1, "vilavt-episodes")
 
@@ -46,54 +49,48 @@ class AsyncVilavtLLM:
         Args:
             model: folder or hub id.
             engine_args: for `vllm.AsyncEngineArgs`.
-            settings: for `Settings.of_engine`: preset, limits, sampling, prompts, seed, …
+            settings: for `settings_of_engine`: preset, limits, sampling, prompts, seed, …
         """
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **(engine_args or {})))
         config: Any = engine.vllm_config
         settings.setdefault("device", str(config.device_config.device_type))
-        return cls(engine, Settings.of_engine(config.model_config, **settings))
+        return cls(engine, settings_of_engine(config.model_config, **settings))
 
-    def run(self, sample: Sample, *, stream: bool = False, sampling: Sampling | None = None) -> EpisodeRun:
-        """A question for :meth:`events`; keep it to ask :meth:`EpisodeRun.follow_up` questions."""
-        return EpisodeRun(sample, self.settings, stream=stream, sampling=sampling)
+    async def follow_up(
+        self, before: Driver, sample: Sample, *, stream: bool = False, sampling: Sampling | None = None
+    ) -> Driver:
+        """See `Driver.follow_up`."""
+        following = partial(before.follow_up, sample, stream=stream, sampling=sampling)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, following)
 
-    async def ask(self, sample: Sample) -> ChatResult:
-        """Ask one question. What goes wrong with it is in ``ChatResult.error``."""
-        run = self.run(sample)
-        async for event in self.events(run):
-            if isinstance(event, Finished):
-                return event.result
-        raise EngineFailure(f"sample {run.name}: the conversation ended without a result")
-
-    async def events(self, run: EpisodeRun) -> AsyncGenerator[Event, None]:
+    async def events(self, driver: Driver) -> AsyncGenerator[Event, None]:
         """Carry out a question; `Finished` comes last, also if it failed. Cancelling the task, or closing the
         iterator, aborts the request in the engine.
         """
         threads = asyncio.get_running_loop()
-        try:
-            while (request := await threads.run_in_executor(self.worker, run.next_request)) is not None:
+        for event in await threads.run_in_executor(self.worker, driver.start):
+            yield event
+        while driver.request is not None:
+            try:
                 outputs = self.engine.generate(
-                    run.prompt(request),  # type: ignore[arg-type]
-                    run.sampling_params(request),
+                    to_prompt(driver.request),  # type: ignore[arg-type]
+                    sampling_params(driver),
                     f"vilavt-{next(_NUMBERS)}",
                 )
-                async for output in outputs:
-                    if output.finished:  # decodes, crops and resizes
-                        events = await threads.run_in_executor(self.worker, _all, run, output)
-                    else:
-                        events = _all(run, output)
-                    for event in events:
-                        yield event
-        except Exception as error:
-            yield run.fail(error)
-            return
-        yield run.finished
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        if output.finished:  # decodes, crops and resizes
+                            events = await threads.run_in_executor(self.worker, take, driver, output)
+                        else:
+                            events = take(driver, output)
+                        for event in events:
+                            yield event
+                        if driver.request is None:
+                            break
+            except Exception as error:
+                yield driver.fail(error)
 
     def shutdown(self) -> None:
         """Stop the engine."""
         self.worker.shutdown(wait=False, cancel_futures=True)
         self.engine.shutdown()
-
-
-def _all(run: EpisodeRun, output: RequestOutput) -> list[Event]:
-    return list(run.take(output))

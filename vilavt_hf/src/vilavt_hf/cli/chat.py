@@ -69,7 +69,10 @@ def ask(
     _check_writable(trace, picture)
     chat = _load(model, device, dtype, attention=attention, **settings)
     changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
-    chat.limits = replace(chat.limits, **{name: value for name, value in changes.items() if value is not None})
+    chat.settings = replace(
+        chat.settings,
+        limits=replace(chat.settings.limits, **{name: value for name, value in changes.items() if value is not None}),
+    )
     console = Console(stderr=as_json, highlight=False)
     result = _show(console, chat.stream(image, question))
     if as_json:

@@ -47,7 +47,11 @@ def eval_command(
         limit,
         lambda mode, seconds: typer.echo(f"{mode}: {seconds:.0f} s", err=True),
     )
-    report = {"checkpoint": str(checkpoint or "examples/vilavt-tiny"), "fingerprint": chat.fingerprint, **report}
+    report = {
+        "checkpoint": str(checkpoint or "examples/vilavt-tiny"),
+        "fingerprint": chat.settings.fingerprint,
+        **report,
+    }
     typer.echo(table(report))
     typer.echo(
         f"\npercent right (95% interval); plain pixel classifier, told where the card is: "

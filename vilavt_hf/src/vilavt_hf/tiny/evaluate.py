@@ -113,7 +113,7 @@ INTERVENTIONS: dict[str, Intervention] = {
 
 def run(chat: VilavtChat, todo: Sequence[Task], mode: str) -> list[ChatResult]:
     """Ask all questions in one mode."""
-    limits = replace(chat.limits, max_turns=1) if mode == "no_zoom" else None
+    limits = replace(chat.settings.limits, max_turns=1) if mode == "no_zoom" else None
     samples = [
         Sample([task.scene.image], task.question.text, id=str(i), limits=limits, data=task)
         for i, task in enumerate(todo)
@@ -254,4 +254,4 @@ def table(report: dict[str, Any]) -> str:
 
 def load(path: str | Path, batch_size: int = 64) -> VilavtChat:
     """The checkpoint, ready to evaluate."""
-    return VilavtChat.from_pretrained(path, max_batch_size=batch_size, dtype="float32")
+    return VilavtChat.from_pretrained(path, concurrency=batch_size, dtype="float32")

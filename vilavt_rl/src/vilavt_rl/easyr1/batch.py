@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vilavt_core.driver import Driver
 from vilavt_core.episode import Episode, Request
 from vilavt_hf.train.collator import mrope_positions
 
@@ -30,8 +31,8 @@ Generate = Callable[[list[dict[str, Any]], list[Any]], Sequence[Any]]
 _NEVER = -100.0
 
 
-def run_episodes(
-    episodes: Sequence[Episode],
+def run_drivers(
+    drivers: Sequence[Driver],
     generate: Generate,
     sampling: Any,
     prompt_of: Callable[[Request], dict[str, Any]],
@@ -39,10 +40,10 @@ def run_episodes(
     never: Iterable[int] = (),
     batch: int = 0,
 ) -> None:
-    """Drive all episodes to their end, one turn of all unfinished ones per call.
+    """Carry out all conversations, one turn of all unfinished ones per call.
 
     Args:
-        episodes: started.
+        drivers: started.
         generate: the engine.
         sampling: vLLM's ``SamplingParams``; copied for every request, with its limits, bans and a seed of its own.
         prompt_of: a request as an engine prompt.
@@ -54,22 +55,18 @@ def run_episodes(
         RolloutError: the engine answered another number of prompts.
     """
     banned, turn = tuple(never), 0
-    while active := [
-        (number, episode, request)
-        for number, episode in enumerate(episodes)
-        if (request := episode.next_request()) is not None
-    ]:
-        prompts = [prompt_of(request) for *_, request in active]
-        drawn = [(batch, number, turn) for number, *_ in active]
-        params = [_sampling(sampling, request, banned, draw) for (*_, request), draw in zip(active, drawn, strict=True)]
-        outputs = generate(prompts, params)
+    while active := [(number, driver) for number, driver in enumerate(drivers) if driver.request is not None]:
+        requests = [driver.request for _, driver in active if driver.request is not None]
+        drawn = [(batch, number, turn) for number, _ in active]
+        params = [_sampling(sampling, request, banned, draw) for request, draw in zip(requests, drawn, strict=True)]
+        outputs = generate([prompt_of(request) for request in requests], params)
         turn += 1
         if len(outputs) != len(active):
             raise RolloutError(f"the engine answered {len(outputs)} of {len(active)} prompts")
-        for (_, episode, request), output in zip(active, outputs, strict=True):
+        for (_, driver), request, output in zip(active, requests, outputs, strict=True):
             ids = list(output.outputs[0].token_ids)
             stopped = bool(ids) and ids[-1] in request.stop_token_ids
-            episode.feed(ids, finish="stop" if stopped else "length")
+            driver.take(ids, finish="stop" if stopped else "length")
 
 
 def _sampling(sampling: Any, request: Request, never: Iterable[int], draw: tuple[int, int, int]) -> Any:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from vilavt_core.driver import ConversationSettings
+
 from ..data import read_rows
-from ..rollout import EpisodeSettings, fitting_rows
+from ..rollout import fitting_rows
 
 
 class VilavtDataset(Dataset):
@@ -27,7 +29,7 @@ class VilavtDataset(Dataset):
         ImageError: with the filter, an image is none, or has a refused shape.
     """
 
-    def __init__(self, data_files: str | list[str], config: Any, episodes: EpisodeSettings) -> None:
+    def __init__(self, data_files: str | list[str], config: Any, episodes: ConversationSettings) -> None:
         self.rows = read_rows(data_files)
         if config.filter_overlong_prompts:
             self.rows = fitting_rows(self.rows, episodes, config.max_prompt_length)

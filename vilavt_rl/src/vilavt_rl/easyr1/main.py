@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from vilavt_core.driver import ConversationSettings
+
 from ..compat import require_easyr1
-from ..rollout import EpisodeSettings
 from . import engine
 from .settings import Settings
 
@@ -66,7 +67,7 @@ def worker_class() -> type:
     return make_worker(Worker, workers_module.FSDPWorker, workers_module, patch_module, rollout, translation)
 
 
-def dataloaders(config: Any, episodes: EpisodeSettings) -> tuple[Any, Any]:
+def dataloaders(config: Any, episodes: ConversationSettings) -> tuple[Any, Any]:
     """Training and validation loaders over our dataset, as EasyR1's ``data`` section asks."""
     import torch
     from torch.utils.data import RandomSampler, SequentialSampler

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
+from vilavt_core.driver import ConversationSettings
+
 from ..errors import HostError
-from ..rollout import EpisodeSettings
+from ..rollout import settings_of_checkpoint
 from .engine import Queries
 
 VARIABLE = "VILAVT_EASYR1"
@@ -61,9 +63,9 @@ class Settings:
         """Those of this run."""
         return cls.read(json.loads(os.environ.get(VARIABLE, "{}")))
 
-    def episodes(self, model_path: str, processor: Any) -> EpisodeSettings:
+    def episodes(self, model_path: str, processor: Any) -> ConversationSettings:
         """What episodes of a checkpoint start from; the filter of long prompts and the rollout use the same."""
-        return EpisodeSettings.of_checkpoint(model_path, processor, preset=self.preset, limits=self.limits)
+        return settings_of_checkpoint(model_path, processor, preset=self.preset, limits=self.limits)
 
     def to_environment(self) -> dict[str, str]:
         """For the environment of Ray's processes."""

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from vilavt_core.conversation import SpecialTokens
 from vilavt_hf import VilavtConfig
 
 from ..data import Row
-from .batch import engine_prompt, model_inputs, pack, run_episodes, traces
+from ..rollout import finished_episode, start_row
+from .batch import engine_prompt, model_inputs, pack, run_drivers, traces
 from .engine import settable
 from .settings import Settings
 
@@ -51,10 +53,10 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
                     for row in [Row.from_json(entry["row"])] * count
                 ]
                 started = [
-                    self.episodes.start(row, max_prompt=config.prompt_length, max_response=config.response_length)
+                    start_row(row, self.episodes, max_prompt=config.prompt_length, max_response=config.response_length)
                     for row in rows
                 ]
-                run_episodes(
+                run_drivers(
                     started,
                     lambda asked, params: self.inference_engine.generate(
                         prompts=asked, sampling_params=params, use_tqdm=False
@@ -64,15 +66,16 @@ def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:
                     never=self.never,
                     batch=self.batches,
                 )
+            episodes = [finished_episode(driver) for driver in started]
             tensors, objects = pack(
-                started,
+                episodes,
                 prompt_length=config.prompt_length,
                 response_length=config.response_length,
                 pad_token_id=self.pad_token_id,
-                image_token_id=self.episodes.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+                image_token_id=SpecialTokens.of(self.episodes.tokenizer).image_pad,
             )
             if self.vilavt.trace_every:
-                objects["rollout"] = traces(rows, started, temperature)
+                objects["rollout"] = traces(rows, episodes, temperature)
             return data_proto(
                 batch=tensor_dict(tensors, batch_size=len(started)),
                 non_tensor_batch=objects,

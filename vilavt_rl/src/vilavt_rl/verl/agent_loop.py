@@ -21,7 +21,7 @@ from ..data import Row
 from ..errors import HostError, RolloutError
 from ..replay import Rollout, write_rollouts
 from ..rewards import RewardSettings, Trajectory, reward
-from ..rollout import TokenRecord, settings_of
+from ..rollout import TokenRecord, cached_settings, finished_episode, start_row
 from .cpu.names import ROLLOUT
 from .reward import score_fields
 
@@ -32,7 +32,7 @@ _NEVER = -100.0
 
 
 class VilavtAgentLoop(AgentLoopBase):
-    """Drives an `Episode` with verl's server.
+    """Carries out a conversation with verl's server.
 
     Args:
         preset: how episodes run; None: what the checkpoint asks for.
@@ -72,13 +72,13 @@ class VilavtAgentLoop(AgentLoopBase):
             RolloutError: the first turn is too long, or the engine broke off.
         """
         row = Row.from_json(fields["row"])
-        settings = settings_of(self.tokenizer.name_or_path, self.preset, self.limits)
+        settings = cached_settings(self.tokenizer.name_or_path, self.preset, self.limits)
         lengths = self.rollout_config.prompt_length, self.rollout_config.response_length
-        start = partial(settings.start, row, max_prompt=lengths[0], max_response=lengths[1])
-        episode = await self.loop.run_in_executor(None, start)
+        start = partial(start_row, row, settings, max_prompt=lengths[0], max_response=lengths[1])
+        driver = await self.loop.run_in_executor(None, start)
         session, generating, zooming = uuid4().hex, 0.0, 0.0
         versions: dict[str, Any] = {}
-        while (request := episode.next_request()) is not None:
+        while (request := driver.request) is not None:
             began = time.perf_counter()
             out = await self.server_manager.generate(
                 request_id=session,  # the same for all turns: they go to the engine that has the cache
@@ -91,16 +91,11 @@ class VilavtAgentLoop(AgentLoopBase):
                 raise RolloutError(f"sample {row.id}, turn {request.turn}: the engine aborted it")
             versions.setdefault("min_global_steps", out.extra_fields.get("min_global_steps"))
             versions["max_global_steps"] = out.extra_fields.get("max_global_steps")
-            feed = partial(
-                episode.feed,
-                out.token_ids,
-                logprobs=out.log_probs,
-                finish="stop" if out.token_ids and out.token_ids[-1] in request.stop_token_ids else "length",
-                seconds=sampled - began,
-            )
-            await self.loop.run_in_executor(None, feed)
+            finish = "stop" if out.token_ids and out.token_ids[-1] in request.stop_token_ids else "length"
+            await self.loop.run_in_executor(None, partial(driver.take, out.token_ids, out.log_probs, finish))
             generating += sampled - began
             zooming += time.perf_counter() - sampled
+        episode = finished_episode(driver)
         return await self._output(
             row,
             episode,

@@ -9,9 +9,11 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
+from vilavt_core.driver import ConversationSettings
+
 from ..data import read_rows
 from ..errors import DataError
-from ..rollout import EpisodeSettings, fitting_rows, settings_of
+from ..rollout import cached_settings, fitting_rows
 
 LOOP = "vilavt"
 """Name of our agent loop in its configuration."""
@@ -62,10 +64,10 @@ class VilavtDataset(Dataset):
         }
 
 
-def _settings(tokenizer: Any, loop_config: str | None) -> EpisodeSettings:
+def _settings(tokenizer: Any, loop_config: str | None) -> ConversationSettings:
     """What the agent loop runs episodes with, read from the file that configures it; None: the checkpoint's own."""
     if loop_config is None:
-        return settings_of(tokenizer.name_or_path, None, ())
+        return cached_settings(tokenizer.name_or_path, None, ())
     from verl.utils.import_utils import resolve_config_path
 
     path = Path(resolve_config_path(loop_config))
@@ -73,4 +75,6 @@ def _settings(tokenizer: Any, loop_config: str | None) -> EpisodeSettings:
     loop = next((loop for loop in loops if loop["name"] == LOOP), None)
     if loop is None:
         raise DataError(f"{path}: no agent loop is called {LOOP!r}, there are {[loop['name'] for loop in loops]}")
-    return settings_of(tokenizer.name_or_path, loop.get("preset"), tuple(sorted((loop.get("limits") or {}).items())))
+    return cached_settings(
+        tokenizer.name_or_path, loop.get("preset"), tuple(sorted((loop.get("limits") or {}).items()))
+    )

@@ -20,19 +20,21 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
+from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
+from vilavt_core.protocol import Answer, format_turn
 from vilavt_core.results import ChatResult, Event, Finished, Sample
 
 from .. import compat
-from ..episodes import EpisodeRun, Settings
+from ..episodes import settings_of_engine
 from ..errors import BusyError, EngineFailure, RequestError
 from ..online import AsyncVilavtLLM
 from .history import History
 from .media import Pictures
 from .metrics import metrics
-from .protocol import ChatRequest, Exchange, Reply, Usage, error_event, error_json, exchanges
+from .protocol import ChatRequest, Exchange, Reply, error_event, error_json, exchanges
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
 from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
@@ -74,7 +76,7 @@ class Loop:
         config: Any = engine.model_config
         self.options = options
         image_limits = ImageLimits(max_bytes=options.max_image_bytes, max_pixels=options.max_image_pixels)
-        settings = Settings.of_engine(
+        settings = settings_of_engine(
             config,
             preset=options.preset,
             prompts=options.prompts,
@@ -90,7 +92,7 @@ class Loop:
         self.running = 0
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Any, None]:
-        """Carry a request out: yields its `EpisodeRun` as soon as that stands, then the run's events. Counts it, and
+        """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
         remembers it for follow-up questions.
 
         Raises:
@@ -104,27 +106,27 @@ class Loop:
             )
         self.running += 1
         metrics().running.inc()
-        run, finish = None, "aborted"
+        driver, finish = None, "aborted"
         try:
             try:
-                run, talk = await self._run(request)
+                driver, talk = await self._driver(request)
             except Exception:
                 finish = "refused"
                 raise
-            yield run
-            async with aclosing(self.llm.events(run)) as events:
+            yield driver
+            async with aclosing(self.llm.events(driver)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
                         finish = event.result.finish
                         if event.result.answer is not None:
-                            self.history.keep([*talk[:-1], replace(talk[-1], answer=event.result.answer)], run)
+                            self.history.keep([*talk[:-1], replace(talk[-1], answer=event.result.answer)], driver)
                     yield event
         finally:
             self.running -= 1
             metrics().running.dec()
-            metrics().finished(run, finish)
+            metrics().finished(driver, finish)
 
-    async def _run(self, request: ChatRequest) -> tuple[EpisodeRun, list[Exchange]]:
+    async def _driver(self, request: ChatRequest) -> tuple[Driver, list[Exchange]]:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
         request.refuse_unknown()
         settings = self.llm.settings
@@ -142,27 +144,33 @@ class Loop:
         images = [await self.pictures.load(url) for url in last.images]
         sample = Sample(images, last.question, seed=request.seed, limits=limits)
         if before is None:
-            return EpisodeRun(sample, settings, name="request", stream=request.stream, sampling=sampling), talk
-        run = await asyncio.get_running_loop().run_in_executor(
-            self.llm.worker, lambda: before.follow_up(sample, stream=request.stream, sampling=sampling)
-        )
-        return run, talk
+            return Driver(sample, settings, name="request", stream=request.stream, sampling=sampling), talk
+        return await self.llm.follow_up(before, sample, stream=request.stream, sampling=sampling), talk
 
-    async def _rebuild(self, past: list[Exchange], limits: Limits) -> EpisodeRun:
+    async def _rebuild(self, past: list[Exchange], limits: Limits) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
-        run: EpisodeRun | None = None
+        driver: Driver | None = None
         for exchange in past:
             images = [await self.pictures.load(url) for url in exchange.images]
             sample = Sample(images, exchange.question, limits=limits)
-            run = await asyncio.get_running_loop().run_in_executor(self.llm.worker, self._replay, run, sample, exchange)
-        assert run is not None
-        return run
+            driver = await asyncio.get_running_loop().run_in_executor(
+                self.llm.worker, self._replay, driver, sample, exchange
+            )
+        assert driver is not None
+        return driver
 
-    def _replay(self, before: EpisodeRun | None, sample: Sample, exchange: Exchange) -> EpisodeRun:
+    def _replay(self, before: Driver | None, sample: Sample, exchange: Exchange) -> Driver:
+        """A question with the answer that the client says it got, without the model."""
         settings = self.llm.settings
-        run = EpisodeRun(sample, settings, name="request") if before is None else before.follow_up(sample)
-        run.replay(exchange.answer or "")
-        return run
+        driver = Driver(sample, settings, name="request") if before is None else before.follow_up(sample)
+        driver.start()
+        if driver.request is not None:
+            driver.take_text(format_turn(Answer(exchange.answer or "")))
+        if driver.result.error is not None:
+            raise driver.result.error
+        if not driver.result.turns:
+            raise RequestError(f"an earlier question of the conversation cannot be asked here: {driver.result.finish}")
+        return driver
 
 
 def _tightened(limits: Limits, options: ServerOptions) -> Limits:
@@ -216,13 +224,14 @@ async def chat_completions(raw: Request) -> Response:
         reply = Reply(request.model or loop.models.model_name())
         answer = loop.answer(request)
         if request.stream:
-            run, first = await anext(answer), await anext(answer)
+            await anext(answer)
+            first = await anext(answer)
             if isinstance(first, Finished) and first.result.error is not None:  # still gets a status code
                 await answer.aclose()
                 return _error(first.result.error, _status(first.result.error))
             usage = bool(request.stream_options and request.stream_options.include_usage)
             return StreamingResponse(
-                _stream(raw, reply, answer, run, first, usage),
+                _stream(raw, reply, answer, first, usage),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache"},
             )
@@ -233,10 +242,9 @@ async def chat_completions(raw: Request) -> Response:
         return _error(error, 400)
     if finished is None:
         return Response(status_code=499)  # nobody is there to read it
-    run, result = finished
-    if result.error is not None:
-        return _error(result.error, _status(result.error))
-    return JSONResponse(reply.whole(result, _usage(run)))
+    if finished.error is not None:
+        return _error(finished.error, _status(finished.error))
+    return JSONResponse(reply.whole(finished))
 
 
 async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
@@ -259,12 +267,11 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
         raise RequestError(f"{where}: {found['msg']}") from None
 
 
-async def _last(answer: AsyncGenerator[Any, None]) -> tuple[EpisodeRun, ChatResult]:
+async def _last(answer: AsyncGenerator[Any, None]) -> ChatResult:
     async with aclosing(answer):
-        run = await anext(answer)
         async for event in answer:
             if isinstance(event, Finished):
-                return run, event.result
+                return event.result
     raise EngineFailure("the question ended without a result")
 
 
@@ -287,7 +294,7 @@ async def _unless_disconnected(raw: Request, work: Any) -> Any:
 
 
 async def _stream(
-    raw: Request, reply: Reply, answer: AsyncGenerator[Any, None], run: EpisodeRun, first: Event, include_usage: bool
+    raw: Request, reply: Reply, answer: AsyncGenerator[Any, None], first: Event, include_usage: bool
 ) -> AsyncIterator[str]:
     async with aclosing(answer):
         event: Event | None = first
@@ -299,17 +306,13 @@ async def _stream(
                     yield error_event(str(error), type(error).__name__, _status(error))
                     yield "data: [DONE]\n\n"
                 else:
-                    for chunk in reply.end(event.result, _usage(run), include_usage=include_usage):
+                    for chunk in reply.end(event.result, include_usage=include_usage):
                         yield chunk
             elif (progress := reply.progress(event)) is not None:
                 yield progress
             if await raw.is_disconnected():
                 return
             event = await anext(answer, None)
-
-
-def _usage(run: EpisodeRun) -> Usage:
-    return Usage(run.prompt_tokens, run.cached_tokens, run.sampled_tokens)
 
 
 def _status(error: Exception) -> int:

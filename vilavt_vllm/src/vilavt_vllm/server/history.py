@@ -7,7 +7,8 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from ..episodes import EpisodeRun
+from vilavt_core.driver import Driver
+
 from .protocol import Exchange
 
 
@@ -23,27 +24,27 @@ class History:
 
     def __init__(self, capacity: int, max_bytes: int) -> None:
         self.capacity, self.max_bytes, self.bytes = capacity, max_bytes, 0
-        self._runs: OrderedDict[str, tuple[EpisodeRun, int]] = OrderedDict()
+        self._drivers: OrderedDict[str, tuple[Driver, int]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self._drivers)
 
-    def find(self, exchanges: Sequence[Exchange]) -> EpisodeRun | None:
-        """The run that answered the last of these exchanges."""
+    def find(self, exchanges: Sequence[Exchange]) -> Driver | None:
+        """The driver that answered the last of these exchanges."""
         key = _key(exchanges)
-        if key not in self._runs:
+        if key not in self._drivers:
             return None
-        self._runs.move_to_end(key)
-        return self._runs[key][0]
+        self._drivers.move_to_end(key)
+        return self._drivers[key][0]
 
-    def keep(self, exchanges: Sequence[Exchange], run: EpisodeRun) -> None:
-        """Remember a finished run under its exchanges, the answer included."""
+    def keep(self, exchanges: Sequence[Exchange], driver: Driver) -> None:
+        """Remember a finished question under its exchanges, the answer included."""
         key = _key(exchanges)
-        _, before = self._runs.pop(key, (None, 0))
-        self._runs[key] = run, run.picture_bytes
-        self.bytes += run.picture_bytes - before
-        while len(self._runs) > self.capacity or (self.bytes > self.max_bytes and self._runs):
-            _, (_, size) = self._runs.popitem(last=False)
+        _, before = self._drivers.pop(key, (None, 0))
+        self._drivers[key] = driver, driver.picture_bytes
+        self.bytes += driver.picture_bytes - before
+        while len(self._drivers) > self.capacity or (self.bytes > self.max_bytes and self._drivers):
+            _, (_, size) = self._drivers.popitem(last=False)
             self.bytes -= size
 
 

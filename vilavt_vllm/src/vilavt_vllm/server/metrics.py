@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from prometheus_client import Counter, Gauge
 
-from ..episodes import EpisodeRun
+from vilavt_core.driver import Driver
 
 
 class Metrics:
@@ -30,16 +30,17 @@ class Metrics:
         self.cached_tokens = Counter("vilavt_cached_tokens", "Of these, tokens that vLLM's prefix cache held.")
         self.sampled_tokens = Counter("vilavt_sampled_tokens", "Sampled tokens.")
 
-    def finished(self, run: EpisodeRun | None, finish: str) -> None:
-        """Count a question that ended; without a run it was refused before it began."""
+    def finished(self, driver: Driver | None, finish: str) -> None:
+        """Count a question that ended; without a driver it was refused before it began."""
         self.episodes.labels(finish).inc()
-        if run is None:
+        if driver is None:
             return
-        self.turns.inc(len(run.result.turns))
-        self.crops.inc(sum(view.kind == "crop" for view in run.result.views) - run.crops_before)
-        self.prompt_tokens.inc(run.prompt_tokens)
-        self.cached_tokens.inc(run.cached_tokens)
-        self.sampled_tokens.inc(run.sampled_tokens)
+        result = driver.result
+        self.turns.inc(len(result.turns))
+        self.crops.inc(sum(view.kind == "crop" for view in result.views) - driver.crops_before)
+        self.prompt_tokens.inc(result.billed.prompt)
+        self.cached_tokens.inc(result.billed.cached)
+        self.sampled_tokens.inc(result.billed.sampled)
 
 
 @lru_cache(maxsize=1)

@@ -293,24 +293,6 @@ def summary(result: ChatResult) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Tokens over all turns of a question."""
-
-    prompt: int
-    cached: int
-    sampled: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As the API names them."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.sampled,
-            "total_tokens": self.prompt + self.sampled,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-
-
 class Reply:
     """Builds the response, whole or in chunks."""
 
@@ -320,12 +302,12 @@ class Reply:
         self._thoughts = Thoughts()
         self._thought_turns: list[int] = []
 
-    def whole(self, result: ChatResult, usage: Usage) -> dict[str, Any]:
+    def whole(self, result: ChatResult) -> dict[str, Any]:
         """The response to a request that does not stream."""
         message = {"role": "assistant", "content": result.answer or "", "reasoning_content": thoughts_of(result.turns)}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason(result), "logprobs": None}
         body = {**self.head, "object": "chat.completion", "choices": [choice]}
-        return body | {"usage": usage.to_json(), "vilavt": summary(result)}
+        return body | {"usage": result.billed.to_json(), "vilavt": summary(result)}
 
     def begin(self) -> str:
         """The first chunk."""
@@ -349,13 +331,15 @@ class Reply:
             text = "\n" * (len(self._thought_turns) > 1) + text
         return self._chunk({"reasoning_content": text})
 
-    def end(self, result: ChatResult, usage: Usage, *, include_usage: bool) -> Iterator[str]:
+    def end(self, result: ChatResult, *, include_usage: bool) -> Iterator[str]:
         """The last chunks."""
         if result.answer is not None:
             yield self._chunk({"content": result.answer})
         yield self._chunk({}, finish_reason(result), vilavt={"type": "end", **summary(result)})
         if include_usage:
-            yield _event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage.to_json()})
+            yield _event(
+                {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": result.billed.to_json()}
+            )
         yield "data: [DONE]\n\n"
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
