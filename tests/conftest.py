@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,8 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from vilavt_core import wire
+from vilavt_core.conversation import Result, ShownImage, Turn, Usage
 from vilavt_core.presets import Limits, Sampling
-from vilavt_core.results import Provenance
+from vilavt_core.protocol import Answer, FinishReason, NoAction, Region, ToolCall, format_turn
+from vilavt_core.results import (
+    BilledTokens,
+    ChatResult,
+    CropsEvent,
+    Provenance,
+    TextDelta,
+    ToolCallEvent,
+    Work,
+)
 
 
 class StubServer:
@@ -34,7 +46,7 @@ class StubServer:
 
             def do_GET(self):
                 known = self.path == "/v1/vilavt"
-                body = {"model": "stub", "provenance": stub.provenance.to_json()}
+                body = wire.settings_body("stub", stub.provenance)
                 self._send(200 if known else 404, body if known else {"error": {"message": "not found"}})
 
             def do_POST(self):
@@ -43,14 +55,19 @@ class StubServer:
                 stub.requests.append(request)
                 answer = stub.answer(request)
                 if isinstance(answer, int):
-                    self._send(answer, {"error": {"message": "the stub was told to fail", "code": answer}})
+                    self._send(answer, wire.error_body("the stub was told to fail", "error", answer))
+                elif request.get("stream"):
+                    self._send_text(200, "".join(stub.chunks(request, answer)), "text/event-stream")
                 else:
                     self._send(200, stub.reply(request, answer))
 
             def _send(self, status, body):
-                data = json.dumps(body).encode()
+                self._send_text(status, json.dumps(body), "application/json")
+
+            def _send_text(self, status, text, kind):
+                data = text.encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -63,30 +80,38 @@ class StubServer:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
+    def result(self, request: dict, answer: str | None) -> ChatResult:
+        """A conversation that zoomed once."""
+        call = ToolCall((Region(0, (0.0, 0.0, 28.0, 28.0)),), "digit", "I looked.")
+        said = Answer(answer) if answer else NoAction()
+        turns = (
+            Turn(0, format_turn(call), call, 20, image_indices=(1,), feedback="<image 56x56>"),
+            Turn(1, answer or "", said, 5),
+        )
+        images = (
+            ShownImage(0, "original", 56, 56, 0, (0.0, 0.0, 1.0, 1.0), None, None, ""),
+            ShownImage(1, "crop", 56, 56, 0, (0.0, 0.0, 0.5, 0.5), 0, (0.0, 0.0, 28.0, 28.0), "digit"),
+        )
+        provenance = replace(self.provenance, seed=request["seed"])
+        finish = FinishReason.ANSWER if answer else FinishReason.TURN_LIMIT
+        episode = Result(
+            answer, finish, "", turns, images, (), (), Usage(10, 25, 8, 2, 2), provenance.preset, provenance.limits,
+            provenance.prompts, provenance.prompts_sha256, {}, None,
+        )  # fmt: skip
+        question = str(request["messages"][-1]["content"][-1]["text"])
+        return ChatResult(question, None, episode, None, provenance, Work(), 0.5, BilledTokens(10, 4, 25))
+
     def reply(self, request: dict, answer: str | None) -> dict:
         """The body of a response."""
-        message = {"role": "assistant", "content": answer or "", "reasoning_content": "I looked."}
-        crops = [{"image": 1, "width": 56, "height": 56, "source": 0, "region": [0.0, 0.0, 0.5, 0.5]}]
-        events = [
-            {"type": "zoom", "turn": 0, "query": "digit", "regions": [{"image": 0, "box": [0, 0, 28, 28]}]},
-            {"type": "crops", "turn": 0, "crops": crops},
-        ]
-        return {
-            "id": "chatcmpl-0",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "stub",
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-            "vilavt": {
-                "finish": "answer" if answer else "turn_limit",
-                "detail": "",
-                "turns": 2,
-                "images": 2,
-                "events": events,
-                "provenance": {**self.provenance.to_json(), "seed": request["seed"]},
-            },
-        }
+        return wire.Reply("stub").whole(self.result(request, answer))
+
+    def chunks(self, request: dict, answer: str | None) -> list[str]:
+        """The lines of a streamed response."""
+        result, reply = self.result(request, answer), wire.Reply("stub")
+        (turn, last), images = result.turns, result.images[1:]
+        events = [TextDelta(0, turn.text), ToolCallEvent(0, turn.action), CropsEvent(0, images, (), "digit")]
+        lines = [reply.progress(event) for event in (*events, TextDelta(1, last.text))]
+        return [reply.begin(), *filter(None, lines), *reply.end(result, include_usage=True)]
 
     def close(self) -> None:
         self._server.shutdown()

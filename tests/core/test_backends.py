@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import threading
 from dataclasses import replace
 from importlib import metadata
@@ -14,7 +15,17 @@ from vilavt_core.backends import BackendOptions, backends, open_backend
 from vilavt_core.client import ServerClient
 from vilavt_core.errors import EngineError
 from vilavt_core.presets import Limits
-from vilavt_core.results import Provenance, Sample
+from vilavt_core.results import (
+    AnswerEvent,
+    ChatResult,
+    CropsEvent,
+    Finished,
+    Intervention,
+    Provenance,
+    Sample,
+    TextDelta,
+    ToolCallEvent,
+)
 from vilavt_hf.chat import VilavtChat
 
 TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")
@@ -96,8 +107,10 @@ def test_a_server_gets_pictures_question_limits_sampling_and_seed(stub_server):
     assert result.answer == "A"
     assert result.finish == "answer"
     told = result.to_json()
-    assert told["events"][0]["query"] == "digit"
-    assert told["thoughts"] == "I looked."
+    assert [turn["action"]["type"] for turn in told["turns"]] == ["tool_call", "answer"]
+    assert told["images"][1]["query"] == "digit"
+    assert result.thoughts == "I looked."
+    assert (result.billed.prompt, result.billed.cached, result.billed.sampled) == (10, 4, 25)
     assert told["provenance"]["checkpoint"] == f"{stub_server.url} stub"
     assert told["provenance"]["fingerprint"] == "f" * 64
 
@@ -149,3 +162,46 @@ def test_the_key_comes_from_the_environment_or_the_options_and_never_from_openai
     answers(ServerClient(stub_server.url), [Sample([], "a")])
     answers(ServerClient(stub_server.url, BackendOptions(engine={"api_key": "given"})), [Sample([], "a")])
     assert stub_server.keys == ["Bearer none", "Bearer ours", "Bearer given"]
+
+
+def test_a_streamed_answer_of_a_server_has_the_events_of_any_backend(stub_server):
+    client = ServerClient(stub_server.url)
+    events = list(client.stream(PICTURE, "What?", id="a", seed=3))
+    assert [type(event) for event in events] == [TextDelta, ToolCallEvent, CropsEvent, AnswerEvent, Finished]
+    assert (events[0].text, events[2].images[0].box) == ("I looked.", (0.0, 0.0, 28.0, 28.0))
+    streamed, asked = events[-1].result, client.ask(PICTURE, "What?", id="a", seed=3)
+    assert replace(streamed, seconds=0).to_json() == replace(asked, seconds=0).to_json()
+    stub_server.answer = lambda request: 500
+    with pytest.raises(EngineError, match=r"sample a: .*told to fail"):
+        list(ServerClient(stub_server.url, BackendOptions(engine={"max_retries": 0})).stream(PICTURE, "What?", id="a"))
+
+
+def test_a_conversation_with_a_server_sends_what_was_said(stub_server):
+    talk = ServerClient(stub_server.url).conversation(PICTURE)
+    assert talk.ask("first").answer == "A"
+    assert talk.ask("second", images=PICTURE).answer == "A"
+    messages = stub_server.requests[1]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == "A"
+    assert [len(message["content"]) for message in messages[::2]] == [2, 2]
+    events = talk.stream("third")
+    next(events)
+    with pytest.raises(EngineError, match="still being answered"):
+        talk.ask("fourth")
+    events.close()
+    with pytest.raises(EngineError, match="was closed, or an earlier question failed"):
+        talk.ask("fourth")
+
+
+def test_a_server_refuses_interventions(stub_server):
+    with pytest.raises(EngineError, match="a server does not support interventions"):
+        list(ServerClient(stub_server.url).iter_many([], intervention=Intervention()))
+
+
+def test_a_result_survives_json(stub_server):
+    request = {"seed": 1, "messages": [{"content": [{"text": "?"}]}]}
+    for answer in ("7", None):
+        result = stub_server.result(request, answer)
+        again = ChatResult.from_json(json.loads(json.dumps(result.to_json())))
+        assert again.to_json() == result.to_json()
+        assert [turn.action for turn in again.turns] == [turn.action for turn in result.turns]

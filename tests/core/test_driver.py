@@ -1,4 +1,4 @@
-"""The driver of one question, without an engine: what it asks for, what comes of the answers, and what failures cost."""
+"""The driver of one question, without an engine: what it asks for, what comes of the answers, what failures cost."""
 
 from dataclasses import replace
 

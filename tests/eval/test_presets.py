@@ -70,10 +70,14 @@ def test_single_fields_can_be_set_and_unknown_ones_are_refused():
 
 def test_a_checkpoints_own_limits_hold_unless_they_are_set_by_hand():
     plain = Setting(TINY, "hf", EvaluationPreset.load("rl", {"precision": "float32"})).open()
-    assert (plain.limits.max_pixels, plain.limits.max_turns, plain.sampling.temperature) == (28224, 5, 1.0)
-    assert plain.preset.bad_call == "end"
+    assert (plain.settings.limits.max_pixels, plain.settings.limits.max_turns, plain.settings.sampling.temperature) == (
+        28224,
+        5,
+        1.0,
+    )
+    assert plain.settings.preset.bad_call == "end"
     by_hand = EvaluationPreset.load("rl", {"precision": "float32", "max_new_tokens_per_turn": 7})
-    assert Setting(TINY, "hf", by_hand).open().limits.max_new_tokens_per_turn == 7
+    assert Setting(TINY, "hf", by_hand).open().settings.limits.max_new_tokens_per_turn == 7
 
 
 def test_other_prompts_than_the_preset_pins_are_refused():

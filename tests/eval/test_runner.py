@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vilavt_core.client import ServedResult
+from vilavt_core.conversation import Result, Usage
 from vilavt_core.errors import EngineError, EvaluationError
 from vilavt_core.presets import Limits, Sampling
-from vilavt_core.results import Provenance, Work
+from vilavt_core.protocol import FinishReason
+from vilavt_core.results import ChatResult, Provenance, Work
 from vilavt_eval.ablation import Ablation
 from vilavt_eval.definition import load_benchmark
 from vilavt_eval.evaluation_preset import EvaluationPreset
@@ -42,6 +43,7 @@ class Fake:
     """Answers out of order, four questions at a time; `fail` decides which fail, `seconds` how long one takes."""
 
     concurrency = 4
+    timings = None
 
     def __init__(self, seconds: float = 0.0, padding: int = 0):
         self.asked, self.samples, self.seconds, self.padding = [], [], seconds, padding
@@ -67,12 +69,17 @@ class Fake:
             place, sample = window.pop()
             time.sleep(self.seconds)
             error = EngineError("out of memory") if self.fail(sample) else None
-            message = {"content": f"{sample.question} {sample.seed}" + "x" * self.padding}
-            reply = {"choices": [{"message": message}], "vilavt": {"finish": "answer"}, "usage": {"total_tokens": 3}}
-            given = self.provenance(0), Work(), 0.5
+            answer = f"{sample.question} {sample.seed}" + "x" * self.padding
+            provenance = self.provenance(0)
+            usage = Usage(2, 1, 0, 0, 1)
+            episode = Result(
+                answer, FinishReason.ANSWER, "", (), (), (), (), usage, "default", Limits(), "default", "0" * 64, {}
+            )
             yield (
                 place,
-                ServedResult(sample.question, sample.id, None, None, *given, error, reply={} if error else reply),
+                ChatResult(
+                    sample.question, sample.id, None if error else episode, None, provenance, Work(), 0.5, error=error
+                ),
             )
 
 
@@ -123,7 +130,7 @@ def test_a_row_holds_the_record_the_bare_answer_and_what_it_cost(make, tmp_path)
     assert first["response"].startswith("how many 0?")
     assert (first["answer"], first["problem_type"], first["kind"], first["seed"]) == ("0", "numerical", "even", 7)
     assert (first["finish"], first["error"], first["images"], first["seconds"]) == ("answer", None, ["a.png"], 0.5)
-    assert first["usage"] == {"total_tokens": 3}
+    assert (first["usage"]["prompt_tokens"], first["billed"]["prompt"]) == (2, 0)
     assert "thought" not in first
     told = header["run"]
     assert told["benchmark"]["name"] == "made-up"

@@ -242,7 +242,7 @@ def test_streaming_yields_text_zooms_crops_and_the_answer_in_order(chat, tokeniz
         assert not any("\ufffd" in piece for piece in pieces)
     crops = next(event for event in events if isinstance(event, CropsEvent))
     assert crops.query == "query 0"
-    assert crops.image_indices == (1, 2)
+    assert [image.index for image in crops.images] == [1, 2]
     assert [view.box for view in crops.views] == [(0, 0, 30, 40), (4, 0, 34, 40)]
     assert next(event for event in events if isinstance(event, RefusedEvent)).problem.startswith(
         "region 0 names image 7"

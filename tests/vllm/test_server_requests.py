@@ -18,10 +18,12 @@ from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
 
+from vilavt_core.conversation import Thoughts
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.protocol import FinishReason
-from vilavt_core.results import TextDelta
+from vilavt_core.results import BilledTokens, TextDelta
+from vilavt_core.wire import Reply, finish_reason
 from vilavt_vllm import register, support
 from vilavt_vllm.errors import LimitError, RequestError
 
@@ -34,7 +36,7 @@ from vilavt_vllm.server.command import OURS, allow_plugins, parser
 from vilavt_vllm.server.endpoint import ServerOptions, VilavtEndpoint
 from vilavt_vllm.server.history import History
 from vilavt_vllm.server.media import Pictures
-from vilavt_vllm.server.protocol import ChatRequest, Exchange, Reply, Thoughts, Usage, exchanges, finish_reason
+from vilavt_vllm.server.protocol import ChatRequest, Exchange, exchanges
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = str(EXAMPLES / "vilavt-tiny")
@@ -189,7 +191,7 @@ def test_streamed_thoughts_of_several_turns_join_as_in_a_whole_response():
 
 
 def test_usage_adds_up():
-    assert Usage(prompt=100, cached=60, sampled=7).to_json() == {
+    assert BilledTokens(prompt=100, cached=60, sampled=7).to_json() == {
         "prompt_tokens": 100,
         "completion_tokens": 7,
         "total_tokens": 107,

@@ -140,7 +140,7 @@ def test_an_answer_is_bare_and_its_trace_is_whole(served, tmp_path, stub_server)
     assert (tmp_path / "traces" / "model_Bench_rank0.jsonl").is_file()
     assert (row["sample_id"], row["benchmark"], row["model"], row["answer"]) == ("5", "Bench", "model", "A")
     assert row["image_files"] == [SCENE]
-    assert row["thoughts"] == "I looked."
+    assert row["turns"][0]["action"]["thought"] == "I looked."
     assert row["provenance"]["seed"] == stub_server.requests[0]["seed"]
 
 

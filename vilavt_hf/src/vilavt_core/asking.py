@@ -161,19 +161,19 @@ class DrivenBackend(AskingBackend):
         return DrivenConversation(self.settings, self._session(), Sample(image_list(images), "", id, seed, limits))
 
 
-class _Talk:
-    """Which question of a conversation comes next, and whether one may be asked."""
+class Talk:
+    """Whether the next question of a conversation may be asked."""
 
-    def __init__(self, settings: ConversationSettings, sample: Sample) -> None:
-        self._settings, self._sample = settings, sample
-        self._last: Driver | None = None
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
+        """Images, id, seed and limits of the conversation."""
         self._busy = self._closed = False
 
-    def _next(self, question: str, images: ImageSource | Sequence[ImageSource], stream: bool) -> Driver:
-        """The driver of the next question.
+    def _check(self) -> None:
+        """Stop if no question may be asked now.
 
         Raises:
-            VilavtError: it may not be asked, or a further picture cannot be loaded.
+            EngineError: why not.
         """
         if self._closed:
             raise EngineError(
@@ -183,22 +183,33 @@ class _Talk:
             raise EngineError(
                 "the previous question of this conversation is still being answered; finish its stream first"
             )
-        more = image_list(images)
-        if self._last is None:
-            sample = replace(self._sample, question=question, images=[*self._sample.images, *more])
-            return Driver(sample, self._settings, stream=stream)
-        return self._last.follow_up(replace(self._sample, question=question, images=more), stream=stream)
+
+
+class _DrivenTalk(Talk):
+    """A conversation whose questions are drivers."""
+
+    def __init__(self, settings: ConversationSettings, sample: Sample) -> None:
+        super().__init__(sample)
+        self._settings = settings
+        self._last: Driver | None = None
+
+    def _first(self, question: str, images: ImageSource | Sequence[ImageSource], stream: bool) -> Driver:
+        """The driver of the first question."""
+        sample = replace(self._sample, question=question, images=[*self._sample.images, *image_list(images)])
+        return Driver(sample, self._settings, stream=stream)
+
+    def _following(self, question: str, images: ImageSource | Sequence[ImageSource]) -> Sample:
+        return replace(self._sample, question=question, images=image_list(images))
 
     def _ended(self, driver: Driver, error: Exception | None) -> None:
         """Remember a finished question. One that ended before its first turn left nothing to continue."""
         if error is not None:
             raise error
-        conversation = driver.conversation
-        if conversation is not None and conversation.turns:
+        if driver.result.turns:
             self._last = driver
 
 
-class DrivenConversation(_Talk):
+class DrivenConversation(_DrivenTalk):
     """See `vilavt_core.backends.Conversation`; made by `DrivenBackend.conversation`."""
 
     def __init__(self, settings: ConversationSettings, session: Session, sample: Sample) -> None:
@@ -228,8 +239,11 @@ class DrivenConversation(_Talk):
         self.close()
 
     def _events(self, question: str, images: ImageSource | Sequence[ImageSource], *, stream: bool) -> Iterator[Event]:
-        driver = self._next(question, images, stream)
-        if self._last is not None:
+        self._check()
+        if self._last is None:
+            driver = self._first(question, images, stream)
+        else:
+            driver = self._last.follow_up(self._following(question, images), stream=stream)
             self._session.follow(self._last, driver)
         self._busy, whole = True, False
         try:
@@ -358,7 +372,7 @@ class AsyncDrivenBackend(ABC):
         return AsyncDrivenConversation(self, Sample(image_list(images), "", id, seed, limits))
 
 
-class AsyncDrivenConversation(_Talk):
+class AsyncDrivenConversation(_DrivenTalk):
     """See `vilavt_core.backends.AsyncConversation`; made by `AsyncDrivenBackend.conversation`."""
 
     def __init__(self, backend: AsyncDrivenBackend, sample: Sample) -> None:
@@ -384,12 +398,11 @@ class AsyncDrivenConversation(_Talk):
     async def _events(
         self, question: str, images: ImageSource | Sequence[ImageSource], *, stream: bool
     ) -> AsyncGenerator[Event, None]:
-        before = self._last
-        if before is None or self._busy or self._closed:
-            driver = self._next(question, images, stream)
+        self._check()
+        if self._last is None:
+            driver = self._first(question, images, stream)
         else:
-            sample = replace(self._sample, question=question, images=image_list(images))
-            driver = await self._backend.follow_up(before, sample, stream=stream)
+            driver = await self._backend.follow_up(self._last, self._following(question, images), stream=stream)
         self._busy, whole = True, False
         try:
             async with aclosing(self._backend.events(driver)) as events:

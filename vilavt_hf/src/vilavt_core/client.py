@@ -10,19 +10,32 @@ import base64
 import io
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from . import wire
+from .asking import AskingBackend, Talk, refuse_intervention
 from .backends import BackendOptions
-from .errors import EngineError, ImageError
+from .errors import EngineError, ImageError, VilavtError
 from .images import ImageLimits, load_image
 from .presets import Limits, Sampling, get_preset
-from .results import ChatResult, ImageSource, Provenance, Sample, Work
+from .results import (
+    ChatResult,
+    Event,
+    Finished,
+    ImageSource,
+    Intervention,
+    Provenance,
+    Sample,
+    Timings,
+    Work,
+    image_list,
+)
 
 PER_REQUEST = (
     "max_turns",
@@ -36,44 +49,8 @@ PER_REQUEST = (
 """Fields of `Limits` that a request may tighten."""
 
 
-@dataclass(frozen=True, eq=False)
-class ServedResult(ChatResult):
-    """What a server answered. It keeps turns and pictures to itself; `reply` holds what it tells of them."""
-
-    reply: Mapping[str, Any] = field(default_factory=dict)
-    """The body of its response."""
-
-    @property
-    def answer(self) -> str | None:
-        """The answer, or None."""
-        return self._message.get("content") or None
-
-    @property
-    def finish(self) -> str:
-        """A `FinishReason`, or ``error``."""
-        return "error" if self.error is not None else str(self._told.get("finish"))
-
-    @property
-    def thoughts(self) -> str:
-        """The thoughts of all turns, one line each."""
-        return self._message.get("reasoning_content") or ""
-
-    def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
-        """Plain JSON data: zooms and crops are in ``events``; the server sends no images."""
-        told = {name: self._told.get(name) for name in ("detail", "turns", "images", "events")}
-        return {**super().to_json(), "thoughts": self.thoughts, **told, "usage": self.reply.get("usage")}
-
-    @property
-    def _message(self) -> Mapping[str, Any]:
-        return self.reply["choices"][0]["message"] if self.reply else {}
-
-    @property
-    def _told(self) -> Mapping[str, Any]:
-        return self.reply.get("vilavt", {})
-
-
-class ServerClient:
-    """Asks a server.
+class ServerClient(AskingBackend):
+    """Asks a server. See `vilavt_core.backends.Backend` for its methods.
 
     Args:
         url: of its API, e.g. ``http://127.0.0.1:8000/v1``.
@@ -97,8 +74,8 @@ class ServerClient:
         arguments = {"api_key": os.environ.get("VILAVT_API_KEY") or "none", "max_retries": 6, "timeout": 3600.0}
         self._client = openai.OpenAI(base_url=self.url, **{**arguments, **options.engine})
         try:
-            told: Any = self._client.with_options(max_retries=0, timeout=30).get("/vilavt", cast_to=object)
-            self.model, server = str(told["model"]), Provenance.from_json(told["provenance"])
+            told: Any = self._client.with_options(max_retries=0, timeout=30).get(wire.SETTINGS_PATH, cast_to=object)
+            self.model, server = wire.read_settings(told)
         except (openai.OpenAIError, TypeError, KeyError, ValueError) as error:
             raise EngineError(
                 f"{self.url}: no vilavt-serve of this version answers there ({type(error).__name__}: {error}); start "
@@ -118,15 +95,21 @@ class ServerClient:
         sampling: Sampling = self.options.change_sampling(self._server.sampling)
         return replace(self._server, seed=seed, limits=limits or self._limits, sampling=sampling)
 
-    def iter_many(self, samples: Iterable[Sample]) -> Iterator[tuple[int, ChatResult]]:
-        """Ask many questions, `concurrency` at a time, and yield (place, result) as they are answered. May be called
-        from several threads at once.
-        """
+    @property
+    def timings(self) -> Timings | None:
+        """A server does not tell what its engine has spent."""
+        return None
+
+    def iter_many(
+        self, samples: Iterable[Sample | tuple[Any, str]], *, intervention: Intervention | None = None
+    ) -> Iterator[tuple[int, ChatResult]]:
+        """See `vilavt_core.backends.Backend.iter_many`. May be called from several threads at once."""
+        refuse_intervention(intervention, "a server")
         places: dict[Future[ChatResult], int] = {}
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            for place, sample in enumerate(samples):
-                places[pool.submit(self._ask, sample)] = place
+            for place, entry in enumerate(samples):
+                places[pool.submit(self._ask, Sample.of(entry))] = place
                 if len(places) >= self.concurrency:
                     yield from _done(places)
             while places:
@@ -134,41 +117,105 @@ class ServerClient:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, sample: Sample) -> ChatResult:
-        began, seed = time.perf_counter(), sample.seed_from(self.options.seed)
-        provenance, reply, failure = self.provenance(seed, sample.limits), {}, None
-        try:
-            reply = self._complete(sample, seed)
-            provenance = replace(
-                Provenance.from_json(reply["vilavt"]["provenance"]), checkpoint=self._server.checkpoint
-            )
-        except Exception as error:
-            where = "" if sample.id is None else f"sample {sample.id}: "
-            failure = EngineError(f"{where}{self.url}: {type(error).__name__}: {error}")
-        return ServedResult(
-            question=sample.question,
-            sample_id=sample.id,
-            episode=None,
-            record=None,
-            provenance=provenance,
-            work=Work(),
-            seconds=time.perf_counter() - began,
-            error=failure,
-            reply=reply if failure is None else {},
-        )
+    def stream(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        question: str,
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> Iterator[Event]:
+        """See `vilavt_core.backends.Backend.stream`; the text is that of the thoughts."""
+        yield from self.conversation(images, id=id, seed=seed, limits=limits).stream(question)
 
-    def _complete(self, sample: Sample, seed: int) -> dict[str, Any]:
+    def conversation(
+        self,
+        images: ImageSource | Sequence[ImageSource] = (),
+        *,
+        id: str | None = None,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> ServedConversation:
+        """See `vilavt_core.backends.Backend.conversation`."""
+        return ServedConversation(self, Sample(image_list(images), "", id, seed, limits))
+
+    def _ask(self, sample: Sample) -> ChatResult:
+        began = time.perf_counter()
+        try:
+            result = next(self._answers(sample, [], stream=False))
+            assert isinstance(result, Finished)
+            return replace(result.result, seconds=time.perf_counter() - began)
+        except Exception as error:
+            return ChatResult(
+                question=sample.question,
+                sample_id=sample.id,
+                episode=None,
+                record=None,
+                provenance=self.provenance(sample.seed_from(self.options.seed), sample.limits),
+                work=Work(),
+                seconds=time.perf_counter() - began,
+                error=error if isinstance(error, VilavtError) else self._failure(sample, error),
+            )
+
+    def _answers(self, sample: Sample, before: Sequence[Mapping[str, Any]], *, stream: bool) -> Iterator[Event]:
+        """Events of one question; `Finished` comes last.
+
+        Args:
+            sample: the question; its images are the new ones.
+            before: messages of the conversation so far.
+            stream: whether events come as they happen, else `Finished` alone.
+
+        Raises:
+            EngineError: the server fails, or says something else than a result.
+            ImageError: an image cannot be read.
+        """
         limits = {**self.options.limits, **self._tighter(sample.limits)}
+        request: dict[str, Any] = {
+            "model": self.model,
+            "messages": [*before, self.message(sample)],
+            "seed": sample.seed_from(self.options.seed),
+            "extra_body": {**self.options.sampling, wire.FIELD: limits},
+        }
+        try:
+            if not stream:
+                body: Any = self._client.chat.completions.create(**request).to_dict()
+                yield Finished(self._result(sample, body[wire.FIELD]))
+                return
+            finished = False
+            for chunk in self._client.chat.completions.create(**request, stream=True):
+                data: Any = chunk.to_dict().get(wire.FIELD)
+                if data is None:
+                    continue
+                if data["type"] == "end":
+                    *events, _ = wire.read_chunk(data)
+                    yield from events
+                    finished = True
+                    yield Finished(self._result(sample, data))
+                else:
+                    yield from wire.read_chunk(data)
+            if not finished:
+                raise EngineError("the stream ended without a result")
+        except VilavtError:
+            raise
+        except Exception as error:
+            raise self._failure(sample, error) from error
+
+    def _result(self, sample: Sample, data: Mapping[str, Any]) -> ChatResult:
+        """What the server told, under the sample's id."""
+        found = wire.with_checkpoint(wire.read_told(data), self._server.checkpoint)
+        return replace(found, question=sample.question, sample_id=sample.id)
+
+    def _failure(self, sample: Sample, error: Exception) -> EngineError:
+        where = "" if sample.id is None else f"sample {sample.id}: "
+        return EngineError(f"{where}{self.url}: {type(error).__name__}: {error}")
+
+    def message(self, sample: Sample) -> dict[str, Any]:
+        """A question as a message."""
         parts: list[Any] = [
             {"type": "image_url", "image_url": {"url": self._data_url(image)}} for image in sample.images
         ]
-        response = self._client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": [*parts, {"type": "text", "text": sample.question}]}],
-            seed=seed,
-            extra_body={**self.options.sampling, "vilavt": limits},
-        )
-        return response.to_dict()
+        return {"role": "user", "content": [*parts, {"type": "text", "text": sample.question}]}
 
     def _tighter(self, limits: Limits | None) -> dict[str, Any]:
         if limits is None:
@@ -191,6 +238,49 @@ class ServerClient:
         else:
             data = image if isinstance(image, bytes) else _read(Path(image), limits)
         return f"data:image/*;base64,{base64.b64encode(data).decode()}"
+
+
+class ServedConversation(Talk):
+    """See `vilavt_core.backends.Conversation`; made by `ServerClient.conversation`."""
+
+    def __init__(self, client: ServerClient, sample: Sample) -> None:
+        super().__init__(sample)
+        self._client = client
+        self._messages: list[dict[str, Any]] = []
+
+    def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+        """See `vilavt_core.backends.Conversation.ask`."""
+        (finished,) = self._events(question, images, stream=False)
+        assert isinstance(finished, Finished)
+        return finished.result
+
+    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> Iterator[Event]:
+        """See `vilavt_core.backends.Conversation.stream`; the text is that of the thoughts."""
+        return self._events(question, images, stream=True)
+
+    def close(self) -> None:
+        """See `vilavt_core.backends.Conversation.close`."""
+        self._closed = True
+
+    def _events(self, question: str, images: ImageSource | Sequence[ImageSource], *, stream: bool) -> Iterator[Event]:
+        self._check()
+        first = () if self._messages else self._sample.images
+        sample = replace(self._sample, question=question, images=[*first, *image_list(images)])
+        asked, whole, begun = self._client.message(sample), False, False
+        self._busy = True
+        try:
+            for event in self._client._answers(sample, self._messages, stream=stream):
+                begun = True
+                if isinstance(event, Finished):
+                    whole = True
+                    if event.result.turns:  # else nothing is there to continue
+                        answer = {"role": "assistant", "content": event.result.answer or ""}
+                        self._messages += [asked, answer]
+                yield event
+        finally:
+            self._busy = False
+            if begun and not whole:
+                self.close()
 
 
 def open_server(url: str, options: BackendOptions) -> ServerClient:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from .errors import EpisodeError
 from .presets import Limits
 from .prompts import Part
-from .protocol import Action, Answer, FinishReason, Malformed, ToolCall
-from .regions import FACTOR, View
+from .protocol import Action, Answer, FinishReason, Malformed, MalformedReason, NoAction, Region, ToolCall
+from .regions import FACTOR, Box, View
 
 
 class Tokenizer(Protocol):
@@ -90,6 +90,35 @@ def is_whole_text(text: str) -> bool:
     return not text.endswith("\ufffd")
 
 
+class Thoughts:
+    """The text between ``<think>`` and ``</think>`` of one turn, as it arrives."""
+
+    OPEN, CLOSE = "<think>", "</think>"
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._inside = False
+        self._done = False
+
+    def feed(self, text: str) -> str:
+        """What the new text adds to the thoughts; the beginning of a tag is kept back."""
+        if self._done:
+            return ""
+        self._text += text
+        if not self._inside:
+            start = self._text.find(self.OPEN)
+            if start < 0:
+                return ""
+            self._inside, self._text = True, self._text[start + len(self.OPEN) :]
+        end = self._text.find(self.CLOSE)
+        if end >= 0:
+            self._done = True
+            return self._text[:end]
+        keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if self._text.endswith(self.CLOSE[:n])), 0)
+        out, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
+        return out
+
+
 @dataclass(frozen=True, eq=False)
 class Inquiry:
     """Images that the encoder sees together, and what it is asked about them."""
@@ -102,6 +131,54 @@ class Inquiry:
     """Places in the conversation, counted from 0."""
     query_prefix: str | None = None
     """Put before a non-blank query by every engine and trainer alike: the preset's; None takes the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """What an image of a conversation is, without its pixels."""
+
+    index: int
+    """Its place in the conversation, counted from 0."""
+    kind: Literal["original", "crop"]
+    width: int
+    """Pixels, as the encoder gets it."""
+    height: int
+    source: int
+    """Which source picture, counted from 0."""
+    region: Box
+    """The part of the source, as fractions of its width and height."""
+    parent: int | None
+    """The image that it was cropped out of."""
+    box: Box | None
+    """Where, in pixels of that image."""
+    query: str
+    """What the encoder was asked about it."""
+
+    @classmethod
+    def of(cls, index: int, view: View, query: str) -> ShownImage:
+        """A view of a conversation."""
+        return cls(
+            index,
+            view.kind,
+            view.image.width,
+            view.image.height,
+            view.source,
+            view.region,
+            view.parent,
+            view.box,
+            query,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ShownImage:
+        """Inverse of :meth:`to_json`; other keys are ignored."""
+        given = {f.name: data[f.name] for f in fields(cls)}
+        box = None if given["box"] is None else tuple(given["box"])
+        return cls(**{**given, "region": tuple(given["region"]), "box": box})
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +219,33 @@ class Turn:
     problem: str | None = None
     """Why the action was not carried out."""
     seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; crops are named by their places in the conversation."""
+        return {
+            "index": self.index,
+            "text": self.text,
+            "action": _action_json(self.action),
+            "tokens": self.token_count,
+            "images": list(self.image_indices),
+            "feedback": self.feedback,
+            "problem": self.problem,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Turn:
+        """What :meth:`to_json` wrote, without the views."""
+        return cls(
+            index=data["index"],
+            text=data["text"],
+            action=_action_from_json(data["action"]),
+            token_count=data["tokens"],
+            image_indices=tuple(data["images"]),
+            feedback=data["feedback"],
+            problem=data["problem"],
+            seconds=data["seconds"],
+        )
 
 
 @dataclass(frozen=True)
@@ -188,8 +292,12 @@ class Result:
     detail: str
     """For every finish but ``answer``: what happened, both numbers, and what to change."""
     turns: tuple[Turn, ...]
+    images: tuple[ShownImage, ...]
+    """All images as shown, in conversation order."""
     inquiries: tuple[Inquiry, ...]
+    """With their pixels; none in a result that a server told."""
     views: tuple[View, ...]
+    """The images with their pixels; none in a result that a server told."""
     usage: Usage
     preset: str
     limits: Limits
@@ -202,28 +310,17 @@ class Result:
         """Plain JSON data; with ``include_images`` every shown image as a PNG data URL."""
         inquiry_of = {index: number for number, inquiry in enumerate(self.inquiries) for index in inquiry.image_indices}
         images = []
-        for index, view in enumerate(self.views):
-            entry: dict[str, Any] = {
-                "index": index,
-                "kind": view.kind,
-                "width": view.image.width,
-                "height": view.image.height,
-                "source": view.source,
-                "region": list(view.region),
-                "parent": view.parent,
-                "box": None if view.box is None else list(view.box),
-                "query": self.inquiries[inquiry_of[index]].query,
-                "inquiry": inquiry_of[index],
-            }
-            if include_images:
-                entry["png"] = _png_url(view.image)
+        for image in self.images:
+            entry = {**image.to_json(), "inquiry": inquiry_of.get(image.index)}
+            if include_images and self.views:
+                entry["png"] = _png_url(self.views[image.index].image)
             images.append(entry)
         return {
             "sample_id": self.sample_id,
             "answer": self.answer,
             "finish": self.finish.value,
             "detail": self.detail,
-            "turns": [_turn_json(turn) for turn in self.turns],
+            "turns": [turn.to_json() for turn in self.turns],
             "images": images,
             "usage": asdict(self.usage),
             "preset": self.preset,
@@ -231,6 +328,30 @@ class Result:
             "prompts": {"name": self.prompts, "sha256": self.prompts_sha256},
             "versions": dict(self.versions),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        """What :meth:`to_json` wrote, without pixels.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(
+            answer=data["answer"],
+            finish=FinishReason(data["finish"]),
+            detail=data["detail"],
+            turns=tuple(map(Turn.from_json, data["turns"])),
+            images=tuple(map(ShownImage.from_json, data["images"])),
+            inquiries=(),
+            views=(),
+            usage=Usage(**data["usage"]),
+            preset=data["preset"],
+            limits=Limits(**data["limits"]),
+            prompts=data["prompts"]["name"],
+            prompts_sha256=data["prompts"]["sha256"],
+            versions=dict(data["versions"]),
+            sample_id=data["sample_id"],
+        )
 
 
 @dataclass
@@ -332,25 +453,24 @@ def _png_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _turn_json(turn: Turn) -> dict[str, Any]:
-    return {
-        "index": turn.index,
-        "text": turn.text,
-        "action": _action_json(turn.action),
-        "tokens": turn.token_count,
-        "images": list(turn.image_indices),
-        "feedback": turn.feedback,
-        "problem": turn.problem,
-        "seconds": turn.seconds,
-    }
-
-
 def _action_json(action: Action) -> dict[str, Any]:
     if isinstance(action, ToolCall):
         regions = [{"index": region.index, "box": list(region.box)} for region in action.regions]
-        return {"type": "tool_call", "thought": action.thought, "regions": regions, "query": action.query}
+        called = {"type": "tool_call", "thought": action.thought, "regions": regions, "query": action.query}
+        return {**called, "trailing": action.trailing}
     if isinstance(action, Answer):
-        return {"type": "answer", "thought": action.thought, "text": action.text}
+        return {"type": "answer", "thought": action.thought, "text": action.text, "trailing": action.trailing}
     if isinstance(action, Malformed):
         return {"type": "malformed", "reason": action.reason.value, "detail": action.detail}
     return {"type": "no_action", "thought": action.thought}
+
+
+def _action_from_json(data: Mapping[str, Any]) -> Action:
+    if data["type"] == "tool_call":
+        regions = tuple(Region(one["index"], tuple(one["box"])) for one in data["regions"])
+        return ToolCall(regions, data["query"], data["thought"], data["trailing"])
+    if data["type"] == "answer":
+        return Answer(data["text"], data["thought"], data["trailing"])
+    if data["type"] == "malformed":
+        return Malformed(MalformedReason(data["reason"]), data["detail"])
+    return NoAction(data["thought"])

@@ -30,6 +30,7 @@ from .conversation import (
     Record,
     Request,
     Result,
+    ShownImage,
     SpecialTokens,
     Tokenizer,
     TokenStream,
@@ -271,6 +272,7 @@ class Episode:
             finish=self._finish,
             detail=self._detail,
             turns=tuple(self._turns),
+            images=self._shown_images(),
             inquiries=tuple(stream.inquiries),
             views=tuple(self._gallery.views),
             usage=usage,
@@ -281,6 +283,10 @@ class Episode:
             versions={"vilavt_hf": _version()},
             sample_id=self.sample_id,
         )
+
+    def _shown_images(self) -> tuple[ShownImage, ...]:
+        query_of = {index: one.query for one in self._stream.inquiries for index in one.image_indices}
+        return tuple(ShownImage.of(i, view, query_of[i]) for i, view in enumerate(self._gallery.views))
 
     def next_request(self) -> Request | None:
         """What to sample next, or None when the episode is over. Asking again without feeding gives the same

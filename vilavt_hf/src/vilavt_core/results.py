@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .episode import Inquiry, Record, Result, Turn
+from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
 from .presets import Limits, Sampling
 from .protocol import Answer, Region, ToolCall
 from .regions import View
@@ -180,7 +180,7 @@ class ChatResult:
     episode: Result | None
     """How the conversation ended, with all turns, images and inquiries; None if it failed."""
     record: Record | None
-    """The token stream up to the end or the failure."""
+    """The token stream up to the end or the failure; a server does not tell it."""
     provenance: Provenance
     work: Work
     """Cost of the whole conversation so far; both ratios are 1.00."""
@@ -211,9 +211,19 @@ class ChatResult:
         return () if self.episode is None else self.episode.turns
 
     @property
+    def images(self) -> tuple[ShownImage, ...]:
+        """All images as shown, in conversation order, without their pixels."""
+        return () if self.episode is None else self.episode.images
+
+    @property
     def views(self) -> tuple[View, ...]:
-        """All images as shown, in conversation order."""
+        """The images with their pixels; none from a server."""
         return () if self.episode is None else self.episode.views
+
+    @property
+    def thoughts(self) -> str:
+        """The thoughts of all turns, one line each."""
+        return "\n".join(thought for turn in self.turns if (thought := Thoughts().feed(turn.text)))
 
     def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
         """Plain JSON data; with `include_images` every shown image as a PNG data URL."""
@@ -230,9 +240,32 @@ class ChatResult:
             out["fallback"] = self.fallback.to_json()
         ratios = {"patches_ratio": self.work.patches_ratio, "tokens_ratio": self.work.tokens_ratio}
         out["work"] = asdict(self.work) | ratios
+        out["billed"] = asdict(self.billed)
         out["seconds"] = self.seconds
         out["provenance"] = self.provenance.to_json()
         return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ChatResult:
+        """What :meth:`to_json` wrote of a conversation that did not fail: without the token stream and the pixels.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        fallback = data.get("fallback")
+        own = None if fallback is None else {"answer": None}  # the answer is the fallback's
+        work = {f.name: data["work"][f.name] for f in fields(Work)}
+        return cls(
+            question=data["question"],
+            sample_id=data["sample_id"],
+            episode=Result.from_json({**data, **(own or {})}),
+            record=None,
+            provenance=Provenance.from_json(data["provenance"]),
+            work=Work(**work),
+            seconds=data["seconds"],
+            billed=BilledTokens(**data["billed"]),
+            fallback=None if fallback is None else Result.from_json(fallback),
+        )
 
 
 @dataclass(frozen=True)
@@ -256,8 +289,9 @@ class CropsEvent:
     """The zoom was carried out: these images are shown next."""
 
     turn: int
+    images: tuple[ShownImage, ...]
     views: tuple[View, ...]
-    image_indices: tuple[int, ...]
+    """The images with their pixels; none from a server."""
     query: str
 
 
@@ -293,7 +327,9 @@ def turn_events(turn: Turn) -> Iterator[Event]:
     if isinstance(turn.action, ToolCall):
         yield ToolCallEvent(turn.index, turn.action)
         if turn.views:
-            yield CropsEvent(turn.index, turn.views, turn.image_indices, turn.action.query)
+            shown = zip(turn.image_indices, turn.views, strict=True)
+            images = tuple(ShownImage.of(index, view, turn.action.query) for index, view in shown)
+            yield CropsEvent(turn.index, images, turn.views, turn.action.query)
     elif isinstance(turn.action, Answer):
         yield AnswerEvent(turn.index, turn.action.text, turn.action.thought)
     if turn.problem is not None:

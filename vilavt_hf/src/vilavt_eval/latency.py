@@ -181,7 +181,7 @@ def measure(
 
 
 def _level(backend: Backend, preset: EvaluationPreset, asked: Sequence[Question], concurrency: int) -> Level:
-    timings = getattr(backend, "timings", None)
+    timings = backend.timings
     before = None if timings is None else dict(vars(timings))
     answers, turns, counts, failed = [], [], [], 0
     reuse = _ReuseCount()
@@ -192,8 +192,7 @@ def _level(backend: Backend, preset: EvaluationPreset, asked: Sequence[Question]
             continue
         answers.append(result.seconds)
         turns += [turn.seconds for turn in result.turns if turn.seconds is not None]
-        told = len(result.turns) or result.to_json().get("turns")
-        counts += [told] if isinstance(told, int) else []
+        counts.append(len(result.turns))
         reuse.add(result)
     seconds = time.perf_counter() - began
     split = None
@@ -228,13 +227,10 @@ class _ReuseCount:
         self.tokens, self.prefilled, self.patches, self.encoded = 0, 0, 0, 0
 
     def add(self, result: ChatResult) -> None:
-        """Count a conversation; a server's own count of cached tokens if that is all there is."""
+        """Count a conversation; what a server billed if it does not tell the token stream."""
         if result.record is None:
-            usage = result.to_json().get("usage") or {}
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            if cached is not None:
-                self.tokens += usage["prompt_tokens"]
-                self.prefilled += usage["prompt_tokens"] - cached
+            self.tokens += result.billed.prompt
+            self.prefilled += result.billed.prompt - result.billed.cached
             return
         mask, spans = result.record.loss_mask, result.record.image_spans
         starts = [at for at in range(1, len(mask)) if mask[at] and not mask[at - 1]]

@@ -211,7 +211,6 @@ def asking(backend: Backend, setting: Setting, seed: int) -> Ask:
     """Ask an opened backend in this process."""
     ablation = setting.ablation
     limits = ablation.limits(backend.provenance(seed).limits)
-    hooks: dict[str, Any] = {} if ablation.intervention is None else {"intervention": ablation.intervention}
 
     def ask(questions: Sequence[Question]) -> Iterator[Row]:
         waiting: dict[int, Question] = {}
@@ -221,7 +220,7 @@ def asking(backend: Backend, setting: Setting, seed: int) -> Ask:
                 waiting[place] = question
                 yield replace(sample_of(question, setting.preset, seed), limits=limits)
 
-        for place, result in backend.iter_many(samples(), **hooks):
+        for place, result in backend.iter_many(samples(), intervention=ablation.intervention):
             yield row_of(waiting.pop(place), result)
 
     return ask
@@ -245,8 +244,8 @@ def row_of(question: Question, result: ChatResult) -> Row:
         "problem_type": question.problem_type,
         "answer": question.target,
     }
-    cost = {key: said[key] for key in ("usage", "work", "events", "thoughts") if said.get(key) is not None}
-    own = {
+    cost: dict[str, Any] = {key: said[key] for key in ("usage", "work", "billed") if key in said}
+    own: dict[str, Any] = {
         "finish": result.finish,
         "error": said["error"],
         "turns": [turn.text for turn in result.turns],

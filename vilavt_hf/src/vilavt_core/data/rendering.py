@@ -15,13 +15,14 @@ from typing import Literal
 from PIL import Image
 
 from ..conversation import Mark, SpecialTokens, Tokenizer, compose, encode_text
-from ..episode import Episode
+from ..driver import ConversationSettings, Driver
 from ..errors import DataError, ImageError, RegionError, VilavtError
 from ..images import image_size, load_image
 from ..presets import Preset
 from ..prompts import PromptSet
 from ..protocol import FinishReason, Malformed, Rules, ToolCall, parse_turn
 from ..regions import MIN_PIXELS, Gallery, fit
+from ..results import Sample
 from .example import IGNORE, Example, ImageGroup
 from .registry import Crops
 from .schema import IMAGE_MARK, EpisodeRecord, PublishedRecord, PublishedTurn, Record
@@ -320,25 +321,23 @@ class Renderer:
             max_context=None,
             **({"max_turns": record.max_turns} if record.max_turns else {}),
         )
-        episode = Episode.start(
-            [picture(name) for name in record.images],
-            record.question,
-            tokenizer=self.tokenizer,
-            prompts=self.prompts,
-            preset=preset,
-            limits=preset.limits,
-            sample_id=sample,
-        )
+        settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling)
+        episode = settings.episode([picture(name) for name in record.images], record.question, sample_id=sample)
+        driver = Driver(Sample((), record.question, sample), settings, episode=episode, fallback=False)
+        driver.start()
         cuts, untrained = [], []
         for i, turn in enumerate(record.turns):
-            if episode.next_request() is None:
+            if driver.request is None:
                 raise DataError(
                     f"{sample}: {len(record.turns)} turns, but the episode ended before turn {i} ({episode.finish}): "
                     f"{episode.result.detail}",
                     "turns",
                 )
             start = len(episode.record.token_ids)
-            fed = episode.feed([*encode_text(turn.text, self.tokenizer, self.special), self.special.im_end])
+            driver.take_text(turn.text)
+            if (error := driver.result.error) is not None:
+                raise error
+            fed = episode.turns[-1]
             if fed.problem is not None:
                 raise DataError(f"{sample}, turn {i}: {fed.problem}", "tool call")
             end = start + fed.token_count

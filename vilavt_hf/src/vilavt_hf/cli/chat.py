@@ -142,11 +142,11 @@ def _show(console: Console, events: Iterable[Event]) -> ChatResult:
             console.print(_plain(event.text), end="", markup=False, style="dim", soft_wrap=True)
         elif isinstance(event, CropsEvent):
             console.print()
-            for index, view in zip(event.image_indices, event.views, strict=True):
-                box = ", ".join(f"{value:g}" for value in view.box or ())
+            for image in event.images:
+                box = ", ".join(f"{value:g}" for value in image.box or ())
                 console.print(
-                    f"  [cyan]image {index}[/]: region \\[{box}] of image {view.parent}, "
-                    f"shown at {view.image.width} x {view.image.height} px"
+                    f"  [cyan]image {image.index}[/]: region \\[{box}] of image {image.parent}, "
+                    f"shown at {image.width} x {image.height} px"
                 )
         elif isinstance(event, RefusedEvent):
             console.print(f"\n  [yellow]refused[/]: {_markup(event.problem)}")

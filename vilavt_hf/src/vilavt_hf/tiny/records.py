@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vilavt_core.conversation import SpecialTokens
 from vilavt_core.data.schema import IMAGE_MARK
+from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
 from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Answer, format_turn
+from vilavt_core.results import Sample
 
 from .scenes import MAX_PIXELS, Kind, Split, ask, make_scene
 
@@ -79,12 +80,15 @@ def _played(
     pictures: list[Any], question: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
 ) -> Episode:
     preset = get_preset("default").with_limits(max_pixels=MAX_PIXELS)
-    episode = Episode.start(pictures, question, tokenizer=tokenizer, prompts=prompts, preset=preset)
-    end = SpecialTokens.of(tokenizer).im_end
+    settings = ConversationSettings(tokenizer, prompts, preset, preset.limits, preset.sampling)
+    driver = Driver(Sample(pictures, question), settings)
+    driver.start()
     for text in texts:
-        episode.next_request()
-        episode.feed([*tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), end])
-    return episode
+        driver.take_text(text)
+    if driver.result.error is not None:
+        raise driver.result.error
+    assert driver.conversation is not None
+    return driver.conversation
 
 
 def _published(episode: Episode, number: int, names: list[str], out: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, format_turn
 from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
 from .. import compat
 from ..episodes import settings_of_engine
@@ -34,7 +35,7 @@ from ..online import AsyncVilavtLLM
 from .history import History
 from .media import Pictures
 from .metrics import metrics
-from .protocol import ChatRequest, Exchange, Reply, error_event, error_json, exchanges
+from .protocol import ChatRequest, Exchange, exchanges
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
 from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", "/v1/vilavt"
+PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", f"/v1{SETTINGS_PATH}"
 RAW = "/v1/raw/"
 """Prefix under which a client that runs the loop itself finds both as vLLM made them."""
 
@@ -209,7 +210,7 @@ async def settings(raw: Request) -> Response:
     if loop is None:
         return _error(EngineFailure("this server has no engine"), 501)
     provenance = loop.llm.settings.provenance(loop.options.seed)
-    return JSONResponse({"model": loop.models.model_name(), "provenance": provenance.to_json()})
+    return JSONResponse(settings_body(loop.models.model_name(), provenance))
 
 
 async def chat_completions(raw: Request) -> Response:
@@ -303,7 +304,7 @@ async def _stream(
             if isinstance(event, Finished):
                 error = event.result.error
                 if error is not None:
-                    yield error_event(str(error), type(error).__name__, _status(error))
+                    yield error_line(str(error), type(error).__name__, _status(error))
                     yield "data: [DONE]\n\n"
                 else:
                     for chunk in reply.end(event.result, include_usage=include_usage):
@@ -324,4 +325,4 @@ def _status(error: Exception) -> int:
 def _error(error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
     if status >= 500:
         logger.error("%s: %s", type(error).__name__, error, exc_info=error)
-    return JSONResponse(error_json(str(error), type(error).__name__, status), status, headers)
+    return JSONResponse(error_body(str(error), type(error).__name__, status), status, headers)

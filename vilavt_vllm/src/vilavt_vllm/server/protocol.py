@@ -7,25 +7,12 @@ ignored. The response is an ordinary chat completion with one more field, ``vila
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vilavt_core.conversation import Turn
 from vilavt_core.presets import Limits, Sampling
-from vilavt_core.protocol import FinishReason, ToolCall
-from vilavt_core.results import (
-    ChatResult,
-    CropsEvent,
-    Event,
-    RefusedEvent,
-    TextDelta,
-    ToolCallEvent,
-)
 
 from ..errors import LimitError, RequestError
 
@@ -198,167 +185,6 @@ def exchanges(messages: list[Message]) -> list[Exchange]:
     if not out or out[-1].answer is not None:
         raise RequestError("the last message must be the user's")
     return out
-
-
-class Thoughts:
-    """The text between ``<think>`` and ``</think>`` of one turn, as it arrives."""
-
-    OPEN, CLOSE = "<think>", "</think>"
-
-    def __init__(self) -> None:
-        self._text = ""
-        self._inside = False
-        self._done = False
-
-    def feed(self, text: str) -> str:
-        """What the new text adds to the thoughts; the beginning of a tag is kept back."""
-        if self._done:
-            return ""
-        self._text += text
-        if not self._inside:
-            start = self._text.find(self.OPEN)
-            if start < 0:
-                return ""
-            self._inside, self._text = True, self._text[start + len(self.OPEN) :]
-        end = self._text.find(self.CLOSE)
-        if end >= 0:
-            self._done = True
-            return self._text[:end]
-        keep = next((n for n in range(len(self.CLOSE) - 1, 0, -1) if self._text.endswith(self.CLOSE[:n])), 0)
-        out, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
-        return out
-
-
-def thoughts_of(turns: tuple[Turn, ...]) -> str:
-    """Thoughts of all turns, one line each."""
-    return "\n".join(thought for turn in turns if (thought := Thoughts().feed(turn.text)))
-
-
-def finish_reason(result: ChatResult) -> str:
-    """``stop`` if there is an answer or nothing more was to come, ``length`` if a budget ended it."""
-    budgets = (FinishReason.LENGTH, FinishReason.TURN_LIMIT, FinishReason.IMAGE_LIMIT, FinishReason.CONTEXT_LIMIT)
-    return "length" if result.answer is None and result.finish in budgets else "stop"
-
-
-def call_json(turn: int, call: ToolCall) -> dict[str, Any]:
-    """A zoom request."""
-    regions = [{"image": region.index, "box": list(region.box)} for region in call.regions]
-    return {"type": "zoom", "turn": turn, "query": call.query, "regions": regions}
-
-
-def crops_json(turn: int, views: Any, indices: Any) -> dict[str, Any]:
-    """The images that a zoom showed: their size in pixels, and which part of which source they are (0 to 1)."""
-    crops = [
-        {
-            "image": index,
-            "width": view.image.width,
-            "height": view.image.height,
-            "source": view.source,
-            "region": [round(v, 6) for v in view.region],
-        }
-        for view, index in zip(views, indices, strict=True)
-    ]
-    return {"type": "crops", "turn": turn, "crops": crops}
-
-
-def event_json(event: Event) -> dict[str, Any] | None:
-    """What a stream chunk's ``vilavt`` field says about an event; None for the others."""
-    if isinstance(event, ToolCallEvent):
-        return call_json(event.turn, event.call)
-    if isinstance(event, CropsEvent):
-        return crops_json(event.turn, event.views, event.image_indices)
-    if isinstance(event, RefusedEvent):
-        return {"type": "refused", "turn": event.turn, "problem": event.problem}
-    return None
-
-
-def summary(result: ChatResult) -> dict[str, Any]:
-    """The ``vilavt`` field of a response: how it ended, and what was looked at."""
-    events: list[dict[str, Any]] = []
-    for turn in result.turns:
-        if isinstance(turn.action, ToolCall):
-            events.append(call_json(turn.index, turn.action))
-            if turn.views:
-                events.append(crops_json(turn.index, turn.views, turn.image_indices))
-        if turn.problem is not None:
-            events.append({"type": "refused", "turn": turn.index, "problem": turn.problem})
-    episode = result.episode
-    return {
-        "finish": result.finish,
-        "detail": "" if episode is None else episode.detail,
-        "turns": len(result.turns),
-        "images": len(result.views),
-        "events": events,
-        "provenance": result.provenance.to_json(),
-    }
-
-
-class Reply:
-    """Builds the response, whole or in chunks."""
-
-    def __init__(self, model: str) -> None:
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._turn = -1
-        self._thoughts = Thoughts()
-        self._thought_turns: list[int] = []
-
-    def whole(self, result: ChatResult) -> dict[str, Any]:
-        """The response to a request that does not stream."""
-        message = {"role": "assistant", "content": result.answer or "", "reasoning_content": thoughts_of(result.turns)}
-        choice = {"index": 0, "message": message, "finish_reason": finish_reason(result), "logprobs": None}
-        body = {**self.head, "object": "chat.completion", "choices": [choice]}
-        return body | {"usage": result.billed.to_json(), "vilavt": summary(result)}
-
-    def begin(self) -> str:
-        """The first chunk."""
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def progress(self, event: Event) -> str | None:
-        """The chunk of an event on the way, if it has one: thoughts as their text arrives, zooms, crops, refusals.
-
-        The answer is not among them: it is sent by :meth:`end`, when it is certain.
-        """
-        if not isinstance(event, TextDelta):
-            data = event_json(event)
-            return None if data is None else self._chunk({}, vilavt=data)
-        if event.turn != self._turn:
-            self._turn, self._thoughts = event.turn, Thoughts()
-        text = self._thoughts.feed(event.text)
-        if not text:
-            return None
-        if event.turn not in self._thought_turns:
-            self._thought_turns.append(event.turn)
-            text = "\n" * (len(self._thought_turns) > 1) + text
-        return self._chunk({"reasoning_content": text})
-
-    def end(self, result: ChatResult, *, include_usage: bool) -> Iterator[str]:
-        """The last chunks."""
-        if result.answer is not None:
-            yield self._chunk({"content": result.answer})
-        yield self._chunk({}, finish_reason(result), vilavt={"type": "end", **summary(result)})
-        if include_usage:
-            yield _event(
-                {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": result.billed.to_json()}
-            )
-        yield "data: [DONE]\n\n"
-
-    def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        return _event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
-
-
-def error_json(message: str, kind: str, code: int) -> dict[str, Any]:
-    """An error as OpenAI's API words it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def error_event(message: str, kind: str, code: int) -> str:
-    """An error in the middle of a stream."""
-    return _event(error_json(message, kind, code))
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,200 @@
+"""What a server and its client say to each other beside OpenAI's chat completions: one module for both ends.
+
+A request is an ordinary chat completion whose field ``vilavt`` holds tighter limits. A response is an ordinary one with
+a field ``vilavt``: how the conversation ended, its zooms as events, and the whole conversation as
+`ChatResult.to_json` writes it. A streamed response has the same events, one per chunk, while they happen.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .conversation import ShownImage, Thoughts
+from .protocol import Answer, FinishReason, Region, ToolCall
+from .results import (
+    AnswerEvent,
+    ChatResult,
+    CropsEvent,
+    Event,
+    Finished,
+    Provenance,
+    RefusedEvent,
+    TextDelta,
+    ToolCallEvent,
+    turn_events,
+)
+
+FIELD = "vilavt"
+"""Of requests, responses and chunks."""
+SETTINGS_PATH = "/vilavt"
+"""Below the API's base URL: `settings_body`."""
+
+
+# ---------------------------------------------------------------------- what a server says
+
+
+def settings_body(model: str, provenance: Provenance) -> dict[str, Any]:
+    """What answers depend on besides the question."""
+    return {"model": model, "provenance": provenance.to_json()}
+
+
+def event_json(event: Event) -> dict[str, Any] | None:
+    """An event on the way as JSON; None for the text, the answer and the end, which have fields of their own."""
+    if isinstance(event, ToolCallEvent):
+        regions = [{"image": region.index, "box": list(region.box)} for region in event.call.regions]
+        return {"type": "zoom", "turn": event.turn, "query": event.call.query, "regions": regions}
+    if isinstance(event, CropsEvent):
+        crops = [{"image": image.index, **image.to_json()} for image in event.images]
+        return {"type": "crops", "turn": event.turn, "query": event.query, "crops": crops}
+    if isinstance(event, RefusedEvent):
+        return {"type": "refused", "turn": event.turn, "problem": event.problem}
+    return None
+
+
+def told(result: ChatResult) -> dict[str, Any]:
+    """The field ``vilavt`` of a response."""
+    events = [data for turn in result.turns for event in turn_events(turn) if (data := event_json(event)) is not None]
+    conversation = result.to_json()
+    return {
+        "finish": result.finish,
+        "detail": "" if result.episode is None else result.episode.detail,
+        "turns": len(result.turns),
+        "images": len(result.images),
+        "events": events,
+        "provenance": conversation.pop("provenance"),
+        "conversation": conversation,
+    }
+
+
+def finish_reason(result: ChatResult) -> str:
+    """``stop`` if there is an answer or nothing more was to come, ``length`` if a budget ended it."""
+    budgets = (FinishReason.LENGTH, FinishReason.TURN_LIMIT, FinishReason.IMAGE_LIMIT, FinishReason.CONTEXT_LIMIT)
+    return "length" if result.answer is None and result.finish in budgets else "stop"
+
+
+def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
+    """An error as OpenAI's API words it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def error_line(message: str, kind: str, code: int) -> str:
+    """An error in the middle of a stream."""
+    return _line(error_body(message, kind, code))
+
+
+class Reply:
+    """A response, whole or in chunks.
+
+    Args:
+        model: the name that the client knows.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._turn = -1
+        self._thoughts = Thoughts()
+        self._thought_turns: list[int] = []
+
+    def whole(self, result: ChatResult) -> dict[str, Any]:
+        """The response to a request that does not stream."""
+        message = {"role": "assistant", "content": result.answer or "", "reasoning_content": result.thoughts}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason(result), "logprobs": None}
+        body = {**self.head, "object": "chat.completion", "choices": [choice]}
+        return body | {"usage": result.billed.to_json(), FIELD: told(result)}
+
+    def begin(self) -> str:
+        """The first chunk."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def progress(self, event: Event) -> str | None:
+        """The chunk of an event on the way, if it has one: thoughts as their text arrives, zooms, crops, refusals.
+
+        The answer is not among them: it is sent by :meth:`end`, when it is certain.
+        """
+        if not isinstance(event, TextDelta):
+            data = event_json(event)
+            return None if data is None else self._chunk({}, vilavt=data)
+        if event.turn != self._turn:
+            self._turn, self._thoughts = event.turn, Thoughts()
+        text = self._thoughts.feed(event.text)
+        if not text:
+            return None
+        data = {"type": "thought", "turn": event.turn, "text": text}
+        if event.turn not in self._thought_turns:
+            self._thought_turns.append(event.turn)
+            text = "\n" * (len(self._thought_turns) > 1) + text
+        return self._chunk({"reasoning_content": text}, vilavt=data)
+
+    def end(self, result: ChatResult, *, include_usage: bool) -> Iterator[str]:
+        """The last chunks."""
+        if result.answer is not None:
+            yield self._chunk({"content": result.answer})
+        yield self._chunk({}, finish_reason(result), vilavt={"type": "end", **told(result)})
+        if include_usage:
+            usage = result.billed.to_json()
+            yield _line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        return _line({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+
+def _line(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+# ---------------------------------------------------------------------- what a client reads
+
+
+def read_settings(body: Mapping[str, Any]) -> tuple[str, Provenance]:
+    """Name of the model, and what answers depend on.
+
+    Raises:
+        KeyError, TypeError, ValueError: another server, or another version of ours.
+    """
+    return str(body["model"]), Provenance.from_json(body["provenance"])
+
+
+def read_told(data: Mapping[str, Any]) -> ChatResult:
+    """The field ``vilavt`` of a response as a result.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `read_settings`.
+    """
+    return ChatResult.from_json({**data["conversation"], "provenance": data["provenance"]})
+
+
+def read_chunk(data: Mapping[str, Any]) -> Iterator[Event]:
+    """The events of the field ``vilavt`` of a chunk; the text of a server is that of the thoughts.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `read_settings`.
+    """
+    kind, turn = data["type"], data.get("turn", 0)
+    if kind == "thought":
+        yield TextDelta(turn, data["text"])
+    elif kind == "zoom":
+        regions = tuple(Region(one["image"], tuple(one["box"])) for one in data["regions"])
+        yield ToolCallEvent(turn, ToolCall(regions, data["query"]))
+    elif kind == "crops":
+        yield CropsEvent(turn, tuple(map(ShownImage.from_json, data["crops"])), (), data["query"])
+    elif kind == "refused":
+        yield RefusedEvent(turn, data["problem"])
+    elif kind == "end":
+        result = read_told(data)
+        if result.turns and isinstance(action := result.turns[-1].action, Answer):
+            yield AnswerEvent(result.turns[-1].index, action.text, action.thought)
+        yield Finished(result)
+    else:
+        raise ValueError(f"a chunk of kind {kind!r}")
+
+
+def with_checkpoint(result: ChatResult, checkpoint: str | None) -> ChatResult:
+    """The result as a client tells it: its checkpoint is the server."""
+    return replace(result, provenance=replace(result.provenance, checkpoint=checkpoint))
