@@ -92,7 +92,7 @@ def demo(
     """
     from rich.console import Console
 
-    from ..tiny.shipped import shipped
+    from vilavt_core.shipped import shipped
 
     console = Console(highlight=False)
     questions = _questions(data or shipped("pictures/questions.json", "pass --data"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vilavt_core.errors import CheckpointError
+from .errors import CheckpointError
 
 
 def shipped(name: str, instead: str = "name a checkpoint of your own") -> Path:
@@ -15,7 +15,7 @@ def shipped(name: str, instead: str = "name a checkpoint of your own") -> Path:
     Raises:
         CheckpointError: it is not there.
     """
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent
     for root in (package / "_examples", *(parent / "examples" for parent in package.parents[:4])):
         if (root / name).exists():
             return root / name
