@@ -54,3 +54,13 @@ def test_a_hundred_thousand_rows_are_scored_right_within_a_gigabyte(run):
     assert figures["found"]["overall"] == pytest.approx(sum(figures["expected"].values()) / 4, abs=1e-9)
     assert figures["flaws"] == {"empty answer": 33_333}
     assert figures["peak_mb"] < 1000
+
+
+def test_the_start_up_benchmark_reports_every_case_of_every_checkout(run):
+    figures = run("startup.py", "--repeats", "1", "--beside", str(BENCHMARKS.parent))
+    assert {"import vilavt_core", "import vilavt_hf", "vilavt --help", "vilavt doctor"} <= set(figures["cases"])
+    for checkouts in figures["cases"].values():
+        assert set(checkouts) == {"here", "beside"}
+    torch = figures["cases"]["import vilavt_hf"]["here"]["peak_mb"]
+    for case in ("import vilavt_core", "vilavt --help", "vilavt data check"):
+        assert figures["cases"][case]["here"]["peak_mb"] < torch / 2

@@ -87,9 +87,7 @@ def demo(
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Watch a real, tiny ViLaVT answer three questions it was not trained on, and write the conversations as a web
-    page.
-    """
+    """Watch a real, tiny ViLaVT answer three questions it was not trained on. Writes a web page of them."""
     from rich.console import Console
 
     from vilavt_core.shipped import shipped
