@@ -1,6 +1,6 @@
 """What starting costs: CPU seconds and peak memory of imports and of commands that need no model.
 
-    python benchmarks/startup.py [--repeats 5] [--beside CHECKOUT] [--json FILE]
+    python benchmarks/startup.py [--repeats 5] [--cases REGEX] [--beside CHECKOUT] [--json FILE]
 
 Every repeat starts each case in a process of its own, the cases in turn; printed are medians. The sources are those of
 this checkout, and of CHECKOUT beside it; entry points (`vilavt doctor` calls them) are those of what is installed. The
@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -133,8 +134,8 @@ class Checkout:
         return usage.ru_utime + usage.ru_stime, int((folder / "peak").read_text()) / 1e3
 
 
-def benchmark(checkouts: dict[str, Checkout], repeats: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Case -> checkout -> ``cpu_seconds`` and ``peak_mb``."""
+def benchmark(checkouts: dict[str, Checkout], repeats: int, which: str = "") -> dict[str, dict[str, dict[str, float]]]:
+    """Case -> checkout -> ``cpu_seconds`` and ``peak_mb``, of the cases in whose names `which` is found."""
     figures: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as inputs:
         write_inputs(Path(inputs))
@@ -142,8 +143,9 @@ def benchmark(checkouts: dict[str, Checkout], repeats: int) -> dict[str, dict[st
             for name, checkout in checkouts.items():
                 with tempfile.TemporaryDirectory() as out:
                     for case, (code, arguments) in checkout.cases(Path(inputs), Path(out)).items():
-                        figure = checkout.measure(code, arguments, Path(out))
-                        figures.setdefault(case, {}).setdefault(name, []).append(figure)
+                        if re.search(which, case):
+                            figure = checkout.measure(code, arguments, Path(out))
+                            figures.setdefault(case, {}).setdefault(name, []).append(figure)
     return {
         case: {
             name: {"cpu_seconds": median(s for s, _ in found), "peak_mb": median(mb for _, mb in found)}
@@ -157,20 +159,22 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", default="", help="only those in whose names this regular expression is found")
     parser.add_argument("--beside", type=Path, help="another checkout, measured in the same run")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     checkouts = {"here": Checkout(ROOT)}
     if options.beside is not None:
         checkouts["beside"] = Checkout(options.beside.resolve())
-    cases = benchmark(checkouts, options.repeats)
+    cases = benchmark(checkouts, options.repeats, options.cases)
     table = Table("case", *(f"{what}, {name}" for name in checkouts for what in ("CPU seconds", "peak MB")))
     for case, of in cases.items():
         shown = [of.get(name) for name in checkouts]
         pairs = [("-", "-") if one is None else (f"{one['cpu_seconds']:.2f}", f"{one['peak_mb']:.0f}") for one in shown]
         table.add_row(case, *(cell for pair in pairs for cell in pair))
     Console().print(table)
-    above = {name: cases[OURS][name]["cpu_seconds"] - cases[TRANSFORMERS][name]["cpu_seconds"] for name in checkouts}
+    both = checkouts if {OURS, TRANSFORMERS} <= set(cases) else {}
+    above = {name: cases[OURS][name]["cpu_seconds"] - cases[TRANSFORMERS][name]["cpu_seconds"] for name in both}
     for name, seconds in above.items():
         print(f"{name}: `import vilavt_hf` costs {seconds:+.2f} s more than transformers' own module of the model")
     report: dict[str, Any] = {"repeats": options.repeats, "cases": cases, "above_transformers": above}
