@@ -54,3 +54,15 @@ def test_a_hundred_thousand_rows_are_scored_right_within_a_gigabyte(run):
     assert figures["found"]["overall"] == pytest.approx(sum(figures["expected"].values()) / 4, abs=1e-9)
     assert figures["flaws"] == {"empty answer": 33_333}
     assert figures["peak_mb"] < 1000
+
+
+def test_the_start_up_benchmark_reports_every_case_of_every_checkout(run):
+    some = "vilavt_(core|hf)|help|check"
+    figures = run("startup.py", "--repeats", "1", "--cases", some, "--beside", str(BENCHMARKS.parent))
+    light = {"import vilavt_core", "vilavt --help", "vilavt data check"}
+    assert set(figures["cases"]) == light | {"import vilavt_hf"}
+    for checkouts in figures["cases"].values():
+        assert set(checkouts) == {"here", "beside"}
+        assert checkouts["here"]["cpu_seconds"] > 0
+    torch = figures["cases"]["import vilavt_hf"]["here"]["peak_mb"]
+    assert all(figures["cases"][case]["here"]["peak_mb"] < torch / 2 for case in light)

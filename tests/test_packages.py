@@ -44,8 +44,8 @@ def test_the_wheel_built_from_the_source_archive_is_complete(package, tmp_path):
     if package == "vilavt_hf":
         assert "vilavt_core/prompts/default/prompts.json" in names
         assert {"vilavt_core/py.typed", "vilavt_eval/py.typed"} <= set(names)
-        assert "vilavt_hf/_examples/vilavt-tiny/model.safetensors" in names
-        assert "vilavt_hf/_examples/pictures/questions.json" in names
+        assert "vilavt_core/_examples/vilavt-tiny/model.safetensors" in names
+        assert "vilavt_core/_examples/pictures/questions.json" in names
         assert "vilavt_core/recipes/vilavt_7b_sft.yaml" in names
         assert "vilavt_eval/benchmarks/VSI-Bench.yaml" in names
         assert "vilavt_eval/presets/default.yaml" in names

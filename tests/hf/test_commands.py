@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from vilavt_core import shipped
 from vilavt_core.cli import app, main
 from vilavt_hf.cli import chat as commands
-from vilavt_hf.tiny import shipped
 
 runner = CliRunner()
 

@@ -194,7 +194,7 @@ def training_set(tmp_path_factory, processor):
 def recipe(training_set, out, name="tiny_published", *overrides):
     settings = [f"model.path={SHIPPED}", f"data.registry={training_set / REGISTRY}", f"data.use=[{name}]",
                 f"output.folder={out}", "data.workers=0", *overrides]  # fmt: skip
-    return SftConfig.load(ROOT / "recipes" / "vilavt_tiny_sft.yaml", settings)
+    return SftConfig.load("vilavt_tiny_sft", settings)
 
 
 def test_both_schemas_of_a_training_set_give_the_same_conversations(training_set, tmp_path):

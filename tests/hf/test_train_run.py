@@ -19,12 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import deepspeed
+from typer.testing import CliRunner
 
 from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.cli import app
 from vilavt_core.data.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
 from vilavt_core.errors import DataError, TrainingError
 from vilavt_core.prompts import PromptSet
 from vilavt_core.sft_config import SftConfig, describe
+from vilavt_core.shipped import recipe_names
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.train.lora import merge_adapter
 from vilavt_hf.train.reporting import read_log
@@ -89,7 +92,7 @@ def test_a_sample_longer_than_a_pack_is_refused():
 
 
 def test_the_published_recipe_has_the_published_hyper_parameters():
-    config = SftConfig.load(ROOT / "recipes" / "vilavt_7b_sft.yaml")
+    config = SftConfig.load("vilavt_7b_sft")
     optimizer = config.optimizer
     assert set(config.model.frozen) == {"text_encoder", "text_proj"}
     assert (config.model.precision, config.model.gradient_checkpointing, config.lora) == ("bf16", True, None)
@@ -114,8 +117,18 @@ def test_the_published_recipe_has_the_published_hyper_parameters():
 
 def test_every_recipe_is_valid_and_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path in (ROOT / "recipes").glob("*_sft.yaml"):
-        assert SftConfig.load(path.name) == SftConfig.load(path)
+    assert recipe_names() == ["vilavt_7b_sft", "vilavt_tiny_sft"]
+    for name in recipe_names():
+        (tmp_path / "copy.yaml").write_text(CliRunner().invoke(app, ["recipe", name]).output)
+        assert SftConfig.load(name) == SftConfig.load(f"{name}.yaml") == SftConfig.load(tmp_path / "copy.yaml")
+    with pytest.raises(TrainingError, match="or name a recipe: vilavt_7b_sft, vilavt_tiny_sft"):
+        SftConfig.load(f"recipes/{name}.yaml")
+
+
+def test_the_names_of_recipes_are_listed():
+    assert CliRunner().invoke(app, ["recipe"]).output.split() == recipe_names()
+    with pytest.raises(TrainingError, match=r"no recipe 'gone'; there are vilavt_7b_sft"):
+        CliRunner().invoke(app, ["recipe", "gone"], catch_exceptions=False)
 
 
 def test_the_documentation_lists_every_key_as_it_is():

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import vilavt_rl
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # one machine
 os.environ["VERL_PLATFORM"] = "cpu"  # verl reads it when it is imported
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "vilavt-tiny"
-RECIPES = ROOT / "recipes"
+RECIPES = Path(vilavt_rl.__file__).with_name("recipes")
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +47,7 @@ def start_grpo(tiny: Path):
             "-m",
             "vilavt_rl",
             "verl",
-            str(RECIPES / f"{recipe}.yaml"),
+            recipe,
             f"actor_rollout_ref.model.path={tiny}",
             f"data.train_files={data / 'train.jsonl'}",
             f"data.val_files={data / 'val.jsonl'}",

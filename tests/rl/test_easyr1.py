@@ -21,17 +21,18 @@ from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Sample
+from vilavt_core.shipped import recipe_text
 from vilavt_rl.data import read_rows
 from vilavt_rl.easyr1 import batch, engine, reward, worker
 from vilavt_rl.easyr1.dataset import VilavtDataset
 from vilavt_rl.easyr1.settings import Settings
 from vilavt_rl.errors import HostError, RolloutError
+from vilavt_rl.launch import RECIPES
 
 CALL = (
     '<think>red</think><tool>{{"region": [{{"index": 0, "bbox_2d": [0, 0, {0}, 28]}}], '
     '"query": "digit on the red card"}}</tool>'
 )
-RECIPES = Path(__file__).parents[2] / "recipes"
 ANSWER = "<think>7</think><answer>7</answer>"
 
 
@@ -441,7 +442,7 @@ PUBLISHED = {  # what the published run was started with
 
 @pytest.mark.parametrize(("key", "value"), PUBLISHED.items())
 def test_the_7b_recipe_has_the_published_settings(key: str, value: object) -> None:
-    recipe = yaml.safe_load((RECIPES / "vilavt_7b_grpo_easyr1.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(recipe_text("vilavt_7b_grpo_easyr1", RECIPES))
     assert reduce(getitem, key.split("."), recipe) == value
 
 

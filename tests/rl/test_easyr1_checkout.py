@@ -21,8 +21,7 @@ import torch
 HOME = os.environ.get("EASYR1_HOME")
 pytestmark = pytest.mark.skipif(HOME is None, reason="EASYR1_HOME names no EasyR1 checkout")
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "vilavt_7b_grpo_easyr1.yaml"
+RECIPE = "vilavt_7b_grpo_easyr1"
 ON_CPU = Path(__file__).with_name("easyr1_on_cpu.py")
 SIZES = (
     "data.max_prompt_length=256",

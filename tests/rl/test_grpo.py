@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vilavt_core.shipped import recipe_text
+
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1100)]
@@ -127,7 +129,9 @@ def test_two_ray_nodes_train_together(train, two_ray_nodes: list[str], work: Pat
 
 
 def _loop_without_reward(work: Path) -> Path:
+    from vilavt_rl.launch import RECIPES
+
     path = work / "agent_loop.yaml"
-    text = (ROOT / "recipes" / "agent_loop.yaml").read_text(encoding="utf-8")
+    text = recipe_text("agent_loop", RECIPES)
     path.write_text(text.replace("reward: {version: strict}", "reward: null"), encoding="utf-8")
     return path

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vilavt_core.shipped import recipe_text
+
 pytest.importorskip("verl", reason="verl has an environment of its own")
 pytestmark = [
     pytest.mark.slow,
@@ -55,8 +57,10 @@ def write_lines(file: Path, rows: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def loop(work: Path) -> Path:
     """The published rules of reading a turn, and every rollout kept."""
+    from vilavt_rl.launch import RECIPES
+
     path = work / "agent_loop.yaml"
-    text = (ROOT / "recipes" / "agent_loop.yaml").read_text(encoding="utf-8")
+    text = recipe_text("agent_loop", RECIPES)
     path.write_text(
         text.replace("preset: null", "preset: rl").replace("trace_every: 10", "trace_every: 1"), encoding="utf-8"
     )

@@ -12,7 +12,7 @@ pytest.importorskip("verl", reason="verl has an environment of its own")
 
 from vilavt_rl import compat
 from vilavt_rl.errors import HostError
-from vilavt_rl.launch import verl_command
+from vilavt_rl.launch import AGENT_LOOP, RECIPES, verl_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[2]
 def test_the_command_is_verls_own_entry_point_with_absolute_paths(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     given = ["actor_rollout_ref.model.path=examples/vilavt-tiny", "data.seed=2"]
-    command, environment = verl_command("recipes/tiny_cpu.yaml", given)
+    command, environment = verl_command("tiny_cpu", given)
     assert command[:3] == [sys.executable, "-m", "verl.trainer.main_ppo"]
-    assert command[3:5] == [f"--config-path={ROOT / 'recipes'}", "--config-name=tiny_cpu"]
+    assert command[3:5] == [f"--config-path={RECIPES}", "--config-name=tiny_cpu"]
     assert f"actor_rollout_ref.model.path={tiny}" in command
     assert "data.seed=2" in command
-    assert f"actor_rollout_ref.rollout.agent.agent_loop_config_path={ROOT / 'recipes' / 'agent_loop.yaml'}" in command
+    assert f"actor_rollout_ref.rollout.agent.agent_loop_config_path={RECIPES / 'agent_loop.yaml'}" in command
     assert environment["VERL_PLATFORM"] == "cpu"
 
 
@@ -82,8 +82,22 @@ def test_a_recipe_that_comes_with_the_package_is_known_by_name() -> None:
     assert any(part.endswith("recipes/agent_loop.yaml") for part in command)
 
 
+def test_a_copy_of_a_recipe_runs_with_the_agent_loop_beside_it_or_else_with_the_shipped_one(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vilavt_rl.cli import app
+
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(CliRunner().invoke(app, ["recipe", "vilavt_7b_grpo"]).output, encoding="utf-8")
+    command, _ = verl_command(copy)
+    assert command[3:5] == [f"--config-path={tmp_path}", "--config-name=mine"]
+    assert f"{AGENT_LOOP}={RECIPES / 'agent_loop.yaml'}" in command
+    (tmp_path / "agent_loop.yaml").touch()
+    assert f"{AGENT_LOOP}={tmp_path / 'agent_loop.yaml'}" in verl_command(copy)[0]
+
+
 def test_a_gpu_recipe_sets_no_platform() -> None:
-    _, environment = verl_command(ROOT / "recipes" / "vilavt_7b_grpo.yaml")
+    _, environment = verl_command("vilavt_7b_grpo.yaml")
     assert "VERL_PLATFORM" not in environment
 
 

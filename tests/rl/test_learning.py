@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="the environment of verl alone has no vLLM"),
 ]
 
-ROOT = Path(__file__).parents[2]
 ENGINES = {"vilavt_hf": "tiny_cpu", "vllm": "tiny_cpu_vllm"}
 """Rollout engine -> recipe."""
 
@@ -59,7 +58,7 @@ def curves(work: Path) -> dict[str, tuple[list, list]]:
             work,
             recipe,
             "verl",
-            str(ROOT / "recipes" / f"{recipe}.yaml"),
+            recipe,
             "actor_rollout_ref.model.path=tiny-start",
             "data.train_files=tiny-data/train.jsonl",
             "data.val_files=tiny-data/val.jsonl",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import vilavt_core
+
 PACKAGE = Path(__file__).parents[2] / "vilavt_vlmeval"
 NAMES = ["ViLaVT-7B", "ViLaVT-7B-vLLM", "ViLaVT-SFT-7B", "ViLaVT-Tiny"]
 LIST = "import vlmeval.config as c; print(sorted(c.supported_VLM), end='')"
@@ -29,10 +31,14 @@ print(__name__, sorted(supported_VLM), sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A bare environment; `install(kind)` installs us into it, without what we depend on, and `uninstall()`."""
+    """A bare environment with vilavt_core and none of its dependencies; `install(kind)` installs us into it, and
+    `uninstall()`.
+    """
     root = tmp_path_factory.mktemp("environment")
     venv.create(root / "env", with_pip=False)
     python = root / "env" / "bin" / "python"
+    (root / "core").mkdir()
+    (root / "core" / "vilavt_core").symlink_to(Path(vilavt_core.__file__).parent)
 
     class Site:
         packages = Path(
@@ -63,6 +69,7 @@ def site(tmp_path_factory):
             clean |= {"PYTHONPATH": str(path)} if path else {}
             return subprocess.run([python, *arguments], capture_output=True, text=True, env=clean | environment)
 
+    (Site.packages / "core.pth").write_text(f"{root / 'core'}\n")
     return Site()
 
 
@@ -169,6 +176,18 @@ def test_importing_all_of_us_leaves_gradients_on():
         "import torch, vilavt_vlmeval.adapter, vilavt_vlmeval.register, vilavt_vlmeval.settings; "
         "import sys; assert 'vlmeval' not in sys.modules; assert torch.is_grad_enabled()"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_of_ours_imports_torch_before_the_runner_has_chosen_a_gpu():
+    """The runner sets CUDA_VISIBLE_DEVICES for each of several ranks; it must not be read before."""
+    names = ("__main__", "_autoload", "adapter", "compat", "doctor", "errors", "messages", "register", "settings")
+    code = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module("vilavt_vlmeval." + name)
+assert not {{"torch", "transformers", "vlmeval"}} & set(sys.modules), sorted(sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,12 +15,10 @@ from .data.schema import problems
 from .errors import TrainingError
 from .protocol import Rules
 from .regions import MIN_PIXELS
+from .shipped import find_recipe, recipe_names
 
 LossMean = Literal["tokens", "micro_batch"]
 Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
-
-RECIPES = Path(__file__).parent / "recipes"
-"""Those that come with the package."""
 
 
 class _Section(BaseModel):
@@ -185,18 +183,21 @@ class SftConfig(_Section):
         """Read a YAML file.
 
         Args:
-            path: the file, or the name of a shipped recipe; relative paths in it start at the current folder, as on
-                the command line.
+            path: the file, or the name of a recipe; relative paths in it start at the current folder, as on the command
+                line.
             overrides: ``section.key=value``, values as in YAML.
 
         Raises:
             TrainingError: the file cannot be read, or a key is unknown or has a wrong value; names all of them.
         """
-        path = _named(Path(path))
+        path = find_recipe(path) or Path(path)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise TrainingError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+            known = ", ".join(recipe_names())
+            raise TrainingError(
+                f"{path}: cannot be read: {error.strerror}; check the path, or name a recipe: {known}"
+            ) from None
         except yaml.YAMLError as error:
             raise TrainingError(f"{path}: not YAML: {error}") from None
         if not isinstance(values, dict):
@@ -238,12 +239,6 @@ def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator
             continue
         default = "required" if field.is_required() else _shown(field.default)
         yield key, default, field.description or ""
-
-
-def _named(path: Path) -> Path:
-    """A recipe that comes with the package, if there is no such file here."""
-    recipe = RECIPES / path.name
-    return recipe if recipe.is_file() and not path.is_file() else path
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:

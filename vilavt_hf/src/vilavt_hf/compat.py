@@ -18,9 +18,6 @@ GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_
 # Newer sdpa attention treats the query heads of one key-value head as rows of one matrix, if there is a mask.
 PACKS_QUERY_HEADS = hasattr(sdpa_attention, "pack_gqa")
 
-# Newer 5.x: another name for recomputing activations; all 5.x: one warm-up in steps or as a fraction.
-TRAINING_ARGUMENTS = frozenset(transformers.TrainingArguments.__dataclass_fields__)
-
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
 
@@ -124,8 +121,8 @@ def training_arguments(
     recompute: bool,
     fsdp: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> transformers.TrainingArguments:
-    """``TrainingArguments``.
+) -> "transformers.TrainingArguments":
+    """``TrainingArguments``; only training needs transformers' trainer, which loads peft too.
 
     Args:
         warmup: steps, or below 1 a fraction of all steps.
@@ -133,10 +130,12 @@ def training_arguments(
         fsdp: settings of FSDP2, None for no FSDP.
         kwargs: arguments that have one name in all versions.
     """
-    two_warmups = "warmup_ratio" in TRAINING_ARGUMENTS
+    # Newer 5.x: another name for recomputing activations; all 5.x: one warm-up in steps or as a fraction.
+    known = transformers.TrainingArguments.__dataclass_fields__
+    two_warmups = "warmup_ratio" in known
     kwargs["warmup_ratio" if two_warmups and warmup < 1 else "warmup_steps"] = int(warmup) if warmup >= 1 else warmup
     if recompute and fsdp is None:
-        name = "activation" if "activation_checkpointing" in TRAINING_ARGUMENTS else "gradient"
+        name = "activation" if "activation_checkpointing" in known else "gradient"
         kwargs |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
     if fsdp is not None:
         kwargs["fsdp_config"] = {**fsdp, "activation_checkpointing": recompute}

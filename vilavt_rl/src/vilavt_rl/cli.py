@@ -44,7 +44,7 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
 @app.command("verl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def verl_command(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="Recipe: a YAML file, or the name of ours: tiny_cpu, vilavt_7b_grpo.")],
+    config: Annotated[Path, typer.Argument(help="YAML file, or a recipe: tiny_cpu, tiny_cpu_vllm, vilavt_7b_grpo.")],
     show: Annotated[bool, typer.Option("--show", help="Print the command instead of running it.")] = False,
 ) -> None:
     """Train with verl: its own entry point, configured by CONFIG and key=value overrides after it."""
@@ -58,6 +58,18 @@ def verl_command(
         )
         return
     run_verl(config, context.args)
+
+
+@app.command("recipe")
+def recipe_command(
+    name: Annotated[str | None, typer.Argument(help="Recipe; without it all names are listed.")] = None,
+) -> None:
+    """Print a recipe, to copy and edit."""
+    from vilavt_core.shipped import recipe_text
+
+    from .launch import RECIPES
+
+    typer.echo(recipe_text(name, RECIPES), nl=False)
 
 
 @app.command("doctor")

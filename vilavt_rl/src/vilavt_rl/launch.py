@@ -10,11 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from vilavt_core.shipped import find_recipe, recipe_names
+
 from .compat import require_verl
 from .errors import HostError
 
 RECIPES = Path(__file__).with_name("recipes")
-"""Those that come with the package; the repository's ``recipes/`` links to them."""
+"""Those that come with the package; `vilavt-rl recipe` prints them."""
 _PATH_KEY = re.compile(r"(^|[._])(path|dir|file|files)$")
 """Keys of verl's configuration that hold paths end so. Values of others, as a project's name, may be names of folders
 too and stay as they are."""
@@ -38,19 +40,18 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
     Raises:
         HostError: no such recipe, or verl cannot be used.
     """
-    shipped = RECIPES / f"{recipe}.yaml"
-    recipe = Path(recipe).absolute() if Path(recipe).is_file() else shipped
-    if not recipe.is_file():
-        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-        raise HostError(f"{recipe.stem}: no such recipe; it must be a file, or one of {known}")
+    found = find_recipe(recipe, RECIPES)
+    if found is None:
+        raise HostError(f"{recipe}: no such recipe; it must be a file, or one of {', '.join(recipe_names(RECIPES))}")
+    recipe = found.absolute()
     require_verl()
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     given = [_absolute(override) for override in overrides]
     if _set(given, AGENT_LOOP) is None:
         loop = _at(config, AGENT_LOOP)
         if loop is not None and not Path(loop).is_absolute():
-            beside = recipe.parent / Path(loop).name
-            given.append(f"{AGENT_LOOP}={beside if beside.is_file() else Path(loop).absolute()}")
+            places = [recipe.parent / loop, Path(loop).absolute(), RECIPES / loop]
+            given.append(f"{AGENT_LOOP}={next((place for place in places if place.is_file()), places[1])}")
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     engine = _set(given, "actor_rollout_ref.rollout.name") or _at(config, "actor_rollout_ref.rollout.name")
     if engine == "vllm" and (_set(given, EXTENSION) or _at(config, EXTENSION)) is None:

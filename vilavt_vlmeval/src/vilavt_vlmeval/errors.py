@@ -1,21 +1,15 @@
-"""Every error this package raises on purpose.
+"""Every error this package raises on purpose. All are ``ValueError``."""
 
-They are not `vilavt_core.errors.VilavtError`: the runner must choose a rank's GPU before anything imports torch, and
-vilavt_hf imports it.
-"""
+from vilavt_core.errors import VilavtError
 
 
-class VlmevalError(ValueError):
-    """Base class; the message names the thing and the remedy."""
-
-
-class VlmevalMissing(VlmevalError):
+class VlmevalMissing(VilavtError):
     """VLMEvalKit, or its runner, is not in this environment."""
 
 
-class SettingsError(VlmevalError):
+class SettingsError(VilavtError):
     """A setting is unknown, or its value cannot be used."""
 
 
-class MessageError(VlmevalError):
+class MessageError(VilavtError):
     """A message of a benchmark holds something that the model cannot be asked."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from vilavt_core.backends import BackendOptions, is_url
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import Limits, Sampling
-from vilavt_hf.tiny.shipped import shipped
+from vilavt_core.shipped import shipped
 
 from .errors import SettingsError
 

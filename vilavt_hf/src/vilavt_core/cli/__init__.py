@@ -74,6 +74,7 @@ SUBCOMMANDS = {
     ),
     "data": Subcommand("vilavt_core.cli.data:data_app", "Training data: check it, count it, unpack its archives."),
     "sft": Subcommand("vilavt_hf.cli.sft:sft", "Fine-tune a checkpoint on conversations."),
+    "recipe": Subcommand("vilavt_core.cli.recipe:recipe", "Print a recipe of `vilavt sft`, to copy and edit."),
     "merge-lora": Subcommand(
         "vilavt_hf.cli.sft:merge_lora",
         "Add an adapter to the weights it was trained on and write a complete checkpoint.",

@@ -1,10 +1,10 @@
-"""Compares expressions in a process of its own: ``python -P expression_process.py SECONDS``; `expressions` starts it.
+"""Compares expressions in a process of its own, which `expressions` starts with the seconds that one may take.
 
 A short answer can ask sympy for a number that no memory holds (``(9^{99})!``). Nothing stops that calculation in the
 process that began it, not even a signal: it holds the interpreter until it ends. Here the system ends the process.
 
-It imports nothing of this package, which would load torch. Each line read is a JSON list of two expressions in LaTeX,
-each line written 1 (equal) or 0; the first line written says that it is ready.
+Each line read is a JSON list of two expressions in LaTeX, each line written 1 (equal) or 0; the first line written says
+that it is ready.
 """
 
 from __future__ import annotations

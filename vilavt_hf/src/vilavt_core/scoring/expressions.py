@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 from ..errors import ScoringError
 from ..protocol import unbox
@@ -146,8 +145,8 @@ class Comparer:
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            # -P: the modules beside it are not to be found as modules, one of them is called numbers
-            [sys.executable, "-P", str(Path(__file__).with_name("expression_process.py")), str(self.seconds)],
+            # -P: modules of the current folder are not ours
+            [sys.executable, "-P", "-m", f"{__package__}.expression_process", str(self.seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

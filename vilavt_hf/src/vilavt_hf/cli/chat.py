@@ -90,12 +90,10 @@ def demo(
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Watch a real, tiny ViLaVT answer three questions it was not trained on, and write the conversations as a web
-    page.
-    """
+    """Watch a real, tiny ViLaVT answer three questions it was not trained on. Writes a web page of them."""
     from rich.console import Console
 
-    from ..tiny.shipped import shipped
+    from vilavt_core.shipped import shipped
 
     console = Console(highlight=False)
     questions = _questions(data or shipped("pictures/questions.json", "pass --data"))

@@ -10,7 +10,7 @@ from .allocator import keep_freed_memory
 
 def sft(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file, or a shipped recipe: vilavt_7b_sft.yaml, vilavt_tiny_sft.yaml.")
+        Path | None, typer.Argument(help="YAML file, or a recipe: vilavt_7b_sft, vilavt_tiny_sft.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its default, and stop.")] = False,

@@ -37,8 +37,9 @@ def eval_command(
     """Held-out accuracy per question kind: whole conversations and every ablation, with 95% intervals."""
     if split not in ("heldout", "dev", "train"):
         raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
+    from vilavt_core.shipped import shipped
+
     from ..tiny.evaluate import evaluate, load, table
-    from ..tiny.shipped import shipped
 
     chat = load(checkpoint or shipped("vilavt-tiny"), batch)
     report = evaluate(
@@ -96,10 +97,10 @@ def data_command(
 ) -> None:
     """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`."""
     from vilavt_core.prompts import PromptSet
+    from vilavt_core.shipped import shipped
 
     from ..processing_vilavt import VilavtProcessor
     from ..tiny.records import write_training_set
-    from ..tiny.shipped import shipped
 
     processor = VilavtProcessor.from_pretrained(checkpoint or shipped("vilavt-tiny"))
     prompts = processor.prompts or PromptSet.load("tiny")

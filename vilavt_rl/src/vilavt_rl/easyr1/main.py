@@ -1,6 +1,7 @@
 """``python -m vilavt_rl.easyr1.main config=… worker.actor.model.model_path=…``: EasyR1's trainer with our parts.
 
-The arguments are EasyR1's, plus the block ``vilavt`` (see :mod:`vilavt_rl.easyr1.settings`).
+The arguments are EasyR1's, plus the block ``vilavt`` (see :mod:`vilavt_rl.easyr1.settings`); ``config`` may be the name
+of a recipe.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from functools import partial
 from typing import Any
 
 from vilavt_core.driver import ConversationSettings
+from vilavt_core.shipped import find_recipe
 
 from ..compat import require_easyr1
+from ..launch import RECIPES
 from . import engine
 from .settings import Settings
 
@@ -40,7 +43,7 @@ def read_config(arguments: Sequence[str]) -> tuple[Any, Settings]:
     ours = OmegaConf.create({"vilavt": given.pop("vilavt", {})})
     config: Any = OmegaConf.structured(PPOConfig())
     if file is not None:
-        loaded: Any = OmegaConf.load(file)
+        loaded: Any = OmegaConf.load(find_recipe(file, RECIPES) or file)
         ours = OmegaConf.merge({"vilavt": loaded.pop("vilavt", {})}, ours)
         config = OmegaConf.merge(config, loaded)
     config = OmegaConf.to_object(OmegaConf.merge(config, given))
