@@ -91,7 +91,7 @@ def random_bytes(size: int, generator: np.random.Generator) -> Iterator[bytes]:
 
 def generate(folder: Path, gigabytes: float, shard_gigabytes: float, nested: bool) -> int:
     """Write the checkpoint and return the size of its largest shard."""
-    from vilavt_core.checkpoint.layout import expected_tensors
+    from vilavt_core.architecture import expected_tensors, module_name
     from vilavt_core.checkpoint.writing import (
         TensorSource,
         plan_shards,
@@ -106,9 +106,8 @@ def generate(folder: Path, gigabytes: float, shard_gigabytes: float, nested: boo
     generator = np.random.default_rng(0)
     sources = []
     for name, shape in expected_tensors(config | {"text_encoder_config": ENCODER}).items():
-        if nested and not name.startswith("lm_head"):
-            inner = name.removeprefix("model.")
-            name = f"model.language_model.{inner}" if inner != name else f"model.{name}"
+        if nested:
+            name = module_name(name)
         nbytes = 2 * int(np.prod(shape))
         sources.append(TensorSource(name, "BF16", shape, nbytes, lambda n=nbytes: random_bytes(n, generator)))
     shards = plan_shards(sources, int(shard_gigabytes * 1e9))
@@ -129,7 +128,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 sys.path.insert(0, sys.argv[3])
 from convert_memory import ENCODER, configuration
-from vilavt_core.checkpoint.layout import expected_tensors
+from vilavt_core.architecture import expected_tensors
 out, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)

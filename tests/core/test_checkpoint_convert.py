@@ -17,18 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from vilavt_core.architecture import expected_tensors
 from vilavt_core.checkpoint import (
     Checkpoint,
     Weights,
     convert_checkpoint,
     fingerprint,
-    published_name,
     verify_same_tensors,
     writing,
 )
 from vilavt_core.checkpoint import convert as convert_module
 from vilavt_core.checkpoint.config import vilavt_config
-from vilavt_core.checkpoint.layout import expected_tensors
 from vilavt_core.errors import CheckpointError
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor
 
@@ -238,15 +237,6 @@ def test_source_is_left_as_it_was(sft, tmp_path):
     before = {path: path.read_bytes() for path in sft.rglob("*") if path.is_file()}
     convert_checkpoint(sft, tmp_path / "out")
     assert before == {path: path.read_bytes() for path in sft.rglob("*") if path.is_file()}
-
-
-def test_published_names_are_stable_and_cover_every_nested_one():
-    assert published_name("model.visual.merger.ln_q.weight") == "visual.merger.ln_q.weight"
-    assert published_name("model.language_model.layers.1.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
-    assert published_name("model.text_encoder.norm.weight") == "text_encoder.norm.weight"
-    assert published_name("model.text_proj.bias") == "text_proj.bias"
-    for name in ("lm_head.weight", "model.norm.weight", "visual.blocks.0.norm1.weight", "text_proj.bias"):
-        assert published_name(name) == name
 
 
 def test_verification_names_the_tensor_that_differs(golden, tmp_path):

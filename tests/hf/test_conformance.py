@@ -4,8 +4,8 @@ from conformance import conforms, signatures_are_those_of_the_protocol
 
 from vilavt_core.backends import AsyncBackend, Backend
 from vilavt_core.client import ServerClient
+from vilavt_core.shipped import shipped
 from vilavt_hf import VilavtChat
-from vilavt_hf.tiny.shipped import shipped
 
 
 def test_names_arguments_and_defaults_are_those_of_the_protocol():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .architecture import Part
+from .architecture import PARTS, Part
 from .data.dataset import OverLong
 from .data.registry import DataSource, Registry
 from .data.rendering import QWEN_SYSTEM, Labels
@@ -35,8 +35,7 @@ class ModelConfig(_Section):
     )
     frozen: tuple[Part, ...] = Field(
         default=("text_encoder",),
-        description="parts without gradient, out of vision_tower, merger, text_encoder, text_proj, language_model, "
-        "lm_head; the published recipe also freezes text_proj",
+        description=f"parts without gradient, out of {', '.join(PARTS)}; the published recipe also freezes text_proj",
     )
     gradient_checkpointing: bool = Field(default=True, description="recompute activations in the backward pass")
     precision: Literal["bf16", "fp32"] = Field(

@@ -11,8 +11,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
+from vilavt_core.architecture import FREEZABLE, query_aware_blocks, query_encoder_part
 from vilavt_core.checkpoint.config import derived_text_encoder_config
-from vilavt_core.checkpoint.layout import Checkpoint, query_aware_blocks
+from vilavt_core.checkpoint.layout import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +31,11 @@ QWEN3_EMBEDDING = {
 }
 """Sizes of Qwen3-Embedding-0.6B, the published query encoder: the default of a config that names none."""
 
-FREEZABLE = ("vision_tower", "text_encoder", "text_proj", "language_model")
-"""Parts that ``VilavtConfig.frozen`` may list; ``language_model`` includes the LM head."""
-
 
 class VilavtVisionConfig(Qwen2_5_VLVisionConfig):
     """Qwen2.5-VL's vision tower plus ``integration_point``: which blocks attend jointly over a group and its query.
 
-    ``integration_point`` is one of ``all``, ``early`` (``i < depth // 2``), ``late`` (``i >= depth // 2``), ``late2``
-    (``i >= 3 * depth // 4``), ``late3`` (``i >= depth // 4``), ``sparse`` (those of
-    ``fullatt_block_indexes``), ``none`` or None.
+    It is a `vilavt_core.architecture.IntegrationPoint` or None.
     """
 
     integration_point: str | None = None
@@ -61,7 +57,8 @@ class VilavtConfig(Qwen2_5_VLConfig):
     Args:
         text_encoder_config: the query encoder, a ``Qwen3Config`` or its dict.
         vision_config: a ``VilavtVisionConfig`` or its dict.
-        frozen: parts without gradient, any of ``FREEZABLE``; applied whenever a model is built or loaded.
+        frozen: what has no gradient, any of `vilavt_core.architecture.FREEZABLE`; applied whenever a
+            model is built or loaded.
     """
 
     model_type = "vilavt"
@@ -153,7 +150,5 @@ def _checked_parts(parts: list[str] | tuple[str, ...]) -> list[str]:
 
 def _query_encoder_of(folder: str | os.PathLike) -> dict[str, Any]:
     """Configuration of the query encoder inside a checkpoint folder, from the headers of its tensors."""
-    prefix = "text_encoder."
-    tensors = Checkpoint.open(folder).require_sound().tensors
-    shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}
-    return derived_text_encoder_config(shapes)
+    tensors = query_encoder_part(Checkpoint.open(folder).require_sound().tensors)
+    return derived_text_encoder_config({name: tensor.shape for name, tensor in tensors.items()})

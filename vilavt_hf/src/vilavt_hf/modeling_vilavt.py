@@ -17,10 +17,11 @@ from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from vilavt_core.architecture import FREEZABLE, MODULE_NAMES, find_part, is_query_projection
 from vilavt_core.errors import CheckpointError, GroupError
 
 from . import compat
-from .configuration_vilavt import FREEZABLE, VilavtConfig, VilavtVisionConfig
+from .configuration_vilavt import VilavtConfig, VilavtVisionConfig
 from .vision_layout import VisionLayout, rotate
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,7 @@ logger = logging.getLogger(__name__)
 QUERY_INPUTS = ("query_ids", "query_attention_mask", "images_per_query", "image_to_query_mapping")
 """Names of the conditioning inputs of `forward`."""
 
-FLAT_KEYS = {
-    "^visual": "model.visual",
-    "^text_encoder": "model.text_encoder",
-    "^text_proj": "model.text_proj",
-    r"^model(?!\.(language_model|visual|text_encoder|text_proj))": "model.language_model",
-}
-"""Published (flat) tensor names -> names of the modules here; applied on load, reversed on save."""
-
-compat.register_key_names("VilavtForConditionalGeneration", FLAT_KEYS)
+compat.register_key_names("VilavtForConditionalGeneration", MODULE_NAMES)
 
 
 class VilavtVisionAttention(qwen.Qwen2_5_VLVisionAttention):
@@ -194,7 +187,7 @@ class _CompleteCheckpoint:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        unused = sorted(key for key in info["unexpected_keys"] if "instruct_" in key)
+        unused = sorted(key for key in info["unexpected_keys"] if is_query_projection(key))
         missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
         if missing or mismatched or unused:
             raise CheckpointError(
@@ -211,23 +204,18 @@ class _CompleteCheckpoint:
 
 
 def apply_frozen(model: Any) -> None:
-    """Switch off the gradients of the parts that ``model.config.frozen`` lists.
+    """Switch off the gradients of what ``model.config.frozen`` lists.
 
     Raises:
-        ValueError: a part is not one of `FREEZABLE`.
+        ValueError: a name is not one of `FREEZABLE`.
     """
-    base = model.model if isinstance(model, VilavtForConditionalGeneration) else model
-    modules = {
-        "vision_tower": [base.visual],
-        "text_encoder": [base.text_encoder],
-        "text_proj": [base.text_proj],
-        "language_model": [base.language_model, *([model.lm_head] if model is not base else [])],
-    }
-    for part in model.config.frozen:
-        if part not in modules:
-            raise ValueError(f"frozen={model.config.frozen!r}: {part!r} is not one of {list(FREEZABLE)}")
-        for module in modules[part]:
-            module.requires_grad_(False)
+    frozen = model.config.frozen
+    if unknown := [name for name in frozen if name not in FREEZABLE]:
+        raise ValueError(f"frozen={frozen!r}: {unknown[0]!r} is not one of {list(FREEZABLE)}")
+    parts = {part for name in frozen for part in FREEZABLE[name]}
+    for name, parameter in model.named_parameters() if parts else ():
+        if find_part(name) in parts:
+            parameter.requires_grad_(False)
 
 
 class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
@@ -370,7 +358,7 @@ class VilavtForConditionalGeneration(_CompleteCheckpoint, qwen.Qwen2_5_VLForCond
 
     config_class = VilavtConfig
     _no_split_modules = VilavtModel._no_split_modules
-    _checkpoint_conversion_mapping = FLAT_KEYS  # read by 4.57 only
+    _checkpoint_conversion_mapping = MODULE_NAMES  # read by 4.57 only
 
     def __init__(self, config: VilavtConfig):
         super(qwen.Qwen2_5_VLForConditionalGeneration, self).__init__(config)

@@ -20,6 +20,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from vilavt_core.architecture import expected_tensors, is_tied, published_name, query_encoder_part
 from vilavt_core.checkpoint.companions import Companions, Missing, bring_companions
 from vilavt_core.checkpoint.config import (
     ARCHITECTURE,
@@ -29,7 +30,7 @@ from vilavt_core.checkpoint.config import (
     set_dtype,
     vilavt_config,
 )
-from vilavt_core.checkpoint.layout import CONFIG, disagreements, expected_tensors, is_tied, published_name, read_json
+from vilavt_core.checkpoint.layout import CONFIG, disagreements, read_json
 from vilavt_core.checkpoint.provenance import write_provenance
 from vilavt_core.checkpoint.writing import (
     TensorSource,
@@ -360,8 +361,7 @@ def _plan_plain(name: str, values: list[torch.Tensor], expected: tuple[int, ...]
 def _text_encoder(
     config: Mapping[str, Any], settings: Path, query_encoder: str | os.PathLike | None, plans: Mapping[str, _Plan]
 ) -> dict[str, Any]:
-    prefix = "text_encoder."
-    shapes = {name.removeprefix(prefix): plan.shape for name, plan in plans.items() if name.startswith(prefix)}
+    shapes = {name: plan.shape for name, plan in query_encoder_part(plans).items()}
     if not shapes:
         raise CheckpointError("the shards hold no query encoder (text_encoder.*): they are not of a ViLaVT")
     if query_encoder is not None:

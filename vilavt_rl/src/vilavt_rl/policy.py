@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from vilavt_core.architecture import MODULE_NAMES
 from vilavt_hf import VilavtForConditionalGeneration, compat
-from vilavt_hf.modeling_vilavt import FLAT_KEYS
 
 logger = logging.getLogger(__name__)
 
 NEVER = -1e4
 """Logit of what is never sampled: probability 0 in any precision, and finite, because entropies multiply it by 0."""
 
-compat.register_key_names("VilavtPolicy", FLAT_KEYS)
+compat.register_key_names("VilavtPolicy", MODULE_NAMES)
 
 
 class VilavtPolicy(VilavtForConditionalGeneration):

@@ -35,6 +35,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
+from vilavt_core.architecture import VLLM_FUSED, VLLM_PREFIXES, names_of_vllm, published_name, vllm_name
+
 from . import compat
 from .errors import WeightsError
 from .processing import PLACEHOLDER, VilavtDummyInputsBuilder, VilavtMultiModalProcessor, VilavtProcessingInfo
@@ -42,9 +44,6 @@ from .query_encoder import QueryEncoder
 from .vision import VisionTower
 
 logger = logging.getLogger(__name__)
-
-_TOWER_PARTS = ("visual.", "text_encoder.", "text_proj.")
-_PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 @dataclass
@@ -76,19 +75,12 @@ class VilavtForConditionalGeneration(
 ):
     """Serves checkpoints of `vilavt_hf.VilavtForConditionalGeneration` and published ones."""
 
-    packed_modules_mapping = {**_PACKED, "qkv": ["qkv"]}  # noqa: RUF012 (the parents' type)
-    hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_prefix={
-            # parameter names of the transformers model, as RL trainers send them
-            "model.visual.": "visual.",
-            "model.text_encoder.": "text_encoder.",
-            "model.text_proj.": "text_proj.",
-            "model.language_model.": "language_model.model.",
-            # tensor names in checkpoint files
-            "lm_head.": "language_model.lm_head.",
-            "model.": "language_model.model.",
-        }
-    )
+    packed_modules_mapping = {  # noqa: RUF012 (the parents' type)
+        **{fused: list(layers) for fused, layers in VLLM_FUSED.items()},
+        "qkv": ["qkv"],
+    }
+    # from tensor names in checkpoint files, and from the transformers model's, which RL trainers send
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix=VLLM_PREFIXES)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -250,7 +242,7 @@ class VilavtForConditionalGeneration(
 
         def watched() -> Iterable[tuple[str, torch.Tensor]]:
             for given, tensor in weights:
-                name = checkpoint_name(given)
+                name = published_name(given)
                 if self._is_foreign(name):
                     raise WeightsError(
                         f"the tensor {given} belongs to no parameter of this model "
@@ -291,7 +283,7 @@ class VilavtForConditionalGeneration(
         known = self.quant_config is not None or name in self._names or name.endswith("rotary_emb.inv_freq")
         if known or (name == "lm_head.weight" and self.config.tie_word_embeddings):
             return False
-        return not is_pp_missing_parameter(_place(name), self)
+        return not is_pp_missing_parameter(vllm_name(name), self)
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -301,26 +293,9 @@ class VilavtForConditionalGeneration(
         """Names in a checkpoint of all tensors that this rank's stage needs."""
         names: set[str] = set()
         for name, _ in self.named_parameters():
-            name = name.replace(".base_layer.", ".")  # vLLM's LoRA layers hold the layer that they extend
-            name = name.replace("language_model.lm_head.", "lm_head.").replace("language_model.model.", "model.")
-            packed = next((p for p in _PACKED if f".{p}." in name), None)
-            names |= {name.replace(packed, part) for part in _PACKED[packed]} if packed else {name}
+            # vLLM's LoRA layers hold the layer that they extend
+            names |= names_of_vllm(name.replace(".base_layer.", "."))
         return names
-
-
-def checkpoint_name(name: str) -> str:
-    """The name in a published checkpoint file of a tensor named by it or by the transformers model."""
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    inner = name.removeprefix("model.")
-    return inner if inner.startswith(_TOWER_PARTS) else name
-
-
-def _place(name: str) -> str:
-    """The parameter's name in this model of a tensor of a checkpoint, packed parts apart."""
-    if name.startswith(("lm_head.", "model.")):
-        return f"language_model.{name}"
-    return name
 
 
 __all__ = ["EncoderCounts", "VilavtForConditionalGeneration"]

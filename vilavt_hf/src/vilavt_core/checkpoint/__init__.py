@@ -4,7 +4,7 @@ from .companions import Missing
 from .convert import ConversionReport, Weights, convert_checkpoint, verify_same_tensors
 from .initialise import InitialisationReport, initialise_checkpoint
 from .inspection import Flavour, Inspection, inspect_checkpoint
-from .layout import Checkpoint, published_name
+from .layout import Checkpoint
 from .provenance import Provenance, collect_provenance, fingerprint, write_provenance
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "fingerprint",
     "initialise_checkpoint",
     "inspect_checkpoint",
-    "published_name",
     "verify_same_tensors",
     "write_provenance",
 ]

@@ -5,8 +5,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from ..architecture import query_encoder_tensors
 from ..errors import CheckpointError
-from .layout import CONFIG, query_encoder_tensors, read_json
+from .layout import CONFIG, read_json
 
 ARCHITECTURE = "VilavtForConditionalGeneration"
 """What our model class writes. The published class name is accepted wherever ours is."""

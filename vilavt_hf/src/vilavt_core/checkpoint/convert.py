@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from ..architecture import published_name, query_encoder_part
 from ..errors import CheckpointError
 from .companions import Companions, Missing, bring_companions
 from .config import (
@@ -17,7 +18,7 @@ from .config import (
     query_encoder_config,
     vilavt_config,
 )
-from .layout import CONFIG, INDEX, Checkpoint, Shard, disagreements, published_name, read_json
+from .layout import CONFIG, INDEX, Checkpoint, Shard, disagreements, read_json
 from .provenance import PROVENANCE, fingerprint, write_provenance
 from .writing import (
     file_range,
@@ -161,19 +162,14 @@ def _readable(folder: str | os.PathLike) -> Mapping[str, Any]:
     return Checkpoint.open(folder).require_sound().tensors
 
 
-def _require_vilavt(checkpoint: Checkpoint) -> None:
-    if not any(name.startswith("text_encoder.") for name in checkpoint.tensors):
+def _text_encoder(checkpoint: Checkpoint, folder: Path | None) -> tuple[dict[str, Any], str]:
+    """The query encoder's configuration and where it came from."""
+    tensors = query_encoder_part(checkpoint.tensors)
+    if not tensors:
         raise CheckpointError(
             f"{checkpoint.folder} has no query encoder tensors (text_encoder.*): it looks like a stock Qwen2.5-VL; "
             "make a new ViLaVT from it with `vilavt init`"
         )
-
-
-def _text_encoder(checkpoint: Checkpoint, folder: Path | None) -> tuple[dict[str, Any], str]:
-    """The query encoder's configuration and where it came from."""
-    _require_vilavt(checkpoint)
-    prefix = "text_encoder."
-    tensors = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if folder is not None:
         encoder, origin = query_encoder_config(folder), str(folder / CONFIG)

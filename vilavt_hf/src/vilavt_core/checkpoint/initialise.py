@@ -10,19 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..architecture import as_query_encoder_part, expected_tensors, is_new, published_name, query_aware_blocks
 from ..errors import CheckpointError
 from .companions import PROMPTS, Companions, Missing, bring_companions, has_tokenizer
 from .config import check_query_encoder, query_encoder_config, vilavt_config
 from .inspection import Flavour, detect_flavour
-from .layout import (
-    CONFIG,
-    Checkpoint,
-    TensorEntry,
-    disagreements,
-    expected_tensors,
-    published_name,
-    query_aware_blocks,
-)
+from .layout import CONFIG, Checkpoint, TensorEntry, disagreements
 from .provenance import fingerprint, write_provenance
 from .writing import (
     TensorSource,
@@ -40,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 STANDARD_DEVIATION = 0.02
 """Of the new weights; new biases are zero. What the published model started from."""
-_NEW = ("text_proj.", ".attn.instruct_key_proj.", ".attn.instruct_value_proj.")
 _CHUNK_ELEMENTS = 1 << 20
 
 
@@ -123,13 +115,13 @@ def initialise_checkpoint(
         fullatt_block_indexes=None if fullatt_block_indexes is None else list(fullatt_block_indexes),
     )
     shapes = {name: entry.shape for name, entry in stock.tensors.items()}
-    shapes |= {f"text_encoder.{name}": entry.shape for name, entry in encoder_entries.items()}
-    new = {n: s for n, s in expected_tensors(config).items() if n not in shapes and any(mark in n for mark in _NEW)}
+    shapes |= as_query_encoder_part({name: entry.shape for name, entry in encoder_entries.items()})
+    new = {n: s for n, s in expected_tensors(config).items() if n not in shapes and is_new(n)}
     errors, notes = disagreements(config, shapes | new)
     if errors:
         raise CheckpointError(f"{base} does not make a ViLaVT: {'; '.join(errors)}")
     dtype = stock.tensors["visual.patch_embed.proj.weight"].dtype
-    added = [from_entry(entry, f"text_encoder.{name}") for name, entry in encoder_entries.items()]
+    added = [from_entry(entry, name) for name, entry in as_query_encoder_part(encoder_entries).items()]
     added += [_new_tensor(name, shape, dtype, seed) for name, shape in new.items()]
     with staged_folder(destination, force) as partial:
         _write_weights(stock, added, partial, link)

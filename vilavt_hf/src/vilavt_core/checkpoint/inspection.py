@@ -7,10 +7,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from ..architecture import (
+    counted_part,
+    is_added,
+    query_aware_blocks,
+    query_encoder_part,
+    stored_query_blocks,
+    text_fields,
+)
 from ..errors import CheckpointError
 from .companions import PROMPTS, Missing, missing_companions
 from .config import ARCHITECTURE, derived_text_encoder_config
-from .layout import CONFIG, Checkpoint, disagreements, query_aware_blocks, stored_query_blocks, text_fields
+from .layout import CONFIG, Checkpoint, disagreements
 from .provenance import fingerprint
 
 
@@ -26,7 +34,7 @@ class Flavour(StrEnum):
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSize:
     """Parameters and bytes of one part of the model."""
 
     parameters: int
@@ -48,7 +56,8 @@ class Inspection:
     """Number of vision blocks."""
     query_aware_blocks: tuple[int, ...]
     fullatt_block_indexes: tuple[int, ...]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, PartSize]
+    """By the names of `vilavt_core.architecture.counted_part`."""
     dtypes: Mapping[str, int]
     """Safetensors type -> parameters stored in it."""
     files: Mapping[str, int]
@@ -142,33 +151,18 @@ def detect_flavour(checkpoint: Checkpoint) -> Flavour:
         return Flavour.OURS if ours else Flavour.PUBLISHED_RL
     if config.get("model_type") in ("qwen2_5_vl", "qwen2_5_vl_text"):
         vision = config.get("vision_config") or {}
-        added = any(
-            name.startswith(("text_encoder.", "text_proj.")) or "instruct_" in name for name in checkpoint.tensors
-        )
+        added = any(is_added(name) for name in checkpoint.tensors)
         return Flavour.PUBLISHED_SFT if added or vision.get("integration_point") else Flavour.STOCK
     return Flavour.QUERY_ENCODER if config.get("model_type") == "qwen3" else Flavour.UNKNOWN
 
 
-def part_of(name: str) -> str:
-    """The part of the model to which a published tensor name belongs."""
-    if "instruct_" in name:
-        return "query projections"
-    parts = {
-        "visual.": "vision tower",
-        "text_encoder.": "query encoder",
-        "text_proj.": "text_proj",
-        "lm_head.": "lm_head",
-        "model.": "language model",
-    }
-    return next((part for prefix, part in parts.items() if name.startswith(prefix)), "other")
-
-
-def _parts(checkpoint: Checkpoint) -> dict[str, Part]:
+def _parts(checkpoint: Checkpoint) -> dict[str, PartSize]:
     totals: dict[str, tuple[int, int]] = {}
     for name, tensor in checkpoint.tensors.items():
-        parameters, nbytes = totals.get(part_of(name), (0, 0))
-        totals[part_of(name)] = (parameters + tensor.numel, nbytes + tensor.nbytes)
-    return {part: Part(*total) for part, total in sorted(totals.items())}
+        part = counted_part(name)
+        parameters, nbytes = totals.get(part, (0, 0))
+        totals[part] = (parameters + tensor.numel, nbytes + tensor.nbytes)
+    return {part: PartSize(*total) for part, total in sorted(totals.items())}
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -188,11 +182,9 @@ def _query_aware(checkpoint: Checkpoint) -> tuple[int, ...]:
 def _model_problems(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     config: dict[str, Any] = dict(checkpoint.config)
-    prefix = "text_encoder."
     try:
         if not config.get("text_encoder_config"):
-            encoder = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-            config["text_encoder_config"] = derived_text_encoder_config(encoder)
+            config["text_encoder_config"] = derived_text_encoder_config(query_encoder_part(shapes))
         return disagreements(config, shapes)
     except CheckpointError as error:
         return [str(error)], []

@@ -8,13 +8,21 @@ relative to the end of the header), then the data without holes.
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..architecture import (
+    expected_tensors,
+    integration_points_of,
+    is_query_projection,
+    is_tied,
+    published_name,
+    query_aware_blocks,
+    stored_query_blocks,
+)
 from ..errors import CheckpointError
 
 CONFIG = "config.json"
@@ -28,14 +36,6 @@ DTYPE_BYTES = {
 """Bytes of one element, by the safetensors name of its type."""
 
 _MAX_HEADER = 100_000_000  # the limit of the reference reader
-
-# Newer transformers and FSDP name modules by attribute path; published checkpoints use the flat names.
-_NESTED = (
-    ("model.visual.", "visual."),
-    ("model.text_encoder.", "text_encoder."),
-    ("model.text_proj.", "text_proj."),
-    ("model.language_model.", "model."),
-)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,6 @@ class Shard:
     tensors: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     size: int
-
-
-def published_name(name: str) -> str:
-    """The flat key of published checkpoints for a flat or nested one (``model.visual.x`` -> ``visual.x``)."""
-    for nested, flat in _NESTED:
-        if name.startswith(nested):
-            return flat + name[len(nested) :]
-    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -262,186 +254,6 @@ def _check_names(checkpoint: Checkpoint) -> Iterable[str]:
 # ---------------------------------------------------------------------- what the configuration calls for
 
 
-def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's settings: nested since transformers 4.52, at the top level before."""
-    return config.get("text_config") or config
-
-
-def query_aware_blocks(vision: Mapping[str, Any]) -> frozenset[int]:
-    """Indices of the blocks that see a query, from a ``vision_config`` (see `VilavtVisionConfig` for the names).
-
-    Raises:
-        CheckpointError: ``integration_point`` is not a known name.
-    """
-    depth, point = _size(vision, "vision_config", "depth"), vision.get("integration_point")
-    spans: dict[str | None, Iterable[int]] = {
-        "all": range(depth),
-        "early": range(depth // 2),
-        "late": range(depth // 2, depth),
-        "late2": range(3 * depth // 4, depth),
-        "late3": range(depth // 4, depth),
-        "sparse": vision.get("fullatt_block_indexes") or (),
-        "none": (),
-        None: (),
-    }
-    if point not in spans:
-        raise CheckpointError(f"vision_config.integration_point={point!r}, expected one of {sorted(map(str, spans))}")
-    return frozenset(spans[point])
-
-
-def integration_points_of(blocks: Iterable[int], vision: Mapping[str, Any]) -> list[str]:
-    """Names of the integration points that make exactly these blocks query-aware; several can coincide."""
-    wanted = frozenset(blocks)
-    names = ("late", "early", "late2", "late3", "all", "sparse")
-    return [name for name in names if query_aware_blocks({**vision, "integration_point": name}) == wanted]
-
-
-def stored_query_blocks(names: Iterable[str]) -> frozenset[int]:
-    """Indices of the vision blocks for which `names` holds query projections."""
-    found = (re.match(r"visual\.blocks\.(\d+)\.attn\.instruct_(key|value)_proj\.", name) for name in names)
-    return frozenset(int(match[1]) for match in found if match)
-
-
-def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of every tensor that a ViLaVT with this ``config.json`` has.
-
-    Without ``text_encoder_config`` the query encoder's tensors and ``text_proj`` are left out.
-
-    Raises:
-        CheckpointError: the configuration lacks a size, or names an unknown integration point.
-    """
-    vision, encoder = config.get("vision_config") or {}, config.get("text_encoder_config")
-    tensors = _language_model(config) | _vision_tower(vision)
-    if encoder:
-        hidden = _size(vision, "vision_config", "hidden_size")
-        tensors |= {f"text_encoder.{name}": shape for name, shape in query_encoder_tensors(encoder).items()}
-        tensors |= {
-            "text_proj.weight": (hidden, _size(encoder, "text_encoder_config", "hidden_size")),
-            "text_proj.bias": (hidden,),
-        }
-    return tensors
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the LM head shares the embedding's weight and may therefore be absent."""
-    return bool(config.get("tie_word_embeddings", text_fields(config).get("tie_word_embeddings", False)))
-
-
-def _language_model(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    text = text_fields(config)
-
-    def size(key: str) -> int:
-        return _size(text, "text_config", key)
-
-    hidden, inner, heads = size("hidden_size"), size("intermediate_size"), size("num_attention_heads")
-    head = text.get("head_dim") or hidden // heads
-    query, key = heads * head, size("num_key_value_heads") * head
-    tensors: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (size("vocab_size"), hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (size("vocab_size"), hidden),
-    }
-    for i in range(size("num_hidden_layers")):
-        layer = f"model.layers.{i}"
-        tensors |= {
-            f"{layer}.self_attn.q_proj.weight": (query, hidden),
-            f"{layer}.self_attn.q_proj.bias": (query,),
-            f"{layer}.self_attn.k_proj.weight": (key, hidden),
-            f"{layer}.self_attn.k_proj.bias": (key,),
-            f"{layer}.self_attn.v_proj.weight": (key, hidden),
-            f"{layer}.self_attn.v_proj.bias": (key,),
-            f"{layer}.self_attn.o_proj.weight": (hidden, query),
-        } | _mlp_and_norms(layer, hidden, inner)
-    return tensors
-
-
-def _mlp_and_norms(layer: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{layer}.mlp.gate_proj.weight": (inner, hidden),
-        f"{layer}.mlp.up_proj.weight": (inner, hidden),
-        f"{layer}.mlp.down_proj.weight": (hidden, inner),
-        f"{layer}.input_layernorm.weight": (hidden,),
-        f"{layer}.post_attention_layernorm.weight": (hidden,),
-    }
-
-
-def _vision_tower(vision: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    def size(key: str, default: int | None = None) -> int:
-        return _size(vision, "vision_config", key, default)
-
-    hidden, inner, patch = size("hidden_size"), size("intermediate_size"), size("patch_size", 14)
-    merged = hidden * size("spatial_merge_size", 2) ** 2
-    channels = size("in_channels", vision.get("in_chans") or 3)
-    tensors: dict[str, tuple[int, ...]] = {
-        "visual.patch_embed.proj.weight": (hidden, channels, size("temporal_patch_size", 2), patch, patch),
-        "visual.merger.ln_q.weight": (hidden,),
-        "visual.merger.mlp.0.weight": (merged, merged),
-        "visual.merger.mlp.0.bias": (merged,),
-        "visual.merger.mlp.2.weight": (size("out_hidden_size"), merged),
-        "visual.merger.mlp.2.bias": (size("out_hidden_size"),),
-    }
-    linear = {
-        "attn.qkv": (3 * hidden, hidden),
-        "attn.proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    query = {"attn.instruct_key_proj": (hidden, hidden), "attn.instruct_value_proj": (hidden, hidden)}
-    joint = query_aware_blocks(vision)
-    for i in range(size("depth")):
-        block = f"visual.blocks.{i}"
-        tensors |= {f"{block}.norm1.weight": (hidden,), f"{block}.norm2.weight": (hidden,)}
-        for name, shape in (linear | (query if i in joint else {})).items():
-            tensors |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
-    return tensors
-
-
-def query_encoder_tensors(encoder: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name (without prefix) -> shape of a Qwen3 model's tensors.
-
-    Raises:
-        CheckpointError: the configuration lacks a size.
-    """
-
-    def size(key: str, default: int | None = None) -> int:
-        return _size(encoder, "text_encoder_config", key, default)
-
-    hidden, inner, heads = size("hidden_size"), size("intermediate_size"), size("num_attention_heads")
-    head = size("head_dim", hidden // heads)
-    query, key = heads * head, size("num_key_value_heads") * head
-    tensors: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (size("vocab_size"), hidden),
-        "norm.weight": (hidden,),
-    }
-    for i in range(size("num_hidden_layers")):
-        layer = f"layers.{i}"
-        tensors |= {
-            f"{layer}.self_attn.q_proj.weight": (query, hidden),
-            f"{layer}.self_attn.k_proj.weight": (key, hidden),
-            f"{layer}.self_attn.v_proj.weight": (key, hidden),
-            f"{layer}.self_attn.o_proj.weight": (hidden, query),
-            f"{layer}.self_attn.q_norm.weight": (head,),
-            f"{layer}.self_attn.k_norm.weight": (head,),
-        } | _mlp_and_norms(layer, hidden, inner)
-        if encoder.get("attention_bias"):
-            tensors |= {
-                f"{layer}.self_attn.q_proj.bias": (query,),
-                f"{layer}.self_attn.k_proj.bias": (key,),
-                f"{layer}.self_attn.v_proj.bias": (key,),
-                f"{layer}.self_attn.o_proj.bias": (hidden,),
-            }
-    return tensors
-
-
-def _size(section: Mapping[str, Any], title: str, key: str, default: int | None = None) -> int:
-    value = section.get(key)
-    value = default if value is None else value
-    if type(value) is not int or value <= 0:
-        raise CheckpointError(f"config.json: {title}.{key} is {value!r}, expected a positive whole number")
-    return value
-
-
 def disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str]]:
     """What keeps tensors of these published names and shapes from being the model of `config`.
 
@@ -463,7 +275,7 @@ def disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     missing = sorted(
         name
         for name in expected
-        if name not in shapes and name not in optional and not ("instruct_" in name and stored != called)
+        if name not in shapes and name not in optional and not (is_query_projection(name) and stored != called)
     )
     if missing:
         errors.append(
@@ -474,7 +286,7 @@ def disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         errors.append(f"{name} has shape {list(shapes[name])}, config.json calls for {list(expected[name])}")
     if len(wrong) > 4:
         errors.append(f"{len(wrong) - 4} more tensors have another shape than config.json calls for")
-    extra = sorted(name for name in shapes if name not in expected and "instruct_" not in name)
+    extra = sorted(name for name in shapes if name not in expected and not is_query_projection(name))
     if extra:
         notes.append(
             f"{len(extra)} tensors are not part of the model: {', '.join(extra[:6])}{', …' if len(extra) > 6 else ''}"

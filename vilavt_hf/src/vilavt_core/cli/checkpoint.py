@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..architecture import INTEGRATION_POINTS
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def init(
     query_encoder: Annotated[Path, typer.Option("--query-encoder", help="Folder of a Qwen3-Embedding checkpoint.")],
     out: Annotated[Path, typer.Option("--out", help="New folder.")],
     integration_point: Annotated[
-        str, typer.Option(help="Query-aware vision blocks: all, early, late, late2, late3, sparse or none.")
+        str, typer.Option(help=f"Query-aware vision blocks, one of: {', '.join(INTEGRATION_POINTS)}.")
     ] = "late",
     fullatt: Annotated[
         str | None, typer.Option(help="Blocks with full attention inside an image, as 7,15; default: the base's.")

@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vilavt_core.architecture import Part, part_of
+from vilavt_core.architecture import MODULE_NAMES, Part, part_of
 from vilavt_core.data.example import IGNORE
 
 from .. import compat
 from ..configuration_vilavt import VilavtConfig
-from ..modeling_vilavt import FLAT_KEYS, VilavtForConditionalGeneration
+from ..modeling_vilavt import VilavtForConditionalGeneration
 from .collator import BOUNDARIES
 from .losses import AuxiliaryLosses, BlockOutputs
 
-compat.register_key_names("VilavtForTraining", FLAT_KEYS)
+compat.register_key_names("VilavtForTraining", MODULE_NAMES)
 
 LOSS_CHUNK = 4096
 """Labelled tokens whose logits are held in fp32 at a time."""
@@ -108,7 +108,7 @@ class VilavtForTraining(VilavtForConditionalGeneration):
         self, save_directory: str | os.PathLike, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """The parent's checkpoint, without the training-only heads."""
-        compat.save_under(self, FLAT_KEYS)
+        compat.save_under(self, MODULE_NAMES)
         state = self.state_dict() if state_dict is None else state_dict
         state = {name: value for name, value in state.items() if not name.startswith("auxiliary.")}
         super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from vilavt_core.architecture import module_name
 from vilavt_core.episode import Inquiry, Request
 from vilavt_core.presets import Sampling
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.engine import Engine, Row, Sampler
-from vilavt_hf.modeling_vilavt import FLAT_KEYS
 
 from ...errors import RolloutError
 from .names import ROLLOUT
@@ -191,7 +190,7 @@ class VilavtServer:
             RolloutError: a tensor is missing or unknown; names them.
         """
         self._forget()
-        renamed = {_module_name(name): tensor for name, tensor in tensors.items()}
+        renamed = {module_name(name): tensor for name, tensor in tensors.items()}
         found = self.model.load_state_dict(renamed, strict=False)
         if found.missing_keys or found.unexpected_keys:
             raise RolloutError(
@@ -296,17 +295,6 @@ class VilavtRollout(BaseRollout):
 
 def _server_name(rank: int) -> str:
     return f"{ROLLOUT}_server_{rank}"
-
-
-def _module_name(name: str) -> str:
-    """A tensor's name in the module, given that or its published name."""
-    if name.startswith("model.language_model."):
-        return name
-    for pattern, replacement in FLAT_KEYS.items():
-        name, changed = re.subn(pattern, replacement, name)
-        if changed:
-            break
-    return name
 
 
 def _key(inquiry: Inquiry) -> str:
