@@ -24,15 +24,7 @@ from .images import ImageLimits, load_image
 from .presets import Limits, Sampling, get_preset
 from .results import ChatResult, ImageSource, Provenance, Sample, Work
 
-PER_REQUEST = (
-    "max_turns",
-    "max_images",
-    "max_new_tokens_per_turn",
-    "max_context",
-    "max_pixels",
-    "crop_max_pixels",
-    "max_total_pixels",
-)
+PER_REQUEST = Limits.per_request()
 """Fields of `Limits` that a request may tighten."""
 
 

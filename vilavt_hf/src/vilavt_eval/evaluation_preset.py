@@ -1,7 +1,8 @@
 """Presets of an evaluation: versioned YAML files with everything that changes a score besides checkpoint and benchmark.
 
 A file is complete: it names every limit and every sampling setting, so that what it means does not change with the
-package. ``episode`` is the name of a preset of :mod:`vilavt_core.presets`, which says how turns are read and what a bad
+package. Only what is off unless it is set (its default is None) may be left out, so that a file outlives new limits.
+``episode`` is the name of a preset of :mod:`vilavt_core.presets`, which says how turns are read and what a bad
 call leads to; those are rules in code, versioned with the package.
 """
 
@@ -58,8 +59,9 @@ class EvaluationPreset(BaseModel):
     @classmethod
     def _complete(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping):
-            known = {f.name for f in fields(_PARTS[str(info.field_name)])}
-            for problem, names in (("unknown", set(value) - known), ("missing", known - set(value))):
+            known = {f.name: f.default for f in fields(_PARTS[str(info.field_name)])}
+            needed = {name for name, default in known.items() if default is not None}
+            for problem, names in (("unknown", set(value) - set(known)), ("missing", needed - set(value))):
                 if names:
                     raise ValueError(f"{problem} {', '.join(sorted(map(str, names)))}")
         return value

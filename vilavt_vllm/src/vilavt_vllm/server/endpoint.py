@@ -12,7 +12,7 @@ import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -32,6 +32,7 @@ from ..online import AsyncVilavtLLM
 from .history import History
 from .media import Pictures
 from .metrics import metrics
+from .options import ServerOptions
 from .protocol import ChatRequest, Exchange, Reply, Usage, error_event, error_json, exchanges
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
@@ -46,25 +47,6 @@ logger = logging.getLogger(__name__)
 PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", "/v1/vilavt"
 RAW = "/v1/raw/"
 """Prefix under which a client that runs the loop itself finds both as vLLM made them."""
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What ``vilavt-serve`` was told beside vLLM's own flags; None is the checkpoint's or the preset's."""
-
-    preset: str | None = None
-    prompts: str | None = None
-    seed: int = 0
-    max_turns: int | None = None
-    max_images: int | None = None
-    max_new_tokens_per_turn: int | None = None
-    max_pixels: float | None = None
-    max_image_bytes: int = ImageLimits.max_bytes
-    max_image_pixels: int = ImageLimits.max_pixels
-    max_body_bytes: int = 256 * 1024 * 1024
-    max_episodes: int = 256
-    max_conversations: int = 64
-    max_conversation_bytes: int = 2 * 1024**3
 
 
 class Loop:
@@ -82,7 +64,7 @@ class Loop:
             image_limits=image_limits,
             device=str(getattr(getattr(getattr(state, "vllm_config", None), "device_config", None), "device_type", "")),
         )
-        settings = replace(settings, limits=_tightened(settings.limits, options))
+        settings = replace(settings, limits=replace(settings.limits, **options.limits))
         self.llm = AsyncVilavtLLM(engine, settings)
         self.models = state.openai_serving_models
         self.pictures = Pictures(config, image_limits, settings.preset.rules)
@@ -163,11 +145,6 @@ class Loop:
         run = EpisodeRun(sample, settings, name="request") if before is None else before.follow_up(sample)
         run.replay(exchange.answer or "")
         return run
-
-
-def _tightened(limits: Limits, options: ServerOptions) -> Limits:
-    names = ("max_turns", "max_images", "max_new_tokens_per_turn", "max_pixels")
-    return replace(limits, **{name: value for name in names if (value := getattr(options, name)) is not None})
 
 
 class VilavtEndpoint:
