@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from typing import Any, Literal
 
 from PIL import Image
@@ -53,6 +52,7 @@ from .protocol import (
     unbox,
 )
 from .regions import CropPlan, Gallery, View, share_budget, smart_resize
+from .versions import version_of
 
 IMAGE_MARK = "<image>"
 """Where a question may say that an image belongs; only presets with ``interleave`` heed it."""
@@ -276,7 +276,7 @@ class Episode:
             limits=self.limits,
             prompts=self.prompts.name,
             prompts_sha256=self.prompts.sha256,
-            versions={"vilavt_hf": _version()},
+            versions={"vilavt_hf": version_of("vilavt-hf") or "unknown"},
             sample_id=self.sample_id,
         )
 
@@ -654,13 +654,6 @@ class Episode:
             if ids
             else ""
         )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("vilavt-hf")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 __all__ = [

@@ -40,9 +40,9 @@ from vilavt_core.results import (
     TextDelta,
     ToolCallEvent,
     turn_events,
-    versions,
 )
 from vilavt_core.settings import fitting_limits, is_hub_id, preset_of
+from vilavt_core.versions import versions
 
 from .engine import MAX_PREFILL_TOKENS, Engine, Reused, Row, Sampled, Sampler, Timings, Work
 

@@ -30,7 +30,7 @@ from vilavt_core.checkpoint.config import (
     vilavt_config,
 )
 from vilavt_core.checkpoint.layout import CONFIG, disagreements, expected_tensors, is_tied, published_name, read_json
-from vilavt_core.checkpoint.provenance import write_provenance
+from vilavt_core.checkpoint.lineage import write_lineage
 from vilavt_core.checkpoint.writing import (
     TensorSource,
     plan_shards,
@@ -146,7 +146,7 @@ def merge_shards(
             [settings, *([Path(processor)] if processor else [])],
             [Path(query_encoder)] if query_encoder else [],
         )
-        write_provenance(
+        write_lineage(
             partial, {"made_by": "merge", "source": folder.name, "world_size": len(files), "mesh": mesh, "dtype": dtype}
         )
         write_json(partial / CONFIG, final)

@@ -22,8 +22,9 @@ from vilavt_core.images import ImageLimits, load_image
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Answer, format_turn
-from vilavt_core.results import ChatResult, Event, Finished, Provenance, Sample, TextDelta, Work, turn_events, versions
+from vilavt_core.results import ChatResult, Event, Finished, Provenance, Sample, TextDelta, Work, turn_events
 from vilavt_core.settings import fitting_limits, preset_of
+from vilavt_core.versions import versions
 
 from .errors import EngineFailure
 

@@ -5,7 +5,7 @@ from .convert import ConversionReport, Weights, convert_checkpoint, verify_same_
 from .initialise import InitialisationReport, initialise_checkpoint
 from .inspection import Flavour, Inspection, inspect_checkpoint
 from .layout import Checkpoint, published_name
-from .provenance import Provenance, collect_provenance, fingerprint, write_provenance
+from .lineage import Lineage, collect_lineage, fingerprint, write_lineage
 
 __all__ = [
     "Checkpoint",
@@ -13,15 +13,15 @@ __all__ = [
     "Flavour",
     "InitialisationReport",
     "Inspection",
+    "Lineage",
     "Missing",
-    "Provenance",
     "Weights",
-    "collect_provenance",
+    "collect_lineage",
     "convert_checkpoint",
     "fingerprint",
     "initialise_checkpoint",
     "inspect_checkpoint",
     "published_name",
     "verify_same_tensors",
-    "write_provenance",
+    "write_lineage",
 ]

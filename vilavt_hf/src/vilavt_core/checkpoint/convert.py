@@ -18,7 +18,7 @@ from .config import (
     vilavt_config,
 )
 from .layout import CONFIG, INDEX, Checkpoint, Shard, disagreements, published_name, read_json
-from .provenance import PROVENANCE, fingerprint, write_provenance
+from .lineage import PROVENANCE, fingerprint, write_lineage
 from .writing import (
     file_range,
     from_entry,
@@ -225,4 +225,4 @@ def _record(checkpoint: Checkpoint, partial: Path, weights: Weights) -> None:
     }
     if (checkpoint.folder / PROVENANCE).is_file():
         details["source_provenance"] = read_json(checkpoint.folder / PROVENANCE)
-    write_provenance(partial, details)
+    write_lineage(partial, details)

@@ -23,7 +23,7 @@ from .layout import (
     published_name,
     query_aware_blocks,
 )
-from .provenance import fingerprint, write_provenance
+from .lineage import fingerprint, write_lineage
 from .writing import (
     TensorSource,
     from_entry,
@@ -135,7 +135,7 @@ def initialise_checkpoint(
         _write_weights(stock, added, partial, link)
         companions = bring_companions(partial, [base], [query_encoder] if has_tokenizer(query_encoder) else [])
         _write_prompts(prompts, partial)
-        write_provenance(
+        write_lineage(
             partial,
             {
                 "made_by": "init",

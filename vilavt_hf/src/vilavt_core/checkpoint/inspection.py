@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from .companions import PROMPTS, Missing, missing_companions
 from .config import ARCHITECTURE, derived_text_encoder_config
 from .layout import CONFIG, Checkpoint, disagreements, query_aware_blocks, stored_query_blocks, text_fields
-from .provenance import fingerprint
+from .lineage import fingerprint
 
 
 class Flavour(StrEnum):
