@@ -42,6 +42,7 @@ from .presets import Limits, Preset, get_preset
 from .prompts import Part, PromptSet, join
 from .protocol import (
     ANSWER_CLOSE,
+    IMAGE_MARK,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
     Answer,
@@ -53,9 +54,6 @@ from .protocol import (
 )
 from .regions import CropPlan, Gallery, View, share_budget, smart_resize
 from .versions import version_of
-
-IMAGE_MARK = "<image>"
-"""Where a question may say that an image belongs; only presets with ``interleave`` heed it."""
 
 
 class Episode:

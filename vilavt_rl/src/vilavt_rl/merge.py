@@ -20,6 +20,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from vilavt_core.checkpoint.build_info import write_build_info
 from vilavt_core.checkpoint.companions import Companions, Missing, bring_companions
 from vilavt_core.checkpoint.config import (
     ARCHITECTURE,
@@ -30,7 +31,6 @@ from vilavt_core.checkpoint.config import (
     vilavt_config,
 )
 from vilavt_core.checkpoint.layout import CONFIG, disagreements, expected_tensors, is_tied, published_name, read_json
-from vilavt_core.checkpoint.lineage import write_lineage
 from vilavt_core.checkpoint.writing import (
     TensorSource,
     plan_shards,
@@ -146,7 +146,7 @@ def merge_shards(
             [settings, *([Path(processor)] if processor else [])],
             [Path(query_encoder)] if query_encoder else [],
         )
-        write_lineage(
+        write_build_info(
             partial, {"made_by": "merge", "source": folder.name, "world_size": len(files), "mesh": mesh, "dtype": dtype}
         )
         write_json(partial / CONFIG, final)

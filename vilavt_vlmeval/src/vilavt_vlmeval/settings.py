@@ -9,11 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from vilavt_core.backends import BackendOptions, is_url
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import Limits, Sampling, optional_fields
+from vilavt_core.validation import problems
 from vilavt_hf.tiny.shipped import shipped
 
 from .errors import SettingsError
@@ -73,10 +74,18 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
             for name, value in environment.items()
             if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ELSEWHERE
         }
+
+        def label(place: tuple[Any, ...]) -> str:
+            name = str(place[0])
+            return repr(name) if name in given else PREFIX + name.upper()
+
+        values = {**found, **given}
+        if unknown := [name for name in values if name not in cls.model_fields]:
+            raise SettingsError(f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}")
         try:
-            return cls(**{**found, **given})
+            return cls(**values)
         except ValidationError as error:
-            raise SettingsError(_first(error, given, cls)) from None
+            raise SettingsError(problems(error, name=label, values=True)) from None
 
     @property
     def path(self) -> str:
@@ -118,13 +127,3 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
 
     def _set(self, kind: type) -> dict[str, Any]:
         return {name: value for name in [f.name for f in fields(kind)] if (value := getattr(self, name)) is not None}
-
-
-def _first(error: ValidationError, given: Mapping[str, Any], cls: type[BaseModel]) -> str:
-    """What the first problem is, in one line."""
-    problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0])
-    label = repr(name) if name in given else PREFIX + name.upper()
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {label}; known are {', '.join(cls.model_fields)}"
-    return f"{label} is {problem['input']!r}: {problem['msg']}"

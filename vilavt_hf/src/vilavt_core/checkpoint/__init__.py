@@ -1,27 +1,27 @@
 """Read, convert, check and create checkpoints, streaming: no tensor is loaded to move it."""
 
+from .build_info import BuildInfo, collect_build_info, fingerprint, write_build_info
 from .companions import Missing
 from .convert import ConversionReport, Weights, convert_checkpoint, verify_same_tensors
 from .initialise import InitialisationReport, initialise_checkpoint
 from .inspection import Flavour, Inspection, inspect_checkpoint
 from .layout import Checkpoint, published_name
-from .lineage import Lineage, collect_lineage, fingerprint, write_lineage
 
 __all__ = [
+    "BuildInfo",
     "Checkpoint",
     "ConversionReport",
     "Flavour",
     "InitialisationReport",
     "Inspection",
-    "Lineage",
     "Missing",
     "Weights",
-    "collect_lineage",
+    "collect_build_info",
     "convert_checkpoint",
     "fingerprint",
     "initialise_checkpoint",
     "inspect_checkpoint",
     "published_name",
     "verify_same_tensors",
-    "write_lineage",
+    "write_build_info",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .build_info import PROVENANCE, fingerprint, write_build_info
 from .companions import Companions, Missing, bring_companions
 from .config import (
     ARCHITECTURE,
@@ -18,7 +19,6 @@ from .config import (
     vilavt_config,
 )
 from .layout import CONFIG, INDEX, Checkpoint, Shard, disagreements, published_name, read_json
-from .lineage import PROVENANCE, fingerprint, write_lineage
 from .writing import (
     file_range,
     from_entry,
@@ -225,4 +225,4 @@ def _record(checkpoint: Checkpoint, partial: Path, weights: Weights) -> None:
     }
     if (checkpoint.folder / PROVENANCE).is_file():
         details["source_provenance"] = read_json(checkpoint.folder / PROVENANCE)
-    write_lineage(partial, details)
+    write_build_info(partial, details)

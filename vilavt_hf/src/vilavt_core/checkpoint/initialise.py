@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from .build_info import fingerprint, write_build_info
 from .companions import PROMPTS, Companions, Missing, bring_companions, has_tokenizer
 from .config import check_query_encoder, query_encoder_config, vilavt_config
 from .inspection import Flavour, detect_flavour
@@ -23,7 +24,6 @@ from .layout import (
     published_name,
     query_aware_blocks,
 )
-from .lineage import fingerprint, write_lineage
 from .writing import (
     TensorSource,
     from_entry,
@@ -135,7 +135,7 @@ def initialise_checkpoint(
         _write_weights(stock, added, partial, link)
         companions = bring_companions(partial, [base], [query_encoder] if has_tokenizer(query_encoder) else [])
         _write_prompts(prompts, partial)
-        write_lineage(
+        write_build_info(
             partial,
             {
                 "made_by": "init",

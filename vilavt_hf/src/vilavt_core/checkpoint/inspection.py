@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .build_info import fingerprint
 from .companions import PROMPTS, Missing, missing_companions
 from .config import ARCHITECTURE, derived_text_encoder_config
 from .layout import CONFIG, Checkpoint, disagreements, query_aware_blocks, stored_query_blocks, text_fields
-from .lineage import fingerprint
 
 
 class Flavour(StrEnum):

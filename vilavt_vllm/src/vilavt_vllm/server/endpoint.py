@@ -24,6 +24,7 @@ from vilavt_core.errors import VilavtError
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.validation import dotted, problems
 
 from .. import compat
 from ..episodes import EpisodeRun, Settings
@@ -231,9 +232,7 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(bytes(body))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, found["loc"])) or "body"
-        raise RequestError(f"{where}: {found['msg']}") from None
+        raise RequestError(problems(error, name=lambda place: dotted(place) or "body", most=1)) from None
 
 
 async def _last(answer: AsyncGenerator[Any, None]) -> tuple[EpisodeRun, ChatResult]:

@@ -55,7 +55,7 @@ def _samples(tensor: TensorEntry) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Lineage:
+class BuildInfo:
     """How an artefact was made. What a *result* depends on is `vilavt_core.results.Provenance`."""
 
     command: str
@@ -69,7 +69,7 @@ class Lineage:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def collect_lineage(details: Mapping[str, Any] | None = None, command: Sequence[str] | None = None) -> Lineage:
+def collect_build_info(details: Mapping[str, Any] | None = None, command: Sequence[str] | None = None) -> BuildInfo:
     """The record for something made now by this process.
 
     Args:
@@ -77,7 +77,7 @@ def collect_lineage(details: Mapping[str, Any] | None = None, command: Sequence[
         command: the command line, by default this process's.
     """
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
-    return Lineage(
+    return BuildInfo(
         command=shlex.join(words),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
@@ -88,12 +88,12 @@ def collect_lineage(details: Mapping[str, Any] | None = None, command: Sequence[
     )
 
 
-def write_lineage(
+def write_build_info(
     folder: str | os.PathLike, details: Mapping[str, Any] | None = None, command: Sequence[str] | None = None
 ) -> Path:
-    """Write ``provenance.json`` into a checkpoint or result folder and return its path; see `collect_lineage`."""
+    """Write ``provenance.json`` into a checkpoint or result folder and return its path; see `collect_build_info`."""
     path = Path(folder) / PROVENANCE
-    write_json(path, asdict(collect_lineage(details, command)))
+    write_json(path, asdict(collect_build_info(details, command)))
     return path
 
 
