@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from vilavt_core import doctor
 from vilavt_core.cli import app
 from vilavt_core.doctor import Check, Status
+from vilavt_core.versions import OURS
 from vilavt_hf.doctor import checks as hf_checks
 
 runner = CliRunner()
@@ -94,7 +95,7 @@ def test_packages_of_different_releases_are_refused(hosts, monkeypatch):
     versions = {"vilavt-hf": "0.1.0", "vilavt-vllm": "0.2.0"}
 
     def version(package):
-        if package in doctor.PACKAGES and package not in versions:
+        if package in OURS and package not in versions:
             raise metadata.PackageNotFoundError
         return versions.get(package, "5.0.0")
 

@@ -3,15 +3,18 @@
 To accept a wanted change: delete the snapshot and run this file; a missing snapshot is written and the test fails once.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from new_limit import with_a_new_limit
 from PIL import Image
 
 from vilavt_core.episode import Episode
-from vilavt_core.errors import EpisodeError
-from vilavt_core.presets import FULL_PIXELS, PRESETS, Limits, get_preset
+from vilavt_core.errors import CheckpointError, EpisodeError
+from vilavt_core.presets import FULL_PIXELS, PRESETS, Limits, Sampling, get_preset, value_type
 from vilavt_core.prompts import PromptSet
+from vilavt_core.settings import SETTINGS, preset_of
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 ZOOM = (
@@ -103,3 +106,67 @@ def test_unknown_presets_and_impossible_limits_are_refused():
 def test_limits_of_a_preset_can_be_changed():
     assert get_preset("rl").with_limits(max_turns=7).limits.max_turns == 7
     assert PRESETS["rl"].limits.max_turns == 5
+
+
+def test_a_limit_that_is_no_number_is_refused_by_name():
+    with pytest.raises(EpisodeError, match=r"max_turns is '5', it must be a number$"):
+        Limits(max_turns="5")
+    with pytest.raises(EpisodeError, match="max_context is '5', it must be a number, or None for unlimited"):
+        Limits(max_context="5")
+    with pytest.raises(EpisodeError, match="max_turns is None, it must be a number"):
+        Limits(max_turns=None)
+
+
+def test_a_wrong_limit_of_a_checkpoint_is_named_with_its_file(tmp_path):
+    (tmp_path / SETTINGS).write_text('{"limits": {"max_turns": "5"}}')
+    with pytest.raises(CheckpointError, match=rf"{SETTINGS}: Limits.max_turns is '5'"):
+        preset_of(tmp_path)
+
+
+def test_every_limit_and_every_sampling_setting_is_described_and_has_a_type():
+    for kind in (Limits, Sampling):
+        for field in fields(kind):
+            assert field.metadata["help"]
+            assert value_type(kind, field.name) in (int, float)
+    assert set(Limits.per_request()) == {f.name for f in fields(Limits)} - {"min_pixels"}
+
+
+def test_a_new_limit_is_one_edit(tmp_path):
+    """See the tests of the same name of the server and of VLMEvalKit."""
+    found = with_a_new_limit(f"""
+from dataclasses import asdict
+from pathlib import Path
+from vilavt_core.backends import BackendOptions
+from vilavt_core.client import PER_REQUEST
+from vilavt_core.presets import get_preset
+from vilavt_core.settings import preset_of, save_chat_settings
+from vilavt_eval.evaluation_preset import EvaluationPreset, known_presets
+
+folder = Path({str(tmp_path)!r})
+save_chat_settings(folder, limits={{"max_zooms": 3}})
+changed = EvaluationPreset.load("default", {{"max_zooms": 4}})
+refused = []
+for wrong in (0, "many"):
+    try:
+        EvaluationPreset.load("default", {{"max_zooms": wrong}})
+    except Exception as error:
+        refused.append(str(error))
+found = {{
+    "per request": "max_zooms" in PER_REQUEST,
+    "checkpoint": preset_of(folder).limits.max_zooms,
+    "options": BackendOptions(limits={{"max_zooms": 2}}).change_limits(get_preset("rl").limits).max_zooms,
+    "evaluation": [changed.of_episode().limits.max_zooms, changed.options().limits],
+    "shipped": [EvaluationPreset.load(name).limits.max_zooms for name in known_presets()],
+    "refused": refused,
+}}
+""")
+    refused = found.pop("refused")
+    assert found == {
+        "per request": True,
+        "checkpoint": 3,
+        "options": 2,
+        "evaluation": [4, {"max_zooms": 4}],
+        "shipped": [None] * len(PRESETS),
+    }
+    assert "max_zooms is 0, it must be at least 1" in refused[0]
+    assert "max_zooms" in refused[1]

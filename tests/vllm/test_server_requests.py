@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from fastapi import FastAPI
+from new_limit import with_a_new_limit
 from PIL import Image
 from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
@@ -32,10 +33,11 @@ if problem := support.server_problem(vllm_version):
 
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
-from vilavt_vllm.server.command import OURS, allow_plugins, parser
-from vilavt_vllm.server.endpoint import ServerOptions, VilavtEndpoint
+from vilavt_vllm.server.command import allow_plugins, parser
+from vilavt_vllm.server.endpoint import VilavtEndpoint
 from vilavt_vllm.server.history import History
 from vilavt_vllm.server.media import Pictures
+from vilavt_vllm.server.options import ServerOptions, flags, options_of
 from vilavt_vllm.server.protocol import ChatRequest, Exchange, exchanges
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -256,17 +258,55 @@ def test_what_is_no_picture_or_too_large_is_refused_before_it_is_decoded(url, me
 # The command
 
 
-def test_every_option_has_a_flag_and_a_help_text():
-    assert set(OURS) == {field.name for field in dataclasses.fields(ServerOptions)}
+def test_every_option_and_every_limit_has_a_flag_and_a_help_text():
+    names = {field.name for kind in (ServerOptions, Limits) for field in dataclasses.fields(kind)}
+    assert {flag.name for flag in flags()} == names - {"limits"}
     help_text = " ".join(parser().format_help().split())
-    assert all(f"--{name.replace('_', '-')}" in help_text for name in OURS)
+    assert all(flag.help and flag.option in help_text for flag in flags())
+
+
+def test_flags_that_were_given_change_the_options_and_the_limits():
+    given = vars(parser().parse_args(["model", "--max-turns", "3", "--max-context", "900", "--seed", "7"]))
+    options = options_of(given)
+    assert options == ServerOptions(seed=7, limits={"max_turns": 3, "max_context": 900})
+    assert options_of(vars(parser().parse_args(["model"]))) == ServerOptions()
 
 
 def test_the_readme_lists_every_flag():
     text = " ".join(README.read_text().split())
-    for field in dataclasses.fields(ServerOptions):
-        default = "" if field.default is None else f"{field.default} "
-        assert f"| `--{field.name.replace('_', '-')}` | {OURS[field.name]} | {default}|" in text
+    for flag in flags():
+        default = "" if flag.default is None else f"{flag.default} "
+        assert f"| `{flag.option}` | {flag.help} | {default}|" in text
+
+
+def test_a_new_limit_is_one_edit():
+    """It is a flag, and a field of a request, held to the server's."""
+    found = with_a_new_limit("""
+from vilavt_vllm.errors import LimitError
+from vilavt_vllm.server.command import parser
+from vilavt_vllm.server.options import options_of
+from vilavt_vllm.server.protocol import ChatRequest
+from vilavt_core.presets import Limits
+
+def request(zooms):
+    messages = [{"role": "user", "content": "What?"}]
+    return ChatRequest.model_validate({"messages": messages, "vilavt": {"max_zooms": zooms}})
+
+server = Limits(max_zooms=5)
+try:
+    request(6).limits(server)
+except LimitError as error:
+    above = str(error)
+found = {
+    "flag": dict(options_of(vars(parser().parse_args(["model", "--max-zooms", "5"]))).limits),
+    "help": "zooms of a conversation" in parser().format_help(),
+    "request": request(4).limits(server).max_zooms,
+    "above": above,
+}
+""")
+    above = found.pop("above")
+    assert found == {"flag": {"max_zooms": 5}, "help": True, "request": 4}
+    assert "vilavt.max_zooms is 6, this server allows at most 5" in above
 
 
 def test_allowing_our_plugins_leaves_the_others_allowed(monkeypatch):

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from new_limit import with_a_new_limit
 
 from vilavt_vlmeval.adapter import Adapter
 from vilavt_vlmeval.errors import MessageError, SettingsError
@@ -84,6 +85,16 @@ def test_every_setting_is_described_in_the_readme():
     readme = (ROOT / "vilavt_vlmeval" / "README.md").read_text()
     for name, field in AdapterSettings.model_fields.items():
         assert f"| `{PREFIX}{name.upper()}` | {field.description} |" in readme
+
+
+def test_a_new_limit_is_one_edit():
+    found = with_a_new_limit(f"""
+from vilavt_vlmeval.settings import AdapterSettings
+
+settings = AdapterSettings.resolve({{}}, {{"{PREFIX}MAX_ZOOMS": "3"}})
+found = {{"limits": settings.options().limits, "help": AdapterSettings.model_fields["max_zooms"].description}}
+""")
+    assert found == {"limits": {"max_zooms": 3}, "help": "zooms of a conversation"}
 
 
 # ---------------------------------------------------------------------- messages

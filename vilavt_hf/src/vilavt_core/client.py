@@ -37,15 +37,7 @@ from .results import (
     image_list,
 )
 
-PER_REQUEST = (
-    "max_turns",
-    "max_images",
-    "max_new_tokens_per_turn",
-    "max_context",
-    "max_pixels",
-    "crop_max_pixels",
-    "max_total_pixels",
-)
+PER_REQUEST = Limits.per_request()
 """Fields of `Limits` that a request may tighten."""
 
 

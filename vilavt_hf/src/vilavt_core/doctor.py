@@ -13,8 +13,9 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
+from .versions import OURS, installed
+
 GROUP, CHECKPOINT_GROUP = "vilavt.checks", "vilavt.checkpoint_checks"
-PACKAGES = ("vilavt-hf", "vilavt-vllm", "vilavt-rl", "vilavt-vlmeval")
 TRANSFORMERS = ((4, 57), (6, 0))
 """Supported versions, from and below."""
 
@@ -83,12 +84,7 @@ def examine(checkpoint: str | Path | None = None, *, load: bool = False) -> Iter
 
 
 def _versions() -> Check:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found = installed(OURS)
     detail = ", ".join(f"{package} {version}" for package, version in found.items())
     detail = f"Python {platform.python_version()}, {detail}"
     if len(set(found.values())) > 1:

@@ -43,9 +43,9 @@ from .results import (
     TextDelta,
     Work,
     turn_events,
-    versions,
 )
 from .settings import fitting_limits
+from .versions import versions
 
 logger = logging.getLogger(__name__)
 

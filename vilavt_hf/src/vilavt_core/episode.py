@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from typing import Any, Literal
 
 from PIL import Image
@@ -44,6 +43,7 @@ from .presets import Limits, Preset, get_preset
 from .prompts import Part, PromptSet, join
 from .protocol import (
     ANSWER_CLOSE,
+    IMAGE_MARK,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
     Answer,
@@ -54,9 +54,7 @@ from .protocol import (
     unbox,
 )
 from .regions import CropPlan, Gallery, View, share_budget, smart_resize
-
-IMAGE_MARK = "<image>"
-"""Where a question may say that an image belongs; only presets with ``interleave`` heed it."""
+from .versions import version_of
 
 
 class Episode:
@@ -280,7 +278,7 @@ class Episode:
             limits=self.limits,
             prompts=self.prompts.name,
             prompts_sha256=self.prompts.sha256,
-            versions={"vilavt_hf": _version()},
+            versions={"vilavt_hf": version_of("vilavt-hf") or "unknown"},
             sample_id=self.sample_id,
         )
 
@@ -662,13 +660,6 @@ class Episode:
             if ids
             else ""
         )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("vilavt-hf")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 __all__ = [

@@ -11,9 +11,10 @@ have more turns; with one they would go on offering it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from .errors import EpisodeError
 from .protocol import Rules
@@ -23,49 +24,106 @@ FULL_PIXELS = 8192 * 28 * 28
 """6 422 528: the pixel budget that the published training and evaluation scripts pass."""
 
 
+def described(default: Any, help: str, *, per_request: bool = False, **bounds: float) -> Any:
+    """A field of `Limits` or `Sampling`, described here once.
+
+    What takes such a value from outside (a request, a server flag, a host's settings, a YAML or JSON file) is made from
+    these fields, so that a new one is one edit.
+
+    Args:
+        default: None where there may be none.
+        help: what it is, as a phrase.
+        per_request: whether one request to a server may set it; a limit may be tightened only.
+        bounds: ``ge``, ``gt``, ``le``: what the value may be, as pydantic's `Field` takes it.
+    """
+    return field(default=default, metadata={"help": help, "per_request": per_request, "bounds": bounds})
+
+
 @dataclass(frozen=True)
 class Limits:
     """Budgets of one episode; all are checked before anything is appended to the conversation."""
 
-    max_turns: int = 5
-    """Assistant turns, the answer included."""
-    max_images: int = 52
-    """Images in the conversation, originals and crops."""
-    max_new_tokens_per_turn: int = 2048
-    """Tokens the model may sample in one turn."""
-    max_context: int | None = None
-    """Tokens of the whole conversation, sampled ones included; None: unlimited."""
-    max_pixels: float = FULL_PIXELS
-    """Pixels of one original, or of all originals together if the preset splits the budget."""
-    crop_max_pixels: float | None = None
-    """Pixels of one crop; None: as ``max_pixels``, not split."""
-    min_pixels: float = MIN_PIXELS
-    """Smaller images are enlarged to at least this."""
-    max_total_pixels: float | None = None
-    """Pixels of all images of the conversation as shown; None: unlimited. Counts as an image limit."""
+    max_turns: int = described(5, "assistant turns of a conversation, the answer included", ge=1, per_request=True)
+    max_images: int = described(52, "images of a conversation, crops included", ge=1, per_request=True)
+    max_new_tokens_per_turn: int = described(2048, "tokens the model may sample in a turn", ge=1, per_request=True)
+    max_context: int | None = described(
+        None, "tokens of a whole conversation, sampled ones included; none: unlimited", ge=1, per_request=True
+    )
+    max_pixels: float = described(
+        FULL_PIXELS,
+        "pixels of an original as the encoder sees it, or of all originals together if the preset splits the budget",
+        gt=0,
+        per_request=True,
+    )
+    crop_max_pixels: float | None = described(
+        None, "pixels of a crop as the encoder sees it; none: as of an original, not split", gt=0, per_request=True
+    )
+    min_pixels: float = described(MIN_PIXELS, "smaller images are enlarged to this", ge=0)
+    max_total_pixels: float | None = described(
+        None,
+        "pixels of all images of a conversation as the encoder sees them; none: unlimited; counts as an image limit",
+        ge=1,
+        per_request=True,
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_images", "max_new_tokens_per_turn"):
-            if getattr(self, name) < 1:
-                raise EpisodeError(f"Limits.{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("max_context", "max_total_pixels"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise EpisodeError(f"Limits.{name} is {value}, it must be at least 1, or None for unlimited")
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["bounds"].get("ge", 0)
+            if value is None and f.default is None:
+                continue
+            unlimited = ", or None for unlimited" if f.default is None else ""
+            if not isinstance(value, Real):
+                raise EpisodeError(f"Limits.{f.name} is {value!r}, it must be a number{unlimited}")
+            if value < least:
+                raise EpisodeError(f"Limits.{f.name} is {value}, it must be at least {least}{unlimited}")
         for name in ("max_pixels", "crop_max_pixels"):
             if (value := getattr(self, name)) is not None and value < self.min_pixels:
                 raise EpisodeError(
                     f"Limits.{name} is {value}, below min_pixels {self.min_pixels}; raise the first or lower the second"
                 )
 
+    @classmethod
+    def per_request(cls) -> tuple[str, ...]:
+        """Names of the limits that one request to a server may tighten."""
+        return tuple(f.name for f in fields(cls) if f.metadata["per_request"])
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine should draw tokens; ``temperature`` 0 is greedy, ``top_k`` 0 is off."""
+    """How an engine should draw tokens."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    temperature: float = described(0.0, "0 is greedy", ge=0, le=2, per_request=True)
+    top_p: float = described(1.0, "nucleus sampling", gt=0, le=1, per_request=True)
+    top_k: int = described(0, "0 is off", ge=0, per_request=True)
+    repetition_penalty: float = described(1.0, "1 is off", gt=0, per_request=True)
+
+
+def value_type(kind: type, name: str) -> type:
+    """``int`` or ``float``: the type of a field of `Limits` or `Sampling`, whether or not it may be None."""
+    hint = get_type_hints(kind)[name]
+    found: type = next(t for t in get_args(hint) or (hint,) if t is not type(None))
+    return found
+
+
+def optional_fields(kind: type, *, per_request: bool = False) -> dict[str, Any]:
+    """The fields of `Limits` or `Sampling` for `pydantic.create_model`, each with its type, bounds and help text.
+
+    All may be left out: None, whatever the field's own default.
+
+    Args:
+        kind: which.
+        per_request: only those that a request may set.
+    """
+    from pydantic import Field
+
+    return {
+        f.name: (
+            value_type(kind, f.name) | None,
+            Field(None, description=f.metadata["help"], **f.metadata["bounds"]),
+        )
+        for f in fields(kind)
+        if f.metadata["per_request"] or not per_request
+    }
 
 
 @dataclass(frozen=True)
@@ -206,4 +264,14 @@ def get_preset(preset: str | Preset) -> Preset:
     return PRESETS[preset]
 
 
-__all__ = ["FULL_PIXELS", "PRESETS", "Limits", "Preset", "Sampling", "get_preset"]
+__all__ = [
+    "FULL_PIXELS",
+    "PRESETS",
+    "Limits",
+    "Preset",
+    "Sampling",
+    "described",
+    "get_preset",
+    "optional_fields",
+    "value_type",
+]

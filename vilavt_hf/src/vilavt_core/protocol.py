@@ -29,6 +29,12 @@ MAX_TOOL_DEPTH = 32
 MAX_NUMBER_CHARS = 32
 """Longest number literal in a tool JSON that is read; a longer one cannot be an index or a pixel."""
 
+IMAGE_MARK = "<image>"
+"""Stands in the text of a question or of a training record where an image belongs."""
+
+Box = tuple[float, float, float, float]
+"""``(left, top, right, bottom)``; in which unit, its place says."""
+
 Rules = Literal["strict", "published"]
 
 
@@ -79,7 +85,7 @@ class Region:
     """
 
     index: int
-    box: tuple[float, float, float, float]
+    box: Box
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Literal
 from PIL import Image
 
 from .errors import ImageError, RegionError
-from .protocol import Region, ToolCall
+from .protocol import Box, Region, ToolCall
 
 FACTOR = 28
 """Side of the square of pixels that one language-model token stands for: 2 x 2 merged patches of 14."""
@@ -27,7 +27,6 @@ MAX_ASPECT = 200
 MAX_MAGNIFICATION = 2.0
 """A crop is shown at most this many times larger than its region was on the image that showed it."""
 
-Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -334,14 +333,3 @@ def turn_events(turn: Turn) -> Iterator[Event]:
         yield AnswerEvent(turn.index, turn.action.text, turn.action.thought)
     if turn.problem is not None:
         yield RefusedEvent(turn.index, turn.problem)
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Installed versions of the packages that decide a result, and of the `more` distributions that are installed."""
-    found = {}
-    for package in ("vilavt-hf", "torch", "transformers", "pillow", *more):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

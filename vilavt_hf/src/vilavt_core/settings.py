@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, EpisodeError
 from .presets import Limits, Preset, get_preset
 from .regions import MAX_PIXELS
 
@@ -53,7 +53,7 @@ def preset_of(
         hub: how to reach the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        CheckpointError: the file cannot be read, or has unknown fields.
+        CheckpointError: the file cannot be read, or has unknown fields or values that are none.
         EpisodeError: unknown preset.
     """
     path = _settings_file(checkpoint, hub or {})
@@ -65,7 +65,11 @@ def preset_of(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    return get_preset(preset or wanted).with_limits(**limits)
+    chosen = get_preset(preset or wanted)
+    try:
+        return chosen.with_limits(**limits)
+    except EpisodeError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -11,11 +11,12 @@ from .architecture import PARTS, Part
 from .data.dataset import OverLong
 from .data.registry import DataSource, Registry
 from .data.rendering import QWEN_SYSTEM, Labels
-from .data.schema import problems
 from .errors import TrainingError
 from .protocol import Rules
 from .regions import MIN_PIXELS
 from .shipped import find_recipe, recipe_names
+from .validation import problems
+from .yaml_config import parse_change, read_keys, set_key
 
 LossMean = Literal["tokens", "micro_batch"]
 Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
@@ -189,20 +190,15 @@ class SftConfig(_Section):
         Raises:
             TrainingError: the file cannot be read, or a key is unknown or has a wrong value; names all of them.
         """
-        path = find_recipe(path) or Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
+        found = find_recipe(path) or Path(path)
+        if not found.is_file():
             known = ", ".join(recipe_names())
-            raise TrainingError(
-                f"{path}: cannot be read: {error.strerror}; check the path, or name a recipe: {known}"
-            ) from None
-        except yaml.YAMLError as error:
-            raise TrainingError(f"{path}: not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise TrainingError(f"{path}: it must hold sections (model, data, …), it is a {type(values).__name__}")
+            raise TrainingError(f"{found}: there is no such file; check the path, or name a recipe: {known}")
+        path = found
+        values = read_keys(path, TrainingError)
         for override in overrides:
-            _override(values, override)
+            key, value = parse_change(override, TrainingError, "section.key=value, as optimizer.learning_rate=1e-5")
+            set_key(values, key, value, TrainingError)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -248,22 +244,3 @@ def _inner_section(annotation: Any) -> type[BaseModel] | None:
 def _shown(value: Any) -> str:
     plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n...\n").strip()
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise TrainingError(f"{text!r}: write section.key=value, as optimizer.learning_rate=1e-5")
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if inner is None:
-            inner = values[section] = {}
-        if not isinstance(inner, dict):
-            raise TrainingError(f"{text!r}: {section} is a value, not a section")
-        values = inner
-    try:
-        parsed = yaml.safe_load(value) if value else None
-    except yaml.YAMLError:
-        raise TrainingError(f"{text!r}: the value is not YAML") from None
-    values[last] = parsed

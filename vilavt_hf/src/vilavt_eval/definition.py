@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from vilavt_core.data.schema import problems
 from vilavt_core.errors import BenchmarkError
+from vilavt_core.validation import problems
+from vilavt_core.yaml_config import merged, read_keys
 
 from .metrics import find_metric, is_function
 
@@ -163,11 +163,7 @@ def load_benchmark(name_or_path: str | Path) -> Benchmark:
         BenchmarkError: no such benchmark, or the file cannot be read or has wrong keys; names all of them.
     """
     path = _find(str(name_or_path))
-    try:
-        values = _values(path, ())
-    except BenchmarkError as error:
-        raise BenchmarkError(f"{path}: {error}") from None
-    return read_benchmark(values, str(path), functions=True)
+    return read_benchmark(_values(path, ()), str(path), functions=True)
 
 
 def shipped_benchmark(name: str) -> Benchmark | None:
@@ -212,29 +208,16 @@ def _shipped(name: str) -> str | None:
 
 
 def _values(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BenchmarkError(f"cannot be read: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise BenchmarkError(f"it must hold keys and values, it is a {type(values).__name__}")
+    values = read_keys(path, BenchmarkError)
     base = values.pop("base", None)
     if base is None:
         return values
-    if path.resolve() in seen:
-        raise BenchmarkError(f"base: {base} leads back to {path}")
-    return _merged(_values(_find(str(base), path.parent), (*seen, path.resolve())), values)
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) for key, value in changes.items() if _are_mappings(base.get(key), value)}
-    return {**base, **changes, **both}
-
-
-def _are_mappings(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
+    try:
+        if path.resolve() in seen:
+            raise BenchmarkError(f"{base} leads back to {path}")
+        return merged(_values(_find(str(base), path.parent), (*seen, path.resolve())), values)
+    except BenchmarkError as error:
+        raise BenchmarkError(f"{path}: base: {error}") from None
 
 
 @functools.lru_cache(maxsize=1024)

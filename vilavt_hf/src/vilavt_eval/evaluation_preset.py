@@ -1,7 +1,8 @@
 """Presets of an evaluation: versioned YAML files with everything that changes a score besides checkpoint and benchmark.
 
 A file is complete: it names every limit and every sampling setting, so that what it means does not change with the
-package. ``episode`` is the name of a preset of :mod:`vilavt_core.presets`, which says how turns are read and what a bad
+package. Only what is off unless it is set (its default is None) may be left out, so that a file outlives new limits.
+``episode`` is the name of a preset of :mod:`vilavt_core.presets`, which says how turns are read and what a bad
 call leads to; those are rules in code, versioned with the package.
 """
 
@@ -12,13 +13,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from vilavt_core.backends import BackendOptions
 from vilavt_core.errors import EvaluationError
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import PRESETS, Limits, Preset, Sampling
+from vilavt_core.validation import problems
+from vilavt_core.yaml_config import read_keys
 
 FOLDER = Path(__file__).parent / "presets"
 """The files that come with the package."""
@@ -58,8 +60,9 @@ class EvaluationPreset(BaseModel):
     @classmethod
     def _complete(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping):
-            known = {f.name for f in fields(_PARTS[str(info.field_name)])}
-            for problem, names in (("unknown", set(value) - known), ("missing", known - set(value))):
+            known = {f.name: f.default for f in fields(_PARTS[str(info.field_name)])}
+            needed = {name for name, default in known.items() if default is not None}
+            for problem, names in (("unknown", set(value) - set(known)), ("missing", needed - set(value))):
                 if names:
                     raise ValueError(f"{problem} {', '.join(sorted(map(str, names)))}")
         return value
@@ -85,17 +88,12 @@ class EvaluationPreset(BaseModel):
         path = FOLDER / f"{name}.yaml"
         if not path.is_file():
             path = Path(name)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError:
+        if not path.is_file():
             raise EvaluationError(
                 f"no preset {str(name)!r}; known are {', '.join(known_presets())}, or give the path of a YAML file"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(data, dict):
-            raise EvaluationError(f"{path}: it must be a mapping; copy one of the presets that come with the package")
-        return cls._checked({"name": path.stem} | data, str(path)).changed(changes or {})
+            )
+        data = {"name": path.stem} | read_keys(path, EvaluationError)
+        return cls._checked(data, str(path)).changed(changes or {})
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """With some fields changed; those of `Limits` and `Sampling` go by their own names.
@@ -123,9 +121,7 @@ class EvaluationPreset(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            found = error.errors(include_url=False)
-            said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found)
-            raise EvaluationError(f"{where}: {said}") from None
+            raise EvaluationError(f"{where}: {problems(error)}") from None
 
     def of_episode(self) -> Preset:
         """How episodes run."""

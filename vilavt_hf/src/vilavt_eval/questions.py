@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vilavt_core.data.annotations import Annotations
-from vilavt_core.episode import IMAGE_MARK
 from vilavt_core.errors import BenchmarkError, DataError, ScoringError
+from vilavt_core.protocol import IMAGE_MARK
 from vilavt_core.scoring import QuestionType
 
 from .definition import Benchmark, TypeRule

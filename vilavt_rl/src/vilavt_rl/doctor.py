@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 
 from vilavt_core.doctor import Check, Status, guarded
+from vilavt_core.versions import installed, version_of
 
 from .compat import INSTALL_VERL, INSTALL_VERL_VLLM, flavour, require_easyr1, require_verl
-from .cpu_vllm import needs_metadata, version_of
+from .cpu_vllm import needs_metadata
 from .seams import problems
 
 NEEDED = ("transfer_queue", "cachetools", "ray", "uvicorn", "fastapi")
@@ -44,11 +45,10 @@ def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
 
 
 def _math() -> Check:
-    try:
-        return Check("math questions", Status.OK, f"math_verify {metadata.version('math-verify')}")
-    except metadata.PackageNotFoundError:
-        remedy = 'pip install "vilavt-hf[math]"'
-        return Check("math questions", Status.NOTE, "math_verify is not installed, they cannot be rewarded", remedy)
+    if version := version_of("math-verify"):
+        return Check("math questions", Status.OK, f"math_verify {version}")
+    remedy = 'pip install "vilavt-hf[math]"'
+    return Check("math questions", Status.NOTE, "math_verify is not installed, they cannot be rewarded", remedy)
 
 
 def _verl() -> str:
@@ -100,7 +100,7 @@ def _versions() -> str:
     """What is installed, and whether each accepts the others."""
     from packaging.requirements import Requirement
 
-    found = {name: version for name in TOGETHER if (version := version_of(name)) is not None}
+    found = installed(TOGETHER)
     wrong = []
     for name in found:
         for requirement in map(Requirement, metadata.requires(name) or ()):

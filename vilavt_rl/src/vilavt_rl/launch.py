@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from vilavt_core.shipped import find_recipe, recipe_names
+from vilavt_core.yaml_config import get_key, read_keys
 
 from .compat import require_verl
 from .errors import HostError
@@ -45,18 +44,18 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
         raise HostError(f"{recipe}: no such recipe; it must be a file, or one of {', '.join(recipe_names(RECIPES))}")
     recipe = found.absolute()
     require_verl()
-    config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    config = read_keys(recipe, HostError)
     given = [_absolute(override) for override in overrides]
     if _set(given, AGENT_LOOP) is None:
-        loop = _at(config, AGENT_LOOP)
+        loop = get_key(config, AGENT_LOOP)
         if loop is not None and not Path(loop).is_absolute():
             places = [recipe.parent / loop, Path(loop).absolute(), RECIPES / loop]
             given.append(f"{AGENT_LOOP}={next((place for place in places if place.is_file()), places[1])}")
     environment = {"TOKENIZERS_PARALLELISM": "false"}
-    engine = _set(given, "actor_rollout_ref.rollout.name") or _at(config, "actor_rollout_ref.rollout.name")
-    if engine == "vllm" and (_set(given, EXTENSION) or _at(config, EXTENSION)) is None:
+    engine = _set(given, "actor_rollout_ref.rollout.name") or get_key(config, "actor_rollout_ref.rollout.name")
+    if engine == "vllm" and (_set(given, EXTENSION) or get_key(config, EXTENSION)) is None:
         given.append(f"++{EXTENSION}={OUR_EXTENSION}")
-    if (_set(given, "trainer.device") or _at(config, "trainer.device")) == "cpu":
+    if (_set(given, "trainer.device") or get_key(config, "trainer.device")) == "cpu":
         environment["VERL_PLATFORM"] = "cpu"
         # A cluster that is already running got its environment before: tell its workers too.
         given.append("+ray_kwargs.ray_init.runtime_env.env_vars={VERL_PLATFORM: cpu}")
@@ -107,10 +106,3 @@ def _set(overrides: Sequence[str], key: str) -> str | None:
     """The value that overrides give a key; the last wins."""
     values = [value for name, _, value in (o.partition("=") for o in overrides) if name.lstrip("+") == key]
     return values[-1] if values else None
-
-
-def _at(config: Mapping, key: str) -> str | None:
-    value: object = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else str(value)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from vilavt_core.architecture import expected_tensors, is_tied, published_name, query_encoder_part
+from vilavt_core.checkpoint.build_info import write_build_info
 from vilavt_core.checkpoint.companions import Companions, Missing, bring_companions
 from vilavt_core.checkpoint.config import (
     ARCHITECTURE,
@@ -31,7 +32,6 @@ from vilavt_core.checkpoint.config import (
     vilavt_config,
 )
 from vilavt_core.checkpoint.layout import CONFIG, disagreements, read_json
-from vilavt_core.checkpoint.provenance import write_provenance
 from vilavt_core.checkpoint.writing import (
     TensorSource,
     plan_shards,
@@ -147,7 +147,7 @@ def merge_shards(
             [settings, *([Path(processor)] if processor else [])],
             [Path(query_encoder)] if query_encoder else [],
         )
-        write_provenance(
+        write_build_info(
             partial, {"made_by": "merge", "source": folder.name, "world_size": len(files), "mesh": mesh, "dtype": dtype}
         )
         write_json(partial / CONFIG, final)

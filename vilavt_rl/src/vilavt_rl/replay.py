@@ -17,8 +17,9 @@ from typing import Any
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.episode import Episode, Limits
 from vilavt_core.presets import Sampling, get_preset
-from vilavt_core.results import ChatResult, Provenance, Work, versions
+from vilavt_core.results import ChatResult, Provenance, Work
 from vilavt_core.trace import write_html
+from vilavt_core.versions import versions
 
 from .data import Row
 from .errors import DataError

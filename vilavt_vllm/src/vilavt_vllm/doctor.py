@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vilavt_core.doctor import Check, Status, guarded, in_range
+from vilavt_core.versions import version_of
 
 from . import support
 from .registration import ARCHITECTURES
@@ -34,18 +35,18 @@ def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
 
 
 def _import_vllm() -> Check:
-    installed = [name for name in DISTRIBUTIONS if _version(name)]
-    if not installed:
+    found = [name for name in DISTRIBUTIONS if version_of(name)]
+    if not found:
         raise ImportError(f"neither {' nor '.join(DISTRIBUTIONS)} is installed")
-    if len(installed) > 1:
-        raise ImportError(f"{' and '.join(installed)} are both installed and overwrite each other's files")
+    if len(found) > 1:
+        raise ImportError(f"{' and '.join(found)} are both installed and overwrite each other's files")
     import vllm
 
     if support.numbers(vllm.__version__) >= support.SUPPORTED[1]:
         newest = support.dotted(support.SUPPORTED[1])
         detail = f"{vllm.__version__}, tested below {newest}; nothing stops it from running"
         return Check("vllm", Status.NOTE, detail)
-    requirement = support.REQUIREMENT.replace("vllm", installed[0], 1)
+    requirement = support.REQUIREMENT.replace("vllm", found[0], 1)
     return in_range("vllm", vllm.__version__, *support.SUPPORTED, requirement)
 
 
@@ -65,13 +66,6 @@ def _versions() -> Check:
     lines.append(problem or "vilavt-serve runs on this version")
     tested = any(row.tested != support.UNTESTED for row in rows)
     return Check("vllm versions", Status.OK if tested else Status.NOTE, "\n        ".join(lines))
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _plugin() -> Check:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from vilavt_core.episode import IMAGE_MARK
+from vilavt_core.protocol import IMAGE_MARK
 
 from .errors import MessageError
 

@@ -9,12 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from vilavt_core.backends import BackendOptions, is_url
 from vilavt_core.images import BENCHMARK_IMAGES
-from vilavt_core.presets import Limits, Sampling
+from vilavt_core.presets import Limits, Sampling, optional_fields
 from vilavt_core.shipped import shipped
+from vilavt_core.validation import problems
 
 from .errors import SettingsError
 
@@ -29,8 +30,11 @@ def _parsed(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-class AdapterSettings(BaseModel):
-    """One field per setting; unknown ones are refused."""
+_Overrides = create_model("_Overrides", **optional_fields(Limits), **optional_fields(Sampling))
+
+
+class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
+    """These settings and the fields of `Limits` and `Sampling`; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -45,18 +49,6 @@ class AdapterSettings(BaseModel):
     )
     prompts: str | None = Field(None, description="wording: a prompt set's name or folder")
     seed: int = Field(0, description="every sample's own seed is made from this and its id")
-    max_turns: int | None = Field(None, description="assistant turns of a conversation, the answer included")
-    max_images: int | None = Field(None, description="images of a conversation, crops included")
-    max_new_tokens_per_turn: int | None = Field(None, description="tokens the model may sample in a turn")
-    max_context: int | None = Field(None, description="tokens of a whole conversation")
-    max_pixels: float | None = Field(None, description="pixels of an image as the encoder sees it")
-    min_pixels: float | None = Field(None, description="smaller images are enlarged to this")
-    crop_max_pixels: float | None = Field(None, description="pixels of a crop as the encoder sees it")
-    max_total_pixels: float | None = Field(None, description="pixels of all images of a conversation")
-    temperature: float | None = Field(None, description="0 is greedy")
-    top_p: float | None = Field(None, description="nucleus sampling")
-    top_k: int | None = Field(None, description="0 is off")
-    repetition_penalty: float | None = Field(None, description="1 is off")
     dtype: str = Field("auto", description="of the weights")
     device: str = Field("auto", description="with `hf`; under torchrun every rank takes its own GPU")
     engine: Annotated[dict[str, Any], BeforeValidator(_parsed)] = Field(
@@ -82,10 +74,18 @@ class AdapterSettings(BaseModel):
             for name, value in environment.items()
             if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ELSEWHERE
         }
+
+        def label(place: tuple[Any, ...]) -> str:
+            name = str(place[0])
+            return repr(name) if name in given else PREFIX + name.upper()
+
+        values = {**found, **given}
+        if unknown := [name for name in values if name not in cls.model_fields]:
+            raise SettingsError(f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}")
         try:
-            return cls(**{**found, **given})
+            return cls(**values)
         except ValidationError as error:
-            raise SettingsError(_first(error, given, cls)) from None
+            raise SettingsError(problems(error, name=label, values=True)) from None
 
     @property
     def path(self) -> str:
@@ -126,15 +126,4 @@ class AdapterSettings(BaseModel):
         )
 
     def _set(self, kind: type) -> dict[str, Any]:
-        names = [f.name for f in fields(kind) if f.name in type(self).model_fields]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def _first(error: ValidationError, given: Mapping[str, Any], cls: type[BaseModel]) -> str:
-    """What the first problem is, in one line."""
-    problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0])
-    label = repr(name) if name in given else PREFIX + name.upper()
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {label}; known are {', '.join(cls.model_fields)}"
-    return f"{label} is {problem['input']!r}: {problem['msg']}"
+        return {name: value for name in [f.name for f in fields(kind)] if (value := getattr(self, name)) is not None}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..architecture import published_name, query_encoder_part
 from ..errors import CheckpointError
+from .build_info import PROVENANCE, fingerprint, write_build_info
 from .companions import Companions, Missing, bring_companions
 from .config import (
     ARCHITECTURE,
@@ -19,7 +20,6 @@ from .config import (
     vilavt_config,
 )
 from .layout import CONFIG, INDEX, Checkpoint, Shard, disagreements, read_json
-from .provenance import PROVENANCE, fingerprint, write_provenance
 from .writing import (
     file_range,
     from_entry,
@@ -221,4 +221,4 @@ def _record(checkpoint: Checkpoint, partial: Path, weights: Weights) -> None:
     }
     if (checkpoint.folder / PROVENANCE).is_file():
         details["source_provenance"] = read_json(checkpoint.folder / PROVENANCE)
-    write_provenance(partial, details)
+    write_build_info(partial, details)

@@ -12,11 +12,11 @@ import numpy as np
 
 from ..architecture import as_query_encoder_part, expected_tensors, is_new, published_name, query_aware_blocks
 from ..errors import CheckpointError
+from .build_info import fingerprint, write_build_info
 from .companions import PROMPTS, Companions, Missing, bring_companions, has_tokenizer
 from .config import check_query_encoder, query_encoder_config, vilavt_config
 from .inspection import Flavour, detect_flavour
 from .layout import CONFIG, Checkpoint, TensorEntry, disagreements
-from .provenance import fingerprint, write_provenance
 from .writing import (
     TensorSource,
     from_entry,
@@ -127,7 +127,7 @@ def initialise_checkpoint(
         _write_weights(stock, added, partial, link)
         companions = bring_companions(partial, [base], [query_encoder] if has_tokenizer(query_encoder) else [])
         _write_prompts(prompts, partial)
-        write_provenance(
+        write_build_info(
             partial,
             {
                 "made_by": "init",

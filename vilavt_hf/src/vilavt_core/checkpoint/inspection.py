@@ -16,10 +16,10 @@ from ..architecture import (
     text_fields,
 )
 from ..errors import CheckpointError
+from .build_info import fingerprint
 from .companions import PROMPTS, Missing, missing_companions
 from .config import ARCHITECTURE, derived_text_encoder_config
 from .layout import CONFIG, Checkpoint, disagreements
-from .provenance import fingerprint
 
 
 class Flavour(StrEnum):

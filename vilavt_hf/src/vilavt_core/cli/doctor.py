@@ -41,11 +41,7 @@ def doctor(
 
 def version() -> None:
     """Print the versions that decide a result."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as version_of
+    from ..versions import DECIDING, version_of
 
-    for package in ("vilavt-hf", "transformers", "torch", "pillow"):
-        try:
-            typer.echo(f"{package} {version_of(package)}")
-        except PackageNotFoundError:
-            typer.echo(f"{package} not installed")
+    for package in DECIDING:
+        typer.echo(f"{package} {version_of(package) or 'not installed'}")

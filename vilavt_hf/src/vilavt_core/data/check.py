@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from ..errors import DataError
-from ..protocol import Malformed, ToolCall, parse_turn
+from ..protocol import IMAGE_MARK, Malformed, ToolCall, parse_turn
 from .dataset import Lengths, SftDataset
 from .example import Dropped
 from .parallel import in_processes
 from .rendering import query_groups
-from .schema import IMAGE_MARK, PublishedRecord, read_record
+from .schema import PublishedRecord, read_record
 
 
 @dataclass(frozen=True)

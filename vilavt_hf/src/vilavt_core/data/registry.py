@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import DataError
-from .schema import problems
+from ..validation import problems
+from ..yaml_config import read_keys
 
 PUBLISHED = MappingProxyType(
     {
@@ -71,12 +72,7 @@ class Registry(BaseModel):
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            registry = cls.model_validate(values)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; check the path", "registry") from None
-        except yaml.YAMLError as error:
-            raise DataError(f"{path}: not YAML: {error}", "registry") from None
+            registry = cls.model_validate(read_keys(path, partial(DataError, kind="registry")))
         except ValidationError as error:
             raise DataError(f"{path}: {problems(error)}", "registry") from None
         names = [source.name for source in registry.datasets]

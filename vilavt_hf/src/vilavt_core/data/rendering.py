@@ -20,12 +20,12 @@ from ..errors import DataError, ImageError, RegionError, VilavtError
 from ..images import image_size, load_image
 from ..presets import Preset
 from ..prompts import PromptSet
-from ..protocol import FinishReason, Malformed, Rules, ToolCall, parse_turn
+from ..protocol import IMAGE_MARK, Box, FinishReason, Malformed, Rules, ToolCall, parse_turn
 from ..regions import MIN_PIXELS, Gallery, fit
 from ..results import Sample
 from .example import IGNORE, Example, ImageGroup
 from .registry import Crops
-from .schema import IMAGE_MARK, EpisodeRecord, PublishedRecord, PublishedTurn, Record
+from .schema import EpisodeRecord, PublishedRecord, PublishedTurn, Record
 
 Labels = Literal["turn", "turn_and_newline"]
 OpenImage = Callable[[Path], Image.Image]
@@ -99,7 +99,7 @@ class Outline(Image.Image):
         """Another size."""
         return Outline((size[0], size[1]))
 
-    def crop(self, box: tuple[float, float, float, float] | None = None) -> "Outline":
+    def crop(self, box: Box | None = None) -> "Outline":
         """The size of the box."""
         assert box is not None
         return Outline((int(box[2] - box[0]), int(box[3] - box[1])))

@@ -10,9 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import DataError
-
-IMAGE_MARK = "<image>"
-"""Stands in a user turn where an image belongs."""
+from ..validation import problems
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles in published records -> names in the chat format; others stay."""
@@ -137,13 +135,3 @@ def read_record(data: Any, sample: str) -> Record:
         return schema.model_validate(data)
     except ValidationError as error:
         raise DataError(f"{sample}: {problems(error)}", "schema") from None
-
-
-def problems(error: ValidationError) -> str:
-    """One line out of a validation error: every field with what is wrong with it."""
-    lines = []
-    for item in error.errors(include_url=False):
-        where = ".".join(map(str, item["loc"]))
-        text = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {text}" if where else text)
-    return "; ".join(lines)

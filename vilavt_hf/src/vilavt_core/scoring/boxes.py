@@ -6,9 +6,7 @@ import math
 import re
 
 from ..errors import ScoringError
-from ..protocol import unbox
-
-Box = tuple[float, float, float, float]
+from ..protocol import Box, unbox
 
 MIN_IOU = 0.5
 """Least overlap that counts, as in grounding benchmarks; below it a box around everything would earn."""

@@ -252,19 +252,9 @@ def _setting(
 
 
 def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:
-    """KEY=VALUE with the value in YAML: numbers are numbers, ``null`` is none."""
-    import yaml
+    from vilavt_core.yaml_config import parse_change
 
-    values = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint=option)
-    return values
+    return dict(parse_change(pair, partial(typer.BadParameter, param_hint=option)) for pair in pairs or ())
 
 
 def _questions(name: str, data: Path | None, image_root: Path | None, *, check_images: bool) -> Questions:

@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from vilavt_core.data.order import InOrder
 from vilavt_core.errors import TrainingError
 from vilavt_core.prompts import PromptSet
 from vilavt_core.settings import save_chat_settings
+from vilavt_core.versions import installed
 
 from ..processing_vilavt import VilavtProcessor
 from ..train.collator import VilavtCollator
@@ -397,10 +397,7 @@ def publish(
         "notes": list(notes),
         "versions": {
             "python": platform.python_version(),
-            **{
-                name: metadata.version(name)
-                for name in ("torch", "transformers", "tokenizers", "scikit-learn", "numpy", "pillow")
-            },
+            **installed(("torch", "transformers", "tokenizers", "scikit-learn", "numpy", "pillow")),
         },
         "cpu_threads": torch.get_num_threads(),
     }

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vilavt_core.data.schema import IMAGE_MARK
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
 from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
-from vilavt_core.protocol import Answer, format_turn
+from vilavt_core.protocol import IMAGE_MARK, Answer, format_turn
 from vilavt_core.results import Sample
 
 from .scenes import MAX_PIXELS, Kind, Split, ask, make_scene

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vilavt_core.checkpoint import write_provenance
+from vilavt_core.checkpoint import write_build_info
 from vilavt_core.checkpoint.companions import bring_companions
 from vilavt_core.checkpoint.writing import staged_folder
 from vilavt_core.errors import TrainingError
@@ -77,7 +77,7 @@ def merge_adapter(
         merged.save_pretrained(partial)
         (partial / "generation_config.json").unlink(missing_ok=True)
         bring_companions(partial, [adapter, Path(base)])
-        write_provenance(partial, {"adapter": str(adapter), "base": str(base)})
+        write_build_info(partial, {"adapter": str(adapter), "base": str(base)})
     return Path(destination)
 
 

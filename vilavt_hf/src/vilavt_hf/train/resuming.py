@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vilavt_core.checkpoint import fingerprint
-from vilavt_core.checkpoint.provenance import PROVENANCE
+from vilavt_core.checkpoint.build_info import PROVENANCE
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, digest
 from vilavt_core.errors import TrainingError

@@ -17,9 +17,9 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import deepspeed
 
+from vilavt_core.checkpoint.build_info import write_build_info
 from vilavt_core.checkpoint.config import set_dtype
 from vilavt_core.checkpoint.layout import CONFIG
-from vilavt_core.checkpoint.provenance import write_provenance
 from vilavt_core.checkpoint.writing import place_file, replace_folder, write_json
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, Packed, Shuffled
@@ -294,7 +294,7 @@ def save_final(
             set_dtype(values, str(target).removeprefix("torch."))
             write_json(partial / CONFIG, values)
         complete(partial)
-        write_provenance(partial, {**record, "step": trainer.state.global_step, "epoch": trainer.state.epoch})
+        write_build_info(partial, {**record, "step": trainer.state.global_step, "epoch": trainer.state.epoch})
         replace_folder(partial, folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from vilavt_core.architecture import PARTS, Part, part_of
-from vilavt_core.checkpoint import write_provenance
+from vilavt_core.checkpoint import write_build_info
 from vilavt_core.checkpoint.writing import replace_folder
 from vilavt_core.data.example import IGNORE, Dropped
 from vilavt_core.data.order import Order, RankShare
@@ -282,7 +282,7 @@ class VilavtTrainer(Trainer):
             folder = staging / name
             if self.complete_checkpoint is not None:
                 self.complete_checkpoint(folder)
-            write_provenance(folder, {**self.record, "step": self.state.global_step, "epoch": self.state.epoch})
+            write_build_info(folder, {**self.record, "step": self.state.global_step, "epoch": self.state.epoch})
             replace_folder(folder, output / name)
             shutil.rmtree(staging, ignore_errors=True)
             if self.args.save_total_limit:

@@ -23,8 +23,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 from vilavt_core.doctor import Check, Status, guarded
+from vilavt_core.versions import version_of
 
-from ..cpu_vllm import needs_metadata, version_of
+from ..cpu_vllm import needs_metadata
 from ..errors import HostError
 from ..seams import Seam, problems
 

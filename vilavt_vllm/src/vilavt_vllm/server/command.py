@@ -5,34 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import fields
 from importlib import metadata
 
 from .. import CHAT_TEMPLATE
 from ..errors import UnsupportedError
-
-OURS = {
-    "preset": "how episodes run (vilavt_core.presets); default: what the checkpoint asks for",
-    "prompts": "prompt set, a name or a folder; default: the checkpoint's own",
-    "seed": "of requests that sample and bring none",
-    "max_turns": "assistant turns of a question",
-    "max_images": "images of a conversation, crops included",
-    "max_new_tokens_per_turn": "tokens the model may sample in a turn",
-    "max_pixels": "pixels of an image as the encoder sees it",
-    "max_image_bytes": "bytes of a picture as sent",
-    "max_image_pixels": "pixels of a picture as sent, checked before it is decoded",
-    "max_body_bytes": "bytes of a request",
-    "max_episodes": "questions answered at the same time; more get 503",
-    "max_conversations": "finished questions kept, with their pictures, so that follow-ups continue them",
-    "max_conversation_bytes": "bytes of decoded pictures that those may hold",
-}
-"""Field of `ServerOptions` -> help text."""
+from .options import flags, options_of
 
 
 def parser() -> argparse.ArgumentParser:
     """Our own flags; the rest is vLLM's."""
-    from .endpoint import ServerOptions
-
     out = argparse.ArgumentParser(
         prog="vilavt-serve",
         description="vLLM's OpenAI server for a ViLaVT, with the zoom loop inside /v1/chat/completions.",
@@ -41,15 +22,13 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("model", nargs="?", help="checkpoint folder or hub id")
     out.add_argument("--vllm-help", action="store_true", help="show vLLM's flags and leave")
-    kinds = {"preset": str, "prompts": str, "max_pixels": float}
-    for field in fields(ServerOptions):
-        default = "" if field.default is None else f" (default: {field.default})"
+    for flag in flags():
         out.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kinds.get(field.name, int),
-            default=field.default,
-            metavar="N" if field.name not in ("preset", "prompts") else "NAME",
-            help=OURS[field.name] + default,
+            flag.option,
+            type=flag.kind,
+            default=flag.default,
+            metavar="NAME" if flag.kind is str else "N",
+            help=flag.help + ("" if flag.default is None else f" (default: {flag.default})"),
         )
     return out
 
@@ -82,12 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         own.error("name a checkpoint: vilavt-serve CHECKPOINT")
     allow_plugins()
 
-    from .endpoint import ServerOptions
-
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
         rest += ["--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
-    options = ServerOptions(**{field.name: getattr(ours, field.name) for field in fields(ServerOptions)})
-    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options)
+    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options_of(vars(ours)))
 
 
 if __name__ == "__main__":

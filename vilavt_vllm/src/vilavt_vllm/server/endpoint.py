@@ -12,7 +12,7 @@ import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, format_turn
 from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.validation import dotted, problems
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
 from .. import compat
@@ -35,6 +36,7 @@ from ..online import AsyncVilavtLLM
 from .history import History
 from .media import Pictures
 from .metrics import metrics
+from .options import ServerOptions
 from .protocol import ChatRequest, Exchange, exchanges
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
@@ -49,25 +51,6 @@ logger = logging.getLogger(__name__)
 PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", f"/v1{SETTINGS_PATH}"
 RAW = "/v1/raw/"
 """Prefix under which a client that runs the loop itself finds both as vLLM made them."""
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What ``vilavt-serve`` was told beside vLLM's own flags; None is the checkpoint's or the preset's."""
-
-    preset: str | None = None
-    prompts: str | None = None
-    seed: int = 0
-    max_turns: int | None = None
-    max_images: int | None = None
-    max_new_tokens_per_turn: int | None = None
-    max_pixels: float | None = None
-    max_image_bytes: int = ImageLimits.max_bytes
-    max_image_pixels: int = ImageLimits.max_pixels
-    max_body_bytes: int = 256 * 1024 * 1024
-    max_episodes: int = 256
-    max_conversations: int = 64
-    max_conversation_bytes: int = 2 * 1024**3
 
 
 class Loop:
@@ -85,7 +68,7 @@ class Loop:
             image_limits=image_limits,
             device=str(getattr(getattr(getattr(state, "vllm_config", None), "device_config", None), "device_type", "")),
         )
-        settings = replace(settings, limits=_tightened(settings.limits, options))
+        settings = replace(settings, limits=replace(settings.limits, **options.limits))
         self.llm = AsyncVilavtLLM(engine, settings)
         self.models = state.openai_serving_models
         self.pictures = Pictures(config, image_limits, settings.preset.rules)
@@ -174,11 +157,6 @@ class Loop:
         return driver
 
 
-def _tightened(limits: Limits, options: ServerOptions) -> Limits:
-    names = ("max_turns", "max_images", "max_new_tokens_per_turn", "max_pixels")
-    return replace(limits, **{name: value for name in names if (value := getattr(options, name)) is not None})
-
-
 class VilavtEndpoint:
     """See vLLM's `EndpointPlugin`."""
 
@@ -263,9 +241,7 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(bytes(body))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, found["loc"])) or "body"
-        raise RequestError(f"{where}: {found['msg']}") from None
+        raise RequestError(problems(error, name=lambda place: dotted(place) or "body", most=1)) from None
 
 
 async def _last(answer: AsyncGenerator[Any, None]) -> ChatResult:

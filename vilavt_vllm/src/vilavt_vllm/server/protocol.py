@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from vilavt_core.presets import Limits, Sampling
+from vilavt_core.presets import Limits, Sampling, optional_fields
 
 from ..errors import LimitError, RequestError
 
@@ -63,17 +63,14 @@ class Message(BaseModel):
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
-class RequestLimits(BaseModel):
-    """Budgets of one request; each at most the server's."""
+RequestLimits = create_model(
+    "RequestLimits",
+    __config__=ConfigDict(extra="forbid"),
+    __doc__="Budgets of one request; each at most the server's.",
+    **optional_fields(Limits, per_request=True),
+)
 
-    model_config = ConfigDict(extra="forbid")
-    max_turns: int | None = Field(None, ge=1)
-    max_images: int | None = Field(None, ge=1)
-    max_new_tokens_per_turn: int | None = Field(None, ge=1)
-    max_context: int | None = Field(None, ge=1)
-    max_pixels: float | None = Field(None, gt=0)
-    crop_max_pixels: float | None = Field(None, gt=0)
-    max_total_pixels: float | None = Field(None, gt=0)
+_RequestSampling = create_model("_RequestSampling", **optional_fields(Sampling, per_request=True))
 
 
 class StreamOptions(BaseModel):
@@ -83,22 +80,20 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
-    """Body of ``POST /v1/chat/completions``."""
+class ChatRequest(_RequestSampling):  # type: ignore[valid-type, misc]
+    """Body of ``POST /v1/chat/completions``: these fields and those of `Sampling`."""
 
     model_config = ConfigDict(extra="allow")
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    """vLLM's clients say -1 for off."""
     seed: int | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    vilavt: RequestLimits | None = None
+    vilavt: RequestLimits | None = None  # type: ignore[valid-type]
 
     def refuse_unknown(self) -> None:
         """Fields that would change the answer and cannot be honoured.
@@ -119,13 +114,10 @@ class ChatRequest(BaseModel):
 
     def sampling(self, default: Sampling) -> Sampling:
         """The server's sampling with this request's changes."""
-        changes: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "top_p", "repetition_penalty")
-            if (value := getattr(self, name)) is not None
-        }
-        if self.top_k is not None:
-            changes["top_k"] = max(0, self.top_k)
+        wanted: dict[str, Any] = {name: getattr(self, name) for name in _RequestSampling.model_fields}
+        changes = {name: value for name, value in wanted.items() if value is not None}
+        if "top_k" in changes:
+            changes["top_k"] = max(0, changes["top_k"])
         return replace(default, **changes)
 
     def limits(self, server: Limits) -> Limits:
@@ -134,7 +126,7 @@ class ChatRequest(BaseModel):
         Raises:
             LimitError: one is above the server's.
         """
-        wanted = {} if self.vilavt is None else self.vilavt.model_dump(exclude_none=True)
+        wanted: dict[str, Any] = {} if self.vilavt is None else self.vilavt.model_dump(exclude_none=True)
         tokens = self.max_completion_tokens or self.max_tokens
         if tokens is not None:
             wanted.setdefault("max_new_tokens_per_turn", min(tokens, server.max_new_tokens_per_turn))

@@ -10,25 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..versions import OURS, installed
 from .layout import Checkpoint, TensorEntry
 from .writing import file_range, write_json
 
 PROVENANCE = "provenance.json"
-_PACKAGES = (
-    "vilavt-hf",
-    "vilavt-vllm",
-    "vilavt-rl",
-    "vilavt-vlmeval",
-    "torch",
-    "transformers",
-    "safetensors",
-    "numpy",
-    "pillow",
-)
+_PACKAGES = (*OURS, "torch", "transformers", "safetensors", "numpy", "pillow")
 _SAMPLE = 256
 
 
@@ -65,8 +55,8 @@ def _samples(tensor: TensorEntry) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """How an artefact was made."""
+class BuildInfo:
+    """How an artefact was made. What a *result* depends on is `vilavt_core.results.Provenance`."""
 
     command: str
     created: str
@@ -79,7 +69,7 @@ class Provenance:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def collect_provenance(details: Mapping[str, Any] | None = None, command: Sequence[str] | None = None) -> Provenance:
+def collect_build_info(details: Mapping[str, Any] | None = None, command: Sequence[str] | None = None) -> BuildInfo:
     """The record for something made now by this process.
 
     Args:
@@ -87,29 +77,23 @@ def collect_provenance(details: Mapping[str, Any] | None = None, command: Sequen
         command: the command line, by default this process's.
     """
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return Provenance(
+    return BuildInfo(
         command=shlex.join(words),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        packages=packages,
+        packages=installed(_PACKAGES),
         git=_git_state(),
         details=dict(details or {}),
     )
 
 
-def write_provenance(
+def write_build_info(
     folder: str | os.PathLike, details: Mapping[str, Any] | None = None, command: Sequence[str] | None = None
 ) -> Path:
-    """Write ``provenance.json`` into a checkpoint or result folder and return its path; see `collect_provenance`."""
+    """Write ``provenance.json`` into a checkpoint or result folder and return its path; see `collect_build_info`."""
     path = Path(folder) / PROVENANCE
-    write_json(path, asdict(collect_provenance(details, command)))
+    write_json(path, asdict(collect_build_info(details, command)))
     return path
 
 

@@ -1,0 +1,73 @@
+"""What ``vilavt-serve`` is told beside vLLM's own flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vilavt_core.images import ImageLimits
+from vilavt_core.presets import Limits, described, value_type
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the loop in the server runs; None is the checkpoint's or the preset's."""
+
+    preset: str | None = described(
+        None, "how episodes run (vilavt_core.presets); default: what the checkpoint asks for"
+    )
+    prompts: str | None = described(None, "prompt set, a name or a folder; default: the checkpoint's own")
+    seed: int = described(0, "of requests that sample and bring none")
+    max_image_bytes: int = described(ImageLimits.max_bytes, "bytes of a picture as sent")
+    max_image_pixels: int = described(
+        ImageLimits.max_pixels, "pixels of a picture as sent, checked before it is decoded"
+    )
+    max_body_bytes: int = described(256 * 1024 * 1024, "bytes of a request")
+    max_episodes: int = described(256, "questions answered at the same time; more get 503")
+    max_conversations: int = described(
+        64, "finished questions kept, with their pictures, so that follow-ups continue them"
+    )
+    max_conversation_bytes: int = described(2 * 1024**3, "bytes of decoded pictures that those may hold")
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Limits` that shall differ from the preset's and the checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of ``vilavt-serve``."""
+
+    name: str
+    """Of the field: of `ServerOptions`, or of `Limits` if it is one of its."""
+    kind: type
+    """str, int or float."""
+    default: Any
+    help: str
+    is_limit: bool
+
+    @property
+    def option(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def flags() -> list[Flag]:
+    """One per option and per limit; a limit's default is None: the preset's and the checkpoint's."""
+    out = []
+    for owner, is_limit in ((ServerOptions, False), (Limits, True)):
+        for f in fields(owner):
+            if f.name != "limits":
+                default = None if is_limit else f.default
+                out.append(Flag(f.name, value_type(owner, f.name), default, f.metadata["help"], is_limit))
+    return out
+
+
+def options_of(given: Mapping[str, Any]) -> ServerOptions:
+    """The options that flags say.
+
+    Args:
+        given: value by `Flag.name`; a limit that is None was not given.
+    """
+    own = {flag.name: given[flag.name] for flag in flags() if not flag.is_limit}
+    limits = {flag.name: given[flag.name] for flag in flags() if flag.is_limit and given[flag.name] is not None}
+    return ServerOptions(**own, limits=limits)
