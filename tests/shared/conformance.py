@@ -35,7 +35,10 @@ class Synchronous:
     """An async backend, called from ordinary code on one event loop."""
 
     def __init__(self, backend: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._backend, self._loop = backend, loop
+        vars(self).update(_backend=backend, _loop=loop)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._backend, name, value)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._backend, name)

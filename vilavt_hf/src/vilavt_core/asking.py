@@ -337,6 +337,7 @@ class AsyncDrivenBackend(ABC):
         finally:
             for task in running:
                 task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)  # each ends in the engine
 
     async def _result(self, place: int, entry: Sample | tuple[Any, str]) -> tuple[int, ChatResult]:
         driver = Driver(Sample.of(entry), self.settings, name=str(place))

@@ -40,10 +40,8 @@ from .conversation import (
 from .errors import EpisodeError, ImageError, RegionError
 from .images import to_rgb
 from .presets import Limits, Preset, get_preset
-from .prompts import Part, PromptSet, join
+from .prompts import Part, PromptSet
 from .protocol import (
-    ANSWER_CLOSE,
-    IMAGE_MARK,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
     Answer,
@@ -51,9 +49,9 @@ from .protocol import (
     Malformed,
     ToolCall,
     parse_turn,
-    unbox,
 )
-from .regions import CropPlan, Gallery, View, share_budget, smart_resize
+from .published_rules import rules_of
+from .regions import CropPlan, Gallery, View, smart_resize
 from .versions import version_of
 
 
@@ -74,6 +72,7 @@ class Episode:
         self.preset = preset
         self.limits = limits
         self.prompts = prompts
+        self._rules = rules_of(preset, prompts)
         self.sample_id = sample_id
         self.tokenizer = tokenizer
         self.special = SpecialTokens.of(tokenizer)
@@ -357,13 +356,13 @@ class Episode:
         action = parse_turn(text, self.preset.rules)
         turn = Turn(len(self._turns), text, action, len(ids), seconds=seconds)
         if isinstance(action, Answer):
-            self._end(FinishReason.ANSWER, "", unbox(action.text) if self.preset.unbox_answer else action.text)
+            self._end(FinishReason.ANSWER, "", self._rules.answer(action.text))
         elif self._whole_text_answers:
-            self._end(FinishReason.ANSWER, "", unbox(text.strip()) if self.preset.unbox_answer else text.strip())
+            self._end(FinishReason.ANSWER, "", self._rules.answer(text.strip()))
         elif finish == "length" and not stopped:
             self._end_cut_off(request)
-        elif self.preset.close_tag_ends and ANSWER_CLOSE in text:
-            self._end(FinishReason.MALFORMED, f"the turn holds {ANSWER_CLOSE} without an answer before it")
+        elif (problem := self._rules.ending_problem(text)) is not None:
+            self._end(FinishReason.MALFORMED, problem)
         else:
             turn = self._act(turn)
         self._turns.append(turn)
@@ -410,7 +409,7 @@ class Episode:
                 )
         images = tuple(to_rgb(image) for image in images)
         self._question, self._originals = question, images
-        cap = share_budget(limits.max_pixels, len(images), self.preset.budget_split)
+        cap = self._rules.image_budget(limits.max_pixels, len(images))
         first = len(gallery)
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
         for i, image in enumerate(images):
@@ -449,46 +448,11 @@ class Episode:
     def _first_user(
         self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]
     ) -> list[Part]:
-        preset, prompts = self.preset, self.prompts
-        count = len(indices)
-        same = len({sizes[i] for i in indices}) <= 1
-        several = count > 1
-        raw = preset.question_block == "user_raw_if_many" and several
-        sized = {"lines": True, "lines_if_many": several, "true": several and not same}.get(preset.sizes, False)
-        lines = []
-        for index in indices:
-            width, height = sizes[index]
-            line = prompts.render(
-                "original_sized" if sized else "original", image=index, index=index, width=width, height=height
-            )
-            lines.append(line)
         if kind == "follow_up":
-            return [*(part for line in lines for part in line), *prompts.render("follow_up", question=question)]
+            return self._rules.follow_up_turn(indices, question, sizes)
         if kind == "fallback":
-            images_only: list[Part] = list(indices)
-            return [*images_only, *prompts.render("fallback_user", question=question)]
-        intro = ""
-        if count and not (sized and count == 1):
-            width, height = sizes[indices[-1 if preset.sizes == "last" else 0]]
-            name = "images_one" if count == 1 else "images_many_unsized" if sized else "images_many"
-            intro = prompts.text(name, count=count, last=indices[-1], width=width, height=height)
-        asked: str | tuple[Part, ...] = question
-        if preset.interleave and several:
-            pieces = question.split(IMAGE_MARK)
-            if len(pieces) == count + 1:
-                asked = join(
-                    [part for i, piece in enumerate(pieces) for part in (piece, *(lines[i] if i < count else ()))]
-                )
-                lines = []
-            else:
-                asked = "".join(pieces)
-        template = "user_raw" if raw else "user_reduced" if preset.question_block == "user_reduced" else "user"
-        if self.limits.max_turns == 1:
-            template = "user_no_zoom"
-        body = prompts.render(template, images=intro, question=asked)
-        if not intro and not count and body and isinstance(body[0], str):
-            body = (body[0].lstrip("\n"), *body[1:])
-        return [*(part for line in lines for part in line), *body]
+            return self._rules.fallback_turn(indices, question)
+        return self._rules.first_turn(indices, question, sizes, no_zoom=self.limits.max_turns == 1)
 
     def _act(self, turn: Turn) -> Turn:
         """Carry out a turn that stopped in the ordinary way and is no answer."""
@@ -511,7 +475,7 @@ class Episode:
         )
 
     def _zoom(self, turn: Turn, call: ToolCall, plans: list[CropPlan]) -> Turn:
-        limits, policy = self.limits, self.preset.image_overflow
+        limits = self.limits
         shown = len(self._gallery)
         problem = None
         if shown + len(plans) > limits.max_images:
@@ -525,7 +489,8 @@ class Episode:
             )
         opening: list[Part] = []
         if problem is not None:
-            if policy == "end" or (policy == "final" and self._asked_to_finish):
+            policy = self._rules.on_overflow(asked_to_finish=self._asked_to_finish)
+            if policy == "end":
                 self._end(FinishReason.IMAGE_LIMIT, problem)
                 return replace(turn, problem=problem)
             plans = self._that_fit(plans) if policy == "truncate" else []
@@ -542,13 +507,13 @@ class Episode:
         return kept
 
     def _refuse(self, turn: Turn, reason: FinishReason, problem: str, template: str, last: bool) -> Turn:
-        if last or self.preset.bad_call == "end":
+        if last or self._rules.on_bad_call == "end":
             self._end(reason, problem)
             return replace(turn, problem=problem)
         # A problem quotes the model's own words; they must not close the response they stand in.
         values: dict[str, str] = {"problem": problem.replace("</", "< /")} if template == "bad_call" else {}
         opening = list(self.prompts.render(template, **values))
-        return self._respond(turn, opening, [], "", problem, ask_to_finish=self.preset.bad_call == "final")
+        return self._respond(turn, opening, [], "", problem, ask_to_finish=self._rules.on_bad_call == "final")
 
     def _respond(
         self,
