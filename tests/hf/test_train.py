@@ -1,6 +1,5 @@
 """SFT: batches, packing, losses, gradients, optimiser. Sizes are the tiny model's; tolerances are for fp32."""
 
-import dataclasses
 import inspect
 import json
 import os
@@ -16,16 +15,15 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import TrainingArguments
 
 from vilavt_core.architecture import PARTS, part_of
-from vilavt_core.data.example import IGNORE, Dropped, Example, ImageGroup, TokenTarget
+from vilavt_core.data.example import IGNORE, Dropped, Example, ImageGroup
 from vilavt_core.data.order import InOrder
 from vilavt_hf import compat
-from vilavt_hf.tiny.model import fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
+from vilavt_hf.tiny.model import fast_encoder, linear_patches, tiny_config, tiny_model, tiny_processor
 from vilavt_hf.tiny.scenes import Kind, ask, make_scene
-from vilavt_hf.tiny.teacher import Encoder, episode_example, listing_example
+from vilavt_hf.tiny.teacher import Encoder, episode_example
 from vilavt_hf.train import model as training
 from vilavt_hf.train.attention import PACKED
 from vilavt_hf.train.collator import VilavtCollator, mrope_positions
-from vilavt_hf.train.losses import AuxiliaryHead, AuxiliaryLosses
 from vilavt_hf.train.model import freeze
 from vilavt_hf.train.trainer import StableDecay, VilavtTrainer, label_weight
 
@@ -61,12 +59,6 @@ def lessons(processor):
     return conversations(processor, extra_readings=0)
 
 
-@pytest.fixture(scope="module")
-def plain(lessons):
-    """The same without auxiliary targets."""
-    return [dataclasses.replace(lesson, attention=(), tokens=()) for lesson in lessons]
-
-
 def training_model(config, attention="sdpa"):
     model = tiny_model(config, 0).train()
     model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa", "text_encoder_config": "sdpa"})
@@ -76,7 +68,7 @@ def training_model(config, attention="sdpa"):
 def summed(model, batch):
     """Loss sum over the labelled tokens, and the weight of them."""
     weight = label_weight(batch)
-    return model(**{k: v for k, v in batch.items() if k not in ("aux", "counts")})["loss"], weight
+    return model(**{k: v for k, v in batch.items() if k != "counts"})["loss"], weight
 
 
 def gradients(model, loss):
@@ -87,7 +79,7 @@ def gradients(model, loss):
 
 def stock_inputs(batch):
     """What the model takes outside of training."""
-    return {k: v for k, v in batch.items() if k not in ("aux", "counts", "label_weights")}
+    return {k: v for k, v in batch.items() if k not in ("counts", "label_weights")}
 
 
 def assert_same_gradients(found, expected, tolerance=2e-5):
@@ -152,23 +144,6 @@ def test_rows_are_padded_right_and_images_stay_in_prompt_order(processor, config
     assert values == sorted(set(values))
 
 
-def test_the_images_of_extra_groups_come_last_and_keep_their_targets(processor, config):
-    image = config.image_token_id
-    target = TokenTarget("digit", 1, np.array([4]))
-    examples = [
-        Example(
-            [image, 7], [-100, 7], groups=(ImageGroup((picture(28, 28),)),),
-            extra_groups=(ImageGroup((picture(28, 28),), "a"),), tokens=(target,),
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    batch = collator(processor, config)(examples)
-    images, values = batch["aux"]["tokens"]["digit"]
-    assert images.tolist() == [2, 3]
-    assert values.tolist() == [4, 4]
-    assert batch["query_attention_mask"].any(1).tolist() == [False, False, True, True]
-
-
 def test_a_wrong_number_of_placeholders_names_the_example(processor, config):
     wrong = Example([config.image_token_id, 7], [-100, 7], groups=(ImageGroup((picture(56, 28),)),))
     with pytest.raises(ValueError, match=r"example 0 .* 1 image placeholders, .* make 2 tokens"):
@@ -225,13 +200,13 @@ def test_a_batch_of_four_has_the_gradient_of_its_members(processor, config, less
 # ------------------------------------------------------------------------------------------- packing
 
 
-def mixed(plain):
+def mixed(lessons):
     """Conversations with pictures, one without, and one whose loss begins at its second token."""
-    return [*plain[:3], Example([8, 9, 10, 11], [IGNORE, 9, 10, 11], [1, 2, 1, 1]), plain[3]]
+    return [*lessons[:3], Example([8, 9, 10, 11], [IGNORE, 9, 10, 11], [1, 2, 1, 1]), lessons[3]]
 
 
-def test_packed_samples_have_the_loss_and_gradients_of_unpacked_ones(processor, config, plain):
-    examples = mixed(plain)
+def test_packed_samples_have_the_loss_and_gradients_of_unpacked_ones(processor, config, lessons):
+    examples = mixed(lessons)
     padded, packed = training_model(config), training_model(config, PACKED)
     alone, weight = summed(padded, collator(processor, config)(examples))
     batch = collator(processor, config, packed=True)(examples)
@@ -242,12 +217,12 @@ def test_packed_samples_have_the_loss_and_gradients_of_unpacked_ones(processor, 
     assert_same_gradients(gradients(packed, together / weight), gradients(padded, alone / weight), 1e-5)
 
 
-def test_every_packed_sample_starts_at_position_0_and_keeps_its_groups(processor, config, plain):
+def test_every_packed_sample_starts_at_position_0_and_keeps_its_groups(processor, config, lessons):
     collate = collator(processor, config, packed=True, pad_to_multiple_of=64)
-    batch = collate(plain)
-    alone = [collator(processor, config, packed=True)([lesson]) for lesson in plain]
+    batch = collate(lessons)
+    alone = [collator(processor, config, packed=True)([lesson]) for lesson in lessons]
     starts = batch["cu_seq_lens_q"].tolist()
-    lengths = [len(lesson.input_ids) for lesson in plain]
+    lengths = [len(lesson.input_ids) for lesson in lessons]
     assert starts == [0, *np.cumsum(lengths).tolist(), batch["input_ids"].shape[1]]
     assert batch["input_ids"].shape[1] % 64 == 0
     for one, start, length in zip(alone, starts, lengths, strict=False):
@@ -258,16 +233,16 @@ def test_every_packed_sample_starts_at_position_0_and_keeps_its_groups(processor
     assert batch["max_length_q"] == max(*lengths, batch["input_ids"].shape[1] - sum(lengths))
 
 
-def test_a_packed_sample_does_not_see_its_neighbours(processor, config, plain):
+def test_a_packed_sample_does_not_see_its_neighbours(processor, config, lessons):
     model, collate = training_model(config, PACKED), collator(processor, config, packed=True)
     loud = Example([8] * 40, [IGNORE] * 40)
-    alone, _ = summed(model, collate([plain[0]]))
-    for neighbours in ([loud, plain[0]], [plain[0], loud]):
+    alone, _ = summed(model, collate([lessons[0]]))
+    for neighbours in ([loud, lessons[0]], [lessons[0], loud]):
         beside, _ = summed(model, collate(neighbours))
         torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-6)
 
 
-def test_packing_builds_no_mask_of_tokens_by_tokens(processor, config, plain, monkeypatch):
+def test_packing_builds_no_mask_of_tokens_by_tokens(processor, config, lessons, monkeypatch):
     seen = []
     original = F.scaled_dot_product_attention
 
@@ -276,17 +251,17 @@ def test_packing_builds_no_mask_of_tokens_by_tokens(processor, config, plain, mo
         return original(query, key, value, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    summed(training_model(config, PACKED), collator(processor, config, packed=True)(plain))
-    lengths = {len(lesson.input_ids) for lesson in plain}
+    summed(training_model(config, PACKED), collator(processor, config, packed=True)(lessons))
+    lengths = {len(lesson.input_ids) for lesson in lessons}
     assert max(length for _, length in seen) == max(lengths)  # nothing attends over more than one sample
     language = [mask for mask, length in seen if length in lengths]
-    assert len(language) >= len(plain) * config.text_config.num_hidden_layers
+    assert len(language) >= len(lessons) * config.text_config.num_hidden_layers
     assert all(mask is None for mask in language)
 
 
-def test_the_variable_length_kernel_takes_over_under_autocast(processor, config, plain, monkeypatch):
+def test_the_variable_length_kernel_takes_over_under_autocast(processor, config, lessons, monkeypatch):
     """There RoPE leaves queries and keys in fp32, which the kernel does not take."""
-    model, batch = training_model(config, PACKED), collator(processor, config, packed=True)(plain)
+    model, batch = training_model(config, PACKED), collator(processor, config, packed=True)(lessons)
     arguments = inspect.signature(varlen_attn)
     calls = []
 
@@ -371,50 +346,6 @@ def test_the_patch_embedding_as_a_product_gives_the_convolution_s_features(proce
     torch.testing.assert_close(features(), slow, atol=2e-5, rtol=0)
 
 
-def test_attention_and_head_targets_point_at_what_they_name(processor, config):
-    encoder = Encoder(processor.tokenizer, processor.prompts)
-    rng = np.random.default_rng(5)
-    scene = make_scene(rng)
-    example = listing_example(encoder, scene, rng)
-    decode = processor.tokenizer.decode
-    by_place = {c.row * 6 + c.column for c in scene.cards}
-    first_image = example.input_ids.index(config.image_token_id)
-    for target in example.attention:
-        key = example.input_ids[target.key]
-        if target.layer == 2:
-            assert key == config.image_token_id
-            assert target.key - first_image in by_place
-        else:
-            assert decode([key]).strip() in {c.colour for c in scene.cards}
-        assert decode([example.input_ids[target.query]]) in (" row", " column")
-        assert example.labels[target.query + 1] != -100
-
-
-def test_heads_of_every_kind_learn_only_from_their_targets():
-    heads = [
-        AuxiliaryHead("class", "tokens", 3, 1.0),
-        AuxiliaryHead("multi", "labels", 2, 1.0),
-        AuxiliaryHead("whole", "image", 4, 1.0),
-        AuxiliaryHead("where", "pointer", 2, 1.0),
-        AuxiliaryHead("early", "tokens", 3, 1.0, block=0),
-    ]
-    losses = AuxiliaryLosses(heads, merged=8, patch=4)
-    merged = torch.randn(4, 8, requires_grad=True)
-    targets = {
-        "class": (torch.tensor([1]), torch.tensor([0, -100])),
-        "multi": (torch.tensor([0]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])),
-        "whole": (torch.tensor([0]), torch.tensor([3])),
-        "where": (torch.tensor([0]), torch.tensor([1])),
-        "early": (torch.tensor([1]), torch.tensor([2, 1])),
-    }
-    blocks = {0: torch.randn(16, 4)}
-    loss, right = losses.features_loss(targets, merged, [2, 2], blocks)
-    loss.backward()
-    assert set(right) == set(targets)
-    assert merged.grad[3].abs().sum() == 0  # its only target is -100
-    assert merged.grad[:3].abs().sum(1).min() > 0
-
-
 def test_a_stable_rate_rises_stays_and_falls():
     rates = [StableDecay(decay_from=0.5, final_rate=0.1).factor(step, warmup=4, steps=20) for step in range(20)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1, 1]
@@ -423,15 +354,11 @@ def test_a_stable_rate_rises_stays_and_falls():
 
 def test_every_parameter_belongs_to_a_part(config):
     model = tiny_model(config, 0)
-    model.auxiliary = tiny_auxiliary()
     found = {part_of(name) for name, _ in model.named_parameters()}
     assert found == set(PARTS)
     freeze(model, ("text_encoder", "merger"))
     moving = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
     assert moving == set(PARTS) - {"text_encoder", "merger"}
-    assert part_of("base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight") == (
-        "language_model"
-    )
 
 
 def trainer(processor, config, model, examples, folder, *, accumulation=1, size=2, steps=3, **kwargs):
@@ -498,9 +425,8 @@ def test_every_part_has_its_own_learning_rate_and_only_matrices_decay(processor,
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_three_steps_train_every_part_and_save_no_head(processor, config, tmp_path, bf16):
+def test_three_steps_train_every_part(processor, config, tmp_path, bf16):
     model = tiny_model(config, 0)
-    model.auxiliary = tiny_auxiliary()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = trainer(processor, config, model, conversations(processor), tmp_path / "run", bf16=bf16,
                   learning_rates={"text_encoder": 0.0})  # fmt: skip
@@ -516,13 +442,11 @@ def test_three_steps_train_every_part_and_save_no_head(processor, config, tmp_pa
     assert not [n for n in moved if part_of(n) == "text_encoder"]
     for part in ("instruct_key_proj", "instruct_value_proj", "text_proj", "patch_embed", "language_model", "lm_head"):
         assert any(part in name for name in moved), part
-    assert all(n in moved for n in before if n.startswith("auxiliary") and "digit" in n)
     run.save_model(str(tmp_path / "saved"))
     from safetensors import safe_open
 
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         names = set(file.keys())
-    assert not [n for n in names if "auxiliary" in n or "heads" in n]
     assert any(n.startswith("visual.blocks.5.attn.instruct_key_proj") for n in names)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "vilavt"
 
@@ -546,9 +470,9 @@ def test_the_shipped_settings_are_those_of_fsdp2_in_every_version(tmp_path, monk
     assert plugin.transformer_cls_names_to_wrap == shipped["transformer_layer_cls_to_wrap"]
 
 
-def test_a_rank_that_does_not_save_writes_nothing_under_fsdp(processor, config, plain, tmp_path, monkeypatch):
+def test_a_rank_that_does_not_save_writes_nothing_under_fsdp(processor, config, lessons, tmp_path, monkeypatch):
     """It has gathered no weights: what it wrote would replace those of the rank that has them."""
-    run = trainer(processor, config, training_model(config), plain, tmp_path)
+    run = trainer(processor, config, training_model(config), lessons, tmp_path)
     gathered = []
     monkeypatch.setattr(run, "is_fsdp_enabled", True)
     monkeypatch.setattr(run, "whole_state_dict", lambda: gathered.append(1) or {})
@@ -558,13 +482,13 @@ def test_a_rank_that_does_not_save_writes_nothing_under_fsdp(processor, config, 
     assert not (tmp_path / "saved").exists()
 
 
-def test_one_process_uses_one_gpu_and_says_how_to_use_all(processor, config, plain, tmp_path, caplog):
+def test_one_process_uses_one_gpu_and_says_how_to_use_all(processor, config, lessons, tmp_path, caplog):
     """nn.DataParallel would cut packed rows and patches of pictures along their first axis."""
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     assert args.n_gpu == 0  # asked once, it stays
     args._n_gpu = 2
-    run = VilavtTrainer(model=training_model(config), args=args, train_dataset=plain,
-                        data_collator=collator(processor, config), order=InOrder(len(plain), 2))  # fmt: skip
+    run = VilavtTrainer(model=training_model(config), args=args, train_dataset=lessons,
+                        data_collator=collator(processor, config), order=InOrder(len(lessons), 2))  # fmt: skip
     assert run.args.n_gpu == 1
     assert "one of 2 GPUs" in caplog.text
     assert "torchrun --nproc-per-node 2 -m vilavt_hf.train" in caplog.text

@@ -72,10 +72,8 @@ def build_start(
     """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`, then
     `guess_steps` more in which every second answer is a guess.
     """
-    import torch
-
-    from vilavt_hf.tiny.build import STAGES, publish, run_stage
-    from vilavt_hf.tiny.model import tiny_auxiliary, tiny_config, tiny_model, tiny_processor
+    from vilavt_hf.tiny.build import STAGES, new_model, publish, run_stage
+    from vilavt_hf.tiny.model import tiny_processor
 
     out = Path(out)
     work = work or out.with_name(out.name + "-work")
@@ -84,10 +82,7 @@ def build_start(
     guess = replace(talk, name="guess", steps=guess_steps, mix=mix, learning_rate=4e-4, warmup=3)
     stages = [*STAGES[:-1], talk, guess]
     processor = tiny_processor()
-    torch.manual_seed(seed)
-    auxiliary = tiny_auxiliary()  # before the model: both draw from the same stream
-    model = tiny_model(tiny_config(processor.tokenizer), seed)
-    model.auxiliary = auxiliary
+    model = new_model(processor, seed)
     for number, stage in enumerate(stages, 1):
         run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
     model.auxiliary = None

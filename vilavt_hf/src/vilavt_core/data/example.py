@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 IGNORE = -100
@@ -21,35 +20,11 @@ class ImageGroup:
 
 
 @dataclass(frozen=True)
-class AttentionTarget:
-    """Where some heads should look: training only."""
-
-    layer: int
-    """Index of the language model layer."""
-    heads: tuple[int, ...]
-    query: int
-    """Position in the example's token stream."""
-    key: int
-    """Position whose share of the attention should be 1."""
-
-
-@dataclass(frozen=True)
-class TokenTarget:
-    """What an auxiliary head should find in the features of one image: training only."""
-
-    head: str
-    image: int
-    """Index among the example's images, those of `Example.groups` first."""
-    values: np.ndarray
-    """What the head's kind expects for one image, see `vilavt_hf.train.losses.AuxiliaryHead`."""
-
-
-@dataclass(frozen=True)
 class Example:
     """One tokenised conversation.
 
     ``labels`` equal ``input_ids`` where the model is trained and -100 elsewhere (they are shifted by the loss, not
-    here); ``weights`` scale single labels. An example without tokens trains the tower alone, through ``tokens``.
+    here); ``weights`` scale single labels.
     """
 
     input_ids: Sequence[int]
@@ -57,10 +32,6 @@ class Example:
     weights: Sequence[float] = ()
     groups: tuple[ImageGroup, ...] = ()
     """In prompt order: their images fill the placeholders."""
-    extra_groups: tuple[ImageGroup, ...] = ()
-    """Encoded for the auxiliary heads only."""
-    attention: tuple[AttentionTarget, ...] = ()
-    tokens: tuple[TokenTarget, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from vilavt_core.architecture import Part, part_of
-from vilavt_core.data.example import Example
+from vilavt_core.architecture import Part, find_part
 from vilavt_core.data.order import InOrder
 from vilavt_core.errors import TrainingError
 from vilavt_core.prompts import PromptSet
@@ -29,11 +28,10 @@ from vilavt_core.settings import save_chat_settings
 from vilavt_core.versions import installed
 
 from ..processing_vilavt import VilavtProcessor
-from ..train.collator import VilavtCollator
-from ..train.model import VilavtForTraining
 from ..train.ranks import rank_and_world
 from ..train.reporting import LogFile
-from ..train.trainer import StableDecay, VilavtTrainer
+from ..train.trainer import StableDecay
+from .lesson import Lesson
 from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
 from .scenes import MAX_PIXELS, Kind, Scene, Split, ask, make_scene
 from .teacher import (
@@ -45,6 +43,7 @@ from .teacher import (
     listing_example,
     reading_example,
 )
+from .teaching import TeachingCollator, TeachingTrainer, VilavtForTeaching
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +123,11 @@ class Lessons(Dataset):
     def __len__(self) -> int:
         return self.stage.steps * self.stage.batch
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int) -> Lesson:
         rng = np.random.default_rng([self.seed, i])
         return self.make(str(rng.choice(self.names, p=self.shares / self.shares.sum())), rng)
 
-    def make(self, name: str, rng: np.random.Generator) -> Example:
+    def make(self, name: str, rng: np.random.Generator) -> Lesson:
         """An example of one kind."""
         kind = list(KIND_SHARES)[rng.choice(len(KIND_SHARES), p=list(KIND_SHARES.values()))]
         scene = _scene_for(rng, kind)
@@ -164,7 +163,7 @@ def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train") -> 
 class Probe(TrainerCallback):
     """Every so often: share of whole turns right under teacher forcing, on scenes made from the dev scans."""
 
-    def __init__(self, model: VilavtForTraining, collator: VilavtCollator, encoder: Encoder, every: int, path: Path):
+    def __init__(self, model: VilavtForTeaching, collator: TeachingCollator, encoder: Encoder, every: int, path: Path):
         self.model, self.every, self.path = model, every, path
         self.batches = []
         for kind in Kind:
@@ -211,8 +210,17 @@ class Probe(TrainerCallback):
 # ---------------------------------------------------------------------------------------------------- stages
 
 
+def new_model(processor: VilavtProcessor, seed: int) -> VilavtForTeaching:
+    """The untrained model, and its heads."""
+    torch.manual_seed(seed)
+    auxiliary = tiny_auxiliary()  # before the model: both draw from the same stream
+    model = tiny_model(tiny_config(processor.tokenizer), seed, VilavtForTeaching)
+    model.auxiliary = auxiliary
+    return model
+
+
 def run_stage(
-    stage: Stage, model: VilavtForTraining, processor: VilavtProcessor, work: Path, seed: int, *, workers: int = 1
+    stage: Stage, model: VilavtForTeaching, processor: VilavtProcessor, work: Path, seed: int, *, workers: int = 1
 ) -> dict[str, Any]:
     """Train one stage in place, save model and heads under `work / stage.name`; returns its record.
 
@@ -220,7 +228,7 @@ def run_stage(
     """
     assert model.auxiliary is not None
     encoder = Encoder(processor.tokenizer, processor.prompts or PromptSet.load("tiny"))
-    collator = VilavtCollator(
+    collator = TeachingCollator(
         fast_encoder(processor),
         pad_token_id=processor.tokenizer.pad_token_id,
         image_token_id=model.config.image_token_id,
@@ -235,8 +243,9 @@ def run_stage(
     rates: dict[Part, float] = dict.fromkeys(TOWER, stage.learning_rate * stage.tower_rate)
     if not stage.language:
         rates |= {"language_model": 0.0, "lm_head": 0.0}
+    frozen = {part for part, rate in rates.items() if rate == 0}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rates.get(part_of(name), 1.0) > 0)
+        parameter.requires_grad_(find_part(name) not in frozen)
     start = time.time()
     args = TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -268,7 +277,7 @@ def run_stage(
         callbacks.append(Probe(model, collator, encoder, 100, curve))
     lessons = Lessons(stage, encoder, seed)
     with linear_patches(model):
-        trainer = VilavtTrainer(
+        trainer = TeachingTrainer(
             model=model,
             args=args,
             train_dataset=lessons,
@@ -295,16 +304,16 @@ def run_stage(
     return record
 
 
-def save_stage(model: VilavtForTraining, folder: Path) -> None:
+def save_stage(model: VilavtForTeaching, folder: Path) -> None:
     """Model and heads."""
     assert model.auxiliary is not None
     model.save_pretrained(folder)
     save_file(model.auxiliary.state_dict(), folder / "auxiliary.safetensors")
 
 
-def load_stage(folder: Path) -> VilavtForTraining:
+def load_stage(folder: Path) -> VilavtForTeaching:
     """Model of a finished stage (attention eager) with its heads."""
-    model = VilavtForTraining.from_pretrained(folder, attn_implementation=ATTENTION)
+    model = VilavtForTeaching.from_pretrained(folder, attn_implementation=ATTENTION)
     model.auxiliary = tiny_auxiliary()
     model.auxiliary.load_state_dict(load_file(folder / "auxiliary.safetensors"), strict=False)
     return model
@@ -329,10 +338,7 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
     """
     work = work or out.with_name(out.name + "-work")
     processor = tiny_processor()
-    torch.manual_seed(seed)
-    auxiliary = tiny_auxiliary()
-    model = tiny_model(tiny_config(processor.tokenizer), seed)
-    model.auxiliary = auxiliary
+    model = new_model(processor, seed)
     for i, stage in enumerate(STAGES):
         folder = work / stage.name
         if resume and (folder / "stage.json").is_file():
@@ -346,7 +352,7 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
 
 
 def publish(
-    model: VilavtForTraining,
+    model: VilavtForTeaching,
     processor: VilavtProcessor,
     stages: Sequence[Path],
     out: Path,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from .. import compat
 from ..configuration_vilavt import VilavtConfig, VilavtVisionConfig
 from ..modeling_vilavt import VilavtForConditionalGeneration
 from ..processing_vilavt import VilavtProcessor
-from ..train.losses import AuxiliaryHead, AuxiliaryLosses
 from ..train.model import VilavtForTraining
+from .heads import AuxiliaryHead, AuxiliaryLosses
 from .scenes import CELLS, COLOURS, MAX_PIXELS
 from .teacher import corpus
 from .tokenizer import train_tokenizer, wrap
@@ -28,6 +28,7 @@ VISION_WIDTH, VISION_DEPTH = 128, 6
 QUERY_WIDTH, QUERY_LAYERS = 128, 2
 ATTENTION = {"text_config": "eager", "vision_config": "sdpa", "text_encoder_config": "sdpa"}
 """Training needs the language model's attention weights, only eager attention returns them."""
+Model = TypeVar("Model", bound=VilavtForTraining)
 HEAD = 32
 """Head size everywhere: the smallest that serving engines' CPU attention accepts."""
 
@@ -107,10 +108,10 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> VilavtConfig:
     )
 
 
-def tiny_model(config: VilavtConfig, seed: int) -> VilavtForTraining:
+def tiny_model(config: VilavtConfig, seed: int, model_class: type[Model] = VilavtForTraining) -> Model:
     """Weights N(0, 1 / fan-in), embeddings N(0, 0.05²): with the usual 0.02 so small a model hardly learns."""
     torch.manual_seed(seed)
-    model = VilavtForTraining._from_config(config, attn_implementation=ATTENTION)
+    model: Model = model_class._from_config(config, attn_implementation=ATTENTION)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.05)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vilavt_core.data.example import AttentionTarget, Example, ImageGroup, TokenTarget
+from vilavt_core.data.example import ImageGroup
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Answer, format_turn
 
+from .lesson import AttentionTarget, Lesson, TokenTarget
 from .scenes import CELLS, COLOURS, Card, Kind, Question, Scene, ask, make_scene, query_for
 
 COLOUR_NAMES = list(COLOURS)
@@ -259,9 +260,9 @@ def _readings(rng: np.random.Generator, scene: Scene, count: int, first_image: i
     return groups, targets
 
 
-def _finish(stream: _Stream, groups: list, extra: list, attention: list, tokens: list) -> Example:
+def _finish(stream: _Stream, groups: list, extra: list, attention: list, tokens: list) -> Lesson:
     stream.flush()
-    return Example(
+    return Lesson(
         input_ids=stream.ids,
         labels=stream.labels,
         weights=stream.weights,
@@ -289,7 +290,7 @@ def episode_example(
     *,
     final_prompt: bool = False,
     extra_readings: int = 3,
-) -> Example:
+) -> Lesson:
     """The whole ideal conversation about a question.
 
     Args:
@@ -325,7 +326,7 @@ def episode_example(
     return _finish(stream, groups, extra, attention, tokens + more)
 
 
-def direct_example(encoder: Encoder, scene: Scene, question: Question, *, zoom: bool = False) -> Example:
+def direct_example(encoder: Encoder, scene: Scene, question: Question, *, zoom: bool = False) -> Lesson:
     """An answer at first look, which can only be a guess; `zoom` says whether the question offers one all the same."""
     stream = _Stream(encoder)
     _opening(stream, question.text, zoom=zoom)
@@ -333,7 +334,7 @@ def direct_example(encoder: Encoder, scene: Scene, question: Question, *, zoom: 
     return _finish(stream, [ImageGroup((scene.shown(),), "")], [], [], _first_look(scene, 0))
 
 
-def blind_example(encoder: Encoder, scene: Scene, question: Question, rng: np.random.Generator) -> Example:
+def blind_example(encoder: Encoder, scene: Scene, question: Question, rng: np.random.Generator) -> Lesson:
     """Only the last crops, no question and no call in the text: what is asked comes through the tower's query alone."""
     stream = _Stream(encoder)
     quadrant = question.kind is Kind.NESTED
@@ -347,7 +348,7 @@ def blind_example(encoder: Encoder, scene: Scene, question: Question, rng: np.ra
     return _finish(stream, [group], [], attention, tokens)
 
 
-def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, extra_readings: int = 2) -> Example:
+def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, extra_readings: int = 2) -> Lesson:
     """Every card's place, colours given in random order: the densest lesson in finding."""
     stream = _Stream(encoder)
     _opening(stream, LISTING_REQUEST)
@@ -366,7 +367,7 @@ def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, ex
     return _finish(stream, [ImageGroup((scene.shown(),), "")], extra, attention, _first_look(scene, 0) + more)
 
 
-def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Example:
+def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Lesson:
     """Last turns without pictures: digits given, sum or larger digit to be answered."""
     stream = _Stream(encoder)
     for i in range(count):
@@ -382,7 +383,7 @@ def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 
     return _finish(stream, [], [], [], [])
 
 
-def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: int = 6) -> Example:
+def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: int = 6) -> Lesson:
     """Crops (and sometimes the first look) for the tower alone, no text."""
     groups: list[ImageGroup] = []
     tokens: list[TokenTarget] = []
@@ -390,7 +391,7 @@ def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: i
         groups.append(ImageGroup((scene.shown(),), ""))
         tokens += _first_look(scene, 0)
     extra, more = _readings(rng, scene, count, len(groups))
-    return Example([], [], [], (), (*groups, *extra), (), tuple(tokens + more))
+    return Lesson([], [], [], (), (*groups, *extra), (), tuple(tokens + more))
 
 
 # ---------------------------------------------------------------------------------------------------- corpus

@@ -1,6 +1,6 @@
-"""Tokenised conversations to batches, padded or packed, with joint image groups and training-only targets.
+"""Tokenised conversations to batches, padded or packed, with joint image groups.
 
-Shapes: B rows, L tokens, N patches, n images, Q groups, T query columns, K targets, S samples.
+Shapes: B rows, L tokens, N patches, n images, Q groups, T query columns, S samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,42 +97,34 @@ class VilavtCollator:
             ``input_ids``, ``labels`` (B, L), ``position_ids`` (3, B, L) which begin anew with every sample, and with
             images ``pixel_values``, ``image_grid_thw``, ``query_ids``, ``query_attention_mask``,
             ``images_per_query``; images that no placeholder stands for come last. Padded: ``attention_mask`` (B, L).
-            Packed: `BOUNDARIES`, for the one row. ``label_weights`` (B, L) if an example has weights; ``aux`` if any
-            has targets or extra groups. ``counts``: a `BatchCounts`. Examples without tokens have no row. A batch
-            without any example has two tokens that nothing is learnt from.
+            Packed: `BOUNDARIES`, for the one row. ``label_weights`` (B, L) if an example has weights. ``counts``: a
+            `BatchCounts`. A batch without any example has two tokens that nothing is learnt from.
 
         Raises:
             ValueError: an example's placeholders and images disagree; names the example.
         """
         examples = [s for s in samples if isinstance(s, Example)]
-        rows = [e for e in examples if len(e.input_ids)]
-        if any(e.groups for e in examples if not len(e.input_ids)):
-            raise ValueError("an example without tokens can only have extra_groups")
-        counts = BatchCounts(
+        groups = [group for example in examples for group in example.groups]
+        batch = self.images(groups)
+        batch |= self.text(examples or [Example([self.pad_token_id] * 2, [IGNORE] * 2)], batch)
+        batch["counts"] = BatchCounts(
             samples=len(examples),
-            tokens=sum(len(e.input_ids) for e in rows),
-            images=sum(len(g.images) for e in examples for g in (*e.groups, *e.extra_groups)),
+            tokens=sum(len(e.input_ids) for e in examples),
+            slots=batch["input_ids"].numel() if examples else 0,
+            images=sum(len(group.images) for group in groups),
             dropped=tuple(s for s in samples if isinstance(s, Dropped)),
         )
-        if not examples:
-            rows = [Example([self.pad_token_id] * 2, [IGNORE] * 2)]
-        groups = [g for e in rows for g in e.groups] + [g for e in examples for g in e.extra_groups]
-        if self.ask_always and not any(g.query.strip() for g in groups):
-            groups.append(self.idle)
-        batch: dict[str, Any] = {}
-        if groups:
-            batch |= self.encode_inquiries(groups)
-        if rows:
-            grids = (batch["image_grid_thw"][:, 1:] // self.merge_size).tolist() if groups else []
-            batch |= self._text(rows, grids)
-        if any(e.attention or e.tokens or e.extra_groups for e in examples):
-            if self.packed:
-                raise ValueError("auxiliary targets name rows: they need padded batches")
-            batch["aux"] = self._targets(examples, rows)
-        slots = batch["input_ids"].numel() if rows and examples else 0
-        return batch | {"counts": BatchCounts(counts.samples, counts.tokens, slots, counts.images, counts.dropped)}
+        return batch
 
-    def _text(self, rows: Sequence[Example], grids: list[list[int]]) -> dict[str, Any]:
+    def images(self, groups: Sequence[ImageGroup]) -> dict[str, Any]:
+        """The tensors of all images of a batch, of one more where `ask_always` calls for it; nothing without images."""
+        if self.ask_always and not any(group.query.strip() for group in groups):
+            groups = [*groups, self.idle]
+        return dict(self.encode_inquiries(groups)) if groups else {}
+
+    def text(self, rows: Sequence[Example], images: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of all tokens of a batch; `images` are those of their groups, others may follow."""
+        grids = (images["image_grid_thw"][:, 1:] // self.merge_size).tolist() if images else []
         positions, first = [], 0
         for i, example in enumerate(rows):
             count = sum(len(g.images) for g in example.groups)
@@ -184,30 +176,3 @@ class VilavtCollator:
                 f"example {i} of the batch: {n} tokens, {len(example.labels)} labels, {len(example.weights)} "
                 "weights; all three need one entry per token"
             )
-
-    @staticmethod
-    def _targets(examples: Sequence[Example], rows: Sequence[Example]) -> dict[str, Any]:
-        attention: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, int]]] = {}
-        for row, example in enumerate(rows):
-            for t in example.attention:
-                attention.setdefault((t.layer, t.heads), []).append((row, t.query, t.key))
-        extra = sum(len(g.images) for e in rows for g in e.groups)
-        images: dict[str, list[int]] = {}
-        values: dict[str, list[np.ndarray]] = {}
-        own = 0
-        for example in examples:
-            n_own = sum(len(g.images) for g in example.groups)
-            for target in example.tokens:
-                inside = target.image < n_own
-                images.setdefault(target.head, []).append(
-                    own + target.image if inside else extra + target.image - n_own
-                )
-                values.setdefault(target.head, []).append(target.values)
-            own += n_own
-            extra += sum(len(g.images) for g in example.extra_groups)
-        return {
-            "attention": [(layer, heads, torch.tensor(at)) for (layer, heads), at in attention.items()],
-            "tokens": {
-                head: (torch.tensor(images[head]), torch.from_numpy(np.concatenate(values[head]))) for head in images
-            },
-        }

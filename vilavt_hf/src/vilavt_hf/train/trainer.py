@@ -150,10 +150,7 @@ class VilavtTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """What this micro-batch adds to the step's loss, times the number of ranks (gradients are averaged over them).
-
-        Auxiliary losses are means and averaged over micro-batches and ranks.
-        """
+        """What this micro-batch adds to the step's loss, times the ranks: gradients are averaged over them."""
         steps = self.current_gradient_accumulation_steps
         outputs = model(**inputs)
         own = label_weight(inputs)
@@ -166,7 +163,6 @@ class VilavtTrainer(Trainer):
             figures["tokens_right"] = figures["tokens_right"] / own.clamp(min=1e-6)
         for name, value in figures.items():
             self._figures[name].append(value)
-        loss = loss + outputs["auxiliary"] / steps
         return (loss, outputs) if return_outputs else loss
 
     # ------------------------------------------------------------------ log
@@ -194,6 +190,10 @@ class VilavtTrainer(Trainer):
 
     # ------------------------------------------------------------------ optimiser
 
+    def learning_rate_of(self, parameter: str) -> float:
+        """The rate of a parameter's part."""
+        return self.learning_rates.get(part_of(parameter), self.args.learning_rate)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """AdamW with one group per rate; biases, and by default norms, without decay."""
         if self.optimizer is not None:
@@ -202,7 +202,7 @@ class VilavtTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rate = self.learning_rates.get(part_of(name), self.args.learning_rate)
+            rate = self.learning_rate_of(name)
             if rate > 0:
                 decays = parameter.dim() > 1 or (self.decay_norms and not name.endswith("bias"))
                 groups[rate, decays].append(parameter)
@@ -297,16 +297,12 @@ class VilavtTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(target, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        if getattr(target, "auxiliary", None) is not None:
-            raise TrainingError(f"{resume_from_checkpoint} holds no training-only heads: this run cannot be resumed")
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
 
 def label_weight(batch: Mapping[str, Any]) -> torch.Tensor:
     """Weights of a batch's labelled tokens, summed; their number if it has no weights."""
-    if "labels" not in batch:
-        return torch.zeros(())
     known = batch["labels"][:, 1:] != IGNORE
     if "label_weights" in batch:
         return batch["label_weights"][:, 1:][known].float().sum()

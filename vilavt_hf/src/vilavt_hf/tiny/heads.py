@@ -1,4 +1,4 @@
-"""Training-only losses: heads on image features and supervised attention. Nothing of this is in a saved checkpoint."""
+"""The tiny model's training-only losses: heads on image features and supervised attention; no checkpoint has them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

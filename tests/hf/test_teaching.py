@@ -1,0 +1,220 @@
+"""What the tiny model's training adds to SFT. Sizes are the tiny model's; tolerances are for fp32."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import TrainingArguments
+
+from vilavt_core.architecture import PARTS, find_part
+from vilavt_core.data.example import IGNORE, ImageGroup
+from vilavt_core.data.order import InOrder
+from vilavt_core.errors import TrainingError
+from vilavt_hf.tiny.build import new_model
+from vilavt_hf.tiny.heads import AuxiliaryHead, AuxiliaryLosses
+from vilavt_hf.tiny.lesson import Lesson, TokenTarget
+from vilavt_hf.tiny.model import fast_encoder, tiny_config, tiny_processor
+from vilavt_hf.tiny.scenes import Kind, ask, make_scene
+from vilavt_hf.tiny.teacher import Encoder, episode_example, listing_example, reading_example
+from vilavt_hf.tiny.teaching import TeachingCollator, TeachingTrainer
+from vilavt_hf.train.collator import VilavtCollator
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_left_behind(monkeypatch):
+    """4.57 hands the precision on through the environment, to every later run of the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def config(processor):
+    return tiny_config(processor.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lessons(processor):
+    encoder = Encoder(processor.tokenizer, processor.prompts)
+    out = []
+    for i, kind in enumerate((Kind.NESTED, Kind.SUM, Kind.PAIR, Kind.ONE)):
+        rng = np.random.default_rng(i)
+        scene = make_scene(rng)
+        out.append(episode_example(encoder, scene, ask(rng, scene, kind), rng))
+    return out
+
+
+def collator(processor, config, kind=TeachingCollator, **kwargs):
+    return kind(
+        fast_encoder(processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        image_token_id=config.image_token_id,
+        **kwargs,
+    )
+
+
+def readings(count=2):
+    """Lessons for the tower alone."""
+    rngs = [np.random.default_rng(i) for i in range(count)]
+    return [reading_example(make_scene(rng), rng, look=False, count=2) for rng in rngs]
+
+
+def trainer(processor, config, model, lessons, folder, **kwargs):
+    return TeachingTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3,
+            remove_unused_columns=False, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+            logging_steps=1, dataloader_pin_memory=False,
+        ),
+        train_dataset=lessons,
+        data_collator=collator(processor, config),
+        order=InOrder(len(lessons), 2),
+        **kwargs,
+    )  # fmt: skip
+
+
+def picture(width, height, value=100):
+    return Image.new("RGB", (width, height), (value, value, value))
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+
+def test_the_images_of_extra_groups_come_last_and_keep_their_targets(processor, config):
+    image = config.image_token_id
+    target = TokenTarget("digit", 1, np.array([4]))
+    examples = [
+        Lesson(
+            [image, 7], [-100, 7], groups=(ImageGroup((picture(28, 28),)),),
+            extra_groups=(ImageGroup((picture(28, 28),), "a"),), tokens=(target,),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    batch = collator(processor, config)(examples)
+    images, values = batch["aux"]["tokens"]["digit"]
+    assert images.tolist() == [2, 3]
+    assert values.tolist() == [4, 4]
+    assert batch["query_attention_mask"].any(1).tolist() == [False, False, True, True]
+
+
+def test_a_lesson_without_targets_makes_the_batch_of_an_example(processor, config, lessons):
+    bare = [Lesson(one.input_ids, one.labels, one.weights, one.groups) for one in lessons]
+    batch, plain = (collator(processor, config, kind)(bare) for kind in (TeachingCollator, VilavtCollator))
+    assert batch.keys() == plain.keys()
+    assert batch["counts"] == plain["counts"]
+    assert all(torch.equal(batch[name], plain[name]) for name in batch if name != "counts")
+
+
+def test_lessons_without_tokens_have_no_row(processor, config, lessons):
+    alone = collator(processor, config)(readings())
+    assert "input_ids" not in alone
+    assert alone["labels"].shape == (1, 0)
+    assert (alone["counts"].samples, alone["counts"].tokens, alone["counts"].slots) == (2, 0, 0)
+    assert alone["counts"].images == len(alone["image_grid_thw"]) == 4
+    mixed = collator(processor, config)([readings()[0], lessons[0]])
+    assert mixed["input_ids"].tolist() == [list(lessons[0].input_ids)]
+    with pytest.raises(ValueError, match="can only have extra_groups"):
+        collator(processor, config)([Lesson([], [], groups=(ImageGroup((picture(28, 28),)),))])
+
+
+def test_targets_cannot_be_packed(processor, config, lessons):
+    with pytest.raises(ValueError, match="targets name rows"):
+        collator(processor, config, packed=True)(lessons)
+
+
+def test_attention_and_head_targets_point_at_what_they_name(processor, config):
+    encoder = Encoder(processor.tokenizer, processor.prompts)
+    rng = np.random.default_rng(5)
+    scene = make_scene(rng)
+    example = listing_example(encoder, scene, rng)
+    decode = processor.tokenizer.decode
+    by_place = {c.row * 6 + c.column for c in scene.cards}
+    first_image = example.input_ids.index(config.image_token_id)
+    for target in example.attention:
+        key = example.input_ids[target.key]
+        if target.layer == 2:
+            assert key == config.image_token_id
+            assert target.key - first_image in by_place
+        else:
+            assert decode([key]).strip() in {c.colour for c in scene.cards}
+        assert decode([example.input_ids[target.query]]) in (" row", " column")
+        assert example.labels[target.query + 1] != IGNORE
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def test_heads_of_every_kind_learn_only_from_their_targets():
+    heads = [
+        AuxiliaryHead("class", "tokens", 3, 1.0),
+        AuxiliaryHead("multi", "labels", 2, 1.0),
+        AuxiliaryHead("whole", "image", 4, 1.0),
+        AuxiliaryHead("where", "pointer", 2, 1.0),
+        AuxiliaryHead("early", "tokens", 3, 1.0, block=0),
+    ]
+    losses = AuxiliaryLosses(heads, merged=8, patch=4)
+    merged = torch.randn(4, 8, requires_grad=True)
+    targets = {
+        "class": (torch.tensor([1]), torch.tensor([0, -100])),
+        "multi": (torch.tensor([0]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])),
+        "whole": (torch.tensor([0]), torch.tensor([3])),
+        "where": (torch.tensor([0]), torch.tensor([1])),
+        "early": (torch.tensor([1]), torch.tensor([2, 1])),
+    }
+    blocks = {0: torch.randn(16, 4)}
+    loss, right = losses.features_loss(targets, merged, [2, 2], blocks)
+    loss.backward()
+    assert set(right) == set(targets)
+    assert merged.grad[3].abs().sum() == 0  # its only target is -100
+    assert merged.grad[:3].abs().sum(1).min() > 0
+
+
+def test_without_heads_the_loss_is_that_of_production(processor, config, lessons):
+    model = new_model(processor, 0).train()
+    batch = {k: v for k, v in collator(processor, config)(lessons[:2]).items() if k != "counts"}
+    taught = model(**batch)
+    model.auxiliary = None
+    plain = model(**batch)
+    assert taught["auxiliary"] > 1 > plain["auxiliary"] == 0
+    assert plain["figures"].keys() == {"tokens_right"} < taught["figures"].keys()
+    # eager attention returns the weights, nothing else differs
+    assert taught["loss"].item() == plain["loss"].item()
+
+
+def test_reading_lessons_train_the_tower_and_its_heads_alone(processor, config):
+    model = new_model(processor, 0).train()
+    batch = {k: v for k, v in collator(processor, config)(readings()).items() if k != "counts"}
+    outputs = model(**batch)
+    assert outputs["loss"] == 0
+    outputs["auxiliary"].backward()
+    moved = {find_part(name) for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {"vision_tower", "merger", "text_encoder", "text_proj", None}
+
+
+def test_three_steps_train_every_part_and_the_heads_and_save_no_head(processor, config, lessons, tmp_path):
+    model = new_model(processor, 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = trainer(processor, config, model, lessons, tmp_path / "run")
+    run.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {find_part(name) for name in moved} == {*PARTS, None}
+    heads = {n for n in before if n.startswith("auxiliary.")}
+    assert {n for n in heads if "digit" in n} <= moved
+    assert any("heads" in entry for entry in run.state.log_history)
+    run.save_model(str(tmp_path / "saved"))
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert len(names) == len(before) - len(heads)
+    assert not [n for n in names if "auxiliary" in n or "heads" in n]
+
+
+def test_a_run_with_heads_refuses_to_resume_without_them(processor, config, lessons, tmp_path):
+    run = trainer(processor, config, new_model(processor, 0), lessons, tmp_path)
+    run.model.save_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(TrainingError, match="no training-only heads"):
+        run._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
