@@ -8,15 +8,16 @@ is escaped.
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from .episode import Turn
-from .protocol import Answer, Malformed, NoAction, ToolCall
+from .pages import render
+from .protocol import Action, Answer, Malformed, NoAction, ToolCall
 from .regions import View
 from .results import ChatResult
 
@@ -36,13 +37,14 @@ def write_html(
 ) -> Path:
     """Write one page with all given conversations, and return its path. The page needs no network and no script.
 
-    `sections`, one per conversation, is HTML to put after it; the caller has escaped what came from elsewhere.
+    `sections`, one per conversation, is what to put after it: HTML if `vilavt_core.pages.render` made it, else text.
     """
     several = [results] if isinstance(results, ChatResult) else list(results)
     path = Path(path)
     pairs = zip(several, sections or [""] * len(several), strict=True)
-    body = "\n".join(_conversation(result, section) for result, section in pairs)
-    path.write_text(page("ViLaVT, turn by turn", body), encoding="utf-8")
+    conversations = [_conversation(result, section) for result, section in pairs]
+    page = render("conversations.html", title="ViLaVT, turn by turn", conversations=conversations)
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -70,115 +72,81 @@ def annotate(views: Sequence[View], index: int) -> Image.Image:
 
 # ---------------------------------------------------------------------- HTML
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6b7e; --line: #d9dfe7; --paper: #f6f7f9; --card: #ffffff;
-  --accent: #2e86ab; --bad: #b3361b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #98a4b5; --line: #333c49; --paper: #14181e;
-  --card: #1c222b; --accent: #6db8d8; --bad: #f0866d; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
-h1 { font-size: 1.35rem; margin: 0 0 1.5rem; font-weight: 650; }
-article { margin-bottom: 3.5rem; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.2rem;
-  margin: 0 0 .9rem; }
-h2 { font-size: 1.1rem; margin: 0 0 1rem; }
-.meta { color: var(--soft); font-size: .8rem; font-variant-numeric: tabular-nums; float: right; }
-.who { color: var(--soft); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase; margin: 0 0 .5rem; }
-.thought { color: var(--soft); font-style: italic; white-space: pre-wrap; margin: .2rem 0 .8rem; }
-.query { border-left: 3px solid var(--accent); padding: .1rem 0 .1rem .7rem; margin: .5rem 0 .9rem; }
-.answer { font-size: 1.5rem; font-weight: 650; margin: 0; white-space: pre-wrap; }
-.bad { color: var(--bad); white-space: pre-wrap; }
-.images { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; max-width: 100%; }
-figure img { display: block; max-width: min(24rem, 100%); border-radius: 6px; border: 3px solid var(--line); }
-figcaption { color: var(--soft); font-size: .8rem; margin-top: .3rem; }
-.tag { display: inline-block; min-width: 1.4em; text-align: center; color: #fff; border-radius: 4px; padding: 0 .3em;
-  font-weight: 650; }
-details { margin-top: .7rem; } summary { cursor: pointer; color: var(--soft); font-size: .8rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; margin: .5rem 0 0; }
-table { border-collapse: collapse; font-size: .85rem; } td { padding: .1rem 1rem .1rem 0; vertical-align: top; }
-td:first-child { color: var(--soft); white-space: nowrap; } td { overflow-wrap: anywhere; }
-"""
+
+def shown_turn(number: int, text: str, action: Action, **more: Any) -> dict[str, Any]:
+    """One turn as ``templates/turn.html`` shows it.
+
+    Args:
+        number: from 1.
+        text: what the model wrote.
+        action: what was read out of it.
+        more: ``meta`` (beside the number), ``boxes`` (below the query), ``problem``, ``images`` (see `_images`).
+    """
+    return {
+        "number": number,
+        "text": text,
+        "thought": "" if isinstance(action, Malformed) else action.thought,
+        "query": action.query if isinstance(action, ToolCall) else None,
+        "answer": action.text if isinstance(action, Answer) else None,
+        "nothing": isinstance(action, NoAction) and not action.thought,
+        "meta": "",
+        "boxes": "",
+        "problem": None,
+        "images": [],
+    } | more
 
 
-def page(title: str, body: str, style: str = "") -> str:
-    """A whole page around a body of HTML; `title` is escaped here, the body by its author. `style` is further CSS."""
-    # The policy makes "self-contained" a promise that the browser keeps.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main></body></html>\n"
+def _conversation(result: ChatResult, section: str) -> dict[str, Any]:
+    views = result.views
+    shown = {index for turn in result.turns for index in turn.image_indices}
+    no_answer = None
+    if result.answer is None and result.episode is not None:
+        no_answer = f"No answer ({result.finish}): {result.episode.detail}"
+    return {
+        "question": result.question,
+        "images": _images(views, [index for index in range(len(views)) if index not in shown]),
+        "turns": [_turn(turn, views) for turn in result.turns],
+        "error": None if result.error is None else f"{type(result.error).__name__}: {result.error}",
+        "asked_again": result.fallback is not None,
+        "answer": result.answer,
+        "no_answer": no_answer,
+        "facts": _facts(result),
+        "section": section,
+    }
+
+
+def _turn(turn: Turn, views: Sequence[View]) -> dict[str, Any]:
+    seconds = "" if turn.seconds is None else f" · {turn.seconds:.2f} s"
+    return shown_turn(
+        turn.index + 1,
+        turn.text,
+        turn.action,
+        meta=f"{turn.token_count} tokens{seconds}",
+        problem=turn.problem,
+        images=_images(views, turn.image_indices),
     )
 
 
-def _conversation(result: ChatResult, section: str) -> str:
-    views = result.views
-    shown = {index for turn in result.turns for index in turn.image_indices}
-    first = [index for index in range(len(views)) if index not in shown]
-    parts = [
-        f'<section><p class="who">Question</p><h2>{escape(result.question)}</h2>{_images(views, first)}</section>',
-        *(_turn(turn, views) for turn in result.turns),
-    ]
-    if result.error is not None:
-        problem = escape(f"{type(result.error).__name__}: {result.error}")
-        parts.append(f'<section><p class="who">Failed</p><p class="bad">{problem}</p></section>')
-    elif result.fallback is not None:
-        parts.append(f'<section><p class="who">Asked again without zoom</p>{_answer(result.answer)}</section>')
-    elif result.answer is None and result.episode is not None:
-        problem = escape(f"No answer ({result.finish}): {result.episode.detail}")
-        parts.append(f'<section><p class="bad">{problem}</p></section>')
-    parts += [_facts(result), section]
-    return "<article>\n" + "\n".join(parts) + "\n</article>"
-
-
-def _turn(turn: Turn, views: Sequence[View]) -> str:
-    seconds = "" if turn.seconds is None else f" · {turn.seconds:.2f} s"
-    body = [f'<span class="meta">{turn.token_count} tokens{seconds}</span><p class="who">Turn {turn.index + 1}</p>']
-    action = turn.action
-    thought = "" if isinstance(action, Malformed) else action.thought
-    if thought:
-        body.append(f'<p class="thought">{escape(thought)}</p>')
-    if isinstance(action, ToolCall):
-        body.append(f'<p class="query">{escape(action.query)}</p>')
-    elif isinstance(action, Answer):
-        body.append(_answer(action.text))
-    elif isinstance(action, NoAction) and not thought:
-        body.append('<p class="thought">(nothing)</p>')
-    if turn.problem is not None:
-        body.append(f'<p class="bad">{escape(turn.problem)}</p>')
-    body.append(_images(views, turn.image_indices))
-    body.append(f"<details><summary>what the model wrote</summary><pre>{escape(turn.text)}</pre></details>")
-    return f"<section>{''.join(body)}</section>"
-
-
-def _answer(text: str | None) -> str:
-    return f'<p class="answer">{escape(text or "(no answer)")}</p>'
-
-
-def _images(views: Sequence[View], indices: Sequence[int]) -> str:
-    figures = []
+def _images(views: Sequence[View], indices: Sequence[int]) -> list[dict[str, Any]]:
+    images = []
     for index in indices:
         view = views[index]
-        crop = view.parent is not None
-        border = f' style="border-color:{colour(index)}"' if crop else ""
-        tag = f'<span class="tag" style="background:{colour(index) if crop else "#5d6b7e"}">{index}</span>'
         box = "" if view.box is None else f", region [{', '.join(f'{v:g}' for v in view.box)}] of image {view.parent}"
-        caption = f"{tag} {view.image.width} x {view.image.height} px, {view.tokens} tokens{box}"
-        figures.append(
-            f'<figure><img{border} alt="image {index}" src="{_data_url(annotate(views, index))}">'
-            f"<figcaption>{caption}</figcaption></figure>"
+        images.append(
+            {
+                "index": index,
+                "url": _data_url(annotate(views, index)),
+                "colour": None if view.parent is None else colour(index),
+                "caption": f"{view.image.width} x {view.image.height} px, {view.tokens} tokens{box}",
+            }
         )
-    return f'<div class="images">{"".join(figures)}</div>' if figures else ""
+    return images
 
 
-def _facts(result: ChatResult) -> str:
+def _facts(result: ChatResult) -> dict[str, str]:
     provenance, work = result.provenance, result.work
     computed = work.tokens_prefilled + work.tokens_decoded
-    rows = {
+    return {
         "checkpoint": f"{provenance.checkpoint or 'in memory'} {(provenance.fingerprint or '')[:12]}",
         "preset, prompts": f"{provenance.preset}, {provenance.prompts} {provenance.prompts_sha256[:12]}",
         "sampling": f"temperature {provenance.sampling.temperature:g}, seed {provenance.seed}",
@@ -189,14 +157,6 @@ def _facts(result: ChatResult) -> str:
         "run on": f"{provenance.device}, {provenance.dtype}, {provenance.attention}",
         "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows.items())
-    return f"<section><table>{cells}</table></section>"
-
-
-def escape(text: str) -> str:
-    """Text for HTML, in an attribute too."""
-    # Lone surrogates cannot be written as UTF-8.
-    return html.escape(text.encode("utf-8", "replace").decode(), quote=True)
 
 
 def _data_url(image: Image.Image) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vilavt_core.markdown import markdown_table
+
 from .comparison import Contrast, compare
 from .scores import ScoredFile, Scorer
 from .summary import Figure, Kind, summarise
@@ -39,12 +41,12 @@ class AblationTable:
         names = list(dict.fromkeys(figure.name for row in self.rows for figure in row.figures))
         counts = {figure.name: figure.questions for row in self.rows for figure in row.figures}
         head = ["", *(f"{name} (n={counts[name]})" for name in names), "difference", "p"]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        lines = []
         for row in self.rows:
             found = {figure.name: figure for figure in row.figures}
             cells = [_figure(found[name]) if name in found else "" for name in names]
-            lines.append("| " + " | ".join([row.name, *cells, *_difference(row.difference)]) + " |")
-        return "\n".join(lines) + "\n"
+            lines.append([row.name, *cells, *_difference(row.difference)])
+        return markdown_table(head, lines) + "\n"
 
 
 def ablation_table(

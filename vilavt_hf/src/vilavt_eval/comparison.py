@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 
 from vilavt_core.errors import BenchmarkError
-from vilavt_core.protocol import Answer, Malformed, NoAction, ToolCall, parse_turn
-from vilavt_core.trace import escape, page
+from vilavt_core.pages import render
+from vilavt_core.protocol import Malformed, ToolCall, parse_turn
+from vilavt_core.trace import shown_turn
 
 from .definition import Report
 from .scores import ScoredFile, ScoredRow, Scorer, response_of
 from .statistics import RESAMPLES, Interval, mcnemar, percentile_interval, resampled_means, sign_flip
 from .summary import name_of, place_of
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 SHOWN_FLIPS = 100
 """Questions on a page, unless the caller wants another number."""
@@ -221,28 +224,26 @@ def write_side_by_side(comparison: Comparison, path: str | Path, *, limit: int =
     flips = _most_changed(comparison.flips, limit)
     rows = _rows_at({place for flip in flips for place in (flip.first_place, flip.second_place)})
     overall = comparison.overall
-    head = (
-        f"<section><p>{escape(comparison.first)}: {100 * overall.first:.2f}. {escape(comparison.second)}: "
-        f"{100 * overall.second:.2f}. Difference {100 * overall.difference:+.2f} [{100 * overall.interval.low:+.2f}, "
-        f"{100 * overall.interval.high:+.2f}], p = {overall.p_value:.3g} ({escape(overall.test)}).</p><p>"
+    summary = (
+        f"{comparison.first}: {100 * overall.first:.2f}. {comparison.second}: {100 * overall.second:.2f}. "
+        f"Difference {100 * overall.difference:+.2f} [{100 * overall.interval.low:+.2f}, "
+        f"{100 * overall.interval.high:+.2f}], p = {overall.p_value:.3g} ({overall.test}).",
         f"{len(comparison.flips)} questions are scored differently, {overall.better} of those that count better and "
-        f"{overall.worse} worse; {len(flips)} are shown.</p></section>"
+        f"{overall.worse} worse; {len(flips)} are shown.",
     )
-    articles = [
-        _article(flip, (comparison.first, comparison.second), rows[flip.first_place], rows[flip.second_place])
-        for flip in flips
-    ]
+    page = render(
+        "side_by_side.html",
+        TEMPLATES,
+        title=f"{comparison.first} against {comparison.second}",
+        summary=summary,
+        questions=[
+            _question(flip, (comparison.first, comparison.second), (rows[flip.first_place], rows[flip.second_place]))
+            for flip in flips
+        ],
+    )
     path = Path(path)
-    title = f"{comparison.first} against {comparison.second}"
-    path.write_text(page(title, "\n".join([head, *articles]), _STYLE), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
-
-
-_STYLE = """
-main { max-width: 84rem; } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-.pair > div { min-width: 0; } .score { float: right; font-variant-numeric: tabular-nums; } h2 { white-space: pre-wrap; }
-@media (max-width: 50rem) { .pair { grid-template-columns: 1fr; } }
-"""
 
 
 def _most_changed(flips: Sequence[Flip], limit: int) -> list[Flip]:
@@ -261,8 +262,9 @@ def _rows_at(places: set[tuple[str, int]]) -> dict[tuple[str, int], Mapping[str,
     return found
 
 
-def _article(flip: Flip, names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    question = first.get("question") or first.get("text") or ""
+def _question(flip: Flip, names: tuple[str, str], rows: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``templates/side_by_side.html`` shows of a question."""
+    first = rows[0]
     images = first.get("images") or first.get("image") or []
     facts = {
         "question": flip.question_id,
@@ -270,40 +272,32 @@ def _article(flip: Flip, names: tuple[str, str], first: Mapping[str, Any], secon
         "right answer": first.get("answer"),
         "images": ", ".join(map(str, images if isinstance(images, list) else [images])),
     }
-    cells = "".join(f"<tr><td>{key}</td><td>{escape(str(value))}</td></tr>" for key, value in facts.items() if value)
-    columns = "".join(
-        f'<div><p class="who">{escape(name)} <span class="score">{score:.2f}</span></p>{_conversation(row)}</div>'
-        for name, score, row in zip(names, (flip.first, flip.second), (first, second), strict=True)
-    )
-    return (
-        f"<article><section><h2>{escape(str(question))}</h2><table>{cells}</table></section>"
-        f'<div class="pair">{columns}</div></article>'
-    )
+    return {
+        "text": str(first.get("question") or first.get("text") or ""),
+        "facts": {name: value for name, value in facts.items() if value},
+        "runs": [_run(*run) for run in zip(names, (flip.first, flip.second), rows, strict=True)],
+    }
 
 
-def _conversation(row: Mapping[str, Any]) -> str:
+def _run(name: str, score: float, row: Mapping[str, Any]) -> dict[str, Any]:
     turns = row.get("turns")
-    parts = [_turn(number, str(turn)) for number, turn in enumerate(turns if isinstance(turns, list) else [], 1)]
-    response = response_of(row)
-    problem = f'<p class="bad">{escape(str(row["error"]))}</p>' if row.get("error") is not None else ""
-    finish = f'<p class="who">{escape(str(row["finish"]))}</p>' if row.get("finish") else ""
-    answer = escape(str(response)) if response else "(no answer)"
-    return "".join([*parts, f'<section>{finish}<p class="answer">{answer}</p>{problem}</section>'])
+    return {
+        "name": name,
+        "score": f"{score:.2f}",
+        "turns": [_turn(number, str(turn)) for number, turn in enumerate(turns if isinstance(turns, list) else [], 1)],
+        "finish": row.get("finish"),
+        "response": response_of(row),
+        "error": row.get("error"),
+    }
 
 
-def _turn(number: int, text: str) -> str:
+def _turn(number: int, text: str) -> dict[str, Any]:
     action = parse_turn(text)
-    body = [f'<p class="who">Turn {number}</p>']
-    if isinstance(action, Malformed):
-        body.append(f'<p class="bad">{escape(action.detail)}</p>')
-    elif action.thought:
-        body.append(f'<p class="thought">{escape(action.thought)}</p>')
-    if isinstance(action, ToolCall):
-        boxes = "; ".join(f"image {r.index} [{', '.join(f'{v:g}' for v in r.box)}]" for r in action.regions)
-        body.append(f'<p class="query">{escape(action.query)}<br>{boxes}</p>')
-    elif isinstance(action, Answer):
-        body.append(f"<p><strong>{escape(action.text)}</strong></p>")
-    elif isinstance(action, NoAction) and not action.thought:
-        body.append('<p class="thought">(nothing)</p>')
-    body.append(f"<details><summary>what the model wrote</summary><pre>{escape(text)}</pre></details>")
-    return f"<section>{''.join(body)}</section>"
+    regions = action.regions if isinstance(action, ToolCall) else ()
+    return shown_turn(
+        number,
+        text,
+        action,
+        boxes="; ".join(f"image {r.index} [{', '.join(f'{v:g}' for v in r.box)}]" for r in regions),
+        problem=action.detail if isinstance(action, Malformed) else None,
+    )

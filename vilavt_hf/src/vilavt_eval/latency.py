@@ -16,6 +16,7 @@ from typing import Any
 
 from vilavt_core.backends import Backend
 from vilavt_core.errors import EvaluationError
+from vilavt_core.markdown import markdown_table
 from vilavt_core.results import ChatResult, Provenance
 
 from .evaluation_preset import EvaluationPreset
@@ -102,14 +103,18 @@ class LatencyReport:
 
     def to_markdown(self) -> str:
         """A table, one row per level; ``?`` is what the backend does not tell."""
-        lines = [
-            f"{self.benchmark}, backend {self.backend}, preset {self.preset}, {self.provenance.dtype} on "
-            f"{self.provenance.device}",
-            "",
-            "| side by side | questions | s per answer (median, p95) | s per turn (median, p95) | turns | answers/s | "
-            "encoder / prefill / decode / other | tokens reused | patches reused |",
-            "|---" * 9 + "|",
-        ]
+        head = (
+            "side by side",
+            "questions",
+            "s per answer (median, p95)",
+            "s per turn (median, p95)",
+            "turns",
+            "answers/s",
+            "encoder / prefill / decode / other",
+            "tokens reused",
+            "patches reused",
+        )
+        lines = []
         for level in self.levels:
             split = "?"
             if level.split is not None:
@@ -126,8 +131,10 @@ class LatencyReport:
                 _percent(level.reuse.tokens),
                 _percent(level.reuse.patches),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+            lines.append(cells)
+        where = f"{self.provenance.dtype} on {self.provenance.device}"
+        title = f"{self.benchmark}, backend {self.backend}, preset {self.preset}, {where}"
+        return f"{title}\n\n{markdown_table(head, lines)}\n"
 
 
 def measure(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from vilavt_core.markdown import markdown_table, plain
 
 from .comparison import Comparison, Contrast
 from .scores import Difference, Problem, ScoredFile
@@ -243,13 +244,12 @@ def _rest(number: int) -> Iterator[str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    """Cells may hold text of a result file."""
+    return markdown_table([_cell(text) for text in header], ([_cell(text) for text in row] for row in rows))
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell and is no markup."""
-    return re.sub(r"([\\|<>`*\[\]])", r"\\\1", shown(text))
+    return plain(shown(text))
 
 
 def _write_rows(files: Iterable[ScoredFile], path: Path) -> None:

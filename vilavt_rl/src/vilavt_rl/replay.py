@@ -6,7 +6,6 @@ running the episode again, so a trace is small and cannot disagree with what was
 
 from __future__ import annotations
 
-import html
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.episode import Episode, Limits
+from vilavt_core.pages import render
 from vilavt_core.presets import Sampling, get_preset
 from vilavt_core.results import ChatResult, Provenance, Work
 from vilavt_core.trace import write_html
@@ -25,6 +25,8 @@ from .data import Row
 from .errors import DataError
 from .rewards import Reward
 from .rollout import finished_episode, start_row
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 FOLDER = "rollouts"
 """Where a run keeps them, below its checkpoint folder."""
@@ -251,33 +253,25 @@ def _section(rollout: Rollout, episode: Episode, computed: Sequence[float | None
     if computed is not None and recorded:
         gaps = [abs(a - b) for a, b in zip(record.logprobs, computed, strict=True) if a is not None and b is not None]
         rows["gap to the model given"] = f"largest {max(gaps):.2e}, mean {sum(gaps) / len(gaps):.2e}"
-    cells = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items()
-    )
-    return (
-        f"<section><table>{cells}</table><details><summary>tokens: marked ones carry loss, darker is less likely"
-        f"</summary><pre>{_tokens(episode, computed)}</pre></details></section>"
-    )
+    return render("rollout.html", TEMPLATES, facts=rows, tokens=list(_tokens(episode, computed)))
 
 
-def _tokens(episode: Episode, computed: Sequence[float | None] | None) -> str:
-    """The stream as text, sampled tokens marked; runs of image placeholders are shortened."""
+def _tokens(episode: Episode, computed: Sequence[float | None] | None) -> Iterator[dict[str, Any]]:
+    """The stream as text, sampled tokens with a ``shade`` and a ``title``; runs of image placeholders are shortened."""
     record, tokenizer = episode.record, episode.tokenizer
-    out: list[str] = []
     images = {span.start: span.length for span in record.image_spans}
     at = 0
     while at < len(record.token_ids):
         if at in images:
-            out.append(f"[{images[at]} image tokens]")
+            yield {"text": f"[{images[at]} image tokens]", "shade": None}
             at += images[at]
             continue
-        text = html.escape(str(tokenizer.decode([record.token_ids[at]], skip_special_tokens=False)))
+        text = str(tokenizer.decode([record.token_ids[at]], skip_special_tokens=False))
+        shade, title = None, ""
         if record.loss_mask[at]:
             value = record.logprobs[at]
             model = None if computed is None else computed[at]
             shade = 15 if value is None else round(15 + 60 * min(1.0, -value / 5))
             title = "" if value is None else f"{value:.4f}" + ("" if model is None else f", model {model:.4f}")
-            text = f'<span title="{title}" style="background:rgb(46 134 171 / {shade}%)">{text}</span>'
-        out.append(text)
+        yield {"text": text, "shade": shade, "title": title}
         at += 1
-    return "".join(out)

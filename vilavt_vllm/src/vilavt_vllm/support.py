@@ -7,6 +7,8 @@ Importing this module imports neither torch nor vLLM.
 import re
 from dataclasses import dataclass
 
+from vilavt_core.markdown import markdown_table
+
 Version = tuple[int, int]
 """Major and minor number."""
 
@@ -104,12 +106,10 @@ def combinations_of(vllm: str, transformers: str) -> tuple[Combination, ...]:
 
 def table() -> str:
     """The matrix as Markdown."""
-    lines = [
-        "| vLLM | transformers | trainer | model, `VilavtLLM`, `vllm serve` | `vilavt-serve` |",
-        "|" + " --- |" * 5,
-    ]
+    head = ("vLLM", "transformers", "trainer", "model, `VilavtLLM`, `vllm serve`", "`vilavt-serve`")
+    lines = []
     for c in COMBINATIONS:
         how = f"{c.how}: {c.note}" if c.note else c.how
         server = "yes" if c.server else f"needs {dotted(SERVER_SINCE)}"
-        lines.append(f"| {c.vllm} | {c.transformers} | {c.trainer or '–'} | {how} | {server} |")
-    return "\n".join(lines)
+        lines.append((c.vllm, c.transformers, c.trainer or "–", how, server))
+    return markdown_table(head, lines)

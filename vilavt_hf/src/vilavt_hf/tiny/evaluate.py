@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vilavt_core.markdown import markdown_table
 from vilavt_core.protocol import format_turn
 from vilavt_core.results import ChatResult, Intervention, Sample
 from vilavt_eval.ablation import ABLATIONS, with_query
@@ -235,10 +236,8 @@ def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table: one row per mode, one column per kind."""
     kinds = ["all", *(str(k) for k in Kind)]
     counts = report["kinds"]["full"]
-    lines = [
-        "| | " + " | ".join(f"{k} (n={counts[k]['count']})" if k in counts else k for k in kinds) + " |",
-        "|---" * (len(kinds) + 1) + "|",
-    ]
+    head = ["", *(f"{k} (n={counts[k]['count']})" if k in counts else k for k in kinds)]
+    lines = []
     for mode, by_kind in report["kinds"].items():
         cells = []
         for kind in kinds:
@@ -248,8 +247,8 @@ def table(report: dict[str, Any]) -> str:
                 continue
             cell = f"{100 * rate['share']:.1f} ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
             cells.append(cell + (f", n={rate['count']}" if rate["count"] != counts[kind]["count"] else ""))
-        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([mode, *cells])
+    return markdown_table(head, lines)
 
 
 def load(path: str | Path, batch_size: int = 64) -> VilavtChat:

@@ -9,11 +9,12 @@ from importlib import metadata
 
 from .. import CHAT_TEMPLATE
 from ..errors import UnsupportedError
-from .options import flags, options_of
 
 
 def parser() -> argparse.ArgumentParser:
     """Our own flags; the rest is vLLM's."""
+    from .options import flags
+
     out = argparse.ArgumentParser(
         prog="vilavt-serve",
         description="vLLM's OpenAI server for a ViLaVT, with the zoom loop inside /v1/chat/completions.",
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if ours.model is None and not ours.vllm_help:
         own.error("name a checkpoint: vilavt-serve CHECKPOINT")
     allow_plugins()
+
+    from .options import options_of
 
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
         rest += ["--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
