@@ -77,6 +77,9 @@ HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of 
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 HF_TESTS = ("tests/core", "tests/eval", "tests/hf")
 """All tests of the distribution vilavt-hf."""
+WORKSPACE_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("architecture", "benchmarks", "install", "packages", "readme")
+)
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
     "tests/hf/test_model.py",
@@ -159,7 +162,7 @@ def hf_newest(session: nox.Session) -> None:
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    _pytest(session, *HF_TESTS, "tests/test_packages.py", "tests/test_readme.py", "tests/test_benchmarks.py")
+    _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: they have both cores to themselves
     _record(session, f"transformers-{NEWEST}")
