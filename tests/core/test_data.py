@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from vilavt_core.data.schema import read_record
 from vilavt_core.errors import DataError, ImageError
 from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
-from vilavt_core.protocol import Region, ToolCall
+from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_core.regions import Gallery
 from vilavt_hf.train.measuring import measure_all
 
@@ -182,6 +183,16 @@ def test_a_record_s_own_pixel_limit_wins(render):
         {"images": ["a.png"], "conversations": turns(("human", "<image>"), ("gpt", "a")), "max_pixels": 28 * 28 * 8}
     ).example.groups
     assert group.images[0].size == (112, 56)
+
+
+def test_groups_of_an_episode_record_keep_the_presets_query_prefix(tokenizer, tmp_path):
+    Image.new("RGB", (168, 168), "white").save(tmp_path / "a.png")
+    call = format_turn(ToolCall((Region(0, (0, 0, 84, 84)),), "the sign"))
+    record = {"images": ["a.png"], "question": "What?", "turns": [call, format_turn(Answer("7"))]}
+    preset = replace(get_preset("default"), query_prefix="Query: ")
+    renderer = Renderer(tokenizer, PromptSet.load("default"), RenderSettings(max_pixels=PIXELS), preset)
+    groups = renderer.render(read_record(record, "s[0]"), "s[0]", tmp_path).example.groups
+    assert [(group.query, group.query_prefix) for group in groups] == [("", "Query: "), ("the sign", "Query: ")]
 
 
 def test_crops_cut_from_boxes_are_those_of_files_and_of_the_episode(render, tmp_path):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from vilavt_core.errors import ImageError
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Intervention
@@ -134,3 +135,13 @@ def test_long_questions_and_answers_are_wrapped_and_cut(tiny_model, processor):
     picture = draw_conversation(result, scale=1)
     assert picture.width < 2000
     assert picture.height < 2000
+
+
+def test_a_conversation_that_a_server_told_is_shown_without_its_pictures(result, tmp_path):
+    told = ChatResult.from_json(result.to_json())
+    page = write_html([told], tmp_path / "told.html").read_text(encoding="utf-8")
+    assert "<img" not in page
+    assert "region [60, 20, 100, 60] of image 0" in page
+    assert "thinking of closer" in page
+    with pytest.raises(ImageError, match="without its pictures"):
+        draw_conversation(told)

@@ -16,9 +16,10 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .episode import Turn
+from .errors import ImageError
 from .pages import render
 from .protocol import Action, Answer, Malformed, NoAction, ToolCall
-from .regions import View
+from .regions import FACTOR, View
 from .results import ChatResult
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -97,15 +98,14 @@ def shown_turn(number: int, text: str, action: Action, **more: Any) -> dict[str,
 
 
 def _conversation(result: ChatResult, section: str) -> dict[str, Any]:
-    views = result.views
     shown = {index for turn in result.turns for index in turn.image_indices}
     no_answer = None
     if result.answer is None and result.episode is not None:
         no_answer = f"No answer ({result.finish}): {result.episode.detail}"
     return {
         "question": result.question,
-        "images": _images(views, [index for index in range(len(views)) if index not in shown]),
-        "turns": [_turn(turn, views) for turn in result.turns],
+        "images": _images(result, [index for index in range(len(result.images)) if index not in shown]),
+        "turns": [_turn(turn, result) for turn in result.turns],
         "error": None if result.error is None else f"{type(result.error).__name__}: {result.error}",
         "asked_again": result.fallback is not None,
         "answer": result.answer,
@@ -115,7 +115,7 @@ def _conversation(result: ChatResult, section: str) -> dict[str, Any]:
     }
 
 
-def _turn(turn: Turn, views: Sequence[View]) -> dict[str, Any]:
+def _turn(turn: Turn, result: ChatResult) -> dict[str, Any]:
     seconds = "" if turn.seconds is None else f" · {turn.seconds:.2f} s"
     return shown_turn(
         turn.index + 1,
@@ -123,21 +123,25 @@ def _turn(turn: Turn, views: Sequence[View]) -> dict[str, Any]:
         turn.action,
         meta=f"{turn.token_count} tokens{seconds}",
         problem=turn.problem,
-        images=_images(views, turn.image_indices),
+        images=_images(result, turn.image_indices),
     )
 
 
-def _images(views: Sequence[View], indices: Sequence[int]) -> list[dict[str, Any]]:
+def _images(result: ChatResult, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Images as ``templates/turn.html`` shows them; without their pixels if a server told them."""
     images = []
     for index in indices:
-        view = views[index]
-        box = "" if view.box is None else f", region [{', '.join(f'{v:g}' for v in view.box)}] of image {view.parent}"
+        image = result.images[index]
+        box = (
+            "" if image.box is None else f", region [{', '.join(f'{v:g}' for v in image.box)}] of image {image.parent}"
+        )
+        tokens = image.width * image.height // FACTOR**2
         images.append(
             {
                 "index": index,
-                "url": _data_url(annotate(views, index)),
-                "colour": None if view.parent is None else colour(index),
-                "caption": f"{view.image.width} x {view.image.height} px, {view.tokens} tokens{box}",
+                "url": _data_url(annotate(result.views, index)) if result.views else None,
+                "colour": None if image.parent is None else colour(index),
+                "caption": f"{image.width} x {image.height} px, {tokens} tokens{box}",
             }
         )
     return images
@@ -181,8 +185,15 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
     Args:
         result: a conversation that did not fail.
         scale: pixels per unit; 2 is sharp on dense screens.
+
+    Raises:
+        ImageError: a server told the result: its pictures are not here.
     """
     views = result.views
+    if result.images and not views:
+        raise ImageError(
+            "a server told this conversation without its pictures; draw those of a local model, or write HTML"
+        )
     shown = {index for turn in result.turns for index in turn.image_indices}
     steps: list[tuple[str, list[int]]] = [("", [i for i in range(len(views)) if i not in shown])]
     for turn in result.turns:
