@@ -32,7 +32,7 @@ from transformers import DynamicCache
 
 from vilavt_core.episode import Inquiry, Request
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, compat
-from vilavt_hf.engine import Engine, Row
+from vilavt_hf.engine import Engine, EngineRow
 
 VOCABULARY = 2000
 IMAGE, VIDEO, VISION_START, VISION_END, STOP = range(5)
@@ -273,12 +273,12 @@ def run_again_and_again(model: Any, talk: Conversation, keep_features: bool) -> 
     return cost
 
 
-def run_ours(model: Any, talk: Conversation) -> tuple[Cost, Row]:
+def run_ours(model: Any, talk: Conversation) -> tuple[Cost, EngineRow]:
     """Loop c: the engine, forced token by token through its decode loop."""
     forced: list[int] = []
     seen: list[torch.Tensor] = []
 
-    def choose(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    def choose(rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         seen.append(logits[0].clone())
         return torch.tensor([forced[len(seen) - 1]])
 

@@ -8,7 +8,7 @@ import pytest
 from vilavt_core.errors import EvaluationError
 from vilavt_eval.definition import load_benchmark
 from vilavt_eval.evaluation_preset import EvaluationPreset
-from vilavt_eval.latency import Spread, measure
+from vilavt_eval.latency import Spread, measure_latency
 from vilavt_eval.questions import Questions
 from vilavt_eval.runner import Setting
 from vilavt_hf.tiny.benchmark import write_benchmark
@@ -25,7 +25,7 @@ def questions(tmp_path_factory):
 
 def test_a_local_model_splits_its_time_and_counts_what_it_reuses(questions):
     backend = Setting(TINY, "hf", PRESET).open()
-    report = measure(backend, "hf", PRESET, questions, levels=(1, 8), count=6)
+    report = measure_latency(backend, "hf", PRESET, questions, levels=(1, 8), count=6)
     assert [level.concurrency for level in report.levels] == [1, 8]
     for level in report.levels:
         assert (level.questions, level.failed) == (6, 0)
@@ -45,7 +45,9 @@ def test_a_local_model_splits_its_time_and_counts_what_it_reuses(questions):
 def test_a_server_tells_answers_and_turns_and_the_rest_is_left_open(questions, start_stub):
     stub = start_stub()
     preset = EvaluationPreset.load("default")
-    report = measure(Setting(stub.url, "server", preset).open(), "server", preset, questions, levels=(1, 4), count=5)
+    report = measure_latency(
+        Setting(stub.url, "server", preset).open(), "server", preset, questions, levels=(1, 4), count=5
+    )
     level = report.levels[1]
     assert (level.per_turn, level.split, level.reuse.tokens, level.reuse.patches) == (None, None, 0.4, None)
     assert (level.turns, level.failed) == (2, 0)
@@ -57,7 +59,7 @@ def test_a_server_tells_answers_and_turns_and_the_rest_is_left_open(questions, s
 
 def test_too_few_questions_are_refused_with_both_numbers(questions):
     with pytest.raises(EvaluationError, match=r"3 levels of 9 questions and 4 to warm up need 31, vilavt-tiny has 2\d"):
-        measure(None, "hf", PRESET, questions, levels=(1, 2, 3), count=9)
+        measure_latency(None, "hf", PRESET, questions, levels=(1, 2, 3), count=9)
 
 
 def test_a_spread_is_mean_median_and_the_95th_percentile():

@@ -23,7 +23,7 @@ from vilavt_eval.metrics import find_metric
 from vilavt_eval.report import write_report
 from vilavt_eval.scores import Flaw, ScoredFile, score_file
 from vilavt_eval.statistics import percentile_interval, resampled_means, spread
-from vilavt_eval.summary import Kind, Summary, settings_of, summarise
+from vilavt_eval.summary import FigureKind, Summary, settings_of, summarise
 
 
 def row(question_id: Any, response: Any = "A", answer: Any = "A", **more: Any) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def test_vsi_bench_merges_variants_and_averages_over_the_types_that_are_there(tm
     assert found["overall"] == pytest.approx((1 / 4 + 1 + 1 / 2) / 3)
     assert found["all questions"] == pytest.approx(3 / 7)
     assert found["Multiple choice"] == pytest.approx(2 / 5)
-    order = [f.name for f in summary.figures if f.kind is Kind.CATEGORY]
+    order = [f.name for f in summary.figures if f.kind is FigureKind.CATEGORY]
     assert order == ["object_rel_direction", "route_planning", "object_counting"]
 
 
@@ -337,11 +337,11 @@ def test_a_circular_score_wants_every_rotation_of_a_question_right(tmp_path):
     short = rotations("And this?", (True, True), 12)  # two copies are missing
     shuffled = [r for rows in zip(one, other, twin, strict=True) for r in rows] + short
     summary = summarise([scored(tmp_path, *shuffled, benchmark="HRBench4K")])
-    circular = next(f for f in summary.figures if f.kind is Kind.CIRCULAR)
+    circular = next(f for f in summary.figures if f.kind is FigureKind.CIRCULAR)
     assert (circular.questions, circular.score) == (4, pytest.approx(1 / 4))
     assert summary.overall.questions == 4
     assert summary.overall.score == pytest.approx(12 / 14)
-    assert [f.score for f in summary.figures if f.kind is Kind.ROTATION] == pytest.approx([1, 3 / 4, 1, 2 / 3])
+    assert [f.score for f in summary.figures if f.kind is FigureKind.ROTATION] == pytest.approx([1, 3 / 4, 1, 2 / 3])
 
 
 def test_files_that_differ_in_their_seed_are_averaged_with_their_spread(tmp_path):
@@ -471,7 +471,7 @@ def test_the_memory_of_a_summary_does_not_grow_with_the_longest_name(tmp_path):
         summary = summarise([file], resamples=10)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert [f.questions for f in summary.figures if f.kind is Kind.TYPE] == [2_000, 1]
+        assert [f.questions for f in summary.figures if f.kind is FigureKind.TYPE] == [2_000, 1]
         return used
 
     assert peak("box", "x" * 5_000) < peak("box", "x") + 2_000_000

@@ -11,7 +11,7 @@ from vilavt_core.episode import Inquiry, Request
 from vilavt_core.errors import EngineError
 from vilavt_core.presets import Sampling
 from vilavt_hf import compat
-from vilavt_hf.engine import Engine, Row, Sampler
+from vilavt_hf.engine import Engine, EngineRow, Sampler
 
 TOLERANCE = 1e-4
 
@@ -84,7 +84,7 @@ class Talk:
         )
 
 
-def run(engine: Engine, talks: list[Talk], seeds=None) -> dict[str, Row]:
+def run(engine: Engine, talks: list[Talk], seeds=None) -> dict[str, EngineRow]:
     rows = {talk.name: engine.open(seed=seeds[i] if seeds else 0, name=talk.name) for i, talk in enumerate(talks)}
     of_row = {id(rows[talk.name]): talk for talk in talks}
     for talk in talks:
@@ -106,7 +106,7 @@ def full_logits(model, processor, talk: Talk) -> torch.Tensor:
         return model(input_ids=torch.tensor([talk.tokens]), use_cache=False, **inputs).logits[0].float()
 
 
-def assert_reuse_is_exact(model, processor, talk: Talk, seen: list[torch.Tensor], row: Row) -> None:
+def assert_reuse_is_exact(model, processor, talk: Talk, seen: list[torch.Tensor], row: EngineRow) -> None:
     reference = full_logits(model, processor, talk)
     assert row.tokens == talk.tokens
     sampled_at = sampled_places(talk)
@@ -265,7 +265,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(tiny_model, processor
 
 def test_the_sampler_draws_from_the_filtered_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
-    row = Row(torch.Generator().manual_seed(0))
+    row = EngineRow(torch.Generator().manual_seed(0))
     drawn = torch.cat([Sampler(Sampling(temperature=0.5, top_k=3))([row], logits) for _ in range(4000)])
     share = torch.bincount(drawn, minlength=5) / 4000
     expected = (logits[0, :3] / 0.5).softmax(0)
@@ -429,7 +429,7 @@ def test_a_closed_row_gives_its_place_back(tiny_model, processor, tokenizer):
 
 
 def test_the_repetition_penalty_lowers_tokens_of_the_stream():
-    row = Row(torch.Generator(), tokens=[0, 2])
+    row = EngineRow(torch.Generator(), tokens=[0, 2])
     logits = torch.tensor([[3.0, 2.0, -1.0, -1.5]])
     assert Sampler(Sampling(repetition_penalty=2.0))([row], logits).tolist() == [1]
     assert logits[0, 0] == 3.0  # reported log-probabilities stay the model's own

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vilavt_rl.data import Row, read_rows
-from vilavt_rl.errors import DataError
+from vilavt_rl.errors import RowError
 
 RECORD = {
     "question": "Which sign is red?",
@@ -82,7 +82,7 @@ def test_parquet_and_json_hold_the_same_rows(folder: Path) -> None:
     ],
 )
 def test_a_broken_row_is_named(folder: Path, change: dict, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(RowError, match=message):
         read_rows(write(folder, RECORD, RECORD | change))
 
 
@@ -101,11 +101,11 @@ def test_a_row_with_a_fitting_answer_of_each_type_is_read(folder: Path) -> None:
 
 
 def test_a_file_that_is_not_there_or_empty_or_not_json_is_named(folder: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(RowError, match="no such file"):
         read_rows(folder / "gone.jsonl")
     (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"empty\.jsonl: there are no rows"):
+    with pytest.raises(RowError, match=r"empty\.jsonl: there are no rows"):
         read_rows(folder / "empty.jsonl")
     (folder / "bad.jsonl").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(RowError, match="cannot be read"):
         read_rows(folder / "bad.jsonl")

@@ -24,8 +24,8 @@ from vilavt_core.results import Sample
 from vilavt_core.shipped import recipe_text
 from vilavt_rl.data import read_rows
 from vilavt_rl.easyr1 import batch, engine, reward, worker
-from vilavt_rl.easyr1.dataset import VilavtDataset
-from vilavt_rl.easyr1.settings import Settings
+from vilavt_rl.easyr1.block import Settings
+from vilavt_rl.easyr1.dataset import EasyR1Dataset
 from vilavt_rl.errors import HostError, RolloutError
 from vilavt_rl.launch import RECIPES
 
@@ -221,7 +221,7 @@ def test_the_reward_file_has_easyr1s_signature() -> None:
 
 
 def test_the_dataset_gives_what_the_trainer_splits(rows_file: Path) -> None:
-    item = VilavtDataset(str(rows_file), SimpleNamespace(filter_overlong_prompts=False), None)[0]
+    item = EasyR1Dataset(str(rows_file), SimpleNamespace(filter_overlong_prompts=False), None)[0]
     assert {"input_ids", "attention_mask", "position_ids", "raw_prompt_ids", "multi_modal_data", "ground_truth"} <= set(
         item
     )
@@ -386,9 +386,9 @@ def test_a_prompt_that_is_too_long_is_left_out_and_the_run_goes_on(
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     episodes = Settings().episodes(str(tiny), processor)
 
-    def dataset(filtered: bool) -> VilavtDataset:
+    def dataset(filtered: bool) -> EasyR1Dataset:
         config = SimpleNamespace(filter_overlong_prompts=filtered, max_prompt_length=256)
-        return VilavtDataset(str(file), config, episodes)
+        return EasyR1Dataset(str(file), config, episodes)
 
     with pytest.raises(RolloutError, match="sample long: its first turn has"):
         roll_out(tiny, processor, list(dataset(filtered=False)))

@@ -365,7 +365,7 @@ def test_the_second_rollout_samples_from_what_the_first_update_made(
 def test_the_presets_query_prefix_reaches_vllm_and_the_actor(
     learner: Learner, rows_file: Path, tiny: Path, processor
 ) -> None:
-    from vilavt_rl.easyr1.settings import Settings
+    from vilavt_rl.easyr1.block import Settings
 
     rollout = learner.worker.rollout
     own, rollout.episodes = rollout.episodes, Settings(preset="eval-hf").episodes(str(tiny), processor)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from vilavt_core.driver import ConversationSettings
 from vilavt_rl.data import Row
-from vilavt_rl.errors import DataError, RolloutError
+from vilavt_rl.errors import RolloutError, RowError
 from vilavt_rl.rollout import first_turn_fits, fitting_rows, settings_of_checkpoint, start_row
 
 RUN = 30 * 784  # pixels, below what the image processor allows
@@ -76,5 +76,5 @@ def test_rows_that_do_not_fit_are_counted_in_the_log_and_none_left_is_an_error(
     with caplog.at_level(logging.WARNING):
         assert fitting_rows([short, long, short], settings, length) == [short, short]
     assert "1 of 3 rows are left out" in caplog.text
-    with pytest.raises(DataError, match=f"none of 1 rows fits: each first turn has more than {length} tokens"):
+    with pytest.raises(RowError, match=f"none of 1 rows fits: each first turn has more than {length} tokens"):
         fitting_rows([long], settings, length)

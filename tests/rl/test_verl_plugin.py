@@ -165,7 +165,7 @@ def test_the_filter_of_long_prompts_measures_with_the_agent_loops_preset_and_lim
     import yaml
 
     from vilavt_rl.data import read_rows
-    from vilavt_rl.errors import DataError
+    from vilavt_rl.errors import RowError
     from vilavt_rl.rollout import cached_settings, start_row
     from vilavt_rl.verl.dataset import VilavtDataset
 
@@ -190,5 +190,5 @@ def test_the_filter_of_long_prompts_measures_with_the_agent_loops_preset_and_lim
     assert rows(length) == len(read_rows(rows_file))
     assert rows(length - 1) < len(read_rows(rows_file))
     file.write_text(yaml.safe_dump([{"name": "other"}]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"no agent loop is called 'vilavt', there are \['other'\]"):
+    with pytest.raises(RowError, match=r"no agent loop is called 'vilavt', there are \['other'\]"):
         rows(length)

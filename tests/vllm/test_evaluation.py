@@ -8,7 +8,7 @@ import pytest
 from vilavt_eval.ablation import Ablation
 from vilavt_eval.definition import load_benchmark
 from vilavt_eval.evaluation_preset import EvaluationPreset
-from vilavt_eval.latency import measure
+from vilavt_eval.latency import measure_latency
 from vilavt_eval.questions import Questions
 from vilavt_eval.result_file import lines
 from vilavt_eval.runner import Setting, asking, run
@@ -111,12 +111,12 @@ def test_leaving_the_zoom_out_is_the_same_everywhere(questions, local, vllm, ser
 
 
 def test_vllm_and_a_server_report_the_latency_they_know(questions, vllm, served):
-    report = measure(vllm[1], "vllm", PRESET, questions, levels=(1, 8), count=8, warm_up=2)
+    report = measure_latency(vllm[1], "vllm", PRESET, questions, levels=(1, 8), count=8, warm_up=2)
     level = report.levels[1]
     assert (level.failed, level.split, level.reuse.patches) == (0, None, None)
     assert level.reuse.tokens > 0.2
     assert level.per_turn.mean < level.per_answer.mean
-    report = measure(served[1], "server", PRESET, questions, levels=(8,), count=8, warm_up=2)
+    report = measure_latency(served[1], "server", PRESET, questions, levels=(8,), count=8, warm_up=2)
     level = report.levels[0]
     assert (level.failed, level.per_turn, level.split) == (0, None, None)
     assert level.reuse.tokens > 0.2  # the fixture's server tells cached tokens

@@ -38,7 +38,7 @@ from vilavt_vllm.server.endpoint import VilavtEndpoint
 from vilavt_vllm.server.history import History
 from vilavt_vllm.server.media import Pictures
 from vilavt_vllm.server.options import ServerOptions, flags, options_of
-from vilavt_vllm.server.protocol import ChatRequest, Exchange, exchanges
+from vilavt_vllm.server.requests import ChatRequest, Exchange, exchanges
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = str(EXAMPLES / "vilavt-tiny")
@@ -285,7 +285,7 @@ def test_a_new_limit_is_one_edit():
 from vilavt_vllm.errors import LimitError
 from vilavt_vllm.server.command import parser
 from vilavt_vllm.server.options import options_of
-from vilavt_vllm.server.protocol import ChatRequest
+from vilavt_vllm.server.requests import ChatRequest
 from vilavt_core.presets import Limits
 
 def request(zooms):

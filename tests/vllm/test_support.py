@@ -104,7 +104,7 @@ def test_the_readme_holds_the_matrix():
 def test_the_package_asks_for_the_supported_range():
     dependency = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["dependencies"]
     assert support.REQUIREMENT in dependency
-    low, high = map(support.dotted, support.SUPPORTED)
+    low, high = map(support.dotted_version, support.SUPPORTED)
     assert f"vllm>={low},<{high}" == support.REQUIREMENT
 
 

@@ -9,7 +9,7 @@ from new_limit import with_a_new_limit
 
 from vilavt_vlmeval.adapter import Adapter
 from vilavt_vlmeval.errors import MessageError, SettingsError
-from vilavt_vlmeval.messages import INDEX, Question, question_of, with_options
+from vilavt_vlmeval.messages import INDEX, BenchmarkQuestion, question_of, with_options
 from vilavt_vlmeval.settings import PREFIX, AdapterSettings
 from vilavt_vlmeval.tiny_benchmark import options
 from vilavt_vlmeval.traces import Traces, make_folder
@@ -102,7 +102,7 @@ found = {{"limits": settings.options().limits, "help": AdapterSettings.model_fie
 
 def test_images_come_first_and_texts_are_joined():
     question = question_of([image("a/1.png"), image("a/2.png"), text("Look."), text("What?")])
-    assert question == Question("Look.\nWhat?", ("a/1.png", "a/2.png"))
+    assert question == BenchmarkQuestion("Look.\nWhat?", ("a/1.png", "a/2.png"))
 
 
 def test_images_between_texts_leave_marks_in_their_places():
@@ -112,7 +112,7 @@ def test_images_between_texts_leave_marks_in_their_places():
 
 
 def test_a_message_may_have_no_image_but_no_video():
-    assert question_of([text("1 + 1?")]) == Question("1 + 1?")
+    assert question_of([text("1 + 1?")]) == BenchmarkQuestion("1 + 1?")
     with pytest.raises(MessageError, match="holds a video; ViLaVT is shown frames"):
         question_of([{"type": "video", "value": "a.mp4"}, text("What?")])
 
@@ -146,7 +146,7 @@ def test_the_tiny_benchmark_has_options_that_exact_matching_reads_as_themselves(
 
 def test_an_answer_is_bare_and_its_trace_is_whole(served, tmp_path, stub_server):
     adapter = served()
-    assert adapter.answer(Question("What?", (SCENE,), "5"), "Bench") == "A"
+    assert adapter.answer(BenchmarkQuestion("What?", (SCENE,), "5"), "Bench") == "A"
     (row,) = rows(tmp_path / "traces")
     assert (tmp_path / "traces" / "model_Bench_rank0.jsonl").is_file()
     assert (row["sample_id"], row["benchmark"], row["model"], row["answer"]) == ("5", "Bench", "model", "A")
@@ -156,7 +156,7 @@ def test_an_answer_is_bare_and_its_trace_is_whole(served, tmp_path, stub_server)
 
 
 def test_a_question_that_was_answered_is_not_asked_again_unless_something_changed(served, stub_server, tmp_path):
-    question = Question("What?", (SCENE,), "5")
+    question = BenchmarkQuestion("What?", (SCENE,), "5")
     served().answer(question, "Bench")
     assert served().answer(question, "Bench") == "A"
     assert len(stub_server.requests) == 1
@@ -164,7 +164,10 @@ def test_a_question_that_was_answered_is_not_asked_again_unless_something_change
     for count, change in enumerate(changes, start=2):
         served(**change).answer(question, "Bench")
         assert len(stub_server.requests) == count, change
-    for other in (Question("Who?", (SCENE,), "5"), Question("What?", (str(PICTURES / "scene-2.png"),), "5")):
+    for other in (
+        BenchmarkQuestion("Who?", (SCENE,), "5"),
+        BenchmarkQuestion("What?", (str(PICTURES / "scene-2.png"),), "5"),
+    ):
         served().answer(other, "Bench")
     served().answer(question, "Another")
     assert len(stub_server.requests) == len(changes) + 4
@@ -173,29 +176,29 @@ def test_a_question_that_was_answered_is_not_asked_again_unless_something_change
 def test_answers_of_another_number_of_ranks_are_found(served, stub_server, monkeypatch):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        served().answer(Question("What?", (), rank), "Bench")
+        served().answer(BenchmarkQuestion("What?", (), rank), "Bench")
     monkeypatch.delenv("RANK")
     adapter = served()
-    assert [adapter.answer(Question("What?", (), rank), "Bench") for rank in "01"] == ["A", "A"]
+    assert [adapter.answer(BenchmarkQuestion("What?", (), rank), "Bench") for rank in "01"] == ["A", "A"]
     assert len(stub_server.requests) == 2
 
 
 def test_a_failure_is_an_empty_answer_with_its_reason_and_is_asked_again(served, stub_server, tmp_path, caplog):
     stub_server.answer = lambda request: 400
     with caplog.at_level(logging.WARNING):
-        assert served().answer(Question("What?", (), "5"), "Bench") == ""
-        assert served().answer(Question("What?", ("missing.png",), "6"), "Bench") == ""
+        assert served().answer(BenchmarkQuestion("What?", (), "5"), "Bench") == ""
+        assert served().answer(BenchmarkQuestion("What?", ("missing.png",), "6"), "Bench") == ""
     assert ["told to fail" in row["error"] or "missing.png" in row["error"] for row in rows(tmp_path / "traces")]
     assert [row["answer"] for row in rows(tmp_path / "traces")] == [None, None]
     assert "Bench, sample 5: counted as no answer" in caplog.text
     assert "missing.png" in caplog.text
     stub_server.answer = lambda request: "B"
-    assert served().answer(Question("What?", (), "5"), "Bench") == "B"
+    assert served().answer(BenchmarkQuestion("What?", (), "5"), "Bench") == "B"
 
 
 def test_no_answer_is_an_answer_and_is_not_asked_again(served, stub_server):
     stub_server.answer = lambda request: None
-    assert [served().answer(Question("What?", (), "5"), "Bench") for _ in range(2)] == ["", ""]
+    assert [served().answer(BenchmarkQuestion("What?", (), "5"), "Bench") for _ in range(2)] == ["", ""]
     assert len(stub_server.requests) == 1
 
 
@@ -211,7 +214,7 @@ def test_an_engine_that_breaks_down_fails_its_questions_and_the_run_goes_on(serv
             yield
 
     adapter.backend = Broken()
-    questions = [Question("What?", (), str(i)) for i in range(3)]
+    questions = [BenchmarkQuestion("What?", (), str(i)) for i in range(3)]
     assert adapter.answers([*questions[:2], None, questions[2]], "Bench") == [""] * 4
     assert [(row["sample_id"], row["error"]) for row in rows(tmp_path / "traces")] == [
         (str(i), "RuntimeError: CUDA error") for i in range(3)
@@ -224,7 +227,7 @@ def test_questions_are_drawn_when_their_turn_comes(served, stub_server):
     def questions():
         for i in range(40):
             drawn.append(len(stub_server.requests))
-            yield Question(f"What is {i}?", (), str(i))
+            yield BenchmarkQuestion(f"What is {i}?", (), str(i))
 
     stub_server.answer = lambda request: request["messages"][0]["content"][-1]["text"]
     assert served().answers(questions(), "Bench") == [f"What is {i}?" for i in range(40)]
@@ -233,7 +236,7 @@ def test_questions_are_drawn_when_their_turn_comes(served, stub_server):
 
 def test_without_a_trace_folder_nothing_is_written_or_resumed(served, stub_server, tmp_path):
     for _ in range(2):
-        served(trace_dir=None).answer(Question("What?", (), "5"), "Bench")
+        served(trace_dir=None).answer(BenchmarkQuestion("What?", (), "5"), "Bench")
     assert len(stub_server.requests) == 2
     assert not (tmp_path / "traces").exists()
 
@@ -265,8 +268,8 @@ def test_every_preset_by_name_asks_with_pictures_and_without(preset, tmp_path):
     short = {"max_turns": 2, "max_new_tokens_per_turn": 24}
     given = {"checkpoint": "tiny", "preset": preset, "trace_dir": tmp_path, **short}
     adapter = Adapter(AdapterSettings.resolve(given, {}), "tiny")
-    adapter.answer(Question("Which digit is on the blue card?", (SCENE,), "picture"), "Bench")
-    adapter.answer(Question("Which digit comes after 3?", (), "text"), "Bench")
+    adapter.answer(BenchmarkQuestion("Which digit is on the blue card?", (SCENE,), "picture"), "Bench")
+    adapter.answer(BenchmarkQuestion("Which digit comes after 3?", (), "text"), "Bench")
     picture, words = rows(tmp_path)
     assert [picture["error"], words["error"]] == [None, None]
     assert picture["provenance"]["preset"] == preset

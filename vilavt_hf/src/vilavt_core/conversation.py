@@ -15,7 +15,7 @@ from PIL import Image
 
 from .errors import EpisodeError
 from .presets import Limits
-from .prompts import Part
+from .prompts import PromptPart
 from .protocol import Action, Answer, FinishReason, Malformed, MalformedReason, NoAction, Region, ToolCall
 from .regions import FACTOR, Box, View
 
@@ -399,7 +399,10 @@ class Mark:
 
 
 def compose(
-    parts: Sequence[Part | Mark], sizes: Mapping[int, tuple[int, int]], tokenizer: Tokenizer, special: SpecialTokens
+    parts: Sequence[PromptPart | Mark],
+    sizes: Mapping[int, tuple[int, int]],
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
 ) -> Chunk:
     """Tokens of a piece of conversation; neighbouring texts are joined before they are encoded, as a chat template
     would.

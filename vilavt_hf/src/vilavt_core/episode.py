@@ -40,7 +40,7 @@ from .conversation import (
 from .errors import EpisodeError, ImageError, RegionError
 from .images import to_rgb
 from .presets import Limits, Preset, get_preset
-from .prompts import Part, PromptSet
+from .prompts import PromptPart, PromptSet
 from .protocol import (
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
@@ -447,7 +447,7 @@ class Episode:
 
     def _first_user(
         self, kind: str, indices: list[int], question: str, sizes: Mapping[int, tuple[int, int]]
-    ) -> list[Part]:
+    ) -> list[PromptPart]:
         if kind == "follow_up":
             return self._rules.follow_up_turn(indices, question, sizes)
         if kind == "fallback":
@@ -487,7 +487,7 @@ class Episode:
             problem = self._pixel_problem(
                 [view.image.size for view in self._gallery.views] + [plan.size for plan in plans]
             )
-        opening: list[Part] = []
+        opening: list[PromptPart] = []
         if problem is not None:
             policy = self._rules.on_overflow(asked_to_finish=self._asked_to_finish)
             if policy == "end":
@@ -518,7 +518,7 @@ class Episode:
     def _respond(
         self,
         turn: Turn,
-        opening: list[Part],
+        opening: list[PromptPart],
         plans: list[CropPlan],
         query: str,
         problem: str | None,
@@ -529,7 +529,7 @@ class Episode:
         limits, gallery, prompts = self.limits, self._gallery, self.prompts
         first = len(gallery)
         sizes = {first + i: plan.size for i, plan in enumerate(plans)}
-        body: list[Part] = [RESPONSE_OPEN, *opening]
+        body: list[PromptPart] = [RESPONSE_OPEN, *opening]
         for index, (width, height) in sizes.items():
             body += prompts.render("crop", image=index, index=index, width=width, height=height)
         ask_to_finish = ask_to_finish or turn.index + 2 >= limits.max_turns or first + len(plans) >= limits.max_images
@@ -605,7 +605,7 @@ class Episode:
     def _assistant_start(self) -> list[Any]:
         return [Mark(self.special.im_end), "\n", Mark(self.special.im_start), "assistant\n"]
 
-    def _compose(self, parts: Sequence[Part | Mark], sizes: Mapping[int, tuple[int, int]]) -> Chunk:
+    def _compose(self, parts: Sequence[PromptPart | Mark], sizes: Mapping[int, tuple[int, int]]) -> Chunk:
         return compose(parts, sizes, self.tokenizer, self.special)
 
     def _append(self, chunk: Chunk, inquiry_of: Mapping[int, int] | None = None) -> None:

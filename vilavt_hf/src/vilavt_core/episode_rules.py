@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .presets import Preset
-from .prompts import Part, PromptSet
+from .prompts import PromptPart, PromptSet
 
 Sizes = Mapping[int, tuple[int, int]]
 """Width and height in pixels of every image, by its place in the conversation."""
@@ -32,7 +32,7 @@ class EpisodeRules:
         """Pixels of each of `count` originals."""
         return max_pixels
 
-    def first_turn(self, indices: Sequence[int], question: str, sizes: Sizes, *, no_zoom: bool) -> list[Part]:
+    def first_turn(self, indices: Sequence[int], question: str, sizes: Sizes, *, no_zoom: bool) -> list[PromptPart]:
         """The first user turn: images, then their sizes and the question.
 
         Args:
@@ -43,17 +43,17 @@ class EpisodeRules:
         """
         return self._turn(indices, question, sizes, "user_no_zoom" if no_zoom else "user")
 
-    def follow_up_turn(self, indices: Sequence[int], question: str, sizes: Sizes) -> list[Part]:
+    def follow_up_turn(self, indices: Sequence[int], question: str, sizes: Sizes) -> list[PromptPart]:
         """The first user turn of a further question."""
         lines = self._lines(indices, sizes, sized=self._sizes_differ(indices, sizes))
         return [*(part for line in lines for part in line), *self.prompts.render("follow_up", question=question)]
 
-    def fallback_turn(self, indices: Sequence[int], question: str) -> list[Part]:
+    def fallback_turn(self, indices: Sequence[int], question: str) -> list[PromptPart]:
         """The user turn of a forced answer."""
-        images: list[Part] = list(indices)
+        images: list[PromptPart] = list(indices)
         return [*images, *self.prompts.render("fallback_user", question=question)]
 
-    def _turn(self, indices: Sequence[int], question: str, sizes: Sizes, template: str) -> list[Part]:
+    def _turn(self, indices: Sequence[int], question: str, sizes: Sizes, template: str) -> list[PromptPart]:
         sized = self._sizes_differ(indices, sizes)
         lines = self._lines(indices, sizes, sized=sized)
         body = self.prompts.render(template, images=self._intro(indices, sizes, sized=sized), question=question)
@@ -63,7 +63,7 @@ class EpisodeRules:
     def _sizes_differ(indices: Sequence[int], sizes: Sizes) -> bool:
         return len({sizes[i] for i in indices}) > 1
 
-    def _lines(self, indices: Sequence[int], sizes: Sizes, *, sized: bool) -> list[tuple[Part, ...]]:
+    def _lines(self, indices: Sequence[int], sizes: Sizes, *, sized: bool) -> list[tuple[PromptPart, ...]]:
         """What stands for each image, with its size or without."""
         template = "original_sized" if sized else "original"
         return [self.prompts.render(template, image=i, index=i, width=sizes[i][0], height=sizes[i][1]) for i in indices]
@@ -78,7 +78,7 @@ class EpisodeRules:
         return self.prompts.text(name, count=count, last=indices[-1], width=width, height=height)
 
     @staticmethod
-    def _without_gap(indices: Sequence[int], body: tuple[Part, ...]) -> tuple[Part, ...]:
+    def _without_gap(indices: Sequence[int], body: tuple[PromptPart, ...]) -> tuple[PromptPart, ...]:
         """A question without images begins at the top."""
         if not indices and body and isinstance(body[0], str):
             return (body[0].lstrip("\n"), *body[1:])

@@ -8,7 +8,7 @@ from typing import Literal
 
 from .episode_rules import EpisodeRules, Sizes
 from .presets import Preset
-from .prompts import Part, PromptSet, join
+from .prompts import PromptPart, PromptSet, join
 from .protocol import ANSWER_CLOSE, IMAGE_MARK, unbox
 from .regions import share_budget
 
@@ -29,13 +29,13 @@ class PublishedRules(EpisodeRules):
         """Pixels of each of `count` originals: `max_pixels`, or its share."""
         return share_budget(max_pixels, count, self.preset.budget_split)
 
-    def first_turn(self, indices: Sequence[int], question: str, sizes: Sizes, *, no_zoom: bool) -> list[Part]:
+    def first_turn(self, indices: Sequence[int], question: str, sizes: Sizes, *, no_zoom: bool) -> list[PromptPart]:
         """The first user turn as the preset words it; see the parent's."""
         preset, several = self.preset, len(indices) > 1
         sized = self._sized(indices, sizes)
         lines = self._lines(indices, sizes, sized=sized)
         intro = self._intro(indices, sizes, sized=sized, of=-1 if preset.sizes == "last" else 0)
-        asked: str | tuple[Part, ...] = question
+        asked: str | tuple[PromptPart, ...] = question
         if preset.interleave and several:
             pieces = question.split(IMAGE_MARK)
             if len(pieces) == len(indices) + 1:
@@ -46,7 +46,7 @@ class PublishedRules(EpisodeRules):
         body = self.prompts.render("user_no_zoom" if no_zoom else self._template(several), images=intro, question=asked)
         return [*(part for line in lines for part in line), *self._without_gap(indices, body)]
 
-    def follow_up_turn(self, indices: Sequence[int], question: str, sizes: Sizes) -> list[Part]:
+    def follow_up_turn(self, indices: Sequence[int], question: str, sizes: Sizes) -> list[PromptPart]:
         """The first user turn of a further question; see the parent's."""
         lines = self._lines(indices, sizes, sized=self._sized(indices, sizes))
         return [*(part for line in lines for part in line), *self.prompts.render("follow_up", question=question)]

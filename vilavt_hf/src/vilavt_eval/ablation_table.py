@@ -10,7 +10,7 @@ from vilavt_core.markdown import markdown_table
 
 from .comparison import Contrast, compare
 from .scores import ScoredFile, Scorer
-from .summary import Figure, Kind, summarise
+from .summary import Figure, FigureKind, summarise
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def ablation_table(
 
 
 def _figures(files: Sequence[ScoredFile], scorer: Scorer) -> tuple[Figure, ...]:
-    shown = (Kind.OVERALL, Kind.CATEGORY)
+    shown = (FigureKind.OVERALL, FigureKind.CATEGORY)
     return tuple(figure for figure in summarise(files, scorer).figures if figure.kind in shown)
 
 

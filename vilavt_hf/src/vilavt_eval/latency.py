@@ -45,7 +45,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Split:
+class TimeSplit:
     """Seconds the engine spent on all questions of a level together."""
 
     encoder: float
@@ -83,7 +83,7 @@ class Level:
     per_answer: Spread | None
     per_turn: Spread | None
     """None: the backend does not tell."""
-    split: Split | None
+    split: TimeSplit | None
     reuse: Reuse
 
 
@@ -137,7 +137,7 @@ class LatencyReport:
         return f"{title}\n\n{markdown_table(head, lines)}\n"
 
 
-def measure(
+def measure_latency(
     backend: Backend,
     name: str,
     preset: EvaluationPreset,
@@ -205,7 +205,7 @@ def _level(backend: Backend, preset: EvaluationPreset, asked: Sequence[Question]
     split = None
     if timings is not None and before is not None:
         encode, prefill, decode = (getattr(timings, part) - before[part] for part in ("encode", "prefill", "decode"))
-        split = Split(encode, prefill, decode, other=max(0.0, seconds - encode - prefill - decode))
+        split = TimeSplit(encode, prefill, decode, other=max(0.0, seconds - encode - prefill - decode))
     return Level(
         concurrency=concurrency,
         questions=len(asked),

@@ -18,7 +18,7 @@ from vilavt_core.errors import EvaluationError
 from vilavt_core.results import Provenance
 
 from .questions import Question, Selection
-from .runner import Ask, Row, Setting, asking
+from .runner import Ask, ResultRow, Setting, asking
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Cluster:
     def asking(self, setting: Setting, seed: int) -> Ask:
         """Ask on the cluster; see :func:`vilavt_eval.runner.asking`."""
 
-        def ask(questions: Sequence[Question]) -> Iterator[Row]:
+        def ask(questions: Sequence[Question]) -> Iterator[ResultRow]:
             import ray.data
 
             gpus_each, actors = self._share(setting)

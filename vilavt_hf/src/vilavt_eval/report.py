@@ -13,7 +13,7 @@ from vilavt_core.markdown import markdown_table, plain
 
 from .comparison import Comparison, Contrast
 from .scores import Difference, Problem, ScoredFile
-from .summary import Figure, Kind, Summary, other_scorer
+from .summary import Figure, FigureKind, Summary, other_scorer
 
 LISTED = 20
 """Rows of a listing in Markdown; JSON has all."""
@@ -70,7 +70,7 @@ def label(figure: Figure) -> str:
     """A figure's name in a table."""
     name = (
         figure.name
-        if figure.kind in (Kind.OVERALL, Kind.ALL, Kind.CIRCULAR, Kind.CATEGORY)
+        if figure.kind in (FigureKind.OVERALL, FigureKind.ALL, FigureKind.CIRCULAR, FigureKind.CATEGORY)
         else (f"{figure.kind} {figure.name}")
     )
     return name if figure.counted else f"{name} (not counted)"
@@ -110,7 +110,7 @@ def plot(summaries: Sequence[Summary], path: Path) -> None:
     panels = list(dict.fromkeys(summary.benchmark for summary in summaries))
     settings = {name: [s for s in summaries if s.benchmark == name] for name in panels}
     found = {
-        name: list(dict.fromkeys(label(f) for s in several for f in s.figures if f.kind is not Kind.ROTATION))
+        name: list(dict.fromkeys(label(f) for s in several for f in s.figures if f.kind is not FigureKind.ROTATION))
         for name, several in settings.items()
     }
     names = {name: labels[:PLOTTED] for name, labels in found.items()}

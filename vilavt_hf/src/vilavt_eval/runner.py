@@ -34,8 +34,8 @@ SECRETS = ("hf_token", "token", "use_auth_token")
 MAX_FAILURES = 20
 """Questions in a row that may end in an error before the run stops: the engine is broken then, not a question."""
 
-Row = dict[str, Any]
-Ask = Callable[[Sequence[Question]], Iterator[Row]]
+ResultRow = dict[str, Any]
+Ask = Callable[[Sequence[Question]], Iterator[ResultRow]]
 """Questions, read one after another, to rows in the order they are answered."""
 
 
@@ -212,7 +212,7 @@ def asking(backend: Backend, setting: Setting, seed: int) -> Ask:
     ablation = setting.ablation
     limits = ablation.limits(backend.provenance(seed).limits)
 
-    def ask(questions: Sequence[Question]) -> Iterator[Row]:
+    def ask(questions: Sequence[Question]) -> Iterator[ResultRow]:
         waiting: dict[int, Question] = {}
 
         def samples() -> Iterator[Sample]:
@@ -235,7 +235,7 @@ def sample_of(question: Question, preset: EvaluationPreset, seed: int) -> Sample
     return replace(sample, seed=seed if preset.seeds == "per_run" else sample.seed_from(seed))
 
 
-def row_of(question: Question, result: ChatResult) -> Row:
+def row_of(question: Question, result: ChatResult) -> ResultRow:
     """A line of results, without the seed of its run."""
     said = result.to_json()
     head = {
@@ -256,7 +256,7 @@ def row_of(question: Question, result: ChatResult) -> Row:
     return {**head, **{key: value for key, value in question.record.items() if key not in head}, **own}
 
 
-def _while_it_works(rows: Iterator[Row]) -> Iterator[Row]:
+def _while_it_works(rows: Iterator[ResultRow]) -> Iterator[ResultRow]:
     in_a_row = 0
     for row in rows:
         yield row

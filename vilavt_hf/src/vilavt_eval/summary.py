@@ -24,7 +24,7 @@ _SEEDS = ("seed", "provenance.seed")
 _VERSIONS = "provenance.versions."
 
 
-class Kind(StrEnum):
+class FigureKind(StrEnum):
     """What a figure is about."""
 
     OVERALL = "overall"
@@ -43,7 +43,7 @@ class Kind(StrEnum):
 class Figure:
     """A mean score, 0 to 1."""
 
-    kind: Kind
+    kind: FigureKind
     name: str
     questions: int
     """How many; copies and seeds of a question count once."""
@@ -278,7 +278,7 @@ def _figures(
     rng: np.random.Generator,
     resamples: int,
 ) -> Iterator[Figure]:
-    def figure(kind: Kind, name: str, part: Rows, counted: bool = True) -> Figure:
+    def figure(kind: FigureKind, name: str, part: Rows, counted: bool = True) -> Figure:
         replicates = resampled_means(*part.units(), rng, resamples)
         per_seed = tuple(float(seed.scores.mean()) for seed in part.seeds())
         other = float(np.mean([seed.other.mean() for seed in part.seeds()]))
@@ -288,21 +288,21 @@ def _figures(
     if rules.overall == "categories" and len(counted.scores):
         yield _macro(counted, rng, resamples)
     else:
-        yield figure(Kind.OVERALL, "overall", counted if len(counted.scores) else rows)
+        yield figure(FigureKind.OVERALL, "overall", counted if len(counted.scores) else rows)
     if rules.overall == "categories" or len(counted.scores) < len(rows.scores):
-        yield figure(Kind.ALL, "all questions", rows)
+        yield figure(FigureKind.ALL, "all questions", rows)
     if (circular := circular_rows(files, scorer)) is not None:
-        yield figure(Kind.CIRCULAR, "all rotations right", circular)
+        yield figure(FigureKind.CIRCULAR, "all rotations right", circular)
     for name, members in rules.groups.items():
         part = rows.select(np.isin(rows.category, [i for i, c in enumerate(rows.categories) if c in members]))
         if len(part.scores):
-            yield figure(Kind.GROUP, name, part)
+            yield figure(FigureKind.GROUP, name, part)
     for number, name in sorted(enumerate(rows.categories), key=lambda item: place_of(item[1], rules)):
         part = rows.select(rows.category == number)
-        yield figure(Kind.CATEGORY, name, part, counted=bool(np.isin(number, counted.category)))
-    yield from (figure(Kind.ROTATION, name, part) for name, part in _parts(files, rows, "rotation"))
+        yield figure(FigureKind.CATEGORY, name, part, counted=bool(np.isin(number, counted.category)))
+    yield from (figure(FigureKind.ROTATION, name, part) for name, part in _parts(files, rows, "rotation"))
     if len(kinds := list(_parts(files, rows, "problem_type"))) > 1 or not rows.categories:
-        yield from (figure(Kind.TYPE, name, part) for name, part in kinds if name)
+        yield from (figure(FigureKind.TYPE, name, part) for name, part in kinds if name)
 
 
 def counted_rows(rows: Rows, rules: Report) -> np.ndarray:
@@ -327,11 +327,11 @@ def _macro(rows: Rows, rng: np.random.Generator, resamples: int) -> Figure:
     replicates = np.mean([resampled_means(*part.units(), rng, resamples) for part in parts], axis=0)
     per_seed = tuple(macro_mean(seed, seed.scores) for seed in rows.seeds())
     other = float(np.mean([macro_mean(seed, seed.other) for seed in rows.seeds()]))
-    return _figure(Kind.OVERALL, "overall", rows, per_seed, replicates, other, True)
+    return _figure(FigureKind.OVERALL, "overall", rows, per_seed, replicates, other, True)
 
 
 def _figure(
-    kind: Kind,
+    kind: FigureKind,
     name: str,
     rows: Rows,
     per_seed: tuple[float, ...],

@@ -26,7 +26,7 @@ from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event, Finished, Intervention, Timings, Work
 from vilavt_core.settings import is_hub_id, preset_of
 
-from .engine import MAX_PREFILL_TOKENS, Choose, Engine, Row, Sampler
+from .engine import MAX_PREFILL_TOKENS, Choose, Engine, EngineRow, Sampler
 from .reused_features import ReusedFeatures, reused
 
 if TYPE_CHECKING:
@@ -184,9 +184,9 @@ class LocalSession:
         self.engine, self.reencode = engine, reencode
         if not reencode:
             engine.features = ReusedFeatures(engine.features)
-        self._rows: dict[Driver, tuple[Episode, Row]] = {}
+        self._rows: dict[Driver, tuple[Episode, EngineRow]] = {}
         """The row of each driver's running episode: a fallback has a stream of its own."""
-        self._waiting: dict[Row, Driver] = {}
+        self._waiting: dict[EngineRow, Driver] = {}
         """Rows that the engine computes."""
         self._spent: dict[Driver, Work] = {}
         """Work on rows that were closed."""
@@ -251,7 +251,7 @@ class LocalSession:
             return
         self._waiting[row] = driver
 
-    def _row(self, driver: Driver) -> Row:
+    def _row(self, driver: Driver) -> EngineRow:
         """The row of the episode that a driver is at; a fallback begins another one."""
         episode, row = self._rows.get(driver, (None, None))
         if row is not None and episode is driver.episode:

@@ -1,6 +1,6 @@
 """Token-in/token-out generation for many conversations at once; no image is encoded twice, no token is prefilled twice.
 
-Contract: token ids in, token ids out. One :class:`Row` is one conversation's token stream; :meth:`Engine.submit`
+Contract: token ids in, token ids out. One :class:`EngineRow` is one conversation's token stream; :meth:`Engine.submit`
 appends a request's tokens and images to it, :meth:`Engine.step` advances every row that has work, and a row that has
 finished a turn waits, with its keys and values, for its next request. Text, tool calls and crops are none of the
 engine's business (:mod:`vilavt_core.episode` has them).
@@ -91,7 +91,7 @@ class ImageFeatures:
 class Sampled:
     """One token of one row, or the row's failure."""
 
-    row: Row
+    row: EngineRow
     token_id: int | None
     logprob: float | None
     """Natural log of the token's probability under the model at temperature 1, banned tokens excluded, fp32."""
@@ -101,7 +101,7 @@ class Sampled:
 
 
 @dataclass(eq=False)
-class Row:
+class EngineRow:
     """One conversation: its token stream and, between turns, its keys and values. Made by :meth:`Engine.open`."""
 
     generator: torch.Generator
@@ -130,7 +130,7 @@ class Row:
 class Choose(Protocol):
     """Picks the next token of every row."""
 
-    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         """(B, V) fp32 logits, banned tokens at -inf, to (B,) token ids."""
         ...
 
@@ -160,7 +160,7 @@ class Sampler:
             )
         self.sampling = sampling
 
-    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         """See :class:`Choose`."""
         sampling = self.sampling
         if sampling.repetition_penalty != 1:
@@ -181,7 +181,7 @@ class Sampler:
         last = (probabilities * keep).gt(0).sum(-1, keepdim=True) - 1
         return index.gather(-1, torch.minimum(place, last))[:, 0]
 
-    def _penalised(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    def _penalised(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         """Logits of tokens already in the stream, divided (above 0) or multiplied (below), as in CTRL and
         transformers.
         """
@@ -242,7 +242,7 @@ def _with_room(old: torch.Tensor, slots: int) -> torch.Tensor:
 class _Batch:
     """Rows that run side by side: slot s of row b is real where mask[b, s]."""
 
-    rows: list[Row]
+    rows: list[EngineRow]
     mask: torch.Tensor
     layers: list[GrowingLayer]
 
@@ -302,17 +302,17 @@ class Engine:
         self.clock = clock
         self.n_tokens = n_tokens
         self.timings = Timings()
-        self._waiting: list[Row] = []
+        self._waiting: list[EngineRow] = []
         self._running: _Batch | None = None
         self._banned: dict[tuple[int, ...], torch.Tensor] = {}
 
     # ------------------------------------------------------------------ rows
 
-    def open(self, seed: int = 0, name: str = "") -> Row:
+    def open(self, seed: int = 0, name: str = "") -> EngineRow:
         """A new, empty conversation; `seed` drives its sampling alone, `name` appears in error messages."""
-        return Row(torch.Generator().manual_seed(seed), name)
+        return EngineRow(torch.Generator().manual_seed(seed), name)
 
-    def submit(self, row: Row, request: Request) -> None:
+    def submit(self, row: EngineRow, request: Request) -> None:
         """Append a request to its row and queue the row for generation.
 
         Args:
@@ -328,7 +328,7 @@ class Engine:
         row.request, row.sampled = request, 0
         self._waiting.append(row)
 
-    def close(self, row: Row) -> None:
+    def close(self, row: EngineRow) -> None:
         """Free the row's keys and values; a running or waiting row is taken out first."""
         if row in self._waiting:
             self._waiting.remove(row)
@@ -342,7 +342,7 @@ class Engine:
         """Whether :meth:`step` has anything to do."""
         return bool(self._waiting) or self._running is not None
 
-    def _append(self, row: Row, request: Request) -> None:
+    def _append(self, row: EngineRow, request: Request) -> None:
         if self.model.training:
             raise EngineError("the model is in training mode; call model.eval() before generating")
         if row.closed:
@@ -362,7 +362,7 @@ class Engine:
         row.inquiries += request.new_inquiries
 
     @staticmethod
-    def _name(row: Row) -> str:
+    def _name(row: EngineRow) -> str:
         return f"sample {row.name}" if row.name else "row"
 
     # ------------------------------------------------------------------ one step
@@ -391,7 +391,7 @@ class Engine:
             self._running = None
             return [self._failed(row, error) for row in batch.rows]
 
-    def _next_rows(self, room: int) -> list[Row]:
+    def _next_rows(self, room: int) -> list[EngineRow]:
         """Take the rows that are prefilled together out of the line: the first always, then while they fit."""
         rows = self._waiting[:1]
         longest = len(rows[0].pending)
@@ -403,7 +403,7 @@ class Engine:
         del self._waiting[: len(rows)]
         return rows
 
-    def _start(self, rows: list[Row]) -> list[Sampled]:
+    def _start(self, rows: list[EngineRow]) -> list[Sampled]:
         try:
             batch, logits = self._prefill(rows)
         except Exception as error:
@@ -416,7 +416,7 @@ class Engine:
         first = len(self._running.rows) if self._running else 0
         return self._emit(self._join(batch), logits, first)
 
-    def _failed(self, row: Row, error: Exception) -> Sampled:
+    def _failed(self, row: EngineRow, error: Exception) -> Sampled:
         row.request = row.layers = None
         row.closed = True
         return Sampled(row, None, None, "error", error)
@@ -460,7 +460,7 @@ class Engine:
 
     # ------------------------------------------------------------------ model calls
 
-    def _prefill(self, rows: list[Row]) -> tuple[_Batch, torch.Tensor]:
+    def _prefill(self, rows: list[EngineRow]) -> tuple[_Batch, torch.Tensor]:
         """Run the pending tokens of all rows, right-aligned; returns their batch and the logits (n, V) after the last
         token of each.
         """
@@ -532,7 +532,7 @@ class Engine:
         )
         return out.logits[:, -1]
 
-    def _encode(self, rows: list[Row]) -> tuple[torch.Tensor | None, list[list[EncodedImage]]]:
+    def _encode(self, rows: list[EngineRow]) -> tuple[torch.Tensor | None, list[list[EncodedImage]]]:
         """Features (n, C) of all rows' new images in stream order, and each row's images."""
         inquiries = [inquiry for row in rows for inquiry in row.inquiries]
         if not inquiries:
@@ -542,7 +542,7 @@ class Engine:
         return torch.cat([one.features for mine in images for one in mine]), images
 
     @staticmethod
-    def _count_patches(row: Row, images: Sequence[EncodedImage]) -> None:
+    def _count_patches(row: EngineRow, images: Sequence[EncodedImage]) -> None:
         """An image counts as distinct by its index in the conversation, however often its pixels are sent."""
         indices = [index for inquiry in row.inquiries for index in inquiry.image_indices]
         for index, image in zip(indices, images, strict=True):
@@ -552,7 +552,7 @@ class Engine:
                 row.work.distinct_patches += 0 if index in row.images else patches
                 row.images.add(index)
 
-    def _check_features(self, row: Row, placeholders: int, grid: torch.Tensor | None) -> None:
+    def _check_features(self, row: EngineRow, placeholders: int, grid: torch.Tensor | None) -> None:
         features = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge_unit
         if placeholders != features:
             raise EngineError(
@@ -562,7 +562,7 @@ class Engine:
 
     # ------------------------------------------------------------------ cache
 
-    def _gather(self, rows: list[Row]) -> tuple[list[GrowingLayer], torch.Tensor]:
+    def _gather(self, rows: list[EngineRow]) -> tuple[list[GrowingLayer], torch.Tensor]:
         """The rows' own caches side by side, right-aligned, and the mask (B, S) of their real slots."""
         lengths = [row.layers[0].keys.shape[2] if row.layers else 0 for row in rows]
         slots = max(lengths)

@@ -21,10 +21,10 @@ INSTALL_VERL = 'pip install "vilavt-rl[verl]"'
 INSTALL_VERL_VLLM = 'pip install "vilavt-rl[verl-vllm]"'
 """What puts a set together in which verl, vLLM and transformers fit."""
 
-Flavour = Literal["verl", "easyr1", "other"]
+Trainer = Literal["verl", "easyr1", "other"]
 
 
-def flavour() -> Flavour | None:
+def flavour() -> Trainer | None:
     """Which trainer ``import verl`` would find, without importing it; None: none is installed."""
     spec = importlib.util.find_spec("verl")
     if spec is None:

@@ -11,7 +11,7 @@ from typing import Any
 from vilavt_core.errors import ScoringError
 from vilavt_core.scoring import QuestionType, check_target
 
-from .errors import DataError
+from .errors import RowError
 from .rewards import Task
 
 
@@ -62,14 +62,14 @@ def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
     paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
     rows = [_row(record, path, number) for path in paths for number, record in _records(path)]
     if not rows:
-        raise DataError(f"{', '.join(map(str, paths))}: there are no rows")
+        raise RowError(f"{', '.join(map(str, paths))}: there are no rows")
     return rows
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """(number from 1, record) of a file."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise RowError(f"{path}: no such file")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -83,27 +83,27 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
                     if line.strip():
                         yield number, json.loads(line)
         else:
-            raise DataError(f"{path}: the name must end in .jsonl, .json or .parquet")
+            raise RowError(f"{path}: the name must end in .jsonl, .json or .parquet")
     except (ValueError, OSError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, RowError):
             raise
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        raise RowError(f"{path}: cannot be read: {error}") from error
 
 
 def _row(record: Any, path: Path, number: int) -> Row:
     where = f"{path}, row {number}"
     if not isinstance(record, dict):
-        raise DataError(f"{where}: it is {type(record).__name__}, it must be an object")
+        raise RowError(f"{where}: it is {type(record).__name__}, it must be an object")
     for key in ("question", "answer", "question_type"):
         if record.get(key) is None or not str(record[key]).strip():
-            raise DataError(f"{where}: {key!r} is missing or blank")
+            raise RowError(f"{where}: {key!r} is missing or blank")
     try:
         check_target(QuestionType.read(str(record["question_type"])), str(record["answer"]))
     except ScoringError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise RowError(f"{where}: {error}") from None
     images = record.get("image_path")
     if isinstance(images, str) or not isinstance(images, list | tuple):
-        raise DataError(f"{where}: 'image_path' must be a list of files, it is {type(images).__name__}")
+        raise RowError(f"{where}: 'image_path' must be a list of files, it is {type(images).__name__}")
     return Row(
         question=str(record["question"]),
         answer=str(record["answer"]),
@@ -120,7 +120,7 @@ def _image(image: str, path: Path, where: str) -> str:
     for candidate in (Path(image), path.parent / image):
         if candidate.is_file():
             return str(candidate.absolute())
-    raise DataError(f"{where}: no image {image!r}, neither as it is nor beside {path.name}")
+    raise RowError(f"{where}: no image {image!r}, neither as it is nor beside {path.name}")
 
 
 def _whole(record: Mapping[str, Any], key: str, where: str) -> int | None:
@@ -130,4 +130,4 @@ def _whole(record: Mapping[str, Any], key: str, where: str) -> int | None:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise DataError(f"{where}: {key!r} must be a whole number, it is {value!r}") from None
+        raise RowError(f"{where}: {key!r} must be a whole number, it is {value!r}") from None

@@ -18,7 +18,7 @@ from vilavt_core.versions import installed, version_of
 
 from .compat import INSTALL_VERL, INSTALL_VERL_VLLM, flavour, require_easyr1, require_verl
 from .cpu_vllm import needs_metadata
-from .seams import problems
+from .seams import seam_problems
 
 NEEDED = ("transfer_queue", "cachetools", "ray", "uvicorn", "fastapi")
 """Modules that verl's trainer imports and its wheel does not always bring."""
@@ -91,7 +91,7 @@ def _needed() -> str:
 def _verl_seams() -> str:
     from .verl.seams import SEAMS
 
-    if wrong := problems(SEAMS):
+    if wrong := seam_problems(SEAMS):
         raise ImportError("; ".join(wrong))
     return f"{len(SEAMS)} names that we subclass or call are there"
 
@@ -127,7 +127,7 @@ def _vllm_rollouts() -> Check:
         return Check(name, Status.FAILED, detail, "vilavt-rl cpu-vllm-metadata")
     from .verl.seams import VLLM_SEAMS
 
-    if wrong := problems(VLLM_SEAMS):
+    if wrong := seam_problems(VLLM_SEAMS):
         raise ImportError("; ".join(wrong))
     if (allowed := os.environ.get("VLLM_PLUGINS")) is not None and "vilavt" not in allowed.split(","):
         return Check(name, Status.FAILED, f"VLLM_PLUGINS={allowed!r} leaves our model out", "unset it, or add vilavt")

@@ -3,7 +3,7 @@
 from vilavt_core.errors import VilavtError
 
 
-class DataError(VilavtError):
+class RowError(VilavtError):
     """A row of the training data cannot be used; the message names file and line."""
 
 

@@ -22,7 +22,7 @@ from vilavt_core.trace import write_html
 from vilavt_core.versions import versions
 
 from .data import Row
-from .errors import DataError
+from .errors import RowError
 from .rewards import Reward
 from .rollout import finished_episode, start_row
 
@@ -120,7 +120,7 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     folder = run / FOLDER if (run / FOLDER).is_dir() else run
     files = [folder] if folder.is_file() else sorted(folder.glob("step-*.jsonl"))
     if not files:
-        raise DataError(
+        raise RowError(
             f"{run}: no rollouts; set trace_every (verl: in the agent loop's configuration, EasyR1: in the block "
             f"vilavt), they are written to {FOLDER} in the folder of the run's checkpoints"
         )
@@ -130,7 +130,7 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
             try:
                 found.append(Rollout.from_json(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{file}, line {number}: not a rollout: {error}") from None
+                raise RowError(f"{file}, line {number}: not a rollout: {error}") from None
     yield from sorted(found, key=lambda rollout: (rollout.step, rollout.group))
 
 
@@ -141,7 +141,7 @@ def play(rollout: Rollout, settings: ConversationSettings) -> Episode:
         DataError: the checkpoint has other prompts, or the images are others than they were.
     """
     if rollout.prompts_sha256 != settings.prompts.sha256:
-        raise DataError(
+        raise RowError(
             f"sample {rollout.row.id}: it was run with the prompts {rollout.prompts_sha256[:12]}, the checkpoint has "
             f"{settings.prompts.sha256[:12]}; name the checkpoint of the run"
         )
@@ -152,7 +152,7 @@ def play(rollout: Rollout, settings: ConversationSettings) -> Episode:
     driver = start_row(row, again, max_prompt=room, max_response=room)
     for number, turn in enumerate(rollout.turns):
         if driver.request is None:
-            raise DataError(
+            raise RowError(
                 f"sample {rollout.row.id}: the episode ends after {number} turns, {len(rollout.turns)} were recorded; "
                 "have its images changed?"
             )

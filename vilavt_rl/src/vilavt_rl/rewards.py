@@ -27,7 +27,7 @@ from vilavt_core.protocol import (
     parse_turn,
     unbox,
 )
-from vilavt_core.scoring import Version, score_answer
+from vilavt_core.scoring import ScorerVersion, score_answer
 from vilavt_core.scoring.published import tagged_answer
 
 from .errors import RewardError
@@ -103,7 +103,7 @@ class Task:
 class RewardSettings:
     """How a reward is composed. The two shaping terms are off by default; both apply to right answers only."""
 
-    version: Version = "strict"
+    version: ScorerVersion = "strict"
     tool_bonus: float = 0.0
     """Added if at least one zoom was carried out and the accuracy is above 0."""
     length_penalty: float = 0.0
@@ -178,7 +178,7 @@ def overall(accuracy: float, format: float) -> float:
     return 0.5 * accuracy + 0.5 * format if accuracy > 0 else 0.0
 
 
-def accuracy(trajectory: Trajectory, task: Task, version: Version = "strict") -> float:
+def accuracy(trajectory: Trajectory, task: Task, version: ScorerVersion = "strict") -> float:
     """How right the last turn is, 0 to 1.
 
     ``strict``: the last turn must be an assistant's and hold exactly one closed answer. ``published``: whatever comes
@@ -199,7 +199,7 @@ def accuracy(trajectory: Trajectory, task: Task, version: Version = "strict") ->
     return score_answer(found, str(task.answer), task.question_type)
 
 
-def format_score(trajectory: Trajectory, version: Version = "strict") -> float:
+def format_score(trajectory: Trajectory, version: ScorerVersion = "strict") -> float:
     """1.0 if every assistant turn keeps the protocol, else 0.0.
 
     ``strict``: each turn is one think block and then either one tool call that was carried out or, in the last turn,

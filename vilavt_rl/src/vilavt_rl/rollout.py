@@ -20,7 +20,7 @@ from vilavt_core.settings import preset_of
 from vilavt_hf.processing_vilavt import VilavtProcessor
 
 from .data import Row
-from .errors import DataError, RolloutError
+from .errors import RolloutError, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def fitting_rows(rows: Sequence[Row], settings: ConversationSettings, max_prompt
     """
     kept = [row for row in rows if first_turn_fits(row, settings, max_prompt)]
     if not kept:
-        raise DataError(
+        raise RowError(
             f"none of {len(rows)} rows fits: each first turn has more than {max_prompt} tokens or breaks the limits on "
             "images; raise the prompt length or lower max_pixels"
         )

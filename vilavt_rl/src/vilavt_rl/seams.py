@@ -10,7 +10,7 @@ Seam = tuple[str, str, tuple[str, ...]]
 """(module, name, parameters that must exist)."""
 
 
-def problems(seams: Iterable[Seam]) -> list[str]:
+def seam_problems(seams: Iterable[Seam]) -> list[str]:
     """What is gone, or has lost a parameter; each with its name."""
     return [problem for seam in seams if (problem := _problem(*seam))]
 

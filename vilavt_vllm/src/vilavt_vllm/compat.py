@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def check_version() -> None:
     """Warn once, when the model is loaded, if this vLLM was never tested."""
     if not support.is_supported(vllm.__version__):
-        low, high = map(support.dotted, support.SUPPORTED)
+        low, high = map(support.dotted_version, support.SUPPORTED)
         logger.warning("vilavt-vllm is tested with vLLM from %s and below %s, this is %s", low, high, vllm.__version__)
 
 

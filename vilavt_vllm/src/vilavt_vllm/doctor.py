@@ -43,7 +43,7 @@ def _import_vllm() -> Check:
     import vllm
 
     if support.numbers(vllm.__version__) >= support.SUPPORTED[1]:
-        newest = support.dotted(support.SUPPORTED[1])
+        newest = support.dotted_version(support.SUPPORTED[1])
         detail = f"{vllm.__version__}, tested below {newest}; nothing stops it from running"
         return Check("vllm", Status.NOTE, detail)
     requirement = support.REQUIREMENT.replace("vllm", found[0], 1)

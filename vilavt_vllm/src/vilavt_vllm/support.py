@@ -77,7 +77,7 @@ def numbers(version: str) -> Version:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def dotted(version: Version) -> str:
+def dotted_version(version: Version) -> str:
     """``0.32``."""
     return f"{version[0]}.{version[1]}"
 
@@ -92,9 +92,9 @@ def server_problem(version: str) -> str | None:
     if numbers(version) >= SERVER_SINCE:
         return None
     return (
-        f"this is vLLM {version}, and vilavt-serve needs {dotted(SERVER_SINCE)} or newer: before it, a plug-in cannot "
-        "put its own answer in place of vLLM's chat completions. On this version `vllm serve CHECKPOINT` offers the "
-        "raw model (the client runs the zoom loop), and VilavtLLM and AsyncVilavtLLM run the loop in Python"
+        f"this is vLLM {version}, and vilavt-serve needs {dotted_version(SERVER_SINCE)} or newer: before it, a plug-in "
+        "cannot put its own answer in place of vLLM's chat completions. On this version `vllm serve CHECKPOINT` offers "
+        "the raw model (the client runs the zoom loop), and VilavtLLM and AsyncVilavtLLM run the loop in Python"
     )
 
 
@@ -110,6 +110,6 @@ def table() -> str:
     lines = []
     for c in COMBINATIONS:
         how = f"{c.how}: {c.note}" if c.note else c.how
-        server = "yes" if c.server else f"needs {dotted(SERVER_SINCE)}"
+        server = "yes" if c.server else f"needs {dotted_version(SERVER_SINCE)}"
         lines.append((c.vllm, c.transformers, c.trainer or "–", how, server))
     return markdown_table(head, lines)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from vilavt_core.backends import is_url, open_backend
 from vilavt_core.results import Sample
 
-from .messages import Question
+from .messages import BenchmarkQuestion
 from .settings import PREFIX, AdapterSettings
 from .traces import Traces, make_folder
 
@@ -51,20 +51,20 @@ class Adapter:
         self._traces: dict[str, Traces] = {}
         self._lock = threading.Lock()
 
-    def answer(self, question: Question, benchmark: str | None = None) -> str:
+    def answer(self, question: BenchmarkQuestion, benchmark: str | None = None) -> str:
         """The bare final answer, without thoughts and tags; ``""`` if there is none. Whatever goes wrong is in the
         trace and in the log, and ends this sample only. May be called from several threads with a server.
         """
         return self.answers([question], benchmark)[0]
 
-    def answers(self, questions: Iterable[Question | None], benchmark: str | None = None) -> list[str]:
+    def answers(self, questions: Iterable[BenchmarkQuestion | None], benchmark: str | None = None) -> list[str]:
         """Like :meth:`answer`, for many questions, as many side by side as the engine takes; in their order. They are
         drawn when their turn comes, and their images let go when they are answered; None is answered with ``""``.
         """
         benchmark = benchmark or NO_BENCHMARK
         traces = self._traces_of(benchmark)
         found: list[str] = []
-        waiting: dict[int, tuple[int, Question, str]] = {}
+        waiting: dict[int, tuple[int, BenchmarkQuestion, str]] = {}
 
         def samples() -> Iterator[Sample]:
             number = 0
@@ -99,20 +99,20 @@ class Adapter:
                 self.fail(question, benchmark, error, key)
         return found
 
-    def fail(self, question: Question, benchmark: str, error: Exception, key: str = "") -> None:
+    def fail(self, question: BenchmarkQuestion, benchmark: str, error: Exception, key: str = "") -> None:
         """Record a sample that could not be asked."""
         self._log(question, benchmark, error)
         said = {"question": question.text, "answer": None, "finish": "error"}
         self._write(benchmark, question, key, said | {"error": f"{type(error).__name__}: {error}"})
 
-    def _key(self, question: Question, benchmark: str) -> str:
+    def _key(self, question: BenchmarkQuestion, benchmark: str) -> str:
         """Equal for samples whose answers depend on the same things; which device it was is not one of them."""
         seed = Sample([], "", id=question.sample_id).seed_from(self.settings.seed)
         provenance = self.backend.provenance(seed).to_json() | {"device": ""}
         parts = [benchmark, question.digest(), provenance]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def _write(self, benchmark: str, question: Question, key: str, said: dict[str, Any]) -> None:
+    def _write(self, benchmark: str, question: BenchmarkQuestion, key: str, said: dict[str, Any]) -> None:
         traces = self._traces_of(benchmark)
         if traces is not None:
             files = [image for image in question.images if isinstance(image, str)]
@@ -138,7 +138,7 @@ class Adapter:
                     )
             return self._traces[benchmark]
 
-    def _log(self, question: Question, benchmark: str, error: Exception) -> None:
+    def _log(self, question: BenchmarkQuestion, benchmark: str, error: Exception) -> None:
         logger.warning("%s, sample %s: counted as no answer: %s", benchmark, question.sample_id, error)
 
 

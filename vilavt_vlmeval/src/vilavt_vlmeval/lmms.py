@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 
 from .adapter import Adapter
 from .errors import MessageError
-from .messages import Question, question_of
+from .messages import BenchmarkQuestion, question_of
 from .settings import AdapterSettings
 
 
@@ -58,17 +58,19 @@ class ViLaVT(lmms):
             found += self.adapter.answers(map(self._question, several), task)
         return found
 
-    def _question(self, request: Any) -> Question | None:
+    def _question(self, request: Any) -> BenchmarkQuestion | None:
         _, to_messages, _, number, task, split = request.args
         messages = to_messages(self.task_dict[task][split][number])
         items = [_item(message["role"], part) for message in messages for part in message["content"]]
-        identity = Question("\n".join(str(item["value"]) for item in items if item["type"] == "text"), (), str(number))
+        identity = BenchmarkQuestion(
+            "\n".join(str(item["value"]) for item in items if item["type"] == "text"), (), str(number)
+        )
         try:
             question = question_of(items)
         except MessageError as error:
             self.adapter.fail(identity, task, error)
             return None
-        return Question(question.text, question.images, identity.id)
+        return BenchmarkQuestion(question.text, question.images, identity.id)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Not supported: an answer comes out of a conversation, not out of one continuation."""

@@ -20,7 +20,7 @@ INDEX = "vilavt_index"
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """What is asked of the model."""
 
     text: str
@@ -48,7 +48,7 @@ class Question:
         return whole.hexdigest()
 
 
-def question_of(message: Sequence[Mapping[str, Any]]) -> Question:
+def question_of(message: Sequence[Mapping[str, Any]]) -> BenchmarkQuestion:
     """A message (items of ``type`` text or image and ``value``) as a question.
 
     Images that stand between texts leave an ``<image>`` mark where they stood: the preset ``eval-hf`` puts them back
@@ -68,7 +68,7 @@ def question_of(message: Sequence[Mapping[str, Any]]) -> Question:
     pieces = [str(item["value"]) if item["type"] == "text" else IMAGE_MARK for item in message]
     text = "\n".join(piece for piece, kind in zip(pieces, kinds, strict=True) if between or kind == "text")
     index = next((item[INDEX] for item in message if INDEX in item), None)
-    return Question(text, images, None if index is None else str(index))
+    return BenchmarkQuestion(text, images, None if index is None else str(index))
 
 
 def _image(value: Any) -> str | Image.Image:

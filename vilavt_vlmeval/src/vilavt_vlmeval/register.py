@@ -29,7 +29,7 @@ def build(name: str = "", verbose: bool = False, **settings: Any) -> Any:
         verbose: VLMEvalKit's flag; it prints answers itself.
         settings: see `settings.AdapterSettings`.
     """
-    from .model import ViLaVT
+    from .vlm import ViLaVT
 
     return ViLaVT(name=name, verbose=verbose, **settings)
 

@@ -19,7 +19,7 @@ from .config import (
     query_encoder_config,
     vilavt_config,
 )
-from .layout import CONFIG, INDEX, Checkpoint, Shard, disagreements, read_json
+from .layout import CONFIG, INDEX, Checkpoint, ShardFile, disagreements, read_json
 from .writing import (
     file_range,
     from_entry,
@@ -207,7 +207,7 @@ def _place_weights(checkpoint: Checkpoint, partial: Path, link: bool) -> Weights
     return weights
 
 
-def _rename_tensors(shard: Shard, target: Path) -> None:
+def _rename_tensors(shard: ShardFile, target: Path) -> None:
     sources = [from_entry(tensor, published_name(tensor.name)) for tensor in shard.tensors]
     write_safetensors(target, sources, shard.metadata)
 

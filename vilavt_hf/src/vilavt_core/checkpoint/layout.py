@@ -61,7 +61,7 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """One safetensors file: its tensors in file order, and its metadata."""
 
     path: Path
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_shard(path: Path) -> Shard:
+def read_shard(path: Path) -> ShardFile:
     """Read and check the header of a safetensors file.
 
     Raises:
@@ -129,7 +129,7 @@ def read_shard(path: Path) -> Shard:
     if position != size:
         problem = "is truncated" if size < position else "has trailing bytes"
         raise CheckpointError(f"{path} {problem}: {size} bytes, its header describes {position}; copy it again")
-    return Shard(path, tuple(tensors), metadata, size)
+    return ShardFile(path, tuple(tensors), metadata, size)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardFile, ...]
     index: dict[str, Any] | None
     problems: tuple[str, ...] = field(default=())
 

@@ -25,7 +25,7 @@ from ..regions import MIN_PIXELS, Gallery, fit
 from ..results import Sample
 from .example import IGNORE, Example, ImageGroup
 from .registry import Crops
-from .schema import EpisodeRecord, PublishedRecord, PublishedTurn, Record
+from .schema import EpisodeRecord, PublishedRecord, PublishedTurn, TrainingRecord
 
 Labels = Literal["turn", "turn_and_newline"]
 OpenImage = Callable[[Path], Image.Image]
@@ -128,7 +128,12 @@ class Renderer:
         return Outline(image_size(path, rules=self.settings.image_rules))
 
     def render(
-        self, record: Record, sample: str, image_root: Path, crops: Crops = "files", open_image: OpenImage | None = None
+        self,
+        record: TrainingRecord,
+        sample: str,
+        image_root: Path,
+        crops: Crops = "files",
+        open_image: OpenImage | None = None,
     ) -> Rendered:
         """Tokens, labels and image groups of a record.
 

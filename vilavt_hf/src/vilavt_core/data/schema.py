@@ -107,11 +107,11 @@ class EpisodeRecord(BaseModel):
         )
 
 
-Record = PublishedRecord | EpisodeRecord
-Kind = Literal["published", "episode"]
+TrainingRecord = PublishedRecord | EpisodeRecord
+RecordKind = Literal["published", "episode"]
 
 
-def read_record(data: Any, sample: str) -> Record:
+def read_record(data: Any, sample: str) -> TrainingRecord:
     """Validate one record.
 
     Args:

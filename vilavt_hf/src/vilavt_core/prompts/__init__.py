@@ -71,7 +71,7 @@ TEMPLATES: Mapping[str, TemplateInfo] = MappingProxyType(
 
 _PLACEHOLDER = re.compile(r"\$(?:(\$)|([a-z_]+)|\{([a-z_]+)\}|)")
 
-Part = str | int
+PromptPart = str | int
 """A piece of a rendered turn: text, or the index of the image that goes here."""
 
 
@@ -133,7 +133,7 @@ class PromptSet:
         """Hex digest of name, version and every template; results record it."""
         return self._sha256
 
-    def render(self, template: str, **values: str | int | tuple[Part, ...]) -> tuple[Part, ...]:
+    def render(self, template: str, **values: str | int | tuple[PromptPart, ...]) -> tuple[PromptPart, ...]:
         """Fill a template; texts of neighbouring pieces are joined, ``image=<index>`` becomes an ``int`` piece, a
         tuple is pieces.
 
@@ -149,7 +149,7 @@ class PromptSet:
                 )
             name = stand_in
         text, done = self.templates[name], 0
-        pieces: list[Part] = []
+        pieces: list[PromptPart] = []
         for match in _PLACEHOLDER.finditer(text):
             key = match.group(2) or match.group(3)
             pieces.append(text[done : match.start()])
@@ -216,9 +216,9 @@ class PromptSet:
         return cls(str(manifest.get("name", directory.name)), texts, str(manifest.get("version", "1")))
 
 
-def join(parts: list[Part] | tuple[Part, ...]) -> tuple[Part, ...]:
+def join(parts: list[PromptPart] | tuple[PromptPart, ...]) -> tuple[PromptPart, ...]:
     """Join neighbouring texts; drop empty ones."""
-    joined: list[Part] = []
+    joined: list[PromptPart] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part

@@ -23,7 +23,7 @@ from .numbers import Number, mean_relative_accuracy, parse_number, regression_sc
 from .text import normalise, rouge_l, target_words, text_score
 from .view_change import parse_view_change, target_view_change, view_change_score
 
-Version = Literal["strict", "published"]
+ScorerVersion = Literal["strict", "published"]
 
 
 class QuestionType(StrEnum):
@@ -94,7 +94,7 @@ _STRICT: dict[QuestionType, Callable[[str, str], float]] = {
 
 
 def score_answer(
-    prediction: str | None, target: str, question_type: str | QuestionType, *, version: Version = "strict"
+    prediction: str | None, target: str, question_type: str | QuestionType, *, version: ScorerVersion = "strict"
 ) -> float:
     """How right an answer is, 0 to 1.
 

@@ -159,7 +159,7 @@ def latency(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here.")] = None,
 ) -> None:
     """Measure seconds per turn and answer, what they go into, and how much work is reused."""
-    from ..latency import measure
+    from ..latency import measure_latency
 
     try:
         levels = [int(level) for level in concurrency.split(",")]
@@ -169,7 +169,7 @@ def latency(
         raise typer.BadParameter(f"{concurrency!r} is no list of numbers such as 1,8,32", param_hint="--concurrency")
     setting = _setting(model, backend, preset, changes, max(levels), engine, device)
     load_quietly()
-    report = measure(
+    report = measure_latency(
         setting.open(),
         setting.backend,
         setting.preset,

@@ -13,7 +13,7 @@ from ..data import read_rows
 from ..rollout import fitting_rows
 
 
-class VilavtDataset(Dataset):
+class EasyR1Dataset(Dataset):
     """One item per row of the data files, see :func:`vilavt_rl.data.read_rows`.
 
     The prompt tensors that EasyR1 expects are empty: the rollout makes them, from the episode.

@@ -27,7 +27,7 @@ from vilavt_core.versions import version_of
 
 from ..cpu_vllm import needs_metadata
 from ..errors import HostError
-from ..seams import Seam, problems
+from ..seams import Seam, seam_problems
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _parallel_state() -> Any:
 
 def missing() -> list[str]:
     """What EasyR1 uses of vLLM and is neither there nor bridged, a line each. Imports vLLM."""
-    wrong = problems(VLLM_SEAMS)
+    wrong = seam_problems(VLLM_SEAMS)
     if not wrong:
         known = _engine_arguments()
         wrong += [f"vllm.LLM takes no {name}" for name in _ARGUMENTS if name not in known]

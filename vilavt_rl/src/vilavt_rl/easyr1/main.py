@@ -1,6 +1,6 @@
 """``python -m vilavt_rl.easyr1.main config=… worker.actor.model.model_path=…``: EasyR1's trainer with our parts.
 
-The arguments are EasyR1's, plus the block ``vilavt`` (see :mod:`vilavt_rl.easyr1.settings`); ``config`` may be the name
+The arguments are EasyR1's, plus the block ``vilavt`` (see :mod:`vilavt_rl.easyr1.block`); ``config`` may be the name
 of a recipe.
 """
 
@@ -17,7 +17,7 @@ from vilavt_core.shipped import find_recipe
 from ..compat import require_easyr1
 from ..launch import RECIPES
 from . import engine
-from .settings import Settings
+from .block import Settings
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
@@ -77,9 +77,9 @@ def dataloaders(config: Any, episodes: ConversationSettings) -> tuple[Any, Any]:
     from torchdata.stateful_dataloader import StatefulDataLoader
     from verl.utils.dataset import collate_fn
 
-    from .dataset import VilavtDataset
+    from .dataset import EasyR1Dataset
 
-    train, val = (VilavtDataset(files, config, episodes) for files in (config.train_files, config.val_files))
+    train, val = (EasyR1Dataset(files, config, episodes) for files in (config.train_files, config.val_files))
     seed = torch.Generator().manual_seed(config.seed)
     order = RandomSampler(train, generator=seed) if config.shuffle else SequentialSampler(train)
     return (

@@ -6,7 +6,7 @@ Recorded from commit b44b311 (0.3.3.dev0, 2026-07-30).
 from __future__ import annotations
 
 from ..errors import HostError
-from ..seams import Seam, problems
+from ..seams import Seam, seam_problems
 from . import engine
 
 COMMIT = "b44b311b669bf1fd1aa2fc36f2251482ba33cb16"
@@ -59,5 +59,5 @@ def check() -> None:
     """
     if wrong := engine.missing():
         raise HostError(f"this vLLM lacks what EasyR1 uses: {'; '.join(wrong)}; {engine.install_command()}")
-    if wrong := problems(SEAMS):
+    if wrong := seam_problems(SEAMS):
         raise HostError(f"this EasyR1 is not the one that was tested ({COMMIT[:7]}): {'; '.join(wrong)}")

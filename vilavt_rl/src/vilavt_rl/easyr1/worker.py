@@ -16,8 +16,8 @@ from vilavt_hf import VilavtConfig
 from ..data import Row
 from ..rollout import finished_episode, start_row
 from .batch import engine_prompt, model_inputs, pack, run_drivers, traces
+from .block import Settings
 from .engine import settable
-from .settings import Settings
 
 
 def make_rollout(base: type, data_proto: Any, tensor_dict: Any) -> type:

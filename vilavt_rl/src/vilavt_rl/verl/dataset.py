@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from vilavt_core.driver import ConversationSettings
 
 from ..data import read_rows
-from ..errors import DataError
+from ..errors import RowError
 from ..rollout import cached_settings, fitting_rows
 
 LOOP = "vilavt"
@@ -74,7 +74,7 @@ def _settings(tokenizer: Any, loop_config: str | None) -> ConversationSettings:
     loops = yaml.safe_load(path.read_text(encoding="utf-8"))
     loop = next((loop for loop in loops if loop["name"] == LOOP), None)
     if loop is None:
-        raise DataError(f"{path}: no agent loop is called {LOOP!r}, there are {[loop['name'] for loop in loops]}")
+        raise RowError(f"{path}: no agent loop is called {LOOP!r}, there are {[loop['name'] for loop in loops]}")
     return cached_settings(
         tokenizer.name_or_path, loop.get("preset"), tuple(sorted((loop.get("limits") or {}).items()))
     )

@@ -37,7 +37,7 @@ from .history import History
 from .media import Pictures
 from .metrics import metrics
 from .options import ServerOptions
-from .protocol import ChatRequest, Exchange, exchanges
+from .requests import ChatRequest, Exchange, exchanges
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
 from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402

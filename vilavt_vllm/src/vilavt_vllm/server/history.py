@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vilavt_core.driver import Driver
 
-from .protocol import Exchange
+from .requests import Exchange
 
 
 class History:

@@ -24,7 +24,7 @@ from vilavt_core.architecture import module_name
 from vilavt_core.episode import Inquiry, Request
 from vilavt_core.presets import Sampling
 from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
-from vilavt_hf.engine import Engine, Row, Sampler
+from vilavt_hf.engine import Engine, EngineRow, Sampler
 
 from ...errors import RolloutError
 from .names import ROLLOUT
@@ -49,10 +49,10 @@ class _Choose:
     """
 
     def __init__(self) -> None:
-        self.sampling: dict[Row, Sampling] = {}
-        self.logprobs: dict[Row, float] = {}
+        self.sampling: dict[EngineRow, Sampling] = {}
+        self.logprobs: dict[EngineRow, float] = {}
 
-    def __call__(self, rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         chosen = torch.empty(len(rows), dtype=torch.long)
         for sampling in dict.fromkeys(self.sampling[row] for row in rows):
             places = [i for i, row in enumerate(rows) if self.sampling[row] == sampling]
@@ -85,8 +85,8 @@ class VilavtServer:
             n_tokens=len(self.processor.tokenizer),
         )
         self.seed, self.started, self.global_steps = seed, 0, 0
-        self.jobs: dict[Row, _Job] = {}
-        self.waiting: OrderedDict[Row, tuple[str, ...]] = OrderedDict()
+        self.jobs: dict[EngineRow, _Job] = {}
+        self.waiting: OrderedDict[EngineRow, tuple[str, ...]] = OrderedDict()
         """Rows between two turns, and what images they hold."""
         self._task: asyncio.Task | None = None
 
@@ -152,7 +152,7 @@ class VilavtServer:
             extra_fields={"global_steps": self.global_steps},
         )
 
-    def _find(self, prompt_ids: list[int], keys: tuple[str, ...]) -> tuple[Row | None, int]:
+    def _find(self, prompt_ids: list[int], keys: tuple[str, ...]) -> tuple[EngineRow | None, int]:
         """The waiting row that this prompt continues, and how many of its groups are in it."""
         for row in reversed(self.waiting):
             held, length = self.waiting[row], len(row.tokens)
@@ -179,7 +179,7 @@ class VilavtServer:
                 self.engine.close(self.waiting.popitem(last=False)[0])
             await asyncio.sleep(0)
 
-    def _settle(self, row: Row) -> asyncio.Future:
+    def _settle(self, row: EngineRow) -> asyncio.Future:
         self.choose.sampling.pop(row, None)
         return self.jobs.pop(row).done
 

@@ -9,7 +9,7 @@ from vlmeval.vlm.base import BaseModel
 
 from .adapter import NO_BENCHMARK, Adapter
 from .errors import MessageError
-from .messages import CUSTOM_PROMPTS, INDEX, Question, question_of
+from .messages import CUSTOM_PROMPTS, INDEX, BenchmarkQuestion, question_of
 from .settings import AdapterSettings
 
 
@@ -53,7 +53,7 @@ class ViLaVT(BaseModel):
             question = question_of(message)
         except MessageError as error:
             text = "\n".join(str(item["value"]) for item in message if item["type"] == "text")
-            self.adapter.fail(Question(text), dataset or NO_BENCHMARK, error)
+            self.adapter.fail(BenchmarkQuestion(text), dataset or NO_BENCHMARK, error)
             return ""
         return self.adapter.answer(question, dataset)
 

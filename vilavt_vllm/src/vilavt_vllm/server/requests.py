@@ -41,7 +41,7 @@ class ImagePart(BaseModel):
     image_url: ImageUrl
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """One message; assistant messages may carry what we sent back with them."""
 
     model_config = ConfigDict(extra="ignore")
@@ -84,7 +84,7 @@ class ChatRequest(_RequestSampling):  # type: ignore[valid-type, misc]
     """Body of ``POST /v1/chat/completions``: these fields and those of `Sampling`."""
 
     model_config = ConfigDict(extra="allow")
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -148,7 +148,7 @@ class Exchange:
     answer: str | None = None
 
 
-def exchanges(messages: list[Message]) -> list[Exchange]:
+def exchanges(messages: list[ChatMessage]) -> list[Exchange]:
     """The conversation as questions and answers; the last one has no answer yet.
 
     A system message stands in front of the first question: the model's own instructions come from the checkpoint.
