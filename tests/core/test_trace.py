@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Intervention
@@ -134,3 +135,12 @@ def test_long_questions_and_answers_are_wrapped_and_cut(tiny_model, processor):
     picture = draw_conversation(result, scale=1)
     assert picture.width < 2000
     assert picture.height < 2000
+
+
+def test_a_section_stands_as_it_is_only_if_a_template_made_it(result, tmp_path):
+    (tmp_path / "section.html").write_text("<aside>{{ text }}</aside>")
+    made = render("section.html", tmp_path, text=HOSTILE + "\ud800")
+    page = read(write_html([result, result], tmp_path / "trace.html", sections=[made, "<aside>"]))
+    assert page.tags.count("aside") == 1
+    assert HOSTILE + "?" in page.text
+    assert "<aside>" in page.text
