@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vilavt_core.errors import ImageError
+from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Intervention
@@ -145,3 +146,12 @@ def test_a_conversation_that_a_server_told_is_shown_without_its_pictures(result,
     assert "thinking of closer" in page
     with pytest.raises(ImageError, match="without its pictures"):
         draw_conversation(told)
+
+
+def test_a_section_stands_as_it_is_only_if_a_template_made_it(result, tmp_path):
+    (tmp_path / "section.html").write_text("<aside>{{ text }}</aside>")
+    made = render("section.html", tmp_path, text=HOSTILE + "\ud800")
+    page = read(write_html([result, result], tmp_path / "trace.html", sections=[made, "<aside>"]))
+    assert page.tags.count("aside") == 1
+    assert HOSTILE + "?" in page.text
+    assert "<aside>" in page.text

@@ -23,7 +23,7 @@ from vilavt_hf.tiny.scenes import Kind, ask, make_scene
 from vilavt_hf.tiny.teacher import Encoder, episode_example
 from vilavt_hf.train import model as training
 from vilavt_hf.train.attention import PACKED
-from vilavt_hf.train.collator import VilavtCollator, mrope_positions
+from vilavt_hf.train.collator import VilavtCollator
 from vilavt_hf.train.model import freeze
 from vilavt_hf.train.trainer import StableDecay, VilavtTrainer, label_weight
 
@@ -110,15 +110,6 @@ def test_positions_follow_the_model_s_own_mrope(processor, config, lessons):
     given = model(**inputs).logits
     derived = model(**{k: v for k, v in inputs.items() if k != "position_ids"}).logits
     torch.testing.assert_close(given, derived, atol=2e-5, rtol=0)
-
-
-def test_positions_of_text_after_an_image_continue_from_its_longer_side():
-    positions = mrope_positions([5, 9, 9, 9, 9, 9, 9, 5], [(2, 3)], image_token_id=9)
-    assert positions.tolist() == [
-        [0, 1, 1, 1, 1, 1, 1, 4],
-        [0, 1, 1, 1, 2, 2, 2, 4],
-        [0, 1, 2, 3, 1, 2, 3, 4],
-    ]
 
 
 def test_rows_are_padded_right_and_images_stay_in_prompt_order(processor, config):

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from vilavt_core.data.example import IGNORE, Dropped, Example, ImageGroup
+
+from ..positions import mrope_positions
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Keys of a packed batch that say where its samples begin, under the names that transformers gives them."""
@@ -29,33 +30,6 @@ class BatchCounts:
     """With padding."""
     images: int = 0
     dropped: tuple[Dropped, ...] = ()
-
-
-def mrope_positions(input_ids: Sequence[int], grids: Sequence[tuple[int, int]], image_token_id: int) -> np.ndarray:
-    """Positions of Qwen2.5-VL's multimodal RoPE.
-
-    Args:
-        input_ids: (L,) one conversation without padding.
-        grids: height and width in merged tokens of every image, in prompt order.
-        image_token_id: the placeholder.
-
-    Returns:
-        (3, L) int64: time, row and column.
-    """
-    out = np.empty((3, len(input_ids)), np.int64)
-    position, i, grid = 0, 0, iter(grids)
-    while i < len(input_ids):
-        if input_ids[i] != image_token_id:
-            out[:, i] = position
-            position, i = position + 1, i + 1
-            continue
-        height, width = next(grid)
-        n = height * width
-        out[0, i : i + n] = position
-        out[1, i : i + n] = position + np.repeat(np.arange(height), width)
-        out[2, i : i + n] = position + np.tile(np.arange(width), height)
-        position, i = position + max(height, width), i + n
-    return out
 
 
 class VilavtCollator:
@@ -148,7 +122,7 @@ class VilavtCollator:
                 labels[row, at] = IGNORE  # nothing of its sample comes before it
                 mask[row, own] = 1
                 weights[row, own] = torch.tensor(example.weights) if example.weights else 1.0
-                places[:, row, own] = torch.from_numpy(positions[i])
+                places[:, row, own] = positions[i]
                 at = own.stop
         out: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": places}
         if self.packed:

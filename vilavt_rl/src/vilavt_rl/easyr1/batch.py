@@ -16,7 +16,7 @@ import torch
 
 from vilavt_core.driver import Driver
 from vilavt_core.episode import Episode, Request
-from vilavt_hf.train.collator import mrope_positions
+from vilavt_hf.positions import mrope_positions
 
 from ..data import Row
 from ..errors import RolloutError
@@ -148,7 +148,7 @@ def pack(
         loss[row, : len(record.response_ids)] = torch.tensor(record.response_mask)
         grids = [(image.height // 28, image.width // 28) for image in record.images]
         positions[row, 0, begin:end] = torch.arange(len(stream))
-        positions[row, 1:, begin:end] = torch.from_numpy(mrope_positions(stream, grids, image_token_id))
+        positions[row, 1:, begin:end] = mrope_positions(stream, grids, image_token_id)
     tensors = {
         "prompts": ids[:, :prompt_length],
         "responses": ids[:, prompt_length:],

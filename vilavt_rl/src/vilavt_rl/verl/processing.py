@@ -12,7 +12,7 @@ from transformers import AutoConfig, BatchFeature
 
 from vilavt_core.settings import SETTINGS
 from vilavt_hf import VilavtProcessor
-from vilavt_hf.train.collator import mrope_positions
+from vilavt_hf.positions import mrope_positions
 
 
 class VerlVilavtProcessor(VilavtProcessor):
@@ -72,9 +72,8 @@ class VerlVilavtProcessor(VilavtProcessor):
         real = attention_mask[0].bool()
         merge = self.image_processor.merge_size
         grids = [] if image_grid_thw is None else (image_grid_thw[:, 1:] // merge).tolist()
-        found = mrope_positions(input_ids[0, real].tolist(), grids, self.config.image_token_id)
         positions = torch.ones(3, *input_ids.shape, dtype=torch.long)
-        positions[:, 0, real] = torch.from_numpy(found)
+        positions[:, 0, real] = mrope_positions(input_ids[0, real].tolist(), grids, self.config.image_token_id)
         return positions, None
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
