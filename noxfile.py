@@ -1,6 +1,7 @@
 """Every environment of the project, built with venv and pip.
 
 nox              everything that CI runs
+nox -s quick     the fast tests alone, in under three minutes
 nox -s demo      the shipped tiny ViLaVT looks at a picture
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
@@ -76,6 +77,16 @@ HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of 
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 HF_TESTS = ("tests/core", "tests/eval", "tests/hf")
 """All tests of the distribution vilavt-hf."""
+QUICK_TESTS = (
+    "tests/core",
+    "tests/eval",
+    "tests/hf/test_golden.py",
+    "tests/hf/test_processing.py",
+    "tests/test_architecture.py",
+    "tests/test_install.py",
+    "tests/test_readme.py",
+)
+"""What `quick` runs, less what is marked slow."""
 WORKSPACE_TESTS = tuple(
     f"tests/test_{name}.py" for name in ("architecture", "benchmarks", "install", "packages", "readme")
 )
@@ -135,6 +146,26 @@ def demo(session: nox.Session) -> None:
     """Ask the shipped tiny ViLaVT three held-out questions; writes vilavt-trace.html."""
     _install(session, NEWEST)
     session.run("vilavt", "demo", *session.posargs)
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """What most changes break, in under three minutes on two cores: style, and all fast tests of the method, the
+    checkpoints' files, the evaluation and the pages, in the environment of `hf_newest`'s requirements. No engine, no
+    training, no package is built.
+    """
+    _install(session, NEWEST, *TEST_TOOLS, "ruff==0.17.6")
+    session.install("--no-deps", *(f"./{host}" for host in HOSTS))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    _pytest(session, "-m", "not slow and not engine", *QUICK_TESTS)
+
+
+@nox.session
+def wheelhouse(session: nox.Session) -> None:
+    """Build the four wheels into dist/."""
+    packages = ("vilavt_hf", *HOSTS)
+    session.run("python", "-m", "pip", "wheel", "--no-deps", "-w", "dist", *(f"./{package}" for package in packages))
 
 
 @nox.session

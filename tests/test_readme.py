@@ -22,10 +22,27 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tiny.md"])
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/tiny.md"])
 def test_the_held_out_table_is_the_measured_one(page):
     report = json.loads((TINY / "heldout.json").read_text())
     assert table(report) in (ROOT / page).read_text()
+
+
+def test_the_first_page_is_short_and_its_figures_are_those_of_the_page_that_says_how_they_were_measured():
+    readme, figures = (ROOT / "README.md").read_text(), (ROOT / "docs" / "benchmarks.md").read_text()
+    assert len(readme.splitlines()) < 80
+    report = json.loads((TINY / "heldout.json").read_text())
+    full, no_zoom, no_query = (f"{100 * report[name]:.1f} %" for name in ("full", "no_zoom", "no_query"))
+    assert f"**{full}** of 560 held-out questions; without the zoom {no_zoom}, without the query {no_query}" in readme
+    rows = {cells[0]: cells for line in figures.splitlines() if len(cells := line.strip("| ").split(" | ")) > 2}
+    engine = rows["`VilavtChat`'s engine"][5]
+    assert f"takes {engine} times less CPU time" in readme
+    speedups = [float(rows[count][3].strip("*")) for count in ("1", "8", "32")]
+    assert f"**{min(speedups)}** to {max(speedups)} times as fast" in readme
+    assert "tiny model from 9.8 to 71.5 % in 12 minutes" in " ".join(
+        (ROOT / "vilavt_rl" / "README.md").read_text().split()
+    )
+    assert "all 560 held-out questions have word for word the same transcript" in figures
 
 
 def test_the_measured_checkpoint_is_the_shipped_one():
