@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from family import noise as picture
 
 from vilavt_core.backends import BackendOptions
 from vilavt_core.episode import Inquiry
@@ -29,11 +29,6 @@ from vilavt_hf.chat import VilavtChat
 from vilavt_hf.engine import Sampler
 
 LIMITS = Limits(max_turns=6, max_new_tokens_per_turn=200, max_pixels=84 * 84)
-
-
-def picture(seed: int, width: int = 120, height: int = 90) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
 def zoom(turn: int, regions: int = 2) -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from family import tiles as picture
 
 from vilavt_core.episode import Inquiry, Request
 from vilavt_core.errors import EngineError
@@ -14,13 +14,6 @@ from vilavt_hf import compat
 from vilavt_hf.engine import Engine, EngineRow, Sampler
 
 TOLERANCE = 1e-4
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    pixels = torch.randint(
-        0, 256, (height // 28, width // 28, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
-    return Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.NEAREST)
 
 
 class Script:

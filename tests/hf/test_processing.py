@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from family import noise
 from transformers import AutoProcessor
 
 from vilavt_core.episode import Inquiry
@@ -15,13 +15,8 @@ from vilavt_hf.processing_vilavt import groups_of_prompt
 MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def picture(width, height, seed=0):
-    torch.manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy())
-
-
 def test_one_placeholder_becomes_one_token_per_merged_patch(processor):
-    out = processor(images=picture(112, 84), text=f"look {MARKER} now", queries=["what?"])
+    out = processor(images=noise(0, 112, 84), text=f"look {MARKER} now", queries=["what?"])
     assert (out["input_ids"] == processor.image_token_id).sum() == 4 * 3
     assert out["image_grid_thw"].tolist() == [[1, 6, 8]]
     assert out["pixel_values"].shape == (48, 1176)
@@ -29,7 +24,7 @@ def test_one_placeholder_becomes_one_token_per_merged_patch(processor):
 
 
 def test_images_are_normalised_patch_by_patch_in_merge_order(processor):
-    image = picture(56, 84)
+    image = noise(0, 56, 84)
     rows = processor(images=image, text=MARKER)["pixel_values"]
     mean, std = (
         torch.tensor(x)[:, None, None]
@@ -44,7 +39,7 @@ def test_images_are_normalised_patch_by_patch_in_merge_order(processor):
 
 def test_a_batch_concatenates_images_and_queries_sample_by_sample(processor):
     out = processor(
-        images=[[picture(56, 56)], [picture(56, 84), picture(84, 56), picture(56, 56)]],
+        images=[[noise(0, 56, 56)], [noise(0, 56, 84), noise(0, 84, 56), noise(0, 56, 56)]],
         text=[f"a {MARKER}", f"{MARKER} b {MARKER}{MARKER}"],
         queries=[[""], ["", "both"]],
         images_per_query=[[1], [1, 2]],
@@ -69,7 +64,7 @@ def test_a_batch_concatenates_images_and_queries_sample_by_sample(processor):
     ],
 )
 def test_what_does_not_add_up_is_refused_with_both_numbers(processor, changes, says):
-    given = {"images": [picture(56, 56), picture(56, 84)], "text": MARKER * 2, "queries": ["a", "b"]} | changes
+    given = {"images": [noise(0, 56, 56), noise(0, 56, 84)], "text": MARKER * 2, "queries": ["a", "b"]} | changes
     with pytest.raises(GroupError) as error:
         processor(**given)
     assert says in str(error.value)
@@ -122,8 +117,8 @@ def test_without_a_query_tokenizer_the_remedy_is_named(processor, tokenizer):
 
 def test_inquiries_become_the_inputs_of_the_encoder(processor, tiny_model):
     inquiries = [
-        Inquiry(images=(picture(56, 84),), query="", image_indices=(0,)),
-        Inquiry(images=(picture(56, 56), picture(84, 56)), query="same?", image_indices=(1, 2)),
+        Inquiry(images=(noise(0, 56, 84),), query="", image_indices=(0,)),
+        Inquiry(images=(noise(0, 56, 56), noise(0, 84, 56)), query="same?", image_indices=(1, 2)),
     ]
     inputs = processor.encode_inquiries(inquiries)
     assert inputs["images_per_query"].tolist() == [1, 2]
@@ -134,7 +129,7 @@ def test_inquiries_become_the_inputs_of_the_encoder(processor, tiny_model):
 
 def test_an_image_the_encoder_would_have_to_resize_is_refused(processor):
     with pytest.raises(GroupError, match=r"inquiry 0, image 0: 57x56 pixels"):
-        processor.encode_inquiries([Inquiry(images=(picture(57, 56),), query="", image_indices=(0,))])
+        processor.encode_inquiries([Inquiry(images=(noise(0, 57, 56),), query="", image_indices=(0,))])
 
 
 def test_groups_are_read_off_a_rendered_conversation():
@@ -150,7 +145,7 @@ def test_groups_are_read_off_a_rendered_conversation():
 @torch.no_grad()
 def test_a_chat_template_call_encodes_what_an_explicit_call_does(processor, tiny_model):
     call = '<think>t</think><tool>{"region":[{"index":0,"bbox_2d":[0,0,28,28]}],"query":"which?"}</tool>'
-    images = [picture(84, 84), picture(56, 56, 1), picture(56, 84, 2)]
+    images = [noise(0, 84, 84), noise(1, 56, 56), noise(2, 56, 84)]
     messages = [
         {"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": call}]},

@@ -117,3 +117,14 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     grain = rng.integers(-20, 20, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(coarse, dtype=np.int64) + grain, 0, 255).astype(np.uint8))
+
+
+def noise(seed: int, width: int = 120, height: int = 90) -> Image.Image:
+    """Every pixel another colour."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def tiles(seed: int, width: int, height: int) -> Image.Image:
+    """One colour per token: 28 x 28 pixels each."""
+    return noise(seed, width // 28, height // 28).resize((width, height), Image.Resampling.NEAREST)

@@ -19,6 +19,9 @@ from .prompts import PromptPart
 from .protocol import Action, Answer, FinishReason, Malformed, MalformedReason, NoAction, Region, ToolCall
 from .regions import FACTOR, Box, View
 
+BAN = -100.0
+"""Logit bias of a token that must not be sampled: the lowest that vLLM, like OpenAI's API, accepts."""
+
 
 class Tokenizer(Protocol):
     """What an episode needs of a tokenizer; any transformers tokenizer with Qwen's special tokens has it."""
@@ -198,6 +201,10 @@ class Request:
     banned_token_ids: tuple[int, ...]
     turn: int
     """Counted from 0 within this episode."""
+
+    def logit_bias(self, *more: int) -> dict[int, float]:
+        """The ban of `banned_token_ids` and `more` for engines with a ``logit_bias``: what is added to the logits."""
+        return dict.fromkeys((*self.banned_token_ids, *more), BAN)
 
 
 @dataclass(frozen=True, eq=False)

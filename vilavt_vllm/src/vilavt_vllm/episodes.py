@@ -26,9 +26,6 @@ from .errors import EngineFailure
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
-_NEVER = -100.0
-"""Logit bias of tokens that must not be sampled; the lowest that vLLM accepts."""
-
 
 def settings_of_engine(
     model_config: Any,
@@ -103,7 +100,7 @@ def sampling_params(driver: Driver) -> SamplingParams:
         max_tokens=request.max_new_tokens,
         stop_token_ids=list(request.stop_token_ids),
         ignore_eos=True,  # the stop tokens are the episode's, whatever generation_config.json says
-        logit_bias=dict.fromkeys(request.banned_token_ids, _NEVER),
+        logit_bias=request.logit_bias(),
         logprobs=0,  # of the sampled token alone
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if driver.stream else RequestOutputKind.FINAL_ONLY,

@@ -28,8 +28,6 @@ from .engine import Queries
 Generate = Callable[[list[dict[str, Any]], list[Any]], Sequence[Any]]
 """Prompts and one sampling parameter object each, to vLLM's request outputs in the same order."""
 
-_NEVER = -100.0
-
 
 def run_drivers(
     drivers: Sequence[Driver],
@@ -79,7 +77,7 @@ def _sampling(sampling: Any, request: Request, never: Iterable[int], draw: tuple
     params.max_tokens = request.max_new_tokens
     params.stop_token_ids = list(request.stop_token_ids)
     params.ignore_eos = False
-    params.logit_bias = dict.fromkeys((*request.banned_token_ids, *never), _NEVER)
+    params.logit_bias = request.logit_bias(*never)
     return params
 
 

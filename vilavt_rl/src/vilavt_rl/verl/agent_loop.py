@@ -27,8 +27,6 @@ from .reward import score_fields
 
 ROLLOUTS = ("vllm", ROLLOUT)
 """Values of ``actor_rollout_ref.rollout.name``."""
-_NEVER = -100.0
-"""Logit bias of placeholders, the lowest that vLLM takes; it bans two of the four by itself."""
 
 
 class VilavtAgentLoop(AgentLoopBase):
@@ -167,5 +165,5 @@ def _sampling(params: Mapping[str, Any], request: Request) -> dict[str, Any]:
         **params,
         "max_tokens": request.max_new_tokens,
         "stop_token_ids": list(request.stop_token_ids),
-        "logit_bias": dict.fromkeys(request.banned_token_ids, _NEVER),
+        "logit_bias": request.logit_bias(),
     }
