@@ -3,6 +3,8 @@
 import base64
 import io
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -155,3 +157,9 @@ def test_a_section_stands_as_it_is_only_if_a_template_made_it(result, tmp_path):
     assert page.tags.count("aside") == 1
     assert HOSTILE + "?" in page.text
     assert "<aside>" in page.text
+
+
+def test_templates_are_loaded_when_a_page_is_written():
+    code = "import sys, vilavt_core.trace, vilavt_eval.comparison; print('jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "False\n"

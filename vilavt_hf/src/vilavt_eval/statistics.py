@@ -74,6 +74,8 @@ def spread(values: Sequence[float]) -> float | None:
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p-value of McNemar's test: the discordant pairs against a fair coin (McNemar 1947).
 
+    By hand, because evaluation needs nothing else of scipy.
+
     Args:
         only_first: pairs of which the first alone is right.
         only_second: pairs of which the second alone is right.

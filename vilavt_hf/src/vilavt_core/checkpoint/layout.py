@@ -3,6 +3,9 @@
 Nothing here loads a tensor or imports torch: a header is some hundred kilobytes for a model of any size.
 The safetensors format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets
 relative to the end of the header), then the data without holes.
+
+The header is not read by safetensors' own `safe_open` (0.8): it does not tell where a tensor's bytes are, which moving
+them without loading needs, it takes a name that occurs twice, and its errors name neither file nor numbers.
 """
 
 import json
