@@ -15,7 +15,7 @@ class ConfigOnFirstUse:
     """Stands in the table of `AutoConfig` until a ``vilavt`` configuration is read, then imports vilavt_hf.
 
     `AutoConfig` only calls `from_dict`. vilavt_hf puts its own class in this place when it is imported; importing it
-    here would cost every vLLM process a second, whatever model it serves.
+    here would load transformers' and our model in every vLLM process, whatever model it serves.
     """
 
     model_type = MODEL_TYPE
