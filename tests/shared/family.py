@@ -85,6 +85,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, *, hidden: int = 64, **visio
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "head_dim": 16,
+            "rope_theta": 1_000_000.0,  # what a checkpoint without settings of its query encoder is read with
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
