@@ -34,8 +34,8 @@ from vilavt_core.data.example import IGNORE, Example, ImageGroup
 from vilavt_core.data.order import best_fit
 from vilavt_hf.train.attention import PACKED
 from vilavt_hf.train.collator import VilavtCollator
-from vilavt_hf.train.model import VilavtForTraining
 from vilavt_hf.train.trainer import label_weight
+from vilavt_hf.train.training_model import VilavtForTraining
 
 MEDIUM = Size(vision_width=128, vision_mlp=344, vision_depth=8, text_width=384, text_mlp=1032, text_layers=8)
 BUDGET = 4096

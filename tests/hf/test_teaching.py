@@ -14,10 +14,10 @@ from vilavt_core.errors import TrainingError
 from vilavt_hf.tiny.build import new_model
 from vilavt_hf.tiny.heads import AuxiliaryHead, AuxiliaryLosses
 from vilavt_hf.tiny.lesson import Lesson, TokenTarget
-from vilavt_hf.tiny.model import fast_encoder, tiny_config, tiny_processor
-from vilavt_hf.tiny.scenes import Kind, ask, make_scene
+from vilavt_hf.tiny.scenes import QuestionKind, ask_about, make_scene
 from vilavt_hf.tiny.teacher import Encoder, episode_example, listing_example, reading_example
 from vilavt_hf.tiny.teaching import TeachingCollator, TeachingTrainer
+from vilavt_hf.tiny.tiny_model import fast_encoder, tiny_config, tiny_processor
 from vilavt_hf.train.collator import VilavtCollator
 
 
@@ -41,10 +41,10 @@ def config(processor):
 def lessons(processor):
     encoder = Encoder(processor.tokenizer, processor.prompts)
     out = []
-    for i, kind in enumerate((Kind.NESTED, Kind.SUM, Kind.PAIR, Kind.ONE)):
+    for i, kind in enumerate((QuestionKind.NESTED, QuestionKind.SUM, QuestionKind.PAIR, QuestionKind.ONE)):
         rng = np.random.default_rng(i)
         scene = make_scene(rng)
-        out.append(episode_example(encoder, scene, ask(rng, scene, kind), rng))
+        out.append(episode_example(encoder, scene, ask_about(rng, scene, kind), rng))
     return out
 
 

@@ -19,10 +19,20 @@ from vilavt_core.regions import Gallery, View
 from vilavt_core.sft_config import SftConfig
 from vilavt_hf.tiny import build as building
 from vilavt_hf.tiny import evaluate as evaluation
-from vilavt_hf.tiny.model import fast_encoder, tiny_processor
 from vilavt_hf.tiny.records import REGISTRY, write_training_set
-from vilavt_hf.tiny.scenes import CELL, CROP, MAX_PIXELS, SHOWN, Kind, ask, make_scene, query_for, scan_ids
+from vilavt_hf.tiny.scenes import (
+    CELL,
+    CROP,
+    MAX_PIXELS,
+    SHOWN,
+    QuestionKind,
+    ask_about,
+    make_scene,
+    query_for,
+    scan_ids,
+)
 from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example
+from vilavt_hf.tiny.tiny_model import fast_encoder, tiny_processor
 from vilavt_hf.train.run import Run, make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -40,9 +50,9 @@ def encoder(processor):
 
 
 def scene_and_question(kind, seed=0, split="train"):
-    rng = np.random.default_rng([seed, list(Kind).index(kind)])
+    rng = np.random.default_rng([seed, list(QuestionKind).index(kind)])
     scene = make_scene(rng, split)
-    return scene, ask(rng, scene, kind), rng
+    return scene, ask_about(rng, scene, kind), rng
 
 
 def test_no_scan_is_in_two_splits():
@@ -52,15 +62,15 @@ def test_no_scan_is_in_two_splits():
 
 
 def test_a_scene_is_a_function_of_its_seed():
-    first, _, _ = scene_and_question(Kind.SUM, 3)
-    again, _, _ = scene_and_question(Kind.SUM, 3)
+    first, _, _ = scene_and_question(QuestionKind.SUM, 3)
+    again, _, _ = scene_and_question(QuestionKind.SUM, 3)
     assert first.cards == again.cards
     assert first.image.tobytes() == again.image.tobytes()
 
 
 def test_colours_are_unique_and_cards_stay_inside_their_cells():
     for seed in range(20):
-        scene, _, _ = scene_and_question(Kind.ONE, seed)
+        scene, _, _ = scene_and_question(QuestionKind.ONE, seed)
         assert len({c.colour for c in scene.cards}) == len(scene.cards)
         for card in scene.cards:
             x1, y1, x2, y2 = (4 * v for v in card.cell_box)
@@ -68,7 +78,7 @@ def test_colours_are_unique_and_cards_stay_inside_their_cells():
             assert y1 <= card.box[1] < card.box[3] <= y2
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(QuestionKind))
 def test_training_pictures_are_what_the_crop_rule_shows(kind):
     scene, question, _ = scene_and_question(kind)
     gallery = Gallery()
@@ -84,7 +94,7 @@ def test_training_pictures_are_what_the_crop_rule_shows(kind):
         assert view.image.tobytes() == scene.quadrant(question.targets[0]).tobytes()
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(QuestionKind))
 @pytest.mark.parametrize("at_the_limit", [False, True])
 def test_the_training_stream_is_the_episode_s_stream(processor, encoder, kind, at_the_limit):
     scene, question, rng = scene_and_question(kind, 1)
@@ -110,7 +120,7 @@ def test_the_training_stream_is_the_episode_s_stream(processor, encoder, kind, a
 
 
 def test_the_no_zoom_stream_is_the_episode_s_stream(processor, encoder):
-    scene, question, _ = scene_and_question(Kind.ONE, 2)
+    scene, question, _ = scene_and_question(QuestionKind.ONE, 2)
     example = direct_example(encoder, scene, question)
     episode = Episode.start(
         [scene.image],
@@ -143,7 +153,7 @@ def test_the_tokenizer_is_the_same_every_time(processor):
 
 
 def test_a_call_takes_about_twenty_tokens(processor):
-    _, question, _ = scene_and_question(Kind.ONE, 2)
+    _, question, _ = scene_and_question(QuestionKind.ONE, 2)
     (call,) = question.calls()
     text = format_turn(call)
     assert len(processor.tokenizer.encode(text)) < 30
@@ -152,7 +162,7 @@ def test_a_call_takes_about_twenty_tokens(processor):
 
 
 def test_the_fast_image_path_gives_the_processor_s_tensors(processor):
-    scene, question, _ = scene_and_question(Kind.SUM, 4)
+    scene, question, _ = scene_and_question(QuestionKind.SUM, 4)
     groups = [
         ImageGroup((scene.shown(),)),
         ImageGroup(tuple(scene.cell(c) for c in question.targets), question.query),
@@ -166,7 +176,7 @@ def test_the_fast_image_path_gives_the_processor_s_tensors(processor):
 
 
 def test_a_random_box_is_another_cell_of_the_same_size():
-    scene, question, _ = scene_and_question(Kind.PAIR, 5)
+    scene, question, _ = scene_and_question(QuestionKind.PAIR, 5)
     sample = evaluation.Sample([scene.image], question.text, id="0")
     shown = [View(scene.shown(), 0), View(scene.image.resize((CROP, CROP)), 0)]
     (call,) = question.calls()
@@ -266,7 +276,7 @@ def test_the_question_set_is_fixed_and_large_enough():
     counts = evaluation.COUNTS
     assert sum(counts.values()) >= 500
     few = evaluation.tasks("heldout", 20)
-    assert {t.question.kind for t in few} == set(Kind)
+    assert {t.question.kind for t in few} == set(QuestionKind)
     assert [t.question for t in few] == [t.question for t in evaluation.tasks("heldout", 20)]
 
 

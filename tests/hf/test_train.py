@@ -18,14 +18,14 @@ from vilavt_core.architecture import PARTS, part_of
 from vilavt_core.data.example import IGNORE, Dropped, Example, ImageGroup
 from vilavt_core.data.order import InOrder
 from vilavt_hf import compat
-from vilavt_hf.tiny.model import fast_encoder, linear_patches, tiny_config, tiny_model, tiny_processor
-from vilavt_hf.tiny.scenes import Kind, ask, make_scene
+from vilavt_hf.tiny.scenes import QuestionKind, ask_about, make_scene
 from vilavt_hf.tiny.teacher import Encoder, episode_example
-from vilavt_hf.train import model as training
+from vilavt_hf.tiny.tiny_model import fast_encoder, linear_patches, tiny_config, tiny_model, tiny_processor
+from vilavt_hf.train import training_model as training
 from vilavt_hf.train.attention import PACKED
 from vilavt_hf.train.collator import VilavtCollator
-from vilavt_hf.train.model import freeze
 from vilavt_hf.train.trainer import StableDecay, VilavtTrainer, label_weight
+from vilavt_hf.train.training_model import freeze
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,10 @@ def config(processor):
 def conversations(processor, **kwargs):
     encoder = Encoder(processor.tokenizer, processor.prompts)
     out = []
-    for i, kind in enumerate((Kind.NESTED, Kind.SUM, Kind.PAIR, Kind.ONE)):
+    for i, kind in enumerate((QuestionKind.NESTED, QuestionKind.SUM, QuestionKind.PAIR, QuestionKind.ONE)):
         rng = np.random.default_rng(i)
         scene = make_scene(rng)
-        out.append(episode_example(encoder, scene, ask(rng, scene, kind), rng, **kwargs))
+        out.append(episode_example(encoder, scene, ask_about(rng, scene, kind), rng, **kwargs))
     return out
 
 

@@ -14,9 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from vilavt_hf.tiny.scenes import Kind, Split, ask
+from vilavt_hf.tiny.scenes import QuestionKind, Split, ask_about
 
-SHARES = {Kind.ONE: 0.1, Kind.PAIR: 0.2, Kind.NESTED: 0.2, Kind.SUM: 0.3, Kind.LARGER: 0.2}
+SHARES = {
+    QuestionKind.ONE: 0.1,
+    QuestionKind.PAIR: 0.2,
+    QuestionKind.NESTED: 0.2,
+    QuestionKind.SUM: 0.3,
+    QuestionKind.LARGER: 0.2,
+}
 """Of the kinds of questions."""
 TALK_STEPS = 300
 """Steps of the last stage, instead of 1000."""
@@ -45,7 +51,7 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
             rng = np.random.default_rng([seed, i])
             kind = kinds[int(rng.choice(len(kinds), p=list(SHARES.values())))]
             scene = _scene_for(rng, kind, split)
-            question = ask(rng, scene, kind)
+            question = ask_about(rng, scene, kind)
             image = f"{name}/{i:06d}.png"
             scene.image.save(out / image, compress_level=1)  # grain does not compress
             row = {
@@ -73,7 +79,7 @@ def build_start(
     `guess_steps` more in which every second answer is a guess.
     """
     from vilavt_hf.tiny.build import STAGES, new_model, publish, run_stage
-    from vilavt_hf.tiny.model import tiny_processor
+    from vilavt_hf.tiny.tiny_model import tiny_processor
 
     out = Path(out)
     work = work or out.with_name(out.name + "-work")

@@ -32,8 +32,7 @@ from ..train.ranks import rank_and_world
 from ..train.reporting import LogFile
 from ..train.trainer import StableDecay
 from .lesson import Lesson
-from .model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
-from .scenes import MAX_PIXELS, Kind, Scene, Split, ask, make_scene
+from .scenes import MAX_PIXELS, QuestionKind, Scene, Split, ask_about, make_scene
 from .teacher import (
     Encoder,
     arithmetic_example,
@@ -44,11 +43,18 @@ from .teacher import (
     reading_example,
 )
 from .teaching import TeachingCollator, TeachingTrainer, VilavtForTeaching
+from .tiny_model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
 
 logger = logging.getLogger(__name__)
 
 TOWER: tuple[Part, ...] = ("vision_tower", "merger", "text_encoder", "text_proj")
-KIND_SHARES = {Kind.ONE: 0.2, Kind.PAIR: 0.25, Kind.NESTED: 0.25, Kind.SUM: 0.2, Kind.LARGER: 0.1}
+KIND_SHARES = {
+    QuestionKind.ONE: 0.2,
+    QuestionKind.PAIR: 0.25,
+    QuestionKind.NESTED: 0.25,
+    QuestionKind.SUM: 0.2,
+    QuestionKind.LARGER: 0.1,
+}
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,9 @@ class Lessons(Dataset):
         if name == "listing":
             return listing_example(self.encoder, scene, rng)
         if name == "blind" and rng.random() < 0.5:
-            kind = Kind.PAIR  # where the query alone decides
+            kind = QuestionKind.PAIR  # where the query alone decides
             scene = _scene_for(rng, kind)
-        question = ask(rng, scene, kind)
+        question = ask_about(rng, scene, kind)
         if name == "episode":
             return episode_example(self.encoder, scene, question, rng, final_prompt=bool(rng.random() < 0.4))
         if name == "blind":
@@ -148,12 +154,14 @@ class Lessons(Dataset):
         return direct_example(self.encoder, scene, question, zoom=name == "guess")
 
 
-def _scene_for(rng: np.random.Generator, kind: Kind, split: Split = "train") -> Scene:
+def _scene_for(rng: np.random.Generator, kind: QuestionKind, split: Split = "train") -> Scene:
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
-    singles = int(rng.integers(2, 4)) if kind in (Kind.SUM, Kind.LARGER) else int(rng.integers(1, 3))
-    pairs = 1 if kind is Kind.PAIR or rng.random() < 0.7 else 0
+    singles = int(rng.integers(2, 4)) if kind in (QuestionKind.SUM, QuestionKind.LARGER) else int(rng.integers(1, 3))
+    pairs = 1 if kind is QuestionKind.PAIR or rng.random() < 0.7 else 0
     room = 6 - singles - 2 * pairs
-    nests = (min(int(rng.integers(1, 3)), room),) if room and (kind is Kind.NESTED or rng.random() < 0.7) else ()
+    nests = (
+        (min(int(rng.integers(1, 3)), room),) if room and (kind is QuestionKind.NESTED or rng.random() < 0.7) else ()
+    )
     return make_scene(rng, split, singles=singles, pairs=pairs, nests=nests)
 
 
@@ -166,12 +174,12 @@ class Probe(TrainerCallback):
     def __init__(self, model: VilavtForTeaching, collator: TeachingCollator, encoder: Encoder, every: int, path: Path):
         self.model, self.every, self.path = model, every, path
         self.batches = []
-        for kind in Kind:
+        for kind in QuestionKind:
             examples = []
             for i in range(16):
-                rng = np.random.default_rng([77, list(Kind).index(kind), i])
+                rng = np.random.default_rng([77, list(QuestionKind).index(kind), i])
                 scene = _scene_for(rng, kind, "dev")
-                examples.append(episode_example(encoder, scene, ask(rng, scene, kind), rng, extra_readings=0))
+                examples.append(episode_example(encoder, scene, ask_about(rng, scene, kind), rng, extra_readings=0))
             self.batches.append((kind, collator(examples)))
 
     @torch.no_grad()
@@ -467,12 +475,12 @@ def write_examples(out: Path, count: int = 3, seed: int = 7) -> list[str]:
     The first asks for a nested zoom, the second for a card of a pair, the third for a sum, then the same again.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kinds = (Kind.NESTED, Kind.PAIR, Kind.SUM)
+    kinds = (QuestionKind.NESTED, QuestionKind.PAIR, QuestionKind.SUM)
     entries, names = [], []
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         scene = make_scene(rng, "heldout")
-        question = ask(rng, scene, kinds[i % len(kinds)])
+        question = ask_about(rng, scene, kinds[i % len(kinds)])
         name = f"scene-{i + 1}.png"
         scene.image.save(out / name, optimize=True)
         entries.append(

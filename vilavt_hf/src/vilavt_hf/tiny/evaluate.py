@@ -15,9 +15,15 @@ from vilavt_core.results import ChatResult, Intervention, Sample
 from vilavt_eval.ablation import ABLATIONS, with_query
 
 from ..chat import VilavtChat
-from .scenes import CELL, Card, Kind, Question, Scene, Split, examples, make_scene, query_for
+from .scenes import CELL, Card, QuestionKind, Scene, SceneQuestion, Split, examples, make_scene, query_for
 
-COUNTS = {Kind.ONE: 110, Kind.PAIR: 150, Kind.NESTED: 110, Kind.SUM: 110, Kind.LARGER: 80}
+COUNTS = {
+    QuestionKind.ONE: 110,
+    QuestionKind.PAIR: 150,
+    QuestionKind.NESTED: 110,
+    QuestionKind.SUM: 110,
+    QuestionKind.LARGER: 80,
+}
 """Questions of each kind in the full evaluation: 560."""
 
 SEED = 2024
@@ -61,16 +67,16 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Task:
+class SceneTask:
     """One question, with what the hooks and the scoring need."""
 
     scene: Scene
-    question: Question
+    question: SceneQuestion
     other: Card | None = None
     """Pair questions whose digits differ: the other card of the cell."""
 
 
-def tasks(split: Split = "heldout", limit: int | None = None) -> list[Task]:
+def tasks(split: Split = "heldout", limit: int | None = None) -> list[SceneTask]:
     """The fixed question set of a split, kinds interleaved; `limit` keeps that many, in the same proportions."""
     counts = dict(COUNTS)
     if limit is not None:
@@ -79,11 +85,11 @@ def tasks(split: Split = "heldout", limit: int | None = None) -> list[Task]:
     out = []
     for scene, question in examples(SEED, split, counts):
         other = None
-        if question.kind is Kind.PAIR:
+        if question.kind is QuestionKind.PAIR:
             (card,) = question.targets
             other = next(c for c in scene.in_cell(card) if c is not card)
             other = other if other.digit != card.digit else None
-        out.append(Task(scene, question, other))
+        out.append(SceneTask(scene, question, other))
     order = np.random.default_rng(SEED).permutation(len(out))
     return [out[i] for i in order]
 
@@ -112,7 +118,7 @@ INTERVENTIONS: dict[str, Intervention] = {
 """What each mode changes behind the back of the text; ``no_zoom`` is a limit of one turn."""
 
 
-def run(chat: VilavtChat, todo: Sequence[Task], mode: str) -> list[ChatResult]:
+def run(chat: VilavtChat, todo: Sequence[SceneTask], mode: str) -> list[ChatResult]:
     """Ask all questions in one mode."""
     limits = replace(chat.settings.limits, max_turns=1) if mode == "no_zoom" else None
     samples = [
@@ -125,7 +131,7 @@ def run(chat: VilavtChat, todo: Sequence[Task], mode: str) -> list[ChatResult]:
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
-def covers(result: ChatResult, task: Task) -> bool:
+def covers(result: ChatResult, task: SceneTask) -> bool:
     """Whether the last crops show every wanted card to at least 90% of its area, at the scale it can be read."""
     crops = [view for view in result.views if view.kind == "crop"]
     shown = 0
@@ -183,12 +189,12 @@ def evaluate(
     return out
 
 
-def _by_kind(kinds: Sequence[Kind], right: Sequence[bool]) -> dict[str, Rate]:
+def _by_kind(kinds: Sequence[QuestionKind], right: Sequence[bool]) -> dict[str, Rate]:
     counts: dict[str, list[bool]] = defaultdict(list)
     for kind, ok in zip(kinds, right, strict=True):
         counts["all"].append(ok)
         counts[str(kind)].append(ok)
-    order = ["all", *(str(k) for k in Kind)]
+    order = ["all", *(str(k) for k in QuestionKind)]
     return {kind: Rate(sum(counts[kind]), len(counts[kind])) for kind in order if kind in counts}
 
 
@@ -234,7 +240,7 @@ def pixel_classifier(split: Split = "heldout", scenes: int = 900) -> dict[str, f
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table: one row per mode, one column per kind."""
-    kinds = ["all", *(str(k) for k in Kind)]
+    kinds = ["all", *(str(k) for k in QuestionKind)]
     counts = report["kinds"]["full"]
     head = ["", *(f"{k} (n={counts[k]['count']})" if k in counts else k for k in kinds)]
     lines = []

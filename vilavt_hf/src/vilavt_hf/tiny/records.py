@@ -15,7 +15,7 @@ from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import IMAGE_MARK, Answer, format_turn
 from vilavt_core.results import Sample
 
-from .scenes import MAX_PIXELS, Kind, Split, ask, make_scene
+from .scenes import MAX_PIXELS, QuestionKind, Split, ask_about, make_scene
 
 REGISTRY = "datasets.yaml"
 TEXT_EVERY = 5
@@ -48,7 +48,7 @@ def write_training_set(
     """
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     published, episodes = [], []
-    kinds = list(Kind)
+    kinds = list(QuestionKind)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         if i % TEXT_EVERY == TEXT_EVERY - 1:
@@ -58,7 +58,7 @@ def write_training_set(
             names, pictures = [], []
         else:
             scene = make_scene(rng, split)
-            asked = ask(rng, scene, kinds[i % len(kinds)])
+            asked = ask_about(rng, scene, kinds[i % len(kinds)])
             question = asked.text
             texts = [*map(format_turn, asked.calls()), format_turn(Answer(asked.answer, asked.final_thought()))]
             names, pictures = [f"pictures/{i:05d}.png"], [scene.image]

@@ -64,7 +64,7 @@ STAINS = 10.0
 Split = Literal["train", "dev", "heldout"]
 
 
-class Kind(StrEnum):
+class QuestionKind(StrEnum):
     """What a question needs."""
 
     ONE = "one"
@@ -144,10 +144,10 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question about a scene, its answer and the ideal way there."""
 
-    kind: Kind
+    kind: QuestionKind
     text: str
     query: str
     """The query of every ideal call."""
@@ -158,7 +158,7 @@ class Question:
         """The ideal tool calls, thoughts included."""
         places = ", ".join(f"{c.colour} row {c.row} column {c.column}" for c in self.targets)
         first = ToolCall(tuple(Region(0, c.cell_box) for c in self.targets), self.query, places)
-        if self.kind is not Kind.NESTED:
+        if self.kind is not QuestionKind.NESTED:
             return (first,)
         (card,) = self.targets
         y, x = card.quadrant
@@ -166,7 +166,7 @@ class Question:
 
     def final_thought(self) -> str:
         """What the ideal last turn thinks: the digits it reads."""
-        joiner = "+" if self.kind is Kind.SUM else ","
+        joiner = "+" if self.kind is QuestionKind.SUM else ","
         return joiner.join(str(c.digit) for c in self.targets)
 
 
@@ -291,7 +291,7 @@ def query_for(cards: Sequence[Card]) -> str:
     return f"digit on the {colours} card" if len(cards) == 1 else f"digits on the {colours} cards"
 
 
-def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question:
+def ask_about(rng: np.random.Generator, scene: Scene, kind: QuestionKind) -> SceneQuestion:
     """A question of this kind about the scene.
 
     Raises:
@@ -299,9 +299,9 @@ def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question:
     """
     alone = [c for c in scene.cards if not c.small and len(scene.in_cell(c)) == 1]
     groups = {
-        Kind.ONE: alone,
-        Kind.PAIR: [c for c in scene.cards if not c.small and len(scene.in_cell(c)) == 2],
-        Kind.NESTED: [c for c in scene.cards if c.small],
+        QuestionKind.ONE: alone,
+        QuestionKind.PAIR: [c for c in scene.cards if not c.small and len(scene.in_cell(c)) == 2],
+        QuestionKind.NESTED: [c for c in scene.cards if c.small],
     }
     fit = groups.get(kind, alone)
     wanted = 1 if kind in groups else 2
@@ -311,17 +311,17 @@ def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question:
     query, colours = query_for(targets), " and ".join(c.colour for c in targets)
     digits = [c.digit for c in targets]
     text, answer = {
-        Kind.SUM: (f"What is the sum of the digits on the {colours} cards?", sum(digits)),
-        Kind.LARGER: (f"What is the larger digit on the {colours} cards?", max(digits)),
+        QuestionKind.SUM: (f"What is the sum of the digits on the {colours} cards?", sum(digits)),
+        QuestionKind.LARGER: (f"What is the larger digit on the {colours} cards?", max(digits)),
     }.get(kind, (f"Which digit is on the {colours} card?", digits[0]))
-    return Question(kind, text, query, targets, str(answer))
+    return SceneQuestion(kind, text, query, targets, str(answer))
 
 
-def examples(seed: int, split: Split, counts: dict[Kind, int]) -> list[tuple[Scene, Question]]:
+def examples(seed: int, split: Split, counts: dict[QuestionKind, int]) -> list[tuple[Scene, SceneQuestion]]:
     """A fixed set of questions, each about its own scene: `counts` says how many of each kind."""
     out = []
     for kind, i in itertools.chain.from_iterable(((k, i) for i in range(n)) for k, n in counts.items()):
-        rng = np.random.default_rng([seed, list(Kind).index(kind), i])
+        rng = np.random.default_rng([seed, list(QuestionKind).index(kind), i])
         scene = make_scene(rng, split)
-        out.append((scene, ask(rng, scene, kind)))
+        out.append((scene, ask_about(rng, scene, kind)))
     return out

@@ -16,7 +16,7 @@ from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Answer, format_turn
 
 from .lesson import AttentionTarget, Lesson, TokenTarget
-from .scenes import CELLS, COLOURS, Card, Kind, Question, Scene, ask, make_scene, query_for
+from .scenes import CELLS, COLOURS, Card, QuestionKind, Scene, SceneQuestion, ask_about, make_scene, query_for
 
 COLOUR_NAMES = list(COLOURS)
 
@@ -179,7 +179,9 @@ def _place_words(turn: _Turn, card: Card, colour_at: int) -> list[int]:
     return [turn.at(row), turn.at(column)]
 
 
-def _first_call(stream: _Stream, question: Question, question_span: list[int]) -> tuple[_Turn, list[AttentionTarget]]:
+def _first_call(
+    stream: _Stream, question: SceneQuestion, question_span: list[int]
+) -> tuple[_Turn, list[AttentionTarget]]:
     call = question.calls()[0]
     turn = stream.turn(format_turn(call))
     targets: list[AttentionTarget] = []
@@ -273,7 +275,7 @@ def _finish(stream: _Stream, groups: list, extra: list, attention: list, tokens:
     )
 
 
-def _answer(stream: _Stream, question: Question, crop_tokens: Sequence[int]) -> list[AttentionTarget]:
+def _answer(stream: _Stream, question: SceneQuestion, crop_tokens: Sequence[int]) -> list[AttentionTarget]:
     turn = stream.turn(format_turn(Answer(question.answer, question.final_thought())))
     read = turn.words([str(c.digit) for c in question.targets])
     targets = []
@@ -285,7 +287,7 @@ def _answer(stream: _Stream, question: Question, crop_tokens: Sequence[int]) -> 
 def episode_example(
     encoder: Encoder,
     scene: Scene,
-    question: Question,
+    question: SceneQuestion,
     rng: np.random.Generator,
     *,
     final_prompt: bool = False,
@@ -326,7 +328,7 @@ def episode_example(
     return _finish(stream, groups, extra, attention, tokens + more)
 
 
-def direct_example(encoder: Encoder, scene: Scene, question: Question, *, zoom: bool = False) -> Lesson:
+def direct_example(encoder: Encoder, scene: Scene, question: SceneQuestion, *, zoom: bool = False) -> Lesson:
     """An answer at first look, which can only be a guess; `zoom` says whether the question offers one all the same."""
     stream = _Stream(encoder)
     _opening(stream, question.text, zoom=zoom)
@@ -334,10 +336,10 @@ def direct_example(encoder: Encoder, scene: Scene, question: Question, *, zoom: 
     return _finish(stream, [ImageGroup((scene.shown(),), "")], [], [], _first_look(scene, 0))
 
 
-def blind_example(encoder: Encoder, scene: Scene, question: Question, rng: np.random.Generator) -> Lesson:
+def blind_example(encoder: Encoder, scene: Scene, question: SceneQuestion, rng: np.random.Generator) -> Lesson:
     """Only the last crops, no question and no call in the text: what is asked comes through the tower's query alone."""
     stream = _Stream(encoder)
-    quadrant = question.kind is Kind.NESTED
+    quadrant = question.kind is QuestionKind.NESTED
     _response(stream, 1, len(question.targets), final=bool(rng.random() < 0.5), opening=True)
     group = _group(scene, question.targets, quadrant=quadrant)
     tokens: list[TokenTarget] = []
@@ -403,7 +405,7 @@ def corpus(prompts: PromptSet, questions: int = 300) -> list[str]:
     for i in range(questions):
         rng = np.random.default_rng([11, i])
         scene = make_scene(rng)
-        question = ask(rng, scene, list(Kind)[i % len(Kind)])
+        question = ask_about(rng, scene, list(QuestionKind)[i % len(QuestionKind)])
         out += [prompts.text("system"), question.text, question.text + " Answer now.", question.query]
         out += [prompts.text("continue"), prompts.text("final"), "system\n", "user\n", "assistant\n", "\nindex=0 "]
         out += [LISTING_REQUEST, f"{question.targets[0].colour} row 1"]

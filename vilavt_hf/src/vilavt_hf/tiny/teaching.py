@@ -14,8 +14,8 @@ from vilavt_core.errors import TrainingError
 from .. import compat
 from ..configuration_vilavt import VilavtConfig
 from ..train.collator import BatchCounts, VilavtCollator
-from ..train.model import VilavtForTraining
 from ..train.trainer import VilavtTrainer
+from ..train.training_model import VilavtForTraining
 from .heads import AuxiliaryLosses, BlockOutputs
 from .lesson import Lesson
 

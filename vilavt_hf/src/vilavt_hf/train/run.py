@@ -35,10 +35,10 @@ from .collator import VilavtCollator
 from .drops import Drops
 from .lora import add_adapters, merge_adapter
 from .measuring import measure_all
-from .model import VilavtForTraining, freeze
 from .reporting import ConsoleReport, LogFile, plot_losses, read_log
 from .resuming import describe_run, resume_from
 from .trainer import StableDecay, VilavtTrainer
+from .training_model import VilavtForTraining, freeze
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from .. import compat
 from ..configuration_vilavt import VilavtConfig, VilavtVisionConfig
 from ..modeling_vilavt import VilavtForConditionalGeneration
 from ..processing_vilavt import VilavtProcessor
-from ..train.model import VilavtForTraining
+from ..train.training_model import VilavtForTraining
 from .heads import AuxiliaryHead, AuxiliaryLosses
 from .scenes import CELLS, COLOURS, MAX_PIXELS
 from .teacher import corpus
