@@ -237,22 +237,23 @@ def sample_of(question: Question, preset: EvaluationPreset, seed: int) -> Sample
 
 def row_of(question: Question, result: ChatResult) -> ResultRow:
     """A line of results, without the seed of its run."""
-    said = result.to_json()
     head = {
         "question_id": question.id,
         "response": result.answer or "",
         "problem_type": question.problem_type,
         "answer": question.target,
     }
-    cost: dict[str, Any] = {key: said[key] for key in ("usage", "work", "billed") if key in said}
     own: dict[str, Any] = {
         "finish": result.finish,
-        "error": said["error"],
+        "error": None if result.error is None else f"{type(result.error).__name__}: {result.error}",
         "turns": [turn.text for turn in result.turns],
         "seconds": result.seconds,
         "turn_seconds": [turn.seconds for turn in result.turns],
-        **cost,
+        "work": asdict(result.work),
+        "billed": asdict(result.billed),
     }
+    if result.episode is not None:
+        own["usage"] = asdict(result.episode.usage)
     return {**head, **{key: value for key, value in question.record.items() if key not in head}, **own}
 
 
