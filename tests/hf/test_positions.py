@@ -21,8 +21,11 @@ def test_positions_of_text_after_an_image_continue_from_its_longer_side():
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 5)), max_size=4), st.integers(0, 3))
 def test_positions_without_a_model_are_those_of_the_model_s_own_method(tiny_model, images, text_after):
     """`images`: tokens of text before each, its height and width in merged tokens."""
-    image, merge = tiny_model.config.image_token_id, tiny_model.config.vision_config.spatial_merge_size
-    ids = [token for before, h, w in images for token in [5] * before + [image] * (h * w) + [6]] + [5] * text_after
+    config = tiny_model.config
+    image, merge = config.image_token_id, config.vision_config.spatial_merge_size
+    start, end = config.vision_start_token_id, config.vision_end_token_id  # older versions count images by the first
+    ids = [token for before, h, w in images for token in [5] * before + [start] + [image] * (h * w) + [end]]
+    ids += [5] * text_after
     grids = [(h, w) for _, h, w in images]
     if not ids:
         return
