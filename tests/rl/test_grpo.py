@@ -68,12 +68,12 @@ def test_a_run_saves_more_than_once(work: Path, first: list[dict]) -> None:
 
 
 def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
-    from vilavt_rl.tiny import plot_curve, read_curve
+    from vilavt_rl.tiny import plot_curves, read_curve
 
     rewards, accuracies = read_curve(work / "first.jsonl")
     assert [step for step, _ in rewards] == [1, 2]
     assert [step for step, _ in accuracies] == [2]
-    assert plot_curve(work / "first.jsonl", work / "curve.png").stat().st_size > 1000
+    assert plot_curves([work / "first.jsonl"], work / "curve.png").stat().st_size > 1000
 
 
 def test_a_run_resumes_where_it_was_saved(train, first: list[dict]) -> None:

@@ -1,6 +1,6 @@
 """GRPO lifts a model that can zoom and mostly guesses, through our rollout engine and through vLLM.
 
-Three quarters of an hour: `nox -s grpo_learns`, not part of CI.
+An hour: `nox -s grpo_learns`, not part of CI.
 """
 
 import json
@@ -21,7 +21,7 @@ OUT = os.environ.get("VILAVT_GRPO_LEARNS")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3 * 3600),
-    pytest.mark.skipif(OUT is None, reason="takes three quarters of an hour; `nox -s grpo_learns` runs it"),
+    pytest.mark.skipif(OUT is None, reason="takes an hour; `nox -s grpo_learns` runs it"),
     pytest.mark.skipif(find_spec("vllm") is None, reason="the environment of verl alone has no vLLM"),
 ]
 
@@ -92,4 +92,4 @@ def test_grpo_lifts_the_held_out_accuracy_by_ten_points(engine: str, curves) -> 
 def test_both_engines_start_alike_and_end_alike(curves) -> None:
     ours, vllm = (curves[engine][1] for engine in ENGINES)
     assert abs(ours[0][1] - vllm[0][1]) <= 0.02  # greedy, same weights
-    assert abs(ours[-1][1] - vllm[-1][1]) <= 0.2  # runs of one engine differ by half of that
+    assert abs(ours[-1][1] - vllm[-1][1]) <= 0.1  # 0.013 when measured; two runs of one engine differed by 0.05

@@ -196,13 +196,15 @@ def tiny_data_command(
 
 @tiny_app.command("curve")
 def tiny_curve_command(
-    metrics: Annotated[Path, typer.Argument(help="What verl's file logger wrote (trainer.logger=[console,file]).")],
+    metrics: Annotated[
+        list[Path], typer.Argument(help="What verl's file logger wrote (trainer.logger=[console,file]); several runs.")
+    ],
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curve.png"),
 ) -> None:
-    """Draw reward and held-out accuracy over the steps of a run."""
-    from .tiny import plot_curve
+    """Draw reward and held-out accuracy over the steps of one run or several."""
+    from .tiny import plot_curves
 
-    typer.echo(str(plot_curve(metrics, out)))
+    typer.echo(str(plot_curves(metrics, out)))
 
 
 @tiny_app.command("checkpoint")

@@ -8,6 +8,7 @@ does not. That zooming pays is for GRPO to find out, from right and wrong alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,23 @@ def read_curve(metrics: str | Path) -> tuple[list[tuple[int, float]], list[tuple
     return rewards, accuracies
 
 
-def plot_curve(metrics: str | Path, out: str | Path) -> Path:
-    """Draw :func:`read_curve` as a PNG."""
+def plot_curves(metrics: Sequence[str | Path], out: str | Path) -> Path:
+    """Draw :func:`read_curve` of one run or several as a PNG; a run is called like its file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rewards, accuracies = read_curve(metrics)
     figure, axis = pyplot.subplots(figsize=(7, 4))
-    axis.plot(*zip(*rewards, strict=True), color="0.7", label="reward of the rollouts, temperature 1")
-    if accuracies:
-        axis.plot(*zip(*accuracies, strict=True), marker=".", label="held-out accuracy, greedy")
+    for number, file in enumerate(metrics):
+        rewards, accuracies = read_curve(file)
+        run = f"{Path(file).stem}: " if len(metrics) > 1 else ""
+        axis.plot(*zip(*rewards, strict=True), color=f"C{number}", alpha=0.35, label=f"{run}reward, temperature 1")
+        if accuracies:
+            label = f"{run}held-out accuracy, greedy"
+            axis.plot(*zip(*accuracies, strict=True), marker=".", color=f"C{number}", label=label)
     axis.set(xlabel="step", ylim=(0, 1))
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=90)
     pyplot.close(figure)
