@@ -77,3 +77,18 @@ def test_the_commands_of_a_page_exist_with_their_options(page):
                     _, command, _ = command.resolve_command(context, [words.pop(0)])
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("-")} <= known, line
+
+
+ALL_PAGES = [*PAGES, *sorted(ROOT.glob("vilavt_*/README.md"))]
+
+
+@pytest.mark.parametrize("page", sorted(set(ALL_PAGES)), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_names_are_there(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    sources = [ROOT, *sorted(ROOT.glob("vilavt_*/src"))]
+    named = re.findall(
+        r"`((?:vilavt_core|vilavt_eval|vilavt_hf|vilavt_vllm|vilavt_rl|tests|docs|benchmarks|examples)/[\w./-]+)`", text
+    )
+    assert [name for name in named if not any((source / name).exists() for source in sources)] == []
