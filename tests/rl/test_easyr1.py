@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from vilavt_core.conversation import Request
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
@@ -128,7 +129,7 @@ def test_no_two_requests_draw_the_same_numbers(tokenizer) -> None:
 
 
 def test_without_a_seed_vllm_draws_as_it_likes() -> None:
-    request = SimpleNamespace(max_new_tokens=1, stop_token_ids=(), banned_token_ids=())
+    request = Request([], [], (), (), max_new_tokens=1, stop_token_ids=(), banned_token_ids=(), turn=0)
     assert batch._sampling(SimpleNamespace(seed=None), request, (), (0, 0, 0)).seed is None
 
 
