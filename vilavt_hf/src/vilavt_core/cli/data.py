@@ -11,7 +11,12 @@ import typer
 if TYPE_CHECKING:
     from ..data.dataset import SftDataset
 
-data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, count it, unpack its archives.")
+data_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Training data: check it, count it, unpack its archives.",
+)
 
 What = Annotated[list[str] | None, typer.Argument(help="Data sets by name, or annotation files (.jsonl, .json).")]
 Model = Annotated[str | None, typer.Option("--model", help="Checkpoint whose tokenizer and prompts count.")]

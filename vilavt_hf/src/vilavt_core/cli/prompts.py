@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 prompts_app = typer.Typer(
-    help="Prompt sets: show one, or import one from a checkout of the published system.", no_args_is_help=True
+    help="Prompt sets: show one, or import one from a checkout of the published system.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 

@@ -8,7 +8,12 @@ import typer
 
 from .allocator import keep_freed_memory
 
-tiny_app = typer.Typer(no_args_is_help=True, help="The tiny example model: build it, evaluate it, draw its scenes.")
+tiny_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The tiny example model: build it, evaluate it, draw its scenes.",
+)
 
 
 @tiny_app.command("build")
