@@ -170,3 +170,8 @@ found = {{
     }
     assert "max_zooms is 0, it must be at least 1" in refused[0]
     assert "max_zooms" in refused[1]
+
+
+def test_unknown_limits_of_a_preset_are_refused_by_name():
+    with pytest.raises(EpisodeError, match=r"unknown limits max_turn; known are max_turns, "):
+        get_preset("rl").with_limits(max_turn=3)

@@ -161,7 +161,14 @@ class Preset:
     r"""Whether ``\boxed{…}`` around an answer is taken off."""
 
     def with_limits(self, **changes: Any) -> Preset:
-        """The same preset with some limits changed."""
+        """The same preset with some limits changed.
+
+        Raises:
+            EpisodeError: an unknown limit, or a value that cannot be one.
+        """
+        known = [f.name for f in fields(Limits)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise EpisodeError(f"unknown limits {', '.join(unknown)}; known are {', '.join(known)}")
         return replace(self, limits=replace(self.limits, **changes))
 
 
