@@ -385,7 +385,8 @@ def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
 @nox.session
 def vllm_range(session: nox.Session) -> None:
     """The real vLLM 0.22.1 with transformers 4.57.6, then 0.24.0 with 5.9.0, on torch 2.11; not in CI, because it takes
-    6.3 GB of disk and a quarter of an hour. Run `nox -s hf_newest hf_oldest` before: it reads the checkpoints that they wrote.
+    6.3 GB of disk and a quarter of an hour. Run `nox -s hf_newest hf_oldest` before: it reads the checkpoints that they
+    wrote.
     """
     session.install(*OLDER_TORCH, "numpy")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
