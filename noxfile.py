@@ -290,7 +290,7 @@ def nightly(session: nox.Session) -> None:
 @nox.session
 def grpo_learns(session: nox.Session) -> None:
     """GRPO lifts a model that mostly guesses, with a curve, through either rollout engine; not in CI, because it takes
-    an hour.
+    about an hour.
     """
     _install_verl_and_vllm(session)
     session.env["VILAVT_GRPO_LEARNS"] = str(Path(".nox/grpo-learns").absolute())
