@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vilavt_core.errors import ImageError
-from vilavt_core.images import ImageLimits, UrlPolicy, load_image, to_rgb
+from vilavt_core.errors import EngineError, ImageError
+from vilavt_core.images import ImageLimits, UrlPolicy, image_file, load_image, to_rgb
+from vilavt_core.results import Sample
+from vilavt_core.sources import image_list
 
 RED = (255, 0, 0)
 
@@ -30,20 +32,179 @@ def upright() -> Image.Image:
     return image
 
 
-def test_a_picture_loads_alike_from_path_bytes_data_url_and_pil(tmp_path, upright):
-    data = encoded(upright)
-    (tmp_path / "a.png").write_bytes(data)
-    sources = [
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-        data,
-        "data:image/png;base64," + base64.b64encode(data).decode(),
-        upright,
-    ]
-    for source in sources:
-        image = load_image(source)
-        assert image.mode == "RGB"
-        assert image.tobytes() == upright.tobytes()
+FORMS = {
+    "path": lambda path, data, image: path,
+    "text of a path": lambda path, data, image: str(path),
+    "numpy's text of a path": lambda path, data, image: np.str_(path),
+    "os.PathLike": lambda path, data, image: next(os.scandir(path.parent)),
+    "bytes": lambda path, data, image: data,
+    "bytearray": lambda path, data, image: bytearray(data),
+    "memoryview": lambda path, data, image: memoryview(data),
+    "data URL": lambda path, data, image: "data:image/png;base64," + base64.b64encode(data).decode(),
+    "BytesIO": lambda path, data, image: io.BytesIO(data),
+    "open file": lambda path, data, image: path.open("rb"),
+    "what can only be read": lambda path, data, image: Stream(data),
+    "row with bytes": lambda path, data, image: {"bytes": data, "path": "elsewhere.png"},
+    "row with a path": lambda path, data, image: {"bytes": None, "path": str(path)},
+    "PIL image": lambda path, data, image: image,
+    "PIL image from a file": lambda path, data, image: Image.open(path),
+    "array": lambda path, data, image: np.asarray(image),
+    "array, channels first": lambda path, data, image: np.moveaxis(np.asarray(image), -1, 0),
+    "array with alpha": lambda path, data, image: np.asarray(image.convert("RGBA")),
+    "floats to 1": lambda path, data, image: np.asarray(image) / 255,
+    "floats to 255": lambda path, data, image: np.asarray(image).astype(np.float32),
+    "wide integers": lambda path, data, image: np.asarray(image).astype(np.int64),
+    "16 bits": lambda path, data, image: np.asarray(image).astype(np.uint16) * 257,
+    "tensor-like": lambda path, data, image: Tensor(np.moveaxis(np.asarray(image), -1, 0)),
+}
+"""Every form of a picture, made of the path of its file, its bytes, and the picture."""
+
+
+class Stream:
+    """Bytes that can be read once, like a response."""
+
+    def __init__(self, data: bytes):
+        self.data = io.BytesIO(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self.data.read(size)
+
+
+class Tensor:
+    """What a tensor on another device has: it becomes an array behind `detach` and `cpu` only."""
+
+    def __init__(self, values: np.ndarray, at_home: bool = False):
+        self.values, self.at_home = values, at_home
+        self.shape, self.dtype = values.shape, object()
+
+    def detach(self) -> "Tensor":
+        return self
+
+    def cpu(self) -> "Tensor":
+        return Tensor(self.values, at_home=True)
+
+    def is_floating_point(self) -> bool:
+        return False
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        assert self.at_home
+        return self.values
+
+
+@pytest.fixture
+def stored(tmp_path, upright):
+    path = tmp_path / "only" / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(encoded(upright))
+    return path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_picture_loads_alike_in_every_form(form, stored, upright):
+    source = FORMS[form](stored, stored.read_bytes(), upright)
+    image = load_image(source)
+    assert image.mode == "RGB"
+    assert image.tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_picture_is_a_list_of_one_in_every_form(form, stored, upright):
+    source = FORMS[form](stored, stored.read_bytes(), upright)
+    for images in (source, [source], (source,), iter([source])):
+        (found,) = image_list(images)
+        assert found is source
+    assert Sample(source, "what?").images == [source] or Sample(source, "what?").images[0] is source
+    assert load_image(io.BytesIO(image_file(source))).tobytes() == upright.tobytes()
+
+
+def test_several_pictures_in_one_array_are_a_list(upright):
+    pixels = np.asarray(upright)
+    assert [load_image(image).tobytes() for image in image_list(np.stack([pixels, pixels]))] == [upright.tobytes()] * 2
+    rows = np.array([{"bytes": encoded(upright), "path": None}, "b.png"], dtype=object)
+    assert image_list(rows) == list(rows)
+
+
+def test_a_grey_array_is_a_grey_picture():
+    grey = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    for values in (grey, grey[..., None], grey[None], grey / 255):
+        assert (np.asarray(load_image(values)) == grey[..., None]).all()
+    assert load_image(np.eye(4, dtype=bool)).getpixel((1, 1)) == (255,) * 3
+
+
+def test_an_open_file_is_read_from_its_beginning_and_left_where_it_was(upright):
+    file = io.BytesIO()
+    upright.save(file, "PNG")
+    end = file.tell()
+    for _ in range(2):
+        assert load_image(file).size == (40, 20)
+        assert file.tell() == end
+        assert not file.closed
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        (np.zeros((3, 40, 3)), r"shape \(3, 40, 3\) of a numpy.ndarray can be read with channels first or last"),
+        (np.zeros((40, 20, 2)), r"shape \(40, 20, 2\) of a numpy.ndarray is no picture's"),
+        (np.zeros(40), r"shape \(40,\)"),
+        (np.full((9, 9), -1.0), "values from -1 to -1; pixels are 0 to 255"),
+        (np.full((9, 9), 256), "values from 256 to 256"),
+        (np.full((9, 9), np.nan), "values from nan"),
+        (np.full((9, 9), "a", dtype=object), "an array of object is no picture"),
+        (np.zeros((0, 9)), "9 x 0 px"),
+        (np.zeros((1, 900), np.uint8), "side ratio of 900"),
+        ({"url": "a.png"}, "a dict is a picture if it has 'bytes' or 'path'.*this one has 'url'"),
+        ({"bytes": b"x", "path": "a", "id": 3}, "this one has 'id'"),
+        ({"bytes": None, "path": None}, "this one has neither"),
+        ({"bytes": "text"}, "'bytes' of the dict is a str"),
+        ({"bytes": b"rubbish", "path": "cat.png"}, "cat.png: 7 bytes that are not a picture"),
+        (io.StringIO("text"), "reading the _io.StringIO gives a str, not bytes; open the file with mode 'rb'"),
+        ([1, 2], "cannot load a list"),
+        ("/" + "x" * 300_000, r"x… \(300001 characters\)"),
+    ],
+)
+def test_what_is_no_picture_is_named(source, says):
+    with pytest.raises(ImageError, match=says) as error:
+        load_image(source)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_closed_file_is_named(upright):
+    file = io.BytesIO(encoded(upright))
+    file.close()
+    with pytest.raises(ImageError, match="open file cannot be read: I/O operation on closed file"):
+        load_image(file)
+
+
+def test_a_file_is_not_read_beyond_the_cap():
+    file = io.BytesIO(b"x" * 1000)
+    with pytest.raises(ImageError, match="at most 99 are allowed"):
+        load_image(file, ImageLimits(max_bytes=99))
+
+
+def test_the_path_of_a_row_is_no_way_around_what_is_allowed(stored):
+    for row in ({"path": str(stored)}, {"path": "https://example.com/a.png"}):
+        with pytest.raises(ImageError, match="not allowed here"):
+            load_image(row, allow_paths=False)
+
+
+@pytest.mark.parametrize("images", [None, 3, {"a.png"}, object()])
+def test_what_holds_no_pictures_is_named(images):
+    with pytest.raises(ImageError, match="is no picture and no list of pictures; a picture is a path, a data URL"):
+        image_list(images)
+
+
+@pytest.mark.parametrize(
+    "entry, says",
+    [
+        (("a.png", "what?", "more"), r"not a tuple of 3; id, seed and limits go into Sample"),
+        ("what?", "not a str"),
+        ((("what?"), Image.new("RGB", (9, 9))), "the question is a PIL.Image.Image, it must be text; check the order"),
+    ],
+)
+def test_what_is_no_sample_is_named(entry, says):
+    with pytest.raises(EngineError, match=says):
+        Sample.of(entry)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])

@@ -1,4 +1,6 @@
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -253,3 +255,13 @@ def test_prompts_and_episode_import_neither_torch_nor_transformers():
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda prompts: pickle.loads(pickle.dumps(prompts))])
+def test_a_set_can_be_copied_and_sent_to_another_process(again):
+    prompts = PromptSet.load("default")
+    twin = again(prompts)
+    assert twin == prompts
+    assert twin.sha256 == prompts.sha256
+    with pytest.raises(TypeError):
+        twin.templates["system"] = "another"

@@ -19,13 +19,12 @@ from .results import (
     ChatResult,
     Event,
     Finished,
-    ImageSource,
     Intervention,
     Provenance,
     Sample,
     Timings,
-    image_list,
 )
+from .sources import ImageSource, image_list
 
 
 class Session(Protocol):

@@ -17,8 +17,9 @@ from .errors import EngineError
 from .images import ImageLimits
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
-from .results import ChatResult, Event, ImageSource, Intervention, Provenance, Sample, Timings
+from .results import ChatResult, Event, Intervention, Provenance, Sample, Timings
 from .settings import preset_of
+from .sources import ImageSource
 
 GROUP = "vilavt.backends"
 

@@ -7,35 +7,30 @@ depends on how it was started; it says so under ``/v1/vilavt``, and results repe
 from __future__ import annotations
 
 import base64
-import io
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from . import wire
 from .asking import AskingBackend, Talk, refuse_intervention
 from .backends import BackendOptions
-from .errors import EngineError, ImageError, VilavtError
-from .images import ImageLimits, load_image
+from .errors import EngineError, VilavtError
+from .images import image_file
 from .presets import Limits, Sampling, get_preset
 from .results import (
     ChatResult,
     Event,
     Finished,
-    ImageSource,
     Intervention,
     Provenance,
     Sample,
     Timings,
     Work,
-    image_list,
 )
+from .sources import ImageSource, image_list
 
 PER_REQUEST = Limits.per_request()
 """Fields of `Limits` that a request may tighten."""
@@ -223,12 +218,7 @@ class ServerClient(AskingBackend):
         limits = self.options.image_limits
         if isinstance(image, str) and image.startswith(("data:", "http://", "https://")):
             return image
-        if isinstance(image, Image.Image):
-            buffer = io.BytesIO()
-            load_image(image, limits, rules=get_preset(self._server.preset).rules).save(buffer, "PNG")
-            data = buffer.getvalue()
-        else:
-            data = image if isinstance(image, bytes) else _read(Path(image), limits)
+        data = image_file(image, limits, rules=get_preset(self._server.preset).rules)
         return f"data:image/*;base64,{base64.b64encode(data).decode()}"
 
 
@@ -283,15 +273,3 @@ def open_server(url: str, options: BackendOptions) -> ServerClient:
 def _done(places: dict[Future[ChatResult], int]) -> Iterator[tuple[int, ChatResult]]:
     for future in wait(places, return_when=FIRST_COMPLETED).done:
         yield places.pop(future), future.result()
-
-
-def _read(path: Path, limits: ImageLimits) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > limits.max_bytes:
-            raise ImageError(
-                f"{path}: {size} bytes, at most {limits.max_bytes} are allowed; raise ImageLimits.max_bytes"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}") from None

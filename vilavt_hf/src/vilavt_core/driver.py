@@ -36,7 +36,6 @@ from .results import (
     ChatResult,
     Event,
     Finished,
-    ImageSource,
     Intervention,
     Provenance,
     Sample,
@@ -45,6 +44,7 @@ from .results import (
     turn_events,
 )
 from .settings import fitting_limits
+from .sources import ImageSource
 from .versions import versions
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,17 @@ from PIL import Image, ImageOps
 from .errors import ImageError
 from .protocol import Rules
 from .regions import MAX_ASPECT
+from .sources import (
+    ACCEPTED,
+    ImageSource,
+    array_image,
+    array_size,
+    is_array,
+    is_file,
+    of_row,
+    read_open_file,
+    type_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +76,7 @@ class UrlPolicy:
 
 
 def load_image(
-    source: str | Path | bytes | Image.Image,
+    source: ImageSource,
     limits: ImageLimits = ImageLimits(),
     *,
     allow_urls: bool = False,
@@ -80,8 +91,10 @@ def load_image(
     scaled to 8 bits, of an animation the first frame is taken. The argument is never modified or closed.
 
     Args:
-        source: a path, the bytes of a file, a ``data:`` URL, an http(s) URL (only with ``allow_urls``), or a PIL
-            image.
+        source: a path, the bytes of a file (``bytes``, ``bytearray``, ``memoryview``), an open binary file, a
+            ``{"bytes": …, "path": …}`` dict of `datasets`, a ``data:`` URL, an http(s) URL (only with ``allow_urls``),
+            a PIL image, or pixels as an array or tensor; see :func:`vilavt_core.sources.array_image`. An open file is
+            read from its beginning and left where it was.
         limits: caps.
         allow_urls: whether the network may be used.
         allow_paths: whether files of this machine may be read; switch it off for text that comes from a client.
@@ -99,33 +112,26 @@ def load_image(
         label = name or "the image"
         _check_size(source.size, limits, label)
         return _decode(source, label, rules)
-    if isinstance(source, bytes | bytearray | memoryview):
-        data, label = bytes(source), name or f"the image ({len(source)} bytes)"
-        _check_bytes(len(data), limits, label)
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        label = name or "the data URL"
-        data = _read_data_url(source, limits, label)
-    elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
-        label = name or source
-        if not allow_urls:
-            raise ImageError(
-                f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path"
-            )
-        if match.group(1).lower() not in url_policy.schemes:
-            raise ImageError(
-                f"{label}: the scheme {match.group(1)!r} is not allowed, allowed are {', '.join(url_policy.schemes)}"
-            )
-        data = _download(source, limits, url_policy, label)
-    elif isinstance(source, str | Path):
-        label = name or str(source)
-        if not allow_paths:
-            raise ImageError(f"{label[:80]}: paths are not allowed here; send the picture itself as a data URL")
-        data = _read_file(source, limits, label)
-    else:
-        raise ImageError(
-            f"{name or 'the image'}: cannot load a {type(source).__name__}; pass a path, bytes or a PIL image"
-        )
+    if is_array(source):
+        label = name or "the array"
+        _check_size(array_size(source, label), limits, label)  # type: ignore[arg-type]
+        return to_rgb(array_image(source, label))  # type: ignore[arg-type]
+    data, label = _stored(source, limits, name, allow_urls, allow_paths, url_policy)
     return _open(data, limits, label, rules)
+
+
+def image_file(
+    source: ImageSource, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
+) -> bytes:
+    """A picture as the bytes of a file: its own, unread, where it comes as one; of pixels in memory, a PNG.
+
+    URLs are not followed; the other arguments and errors are those of :func:`load_image`.
+    """
+    if isinstance(source, Image.Image) or is_array(source):
+        buffer = io.BytesIO()
+        load_image(source, limits, rules=rules, name=name).save(buffer, "PNG")
+        return buffer.getvalue()
+    return _stored(source, limits, name, False, True, UrlPolicy())[0]
 
 
 def image_size(
@@ -177,6 +183,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _stored(
+    source: ImageSource,
+    limits: ImageLimits,
+    name: str | None,
+    allow_urls: bool,
+    allow_paths: bool,
+    url_policy: UrlPolicy,
+) -> tuple[bytes, str]:
+    """The file of a picture that is none in memory, and what errors call it."""
+    if isinstance(source, Mapping):
+        source, own = of_row(source, name or "the image")
+        name = name or own
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+        label = name or f"the image ({len(data)} bytes)"
+    elif is_file(source):
+        own = getattr(source, "name", None)
+        label = name or (own if isinstance(own, str) else "the open file")
+        data = read_open_file(source, limits.max_bytes + 1, label)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        label = name or "the data URL"
+        data = _read_data_url(source, limits, label)
+    elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
+        label = name or _shown(source)
+        if not allow_urls:
+            raise ImageError(
+                f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path"
+            )
+        if match.group(1).lower() not in url_policy.schemes:
+            raise ImageError(
+                f"{label}: the scheme {match.group(1)!r} is not allowed, allowed are {', '.join(url_policy.schemes)}"
+            )
+        data = _download(source, limits, url_policy, label)
+    elif isinstance(source, str | os.PathLike):
+        label = name or _shown(os.fsdecode(source))
+        if not allow_paths:
+            raise ImageError(f"{label[:80]}: paths are not allowed here; send the picture itself as a data URL")
+        data = _read_file(os.fsdecode(source), limits, label)
+    else:
+        raise ImageError(f"{name or 'the image'}: cannot load a {type_name(source)}; pass {ACCEPTED}")
+    _check_bytes(len(data), limits, label)
+    return data, label
 
 
 def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.Image:
@@ -275,8 +325,7 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
 def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
     if not os.path.isfile(path):  # Path.is_file raises for a very long name
         kind = "there is no such file" if not os.path.exists(path) else "it is not a regular file"
-        shown = label if len(label) <= 200 else f"{label[:200]}… ({len(label)} characters)"
-        raise ImageError(f"{shown}: {kind}; check the path")
+        raise ImageError(f"{label}: {kind}; check the path")
     _check_bytes(path.stat().st_size, limits, label)
 
 
@@ -368,8 +417,13 @@ def _registered() -> set[str]:
     return set(Image.OPEN)
 
 
+def _shown(text: str) -> str:
+    """A path or URL as errors call it: text that was taken for a path may be a whole picture."""
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+
+
 def _short(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:200]
 
 
-__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "image_size", "load_image", "to_rgb"]
+__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "image_file", "image_size", "load_image", "to_rgb"]

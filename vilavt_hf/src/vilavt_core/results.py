@@ -5,23 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
+from .errors import EngineError
 from .presets import Limits, Sampling
 from .protocol import Answer, Region, ToolCall
 from .regions import View
-
-ImageSource = str | Path | bytes | Image.Image
-"""A file's path, its bytes, a URL (where allowed), or a picture."""
-
-
-def image_list(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """One image or several as a list."""
-    return [images] if isinstance(images, str | Path | bytes | Image.Image) else list(images)
+from .sources import ImageSource, image_list, type_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +20,7 @@ class Sample:
     """One question about some images."""
 
     images: Sequence[ImageSource]
+    """One picture is taken for a list of one; what a picture may be, says `vilavt_core.sources`."""
     question: str
     id: str | None = None
     """Named in errors and results; also varies the seed."""
@@ -39,10 +31,34 @@ class Sample:
     data: Any = None
     """Anything; not read here, handed to the hooks of an `Intervention`."""
 
+    def __post_init__(self) -> None:
+        """Raise what cannot be a sample.
+
+        Raises:
+            ImageError: `images` is neither a picture nor a list of pictures.
+            EngineError: the question is no text.
+        """
+        where = "" if self.id is None else f"sample {self.id}: "
+        if not isinstance(self.question, str):
+            raise EngineError(f"{where}the question is a {type_name(self.question)}, it must be text; check the order")
+        object.__setattr__(self, "images", image_list(self.images))
+
     @classmethod
     def of(cls, entry: Sample | tuple[Any, str]) -> Sample:
-        """A sample as it is, or a pair of image or images and question."""
-        return entry if isinstance(entry, Sample) else cls(image_list(entry[0]), entry[1])
+        """A sample as it is, or a pair of image or images and question.
+
+        Raises:
+            EngineError: it is something else.
+        """
+        if isinstance(entry, Sample):
+            return entry
+        if not isinstance(entry, tuple | list) or len(entry) != 2:
+            size = f" of {len(entry)}" if isinstance(entry, tuple | list) else ""
+            raise EngineError(
+                f"a sample is a Sample or a pair (images, question), not a {type_name(entry)}{size}; id, seed and "
+                "limits go into Sample(images, question, id=…, seed=…, limits=…)"
+            )
+        return cls(*entry)
 
     def seed_from(self, base: int) -> int:
         """This sample's seed: its own, else made from a `base` seed and its id."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import PromptError
 
@@ -103,6 +104,10 @@ class PromptSet:
             self._check(name, text)
         canonical = json.dumps([self.name, self.version, sorted(self.templates.items())], ensure_ascii=False)
         object.__setattr__(self, "_sha256", hashlib.sha256(canonical.encode()).hexdigest())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy it by what it is made of: a read-only mapping can be neither."""
+        return type(self), (self.name, dict(self.templates), self.version)
 
     def _check(self, name: str, text: str) -> None:
         info = TEMPLATES[name]

@@ -1,0 +1,199 @@
+"""What a picture may be given as: paths, bytes, files, rows of `datasets`, arrays and tensors, PIL images.
+
+Every entry of every package takes a picture, or several, through :func:`image_list` and
+:func:`vilavt_core.images.load_image`; tensors are recognised by what they have, torch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image
+
+from .errors import ImageError
+
+ACCEPTED = (
+    "a path, a data URL, the bytes of a file, an open binary file, a dict with 'bytes' or 'path', a PIL image, or an "
+    "array or tensor of pixels (height x width, with 3 or 4 channels last or first)"
+)
+"""One picture, in words for errors."""
+
+_CHANNELS = (1, 3, 4)
+_SINGLE = (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Image.Image)
+
+
+class PixelArray(Protocol):
+    """A numpy array, or a tensor of any framework that turns into one."""
+
+    @property
+    def shape(self) -> Any:
+        """Sizes of its axes."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Of its values."""
+        ...
+
+
+ImageSource = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Mapping[str, Any] | PixelArray | Image.Image
+)
+"""One picture: a file's path, its bytes, the open file, a ``data:`` URL, an http(s) URL (where allowed), a row
+``{"bytes": …, "path": …}`` of `datasets`, pixels as an array or tensor, or a PIL image."""
+
+
+def image_list(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
+    """One picture or several as a list; an array with four axes, and an array of paths or rows, are several.
+
+    Raises:
+        ImageError: it is neither a picture nor an ordered collection; names its type.
+    """
+    if is_array(images):
+        axes = len(images.shape)  # type: ignore[union-attr]
+        several = axes == 4 or (axes == 1 and not _is_numeric(images))
+        return list(images) if several else [images]  # type: ignore[arg-type, list-item]
+    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Mapping | Image.Image) or is_file(
+        images
+    ):
+        return [images]  # type: ignore[list-item]
+    if isinstance(images, Iterable) and not isinstance(images, set | frozenset):
+        return list(images)
+    raise ImageError(f"a {type_name(images)} is no picture and no list of pictures; a picture is {ACCEPTED}")
+
+
+def is_file(source: object) -> bool:
+    """Whether it is an open file, or something that is read like one."""
+    return callable(getattr(source, "read", None))
+
+
+def is_array(source: object) -> bool:
+    """Whether it is a numpy array or a tensor of any framework."""
+    if isinstance(source, str | bytes):
+        return False  # numpy's strings, which have both
+    return hasattr(source, "shape") and hasattr(source, "dtype")
+
+
+def of_row(row: Mapping[str, Any], label: str) -> tuple[ImageSource, str | None]:
+    """The picture in a ``{"bytes": …, "path": …}`` dict, and its path if that only names it.
+
+    Raises:
+        ImageError: it holds neither, or something else as well.
+    """
+    unknown = sorted(str(key) for key in row if key not in ("bytes", "path"))
+    data, path = row.get("bytes"), row.get("path")
+    if unknown or (data is None and path is None):
+        found = ", ".join(map(repr, unknown)) or "neither"
+        raise ImageError(
+            f"{label}: a dict is a picture if it has 'bytes' or 'path' (the rows of `datasets`), this one has {found}"
+        )
+    if data is None:
+        return path, None
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ImageError(f"{label}: 'bytes' of the dict is a {type_name(data)}, it must be the bytes of a file")
+    return data, None if path is None else str(path)
+
+
+def read_open_file(file: Any, most: int, label: str) -> bytes:
+    """At most `most` bytes of an open file from its beginning; where it can seek, it is left where it was.
+
+    Raises:
+        ImageError: it cannot be read, or gives no bytes.
+    """
+    try:
+        place = file.tell() if file.seekable() else None
+    except Exception:
+        place = None  # a response, or a wrapper without these methods: it is read once
+    try:
+        if place is not None:
+            file.seek(0)
+        data = file.read(most)
+        if place is not None:
+            file.seek(place)
+    except Exception as error:
+        raise ImageError(f"{label}: the open file cannot be read: {str(error)[:200] or type(error).__name__}") from None
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise ImageError(
+            f"{label}: reading the {type_name(file)} gives a {type_name(data)}, not bytes; open the file with mode 'rb'"
+        )
+    return bytes(data)
+
+
+def array_size(array: PixelArray, label: str) -> tuple[int, int]:
+    """Width and height of a picture given as an array.
+
+    Raises:
+        ImageError: it has another shape than a picture, or one that can be read in two ways.
+    """
+    height, width = _axes(array, label)
+    return int(array.shape[width]), int(array.shape[height])
+
+
+def array_image(array: PixelArray, label: str) -> Image.Image:
+    """A picture given as an array or tensor: (H, W), (H, W, C) or (C, H, W), with 1, 3 or 4 channels.
+
+    Integers are 0 to 255, those of the type ``uint16`` 0 to 65535. Floats are 0 to 1 if none is above 1, else 0 to
+    255. Booleans are black and white.
+
+    Raises:
+        ImageError: the shape is no picture's, or a value is outside of its range (a picture that was normalised).
+    """
+    height, _ = _axes(array, label)
+    values = _numpy(array, label)
+    if values.ndim == 3:
+        values = values if height == 0 else np.moveaxis(values, 0, -1)
+        values = values[..., 0] if values.shape[-1] == 1 else values
+    if values.dtype == np.bool_:
+        values = values * np.uint8(255)
+    elif values.dtype == np.uint16:
+        values = np.rint(values / 257)
+    elif values.dtype != np.uint8:
+        if values.dtype.kind not in "iuf":
+            raise ImageError(f"{label}: an array of {values.dtype} is no picture; pass integers or floats")
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        if not (low >= 0 and high <= 255):  # written so that NaN is refused
+            raise ImageError(
+                f"{label}: the array has values from {low:g} to {high:g}; pixels are 0 to 255, or floats 0 to 1 "
+                "(a picture that was normalised cannot be used: pass it as it was before)"
+            )
+        values = np.rint(values * 255 if values.dtype.kind == "f" and high <= 1 else values)
+    return Image.fromarray(np.ascontiguousarray(values, dtype=np.uint8))
+
+
+def type_name(value: object) -> str:
+    """Of a value, with its module unless it is Python's own."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _axes(array: PixelArray, label: str) -> tuple[int, int]:
+    """Which axes are height and width."""
+    shape: Sequence[int] = tuple(array.shape)
+    last, first = (len(shape) == 3 and shape[axis] in _CHANNELS for axis in (-1, 0))
+    if len(shape) == 2:
+        return 0, 1
+    if last == first:
+        why = "can be read with channels first or last" if last else "is no picture's"
+        raise ImageError(
+            f"{label}: the shape {shape} of a {type_name(array)} {why}; pass (height, width), (height, width, "
+            "channels) or (channels, height, width) with 1, 3 or 4 channels, or a PIL image"
+        )
+    return (0, 1) if last else (1, 2)
+
+
+def _numpy(array: Any, label: str) -> np.ndarray:
+    """An array as numpy's, from any device and of any type."""
+    try:
+        if hasattr(array, "detach"):  # torch
+            array = array.detach().cpu()
+            array = array.float() if array.is_floating_point() else array
+        return np.asarray(array)
+    except Exception as error:
+        raise ImageError(f"{label}: a {type_name(array)} cannot be read as an array: {str(error)[:200]}") from None
+
+
+def _is_numeric(array: Any) -> bool:
+    return getattr(array.dtype, "kind", "f") in "biufcV"
