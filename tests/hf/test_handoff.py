@@ -81,7 +81,7 @@ def found_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
         counts.append(int(grid.prod()) // 4)
     for number, prompt in enumerate(prompts()):
         images = [Image.open(folder / "expected" / "pictures" / name).convert("RGB") for name in prompt["images"]]
-        inputs = processor(text=prompt["text"], images=images)
+        inputs = processor(text=prompt["text"], images=images, return_tensors="pt")
         tensors[f"tokens.{number}"] = inputs["input_ids"][0]
         tensors[f"logprobs.{number}"] = model(**inputs).logits[0, -1].float().log_softmax(-1)
     questions = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vilavt_core.errors import GroupError
+from vilavt_core.errors import GroupError, ProcessorError
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtVisionConfig, compat
 from vilavt_hf.modeling_vilavt import apply_frozen, group_sizes
 
@@ -393,3 +393,26 @@ def test_a_kv_cache_with_explicit_positions_equals_one_prefill(tiny_model):
         )
         out.append(step.logits)
     torch.testing.assert_close(torch.cat(out, 1), full, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_image_features_come_with_what_was_asked_for(tiny_model, processor):
+    inputs = {
+        "pixel_values": torch.randn(4 * 4 + 4 * 6, 1176),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 6]]),
+    }
+    plain = tiny_model.model.get_image_features(**inputs)
+    for again in (tiny_model.model, tiny_model) if compat.VISION_OUTPUT_HAS_STATES else (tiny_model.model,):
+        with pytest.raises(ProcessorError, match="output_attentions"):
+            again.get_image_features(**inputs, output_attentions=True)
+        if not compat.VISION_OUTPUT_HAS_STATES:
+            with pytest.raises(ProcessorError, match="output_hidden_states"):
+                again.get_image_features(**inputs, output_hidden_states=True)
+            continue
+        output = again.get_image_features(**inputs, output_hidden_states=True)
+        assert [len(states) for states in output.hidden_states] == [40] * (tiny_model.config.vision_config.depth + 1)
+        assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+        assert plain.hidden_states is None
+        last, features = again.get_image_features(**inputs, return_dict=False)
+        assert torch.equal(last, plain.last_hidden_state)
+        assert all(map(torch.equal, features, plain.pooler_output))

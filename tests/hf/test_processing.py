@@ -1,5 +1,10 @@
 """Text, images and queries in, tensors out."""
 
+import base64
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +12,7 @@ from family import noise
 from transformers import AutoProcessor
 
 from vilavt_core.episode import Inquiry
-from vilavt_core.errors import GroupError, PromptError
+from vilavt_core.errors import GroupError, ImageError, ProcessorError, PromptError
 from vilavt_core.prompts import PromptSet
 from vilavt_hf import VilavtProcessor
 from vilavt_hf.processing_vilavt import groups_of_prompt
@@ -16,7 +21,7 @@ MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def test_one_placeholder_becomes_one_token_per_merged_patch(processor):
-    out = processor(images=noise(0, 112, 84), text=f"look {MARKER} now", queries=["what?"])
+    out = processor(images=noise(0, 112, 84), text=f"look {MARKER} now", queries=["what?"], return_tensors="pt")
     assert (out["input_ids"] == processor.image_token_id).sum() == 4 * 3
     assert out["image_grid_thw"].tolist() == [[1, 6, 8]]
     assert out["pixel_values"].shape == (48, 1176)
@@ -25,7 +30,7 @@ def test_one_placeholder_becomes_one_token_per_merged_patch(processor):
 
 def test_images_are_normalised_patch_by_patch_in_merge_order(processor):
     image = noise(0, 56, 84)
-    rows = processor(images=image, text=MARKER)["pixel_values"]
+    rows = processor(images=image, text=MARKER, return_tensors="pt")["pixel_values"]
     mean, std = (
         torch.tensor(x)[:, None, None]
         for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -43,6 +48,8 @@ def test_a_batch_concatenates_images_and_queries_sample_by_sample(processor):
         text=[f"a {MARKER}", f"{MARKER} b {MARKER}{MARKER}"],
         queries=[[""], ["", "both"]],
         images_per_query=[[1], [1, 2]],
+        padding=True,
+        return_tensors="pt",
     )
     assert out["images_per_query"].tolist() == [1, 1, 2]
     assert out["query_attention_mask"].sum(1).tolist() == [0, 0, 5]
@@ -58,7 +65,10 @@ def test_a_batch_concatenates_images_and_queries_sample_by_sample(processor):
         ({"queries": ["a"], "images_per_query": [1]}, "sample 0: 1 queries, images_per_query=[1] (sum 1), 2 images"),
         ({"queries": ["a", "b", "c"]}, "3 queries"),
         ({"queries": None, "images_per_query": [2]}, "needs queries"),
-        ({"text": [MARKER, MARKER]}, "one flat list of 2 images for 2 prompts"),
+        (
+            {"text": [MARKER, MARKER * 2]},
+            "flat list of 2 images for 2 prompts with 3 <|image_pad|> placeholders (1, 2)",
+        ),
         ({"videos": [1]}, "frames as images"),
         ({"images": None, "text": "t"}, "no images"),
     ],
@@ -155,7 +165,7 @@ def test_a_chat_template_call_encodes_what_an_explicit_call_does(processor, tiny
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    explicit = processor(images=images, text=text, queries=["", "which?"], images_per_query=[1, 2])
+    explicit = processor(images=images, text=text, queries=["", "which?"], images_per_query=[1, 2], return_tensors="pt")
     assert implicit["images_per_query"].tolist() == [1, 2]
     assert implicit["query_ids"].tolist() == explicit["query_ids"].tolist()
     torch.testing.assert_close(tiny_model(**implicit).logits, tiny_model(**explicit).logits, rtol=0, atol=1e-5)
@@ -185,3 +195,248 @@ def test_the_auto_class_finds_the_processor(tiny_checkpoint):
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     assert isinstance(processor, VilavtProcessor)
     assert processor.prompts is None
+
+
+@pytest.fixture(scope="module")
+def stock(processor, tokenizer):
+    """The stock image processor and tokenizer of `processor`, as a stock processor would call them."""
+    return processor.image_processor, tokenizer
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_pixels": 28 * 28 * 9},
+        {"min_pixels": 28 * 28 * 200},
+        {"min_pixels": 28 * 28 * 8, "max_pixels": 28 * 28 * 12},
+        {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 9}},
+        {"do_resize": False},
+        {"do_rescale": False},
+        {"do_normalize": False, "rescale_factor": 0.5},
+        {"image_mean": [0.0] * 3, "image_std": [2.0] * 3},
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_settings_of_images_reach_the_image_processor(processor, stock, given, nested):
+    image = noise(0, 112, 280)
+    size = dict(stock[0].size) | {
+        edge: given[name]
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        if name in given
+    }
+    bounds = {} if "size" in given else {"size": size}
+    others = {name: value for name, value in given.items() if name not in ("min_pixels", "max_pixels")}
+    expected = stock[0](images=[image], return_tensors="pt", **bounds, **others)
+    settings = {"images_kwargs": given} if nested else given
+    out = processor(images=image, text=MARKER, return_tensors="pt", **settings)
+    assert torch.equal(out["image_grid_thw"], expected["image_grid_thw"])
+    assert torch.equal(out["pixel_values"], expected["pixel_values"])
+    assert (out["input_ids"] == processor.image_token_id).sum() == out["image_grid_thw"].prod() // 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"padding": True},
+        {"padding": "max_length", "max_length": 60},
+        {"padding": True, "padding_side": "left", "pad_to_multiple_of": 16},
+        {"truncation": True, "max_length": 4},
+        {"add_special_tokens": False},
+        {"return_attention_mask": False},
+        {"return_token_type_ids": True},
+        {"return_special_tokens_mask": True, "return_length": True},
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_settings_of_text_reach_the_tokenizer(processor, stock, given, nested):
+    texts = ["short", "a longer prompt"]
+    settings = {"text_kwargs": given} if nested else given
+    expected = stock[1](texts, **{"return_token_type_ids": False, **given})
+    assert dict(processor(text=texts, **settings)) == dict(expected)
+
+
+def test_without_settings_nothing_is_padded_and_no_tensor_is_made(processor, stock):
+    out = processor(text=["short", "a longer prompt"])
+    assert [len(ids) for ids in out["input_ids"]] == [5, 15]
+    out = processor(images=noise(0, 56, 56), text=MARKER)
+    assert isinstance(out["input_ids"], list)
+    assert all(isinstance(out[name], np.ndarray) for name in ("pixel_values", "image_grid_thw", "query_ids"))
+    for kind, container in (("np", np.ndarray), ("pt", torch.Tensor)):
+        for settings in (
+            {"return_tensors": kind},
+            {"common_kwargs": {"return_tensors": kind}},
+            {"text_kwargs": {"return_tensors": kind}},
+        ):
+            found = processor(images=noise(0, 56, 56), text=MARKER, **settings)
+            assert all(isinstance(value, container) for value in found.values()), settings
+
+
+def test_what_the_tokenizer_was_made_with_is_its_default(processor, tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs |= {"padding": "max_length", "max_length": 60}
+    ours = VilavtProcessor(processor.image_processor, own, query_tokenizer=tokenizer)
+    assert len(ours(text="short")["input_ids"][0]) == 60
+    assert len(ours(text="short", max_length=70)["input_ids"][0]) == 70
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"max_pixel": 784}, "does not know max_pixel, nothing would come of it; did you mean max_pixels?"),
+        ({"images_kwargs": {"do_resise": False}}, "images_kwargs: the processor does not know do_resise"),
+        ({"text_kwargs": {"max_pixels": 784}}, "text_kwargs: the processor does not know max_pixels"),
+        ({"common_kwargs": {"colour": "red"}}, "common_kwargs: the processor does not know colour"),
+        ({"crop_size": {"height": 9}}, "does not know crop_size"),
+        ({"fps": 2}, "does not know fps"),
+        ({"videos_kwargs": {"fps": 2}}, "videos_kwargs: ViLaVT takes neither videos nor audio"),
+        ({"audio_kwargs": {"sampling_rate": 1}}, "audio_kwargs: ViLaVT takes neither"),
+        ({"text_kwargs": True}, "text_kwargs is a bool"),
+        ({"padding": True, "text_kwargs": {"padding": False}}, "padding was passed two times: in text_kwargs and as"),
+        ({"do_resize": True, "images_kwargs": {"do_resize": True}}, "do_resize was passed two times"),
+        ({"max_pixels": 784, "size": {"shortest_edge": 1, "longest_edge": 2}}, "in two ways; leave one out"),
+        ({"size": {"height": 28, "width": 28}}, "size={'height': 28, 'width': 28} must be {'shortest_edge'"),
+        ({"min_pixels": 7840000}, "at least 7840000 and at most 200704 pixels"),
+        ({"max_pixels": 0}, "max_pixels=0 must be a number of pixels"),
+        ({"images": noise(0, 57, 56), "do_resize": False}, "image 0: 57x56 pixels, with do_resize=False"),
+        ({"text": [MARKER, "a longer prompt"], "return_tensors": "pt"}, "are no tensor; pass padding=True"),
+        ({"text": None, "images": None}, "there is neither text nor images"),
+        ({"text": 3}, "the text is a int"),
+        ({"text": [MARKER, 3]}, "sample 1: the text is a int"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_by_name(processor, given, says):
+    with pytest.raises(ProcessorError) as error:
+        processor(**{"images": noise(0, 56, 56), "text": MARKER, **given})
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"truncation": True, "max_length": 10}, {"truncation": "longest_first"}])
+def test_truncation_that_would_cut_an_image_is_refused(processor, tokenizer, monkeypatch, settings):
+    monkeypatch.setattr(tokenizer, "model_max_length", 12)
+    image = noise(0, 112, 112)
+    with pytest.raises(ProcessorError, match=r"sample 1: its images take 16 tokens, [0-9]+ are left"):
+        processor(images=[image], text=["no image", f"look {MARKER}"], padding=True, **settings)
+    kept = processor(images=[image], text=f"{MARKER} a long tail of words", truncation=True, max_length=20)
+    assert len(kept["input_ids"][0]) == 20
+
+
+def test_one_flat_list_is_shared_out_by_the_placeholders(processor):
+    images = [noise(i, 56, 28 * (2 + i)) for i in range(3)]
+    texts = [f"a {MARKER}", "none", MARKER * 2]
+    flat = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    nested = processor(images=[images[:1], [], images[1:]], text=texts, padding=True, return_tensors="pt")
+    assert all(torch.equal(flat[name], nested[name]) for name in nested)
+
+
+@pytest.mark.parametrize("form", ["path", "text", "bytes", "row", "file", "array", "tensor", "tensor 0-1", "data URL"])
+def test_pictures_in_every_form_give_the_same_pixels(processor, tmp_path, form):
+    image = noise(0, 56, 84)
+    path = tmp_path / "a.png"
+    image.save(path)
+    tensor = torch.from_numpy(np.array(image))
+    data = path.read_bytes()
+    source = {
+        "path": path,
+        "text": str(path),
+        "bytes": data,
+        "row": {"bytes": data, "path": None},
+        "file": io.BytesIO(data),
+        "array": np.array(image),
+        "tensor": tensor.permute(2, 0, 1),
+        "tensor 0-1": tensor.permute(2, 0, 1) / 255,
+        "data URL": "data:image/png;base64," + base64.b64encode(data).decode(),
+    }[form]
+    expected = processor(images=image, text=MARKER)["pixel_values"]
+    for images in (source, [source], [[source]]):
+        assert np.array_equal(processor(images=images, text=MARKER)["pixel_values"], expected)
+
+
+def test_a_picture_that_cannot_be_used_is_named(processor):
+    with pytest.raises(ImageError, match="image 1: cannot load a int"):
+        processor(images=[noise(0, 56, 56), 3], text=MARKER * 2)
+
+
+def test_pixels_that_are_ready_are_taken_as_they_are(processor):
+    ready = np.array(noise(0, 56, 56)) / 255
+    out = processor(images=ready, text=MARKER, do_rescale=False)["pixel_values"]
+    expected = processor(images=noise(0, 56, 56), text=MARKER)["pixel_values"]
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+def test_token_types_and_places_of_images_are_given_when_asked_for(processor):
+    images = [noise(0, 56, 56), noise(1, 56, 84)]
+    text = f"a{MARKER}b{MARKER}"
+    out = processor(
+        images=images,
+        text=text,
+        return_mm_token_type_ids=True,
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(out["mm_token_type_ids"], (out["input_ids"] == processor.image_token_id).long())
+    pad = processor.image_token
+    expanded = text.replace(pad, pad * 4, 1)[::-1].replace(pad[::-1], (pad * 6)[::-1], 1)[::-1]
+    assert [expanded[slice(*place["new_span"])] for place in out["text_replacement_offsets"][0]] == [pad * 4, pad * 6]
+    assert [text[slice(*place["span"])] for place in out["text_replacement_offsets"][0]] == [pad, pad]
+
+
+def messages_about(image):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_chat_template_hands_settings_to_the_processor(processor, nested):
+    settings = {"max_pixels": 28 * 28 * 9, "padding": "max_length", "max_length": 60, "return_tensors": "pt"}
+    chat = {"processor_kwargs": settings} if nested else settings
+    for image in (noise(0, 280, 280), np.array(noise(0, 280, 280))):
+        out = processor.apply_chat_template(messages_about(image), tokenize=True, return_dict=True, **chat)
+        text = processor.apply_chat_template(messages_about(image), tokenize=False)
+        expected = processor(images=noise(0, 280, 280), text=text, **settings)
+        assert set(out) == set(expected)
+        assert all(torch.equal(out[name], expected[name]) for name in expected)
+
+
+def test_a_chat_template_encodes_a_batch(processor):
+    batch = [messages_about(noise(0, 56, 56)), messages_about(noise(1, 84, 56))]
+    out = processor.apply_chat_template(batch, tokenize=True, return_dict=True, padding=True, return_tensors="pt")
+    assert out["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 6]]
+    assert (
+        processor.apply_chat_template(batch, tokenize=True)[0]
+        == processor.apply_chat_template(batch[0], tokenize=True)[0]
+    )
+
+
+def test_variables_of_a_chat_template_reach_it(processor):
+    template = "{% for m in messages %}{{ tone }}<|image_pad|>{% endfor %}"
+    out = processor.apply_chat_template(messages_about(noise(0, 56, 56)), template, tone="calm", tokenize=True)
+    assert processor.tokenizer.decode(out[0]).startswith("calm")
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"add_generation_promt": True}, "does not know add_generation_promt"),
+        ({"max_pixels": 784}, "max_pixels is for the processor's call, which tokenize=False leaves out"),
+        ({"processor_kwargs": {"padding": True}}, "padding is for the processor's call"),
+        ({"tokenize": True, "max_pixel": 784}, "did you mean max_pixels?"),
+        ({"tokenize": True, "padding": True, "processor_kwargs": {"padding": True}}, "padding was passed two times"),
+        ({"documents": [{"title": "t", "text": "x"}]}, "the chat template does not heed documents"),
+        ({"tokenize": True, "load_audio_from_video": True}, "does not heed load_audio_from_video"),
+    ],
+)
+def test_a_chat_template_refuses_what_nobody_heeds(processor, given, says):
+    with pytest.raises(ProcessorError) as error:
+        processor.apply_chat_template(messages_about(noise(0, 56, 56)), **given)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_processor_can_be_copied_and_sent_to_another_process(processor, tokenizer, again):
+    original = VilavtProcessor(
+        processor.image_processor, tokenizer, query_tokenizer=tokenizer, prompts=PromptSet.load("default")
+    )
+    twin = again(original)
+    assert twin.prompts.sha256 == original.prompts.sha256
+    given = {"images": noise(0, 56, 56), "text": MARKER, "queries": ["what?"], "return_tensors": "pt"}
+    expected, found = original(**given), twin(**given)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

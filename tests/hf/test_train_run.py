@@ -472,7 +472,7 @@ def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, 
     merged = tmp_path / "run" / "merged"
     assert inspect_checkpoint(merged).complete
     processor = VilavtProcessor.from_pretrained(merged)
-    inputs = processor(text="<|im_start|>user\nfind 3<|im_end|>\n<|im_start|>assistant\n")
+    inputs = processor(text="<|im_start|>user\nfind 3<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
     with torch.no_grad():
         run.trainer.model.eval()
         expected = run.trainer.model(**inputs).logits

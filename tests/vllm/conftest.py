@@ -261,13 +261,13 @@ def tools():
 @torch.no_grad()
 def reference_logprobs(tiny, prompt: str, images, **kwargs) -> np.ndarray:
     """The transformers model's answer to `Engine.next_logprobs`."""
-    inputs = tiny.processor(text=prompt, images=images, **kwargs)
+    inputs = tiny.processor(text=prompt, images=images, return_tensors="pt", **kwargs)
     return tiny.model(**inputs).logits[0, -1].float().log_softmax(-1).numpy()
 
 
 @torch.no_grad()
 def reference_greedy(tiny, prompt: str, images, max_tokens: int) -> list[int]:
     """Greedy tokens of the transformers model; its stop token does not stop it."""
-    inputs = tiny.processor(text=prompt, images=images)
+    inputs = tiny.processor(text=prompt, images=images, return_tensors="pt")
     out = tiny.model.generate(**inputs, max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :].tolist()

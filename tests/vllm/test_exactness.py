@@ -85,7 +85,7 @@ def test_token_prompts_with_one_placeholder_per_image_or_per_token_give_the_same
     short = tiny.processor.tokenizer.encode(prompt, add_special_tokens=False)
     assert np.array_equal(expected, engine.next_logprobs(short, images))
     engine.forget()
-    long = tiny.processor(text=prompt, images=images)["input_ids"][0].tolist()
+    long = tiny.processor(text=prompt, images=images)["input_ids"][0]
     assert len(long) > len(short)
     assert np.array_equal(expected, engine.next_logprobs(long, images))
 

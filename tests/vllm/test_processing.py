@@ -61,7 +61,7 @@ def test_one_item_is_one_inquiry_and_carries_all_its_regions(process, two_region
 
 def test_encoder_inputs_equal_those_of_the_transformers_processor(process, tiny, two_regions):
     prompt, images = two_regions
-    expected = tiny.processor(text=prompt, images=images)
+    expected = tiny.processor(text=prompt, images=images, return_tensors="pt")
     result = process(prompt, images)
     items = result["mm_kwargs"]["image"]
     assert result["prompt_token_ids"] == expected["input_ids"][0].tolist()

@@ -12,6 +12,10 @@ class GroupError(VilavtError):
     """Images and queries of a batch do not form valid groups."""
 
 
+class ProcessorError(VilavtError):
+    """A call of the processor cannot be carried out as it was asked for; names the argument."""
+
+
 class ImageError(VilavtError):
     """An image cannot be loaded, or breaks a pixel or byte limit."""
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .architecture import PARTS, Part
 from .data.dataset import OverLong
@@ -203,6 +203,31 @@ class SftConfig(_Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise TrainingError(f"{path}: {problems(error)}; `vilavt sft --keys` lists all keys") from None
+
+    @model_validator(mode="after")
+    def _heeded(self) -> Self:
+        """Refuse what was set and another key leaves without effect."""
+        unheard = {
+            "batch.samples": "samples" in self.batch.model_fields_set and self.batch.packing and self.batch.samples > 1,
+            "batch.pack_tokens": self.batch.pack_tokens is not None and not self.batch.packing,
+            "optimizer.decay_from": "decay_from" in self.optimizer.model_fields_set and not self._decays,
+            "optimizer.final_rate": "final_rate" in self.optimizer.model_fields_set and not self._decays,
+            "parallel.settings": self.parallel.settings is not None and self.parallel.strategy == "ddp",
+        }
+        because = {
+            "batch.samples": "batch.packing=true fills packs of batch.pack_tokens",
+            "batch.pack_tokens": "batch.packing=false pads batch.samples; set it to null",
+            "optimizer.decay_from": f"optimizer.schedule is {self.optimizer.schedule}, not stable_decay",
+            "optimizer.final_rate": f"optimizer.schedule is {self.optimizer.schedule}, not stable_decay",
+            "parallel.settings": "parallel.strategy is ddp, which has none",
+        }
+        if found := [f"{key} has no effect: {because[key]}" for key, is_unheard in unheard.items() if is_unheard]:
+            raise ValueError("; ".join(found))
+        return self
+
+    @property
+    def _decays(self) -> bool:
+        return self.optimizer.schedule == "stable_decay"
 
     @property
     def pack_tokens(self) -> int:

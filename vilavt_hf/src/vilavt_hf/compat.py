@@ -6,17 +6,45 @@ from typing import Any
 
 import torch
 import transformers
+from jinja2 import meta
+from transformers import processing_utils
 from transformers.integrations import sdpa_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+from transformers.utils import chat_template_utils
 
 # 5.x derives M-RoPE from mm_token_type_ids; 4.57 from input_ids (and would leak the argument into the decoder layers).
 TAKES_MM_TOKEN_TYPE_IDS = "mm_token_type_ids" in inspect.signature(qwen.Qwen2_5_VLModel.forward).parameters
+# With it came an output of the vision tower that holds more than the features.
+VISION_OUTPUT_HAS_STATES = TAKES_MM_TOKEN_TYPE_IDS
 # Newer 5.x `generate` encodes images before it repeats inputs for beams; 4.57 and 5.10 repeat pixels sample by sample.
 GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_get_image_nums_and_video_nums")
 
 # Newer sdpa attention treats the query heads of one key-value head as rows of one matrix, if there is a mask.
 PACKS_QUERY_HEADS = hasattr(sdpa_attention, "pack_gqa")
+
+# What a tokenizer's call takes from a processor's.
+TEXT_SETTINGS = frozenset(processing_utils.TextKwargs.__annotations__)
+# Newer 5.x mark control tokens that stand in a user's text, and tokenise what is marked as text.
+UNMARKED = getattr(processing_utils, "_UNMARKED", "")
+
+# What `apply_chat_template` takes beside variables of the template and settings of the processor.
+CHAT_SETTINGS = frozenset(
+    {
+        "add_generation_prompt",
+        "continue_final_message",
+        "documents",
+        "load_audio_from_video",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "tokenize",
+        "tools",
+    }
+) | ({"sanitize_control_tokens"} & TEXT_SETTINGS)
+# 5.x keeps settings of the processor apart from variables of the template; 4.57 hands each all of them.
+TEMPLATE_KEEPS_SETTINGS_APART = (
+    "processor_kwargs" in inspect.signature(transformers.ProcessorMixin.apply_chat_template).parameters
+)
 
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
@@ -32,11 +60,21 @@ def load_image_processor(path: str | os.PathLike, **kwargs: Any) -> Any:
     return PilImageProcessor.from_dict(settings, **unused)
 
 
-def vision_output(last_hidden_state: torch.Tensor | None, merged: Any) -> Any:
+def template_variables(chat_template: str) -> frozenset[str]:
+    """Names that a chat template looks up, its tags being those that transformers knows."""
+    environment = chat_template_utils._compile_jinja_template(chat_template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(chat_template)))
+
+
+def vision_output(
+    last_hidden_state: torch.Tensor | None, merged: Any, hidden_states: tuple[torch.Tensor, ...] | None = None
+) -> Any:
     """What the stock tower and `get_image_features` return: a ModelOutput on 5.x, the bare value on 4.57."""
-    if not TAKES_MM_TOKEN_TYPE_IDS:
+    if not VISION_OUTPUT_HAS_STATES:
         return merged
-    return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=merged)
+    return BaseModelOutputWithPooling(
+        last_hidden_state=last_hidden_state, pooler_output=merged, hidden_states=hidden_states
+    )
 
 
 def pooled(output: Any) -> Any:

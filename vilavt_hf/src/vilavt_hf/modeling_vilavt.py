@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from vilavt_core.architecture import FREEZABLE, MODULE_NAMES, find_part, is_query_projection
-from vilavt_core.errors import CheckpointError, GroupError
+from vilavt_core.errors import CheckpointError, GroupError, ProcessorError
 
 from . import compat
 from .configuration_vilavt import VilavtConfig, VilavtVisionConfig
@@ -87,6 +87,7 @@ class VilavtVisionModel(qwen.Qwen2_5_VisionTransformerPretrainedModel):
         images_per_query: torch.Tensor | None = None,
         query_features: torch.Tensor | None = None,
         query_attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Encode images, group by group.
@@ -97,6 +98,8 @@ class VilavtVisionModel(qwen.Qwen2_5_VisionTransformerPretrainedModel):
             images_per_query: (Q,) images of each group.
             query_features: (Q, T, C) projected query tokens; None makes every image its own group without a query.
             query_attention_mask: (Q, T).
+            output_hidden_states: also give what goes into every block and comes out of the last, (N, C) in the order
+                of the blocks' windows, where the container has room for it.
 
         Returns:
             (N / merge_size², out_hidden) merged features in prompt order, in the container of the installed
@@ -112,10 +115,13 @@ class VilavtVisionModel(qwen.Qwen2_5_VisionTransformerPretrainedModel):
         layout = VisionLayout(grid_thw, images_per_query, query_attention_mask, self.config, hidden_states.device)
         text = query_features.flatten(0, 1)[layout.text_index]
         hidden_states = hidden_states.unflatten(0, (-1, self.spatial_merge_unit))[layout.order].flatten(0, 1)
+        states = [hidden_states]
         for block in self.blocks:
             hidden_states = block(hidden_states, text, layout)
-        merged = self.merger(hidden_states)
-        return compat.vision_output(hidden_states, merged[torch.argsort(layout.order)])
+            if output_hidden_states:
+                states.append(hidden_states)
+        merged = self.merger(hidden_states)[torch.argsort(layout.order)]
+        return compat.vision_output(hidden_states, merged, tuple(states) if output_hidden_states else None)
 
 
 def group_sizes(
@@ -251,6 +257,8 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
         images_per_query: torch.Tensor | None = None,
         image_to_query_mapping: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Features of every image, conditioned on its query.
@@ -260,13 +268,21 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
             image_grid_thw: (n_images, 3).
             query_ids, query_attention_mask: (Q, T); none at all makes every image its own empty query.
             images_per_query: (Q,); or image_to_query_mapping: (n_images,), non-decreasing.
+            return_dict: False gives a tuple, from 5.x on; 4.57 gives the features alone.
+            output_hidden_states: from 5.x on also those of the tower.
+            output_attentions: not available: no kernel of the tower keeps them.
 
         Returns:
             One (t * h * w / merge_size², out_hidden) tensor per image, in the container of the installed transformers.
 
         Raises:
             GroupError: the query inputs do not describe valid groups.
+            ProcessorError: an output that cannot be had was asked for.
         """
+        if output_attentions:
+            raise ProcessorError("output_attentions: the vision tower does not keep attention weights; leave it out")
+        if output_hidden_states and not compat.VISION_OUTPUT_HAS_STATES:
+            raise ProcessorError("output_hidden_states: this version of transformers gives the image features alone")
         if image_grid_thw is None:
             raise GroupError("pixel_values need image_grid_thw (n_images, 3)")
         patches = int(image_grid_thw.prod(-1).sum())
@@ -288,10 +304,17 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
             }
         elif images_per_query is not None or image_to_query_mapping is not None:
             raise GroupError("images_per_query / image_to_query_mapping need query_ids (and query_attention_mask)")
-        output = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, **conditioning)
+        output = self.visual(
+            pixel_values.type(self.visual.dtype),
+            grid_thw=image_grid_thw,
+            output_hidden_states=output_hidden_states,
+            **conditioning,
+        )
         sizes = (image_grid_thw.prod(-1) // self.visual.spatial_merge_unit).tolist()
         last_hidden_state = getattr(output, "last_hidden_state", None)
-        return compat.vision_output(last_hidden_state, torch.split(compat.pooled(output), sizes))
+        states = getattr(output, "hidden_states", None)
+        found = compat.vision_output(last_hidden_state, torch.split(compat.pooled(output), sizes), states)
+        return found.to_tuple() if return_dict is False and hasattr(found, "to_tuple") else found
 
     def forward(
         self,

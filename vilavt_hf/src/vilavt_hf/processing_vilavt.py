@@ -6,21 +6,25 @@ Shapes: N patches, n images, Q queries, T query columns, B samples, L tokens.
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vilavt_core.checkpoint.companions import make_portable
-from vilavt_core.errors import GroupError, PromptError
+from vilavt_core.errors import GroupError, ProcessorError, PromptError
+from vilavt_core.images import UrlPolicy, load_image
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import ToolCall, parse_turn
+from vilavt_core.sources import image_list, is_array
 
 from . import compat
+from .call_settings import FLAT, GROUPS, check_known, pixel_bounds, sort_settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,10 @@ QUERY_TOKENIZER_FOLDER = "query_tokenizer"
 PROMPTS_FOLDER = "prompts"
 QUERY_END_TOKEN = "<|endoftext|>"
 """Appended to every query; also the padding of query rows (the published query encoder's convention)."""
+
+_CALL = FLAT | GROUPS | {"queries", "images_per_query", "query_prefix"}
+"""What `VilavtProcessor.__call__` takes beside text and images."""
+_HEEDED_BY_TEMPLATES = ("tools", "documents", "add_generation_prompt")
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -147,26 +155,30 @@ class VilavtProcessor(ProcessorMixin):
         queries: Sequence[str] | Sequence[Sequence[str]] | None = None,
         images_per_query: Sequence[int] | Sequence[Sequence[int]] | None = None,
         query_prefix: str | None = None,
-        return_tensors: str = "pt",
-        padding: bool | str = True,
         videos: None = None,
         audio: None = None,
-        images_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Tensors for `VilavtForConditionalGeneration.forward` and `generate`.
+        """Inputs of `VilavtForConditionalGeneration.forward` and `generate`.
+
+        Takes the keyword arguments of the stock Qwen2.5-VL processor, with its defaults: without ``padding`` prompts
+        keep their lengths, without ``return_tensors`` ids are lists and pixels arrays. The model finds the token types
+        of 5.x by itself; ``return_mm_token_type_ids=True`` returns them.
 
         Args:
-            images: PIL images in prompt order: one, a list (one sample), or a list per sample.
+            images: pictures in prompt order: one, a list, or a list per sample; a flat list for several prompts is
+                shared out by their placeholders. PIL images are taken as stock processors take them, everything else is
+                loaded as by `vilavt_core.images.load_image`, http(s) URLs included. An array of floats from 0 to 1 is
+                scaled, unless ``do_rescale=False`` says that it is ready.
             text: rendered prompt or prompts, one ``<|image_pad|>`` per image.
             queries: query strings of the sample (or one list per sample). Left out, groups are read off the prompt:
                 the images of a tool response form one group under the query of the call before it, every other image
                 is its own group without a query.
             images_per_query: images of each query, same nesting.
             query_prefix: overrides the processor's.
-            padding: as in tokenizers; the side is the tokenizer's.
-            images_kwargs: passed to the image processor.
-            kwargs: passed to the tokenizer.
+            kwargs: for the tokenizer (``padding``, ``truncation``, ``max_length``, …) and for the image processor
+                (``size``, ``min_pixels``, ``max_pixels``, ``do_resize``, …), flat or in ``text_kwargs``,
+                ``images_kwargs`` and ``common_kwargs``; see :mod:`vilavt_hf.call_settings`.
 
         Returns:
             input_ids, attention_mask (B, L); with images pixel_values (N, 1176), image_grid_thw (n, 3),
@@ -174,33 +186,100 @@ class VilavtProcessor(ProcessorMixin):
 
         Raises:
             GroupError: placeholders, images and queries do not add up; names the sample.
+            ProcessorError: an argument that nobody heeds, one that was passed two times, or a prompt that truncation
+                would cut inside an image.
+            ImageError: a picture cannot be loaded.
         """
         if videos is not None or audio is not None:
             raise GroupError("ViLaVT takes video frames as images, and no audio: pass images=[frame, …]")
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
-        texts = [text] if isinstance(text, str) else list(text or [])
-        per_sample = _per_sample(images, max(1, len(texts)))
+        if images is None and text is None:
+            raise ProcessorError("there is neither text nor images; pass text=…, images=…, or both")
+        of_text, of_images = sort_settings(kwargs, self.tokenizer)
+        tensors = of_text.pop("return_tensors", of_images.pop("return_tensors", None))
+        if text is not None and not isinstance(text, str | list | tuple):
+            raise ProcessorError(f"the text is a {type(text).__name__}; pass a str or a list of them")
+        texts = [text] if isinstance(text, str) else list(text or ())
+        for i, prompt in enumerate(texts):
+            if not isinstance(prompt, str):
+                raise ProcessorError(f"sample {i}: the text is a {type(prompt).__name__}; pass a str or a list of them")
+        per_sample = self._per_sample(images, texts)
         flat = [image for sample in per_sample for image in sample]
         data: dict[str, Any] = {}
+        lengths: list[int] = []
         if flat:
-            encoded = self.image_processor(images=flat, return_tensors="pt", **(images_kwargs or {}))
-            data["pixel_values"], data["image_grid_thw"] = encoded["pixel_values"], encoded["image_grid_thw"]
+            data = self._encode_images(flat, of_images)
+            merge = of_images.get("merge_size", self.image_processor.merge_size)
+            lengths = (np.asarray(data["image_grid_thw"]).prod(-1) // merge**2).tolist()
+        offsets: list[list[dict[str, Any]]] = []
         if texts:
-            sizes = iter(self._tokens_per_image(data.get("image_grid_thw")))
+            sizes = iter(lengths)
             expanded = [self._expand(i, t, len(per_sample[i]), sizes) for i, t in enumerate(texts)]
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "do_rescale")}
-            data |= dict(self.tokenizer(expanded, padding=padding, return_tensors="pt", **kwargs))
-            data.pop("token_type_ids", None)
+            if of_text.pop("return_text_replacement_offsets", False):
+                offsets = [replaced for _, replaced in expanded]
+            data |= self._tokenize([prompt for prompt, _ in expanded], of_text, tensors)
         if flat:
             groups = self._groups(texts, per_sample, queries, images_per_query)
-            data["query_ids"], data["query_attention_mask"] = self.tokenize_queries(
-                [query for query, _ in groups], query_prefix
-            )
-            data["images_per_query"] = torch.tensor([count for _, count in groups])
+            ids, mask = self.tokenize_queries([query for query, _ in groups], query_prefix)
+            data["query_ids"], data["query_attention_mask"] = ids.numpy(), mask.numpy()
+            data["images_per_query"] = np.array([count for _, count in groups])
         elif queries:
             raise GroupError(f"{len(queries)} queries but no images: a query conditions the images encoded with it")
-        return BatchFeature(data)
+        features = BatchFeature(data, tensor_type=tensors)
+        if offsets:
+            features["text_replacement_offsets"] = offsets
+        return features
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render a conversation, and with ``tokenize=True`` encode it; the parent's, on every version alike.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            chat_template: a template or the name of one; None: the processor's.
+            processor_kwargs: settings of `__call__`; they may also be given flat, as 4.57 takes them.
+            kwargs: ``add_generation_prompt``, ``tokenize``, ``return_dict``, ``tools``, …, variables of the template,
+                settings of `__call__`.
+
+        Raises:
+            ProcessorError: an argument that neither the template nor the processor heeds.
+        """
+        variables = _variables(chat_template, self.chat_template)
+        of_call = dict(processor_kwargs or {})
+        of_template: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name in compat.CHAT_SETTINGS or (name in variables and name not in _CALL):
+                of_template[name] = value
+            elif name in of_call:
+                raise ProcessorError(f"{name} was passed two times: in processor_kwargs and as a keyword argument")
+            else:
+                of_call[name] = value
+        check_known(of_call, _CALL | compat.CHAT_SETTINGS | variables, "apply_chat_template: ")
+        unheard = [name for name in _HEEDED_BY_TEMPLATES if of_template.get(name) and name not in variables]
+        unheard += [name for name in ("load_audio_from_video",) if of_template.get(name)]
+        if unheard:
+            raise ProcessorError(f"apply_chat_template: the chat template does not heed {', '.join(unheard)}")
+        if of_call and not of_template.get("tokenize"):
+            raise ProcessorError(
+                f"apply_chat_template: {', '.join(of_call)} is for the processor's call, which tokenize=False leaves "
+                "out; pass tokenize=True, or the argument to the call"
+            )
+        if compat.TEMPLATE_KEEPS_SETTINGS_APART:
+            of_template |= {name: of_call.pop(name) for name in ("return_tensors",) if name in of_call}
+            return super().apply_chat_template(conversation, chat_template, processor_kwargs=of_call, **of_template)
+        if not of_template.get("tokenize") or of_template.get("return_assistant_tokens_mask"):
+            return super().apply_chat_template(conversation, chat_template, **of_template, **of_call)
+        of_template.pop("tokenize")
+        return_dict = of_template.pop("return_dict", False)
+        prompts = super().apply_chat_template(conversation, chat_template, **of_template)
+        found = [_pictures_of(one) for one in ([conversation] if isinstance(prompts, str) else conversation)]
+        out = self(text=prompts, images=found if any(found) else None, **of_call)
+        return out if return_dict else out["input_ids"]
 
     def encode_inquiries(self, inquiries: Sequence[InquiryLike]) -> dict[str, torch.Tensor]:
         """Inputs of `VilavtModel.get_image_features` for inquiries whose images have their final size.
@@ -258,6 +337,8 @@ class VilavtProcessor(ProcessorMixin):
         Returns:
             ids and mask, both (Q, T) int64.
         """
+        if padding not in ("max_length", "longest"):
+            raise ProcessorError(f"padding={padding!r} of query rows must be 'max_length' or 'longest'")
         if self.query_tokenizer is None:
             raise PromptError(
                 "this checkpoint has no query_tokenizer/ folder, queries cannot be tokenised; "
@@ -280,18 +361,102 @@ class VilavtProcessor(ProcessorMixin):
             mask[i, : len(row)] = 1
         return ids, mask
 
-    def _tokens_per_image(self, grid: torch.Tensor | None) -> list[int]:
-        return [] if grid is None else (grid.prod(-1) // self.image_processor.merge_size**2).tolist()
+    def _encode_images(self, images: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """``pixel_values`` and ``image_grid_thw``, as arrays."""
+        settings = pixel_bounds(settings, self.image_processor.size)
+        as_it_is = settings.get("do_rescale") is False or "input_data_format" in settings
+        loaded = [_picture(image, as_it_is, f"image {i}") for i, image in enumerate(images)]
+        if settings.get("do_resize") is False:
+            self._check_sides(loaded, settings)
+        encoded = self.image_processor(images=loaded, **settings)
+        return {name: encoded[name] for name in ("pixel_values", "image_grid_thw")}
 
-    def _expand(self, sample: int, text: str, n_images: int, sizes: Any) -> str:
-        """Repeat every image placeholder of one prompt once per token of its image."""
-        parts = text.split(self.image_token)
-        if len(parts) - 1 != n_images:
+    def _check_sides(self, images: list[Any], settings: dict[str, Any]) -> None:
+        patch = settings.get("patch_size", self.image_processor.patch_size)
+        factor = patch * settings.get("merge_size", self.image_processor.merge_size)
+        for i, image in enumerate(images):
+            if isinstance(image, Image.Image) and (image.width % factor or image.height % factor):
+                raise ProcessorError(
+                    f"image {i}: {image.width}x{image.height} pixels, with do_resize=False both sides must be "
+                    f"multiples of {factor}; resize it with vilavt_core.regions.smart_resize"
+                )
+
+    def _tokenize(self, prompts: list[str], settings: dict[str, Any], tensors: Any) -> dict[str, Any]:
+        """Token ids of expanded prompts as lists.
+
+        Raises:
+            ProcessorError: an image would lose tokens, or prompts of several lengths cannot be one tensor.
+        """
+        types = settings.pop("return_mm_token_type_ids", False)
+        data = dict(self.tokenizer(prompts, **{"return_token_type_ids": False, **settings}))
+        for i, (prompt, ids) in enumerate(zip(prompts, data["input_ids"], strict=False)):
+            asked, left = len(re.findall(self._placeholder, prompt)), list(ids).count(self.image_token_id)
+            if asked != left:
+                raise ProcessorError(
+                    f"sample {i}: its images take {asked} tokens, {left} are left of them (truncation, max_length="
+                    f"{settings.get('max_length', self.tokenizer.model_max_length)}); an image cannot be cut: raise "
+                    "max_length, do not truncate, or lower max_pixels"
+                )
+        lengths = {len(ids) for ids in data["input_ids"]}
+        if tensors is not None and len(lengths) > 1:
+            raise ProcessorError(
+                f"prompts of {min(lengths)} to {max(lengths)} tokens are no tensor; pass padding=True, or no "
+                "return_tensors"
+            )
+        if types:
+            data["mm_token_type_ids"] = [[int(t == self.image_token_id) for t in ids] for ids in data["input_ids"]]
+        return data
+
+    @property
+    def _placeholder(self) -> str:
+        """A regular expression of an image's place in a prompt."""
+        return compat.UNMARKED + re.escape(self.image_token)
+
+    def _expand(self, sample: int, text: str, n_images: int, sizes: Any) -> tuple[str, list[dict[str, Any]]]:
+        """Repeat every image placeholder of one prompt once per token of its image; and where that was, as 5.x says."""
+        places = list(re.finditer(self._placeholder, text))
+        if len(places) != n_images:
             raise GroupError(
-                f"sample {sample}: {len(parts) - 1} {self.image_token} placeholders in the text, {n_images} images; "
+                f"sample {sample}: {len(places)} {self.image_token} placeholders in the text, {n_images} images; "
                 "give one placeholder per image (and escape the token in user text)"
             )
-        return parts[0] + "".join(self.image_token * next(sizes) + part for part in parts[1:])
+        pieces, replaced, done, gained = [], [], 0, 0
+        for place in places:
+            run = self.image_token * next(sizes)
+            start = place.start() + gained
+            replaced.append(
+                {
+                    "type": "image",
+                    "span": place.span(),
+                    "new_span": (start, start + len(run)),
+                    "text": place.group(),
+                    "replacement": run,
+                }
+            )
+            pieces += [text[done : place.start()], run]
+            done, gained = place.end(), gained + len(run) - len(place.group())
+        return "".join([*pieces, text[done:]]), replaced
+
+    def _per_sample(self, images: Any, texts: list[str]) -> list[list[Any]]:
+        """The pictures of every prompt; without prompts all of them are one sample's."""
+        n_samples = max(1, len(texts))
+        if images is None:
+            return [[] for _ in range(n_samples)]
+        listed = image_list(images)
+        if listed and all(isinstance(sample, (list, tuple)) for sample in listed):
+            if len(listed) != n_samples:
+                raise GroupError(f"{len(listed)} lists of images for {n_samples} prompts; give one list per prompt")
+            return [image_list(sample) for sample in listed]
+        if n_samples == 1:
+            return [listed]
+        places = [len(re.findall(self._placeholder, text)) for text in texts]
+        if sum(places) != len(listed):
+            raise GroupError(
+                f"one flat list of {len(listed)} images for {n_samples} prompts with {sum(places)} {self.image_token} "
+                f"placeholders ({', '.join(map(str, places))}); give one image per placeholder"
+            )
+        ends = np.cumsum(places)
+        return [listed[end - count : end] for end, count in zip(ends, places, strict=True)]
 
     def _groups(
         self, texts: list[str], images: list[list[Any]], queries: Any, images_per_query: Any
@@ -323,10 +488,11 @@ def groups_of_prompt(text: str, image_token: str = "<|image_pad|>") -> list[tupl
     The images of the turn that follows a tool call form one group under the call's query; every other image is its own
     group with the query "". `image_token` stands once per image.
     """
+    placeholder = compat.UNMARKED + re.escape(image_token)
     groups: list[tuple[str, int]] = []
     query: str | None = None
     for turn in re.split(r"<\|im_start\|>", text):
-        count = turn.count(image_token)
+        count = len(re.findall(placeholder, turn))
         if count:
             groups += [(query, count)] if query is not None else [("", 1)] * count
         action = parse_turn(turn.removeprefix("assistant")) if turn.startswith("assistant\n") else None
@@ -334,18 +500,35 @@ def groups_of_prompt(text: str, image_token: str = "<|image_pad|>") -> list[tupl
     return groups
 
 
-def _per_sample(images: Any, n_samples: int) -> list[list[Any]]:
-    if images is None:
-        return [[] for _ in range(n_samples)]
-    if not isinstance(images, (list, tuple)):
-        images = [images]
-    if images and all(isinstance(sample, (list, tuple)) for sample in images):
-        if len(images) != n_samples:
-            raise GroupError(f"{len(images)} lists of images for {n_samples} prompts; give one list per prompt")
-        return [list(sample) for sample in images]
-    if n_samples > 1:
-        raise GroupError(f"one flat list of {len(images)} images for {n_samples} prompts; give one list per prompt")
-    return [list(images)]
+def _variables(chat_template: str | None, own: str | dict[str, str] | None) -> frozenset[str]:
+    """Names that a chat template looks up; `own` is the processor's, or its templates by name."""
+    named = own if isinstance(own, dict) else {}
+    source = named.get(chat_template or "default", chat_template) or (own if isinstance(own, str) else None)
+    if source is None:
+        return frozenset()  # the parent says that there is no template
+    return compat.template_variables(source)
+
+
+def _picture(source: Any, as_it_is: bool, label: str) -> Any:
+    """A picture as the image processor takes it; `as_it_is`: arrays are in the state that the caller says."""
+    if isinstance(source, Image.Image) or (as_it_is and is_array(source)):
+        return source
+    if isinstance(source, str) and len(source) > 255 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", source):
+        source = f"data:image/*;base64,{source}"  # what stock processors take for a picture as well
+    policy = UrlPolicy(private_hosts=True)  # the caller's own text, as in stock processors
+    return load_image(source, allow_urls=True, url_policy=policy, name=None if isinstance(source, str) else label)
+
+
+def _pictures_of(conversation: Any) -> list[Any]:
+    """The pictures of a conversation, in order."""
+    return [
+        part[key]
+        for message in conversation
+        for part in (message["content"] if isinstance(message.get("content"), (list, tuple)) else ())
+        if part.get("type") == "image"
+        for key in ("image", "url", "path", "base64")
+        if key in part
+    ]
 
 
 def _nested(values: Any, n_samples: int, kind: type) -> list[list[Any]]:

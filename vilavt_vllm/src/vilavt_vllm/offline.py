@@ -12,6 +12,7 @@ from vllm import LLM
 
 from vilavt_core.asking import DrivenBackend, refuse_intervention
 from vilavt_core.driver import Driver
+from vilavt_core.errors import EngineError
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
@@ -39,9 +40,10 @@ class VilavtLLM(DrivenBackend):
         concurrency: conversations in flight. None: vLLM's ``max_num_seqs``.
         image_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
-        engine_args: for `vllm.LLM`, e.g. ``tensor_parallel_size=2``.
+        engine_args: for `vllm.LLM`, e.g. ``tensor_parallel_size=2``; none if `model` is one already.
 
     Raises:
+        EngineError: arguments for an engine that runs already.
         VilavtError: the checkpoint's settings are wrong.
         ValueError: vLLM refuses an argument.
     """
@@ -60,6 +62,8 @@ class VilavtLLM(DrivenBackend):
         allow_urls: bool = False,
         **engine_args: Any,
     ) -> None:
+        if isinstance(model, LLM) and engine_args:
+            raise EngineError(f"{', '.join(engine_args)}: the LLM that was given runs already; pass it to vllm.LLM")
         self.llm = LLM(model=str(model), **engine_args) if not isinstance(model, LLM) else model
         config: Any = self.llm.llm_engine.vllm_config
         self.settings = settings_of_engine(

@@ -5,6 +5,8 @@ episode record (``turns``) holds what the model said; prompts come from the chec
 boxes, so that it trains on exactly the tokens that chat, serving and RL produce. `docs/data.md` shows both.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +16,34 @@ from ..validation import problems
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles in published records -> names in the chat format; others stay."""
+
+
+_UNHEEDED = {
+    "min_pixels": "set data.min_pixels of the run",
+    "resized_height": "give max_pixels",
+    "resized_width": "give max_pixels",
+    "system": "make it the first of conversations, from system",
+    "tools": "write them into the system turn",
+    "max_turns": "it is a key of episode records, which have turns",
+    "train": "mask_history says which turns are not trained, or turns of an episode record do",
+    "loss": "mask_history says which turns are not trained, or turns of an episode record do",
+    "weight": "mask_history says which turns are not trained, or turns of an episode record do",
+}
+"""Keys of other tools that would change how a record is trained, and what says the same here."""
+
+
+def _refuse_unheeded(value: dict[str, Any], known: Iterable[str]) -> None:
+    """Stop at keys of a published record that are meant to change something and do not; other data beside it may stay.
+
+    Raises:
+        ValueError: names them and the remedy.
+    """
+    names = sorted(known)
+    for key in sorted(set(map(str, value)) - set(names)):
+        if key in _UNHEEDED and value[key] is not None:
+            raise ValueError(f"{key} has no effect here: {_UNHEEDED[key]}")
+        if meant := difflib.get_close_matches(key, names, 1, cutoff=0.85):
+            raise ValueError(f"the key {key} is unknown; did you mean {meant[0]}?")
 
 
 class PublishedTurn(BaseModel):
@@ -27,6 +57,8 @@ class PublishedTurn(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            _refuse_unheeded(value, ("from", "value", "role", "content"))
         if isinstance(value, dict) and "from" in value:
             return {"role": value["from"], "content": value.get("value")}
         return value
@@ -41,7 +73,8 @@ class PublishedTurn(BaseModel):
 
 
 class PublishedRecord(BaseModel):
-    """A record of the published training sets; keys that are not listed here are ignored."""
+    """A record of the published training sets. Other data may stand beside it; a key that is meant to change how the
+    record is trained, and does not, is refused, as are misspelt ones."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -65,6 +98,7 @@ class PublishedRecord(BaseModel):
     def _media(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        _refuse_unheeded(value, (*cls.model_fields, "image", "video", "videos"))
         if value.get("video") or value.get("videos"):
             raise ValueError("video is not supported: extract frames and list them under images, one <image> each")
         if value.get("image") and not value.get("images"):
