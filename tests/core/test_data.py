@@ -512,3 +512,29 @@ def test_samples_of_several_sets_keep_their_names(dataset, tmp_path):
     )
     assert [both.name(i) for i in range(len(both))] == ["records[0]", "records[1]", "more[0]"]
     assert np.all(measure_all(both).tokens == measure_all(one).tokens[0])
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"min_pixels": 784}, "min_pixels has no effect here: set data.min_pixels of the run"),
+        ({"tools": []}, "tools has no effect here"),
+        ({"max_pixel": 784}, "the key max_pixel is unknown; did you mean max_pixels?"),
+        ({"mask_histoy": 1}, "did you mean mask_history?"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]},
+            "train has",
+        ),
+    ],
+)
+def test_a_key_that_is_meant_to_change_a_record_and_does_not_is_named(changes, says):
+    record = {"conversations": turns(("human", "q"), ("gpt", "a")), **changes}
+    with pytest.raises(DataError) as error:
+        read_record(record, "set[3]")
+    assert says in str(error.value)
+    assert str(error.value).startswith("set[3]")
+
+
+def test_other_data_may_stand_beside_a_published_record():
+    record = {"conversations": turns(("human", "q"), ("gpt", "a")), "source": "x", "answer": "a", "dataset_name": "d"}
+    assert read_record(record, "set[3]").max_pixels is None

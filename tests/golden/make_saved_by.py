@@ -36,7 +36,9 @@ def main() -> None:
         Image.linear_gradient("L").convert("RGB").resize((56, 84)),
     ]
     marker = "<|vision_start|><|image_pad|><|vision_end|>"
-    inputs = processor(images=images, text=f"look {marker} and {marker} now", queries=["", "what?"], return_tensors="pt")
+    inputs = processor(
+        images=images, text=f"look {marker} and {marker} now", queries=["", "what?"], return_tensors="pt"
+    )
     with torch.no_grad():
         logits = model(**inputs).logits
     (folder / "expected").mkdir(exist_ok=True)

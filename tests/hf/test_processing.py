@@ -440,3 +440,27 @@ def test_a_processor_can_be_copied_and_sent_to_another_process(processor, tokeni
     given = {"images": noise(0, 56, 56), "text": MARKER, "queries": ["what?"], "return_tensors": "pt"}
     expected, found = original(**given), twin(**given)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "given", [{"max_pixels": 28 * 28 * 9}, {"size": {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 9}}]
+)
+def test_a_processor_is_loaded_with_other_bounds(tiny_checkpoint, given):
+    for kind in (VilavtProcessor, AutoProcessor):
+        loaded = kind.from_pretrained(tiny_checkpoint, **given)
+        assert loaded.image_processor.size["longest_edge"] == 28 * 28 * 9
+        assert loaded.image_processor.size["shortest_edge"] == 28 * 28 * 4
+        assert loaded(images=noise(0, 280, 280), text=MARKER)["image_grid_thw"].prod() == 36
+        assert loaded.tokenizer.init_kwargs.get("max_pixels") is None
+
+
+def test_a_misspelt_argument_of_from_pretrained_is_named(tiny_checkpoint):
+    with pytest.raises(ProcessorError, match=r"does not know max_pixel; did you mean max_pixels\?"):
+        VilavtProcessor.from_pretrained(tiny_checkpoint, max_pixel=784)
+
+
+def test_parts_given_to_from_pretrained_replace_the_checkpoint_s(tiny_checkpoint, processor, tokenizer):
+    image_processor = copy.deepcopy(processor.image_processor)
+    loaded = VilavtProcessor.from_pretrained(tiny_checkpoint, image_processor=image_processor, tokenizer=tokenizer)
+    assert loaded.image_processor is image_processor
+    assert loaded.tokenizer is tokenizer

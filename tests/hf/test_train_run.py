@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations import deepspeed
 from typer.testing import CliRunner
@@ -455,9 +456,40 @@ def test_padded_batches_have_the_same_loss_as_packs(configure, tmp_path):
     """One step over all twelve samples, so that the order does not matter."""
     one = {"optimizer.max_steps": 1, "batch.accumulation": 1}
     packed = Run(configure(tmp_path / "a", **one, **{"batch.pack_tokens": 4000})).train()
-    padded = Run(configure(tmp_path / "b", **one, **{"batch.packing": False, "batch.samples": 12})).train()
+    padded = Run(
+        configure(tmp_path / "b", **one, **{"batch.packing": False, "batch.pack_tokens": None, "batch.samples": 12})
+    ).train()
     assert padded.last_loss == pytest.approx(packed.last_loss, abs=1e-5)
     assert read_log(tmp_path / "b" / "log.jsonl")[0]["padding_share"] > 0.1
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_batches_are_the_same_however_their_processes_start(configure, tmp_path, start):
+    """fork is Linux's, up to Python 3.13; forkserver from 3.14; spawn is macOS's."""
+    run = Run(configure(tmp_path / "run", **{"data.workers": 0}))
+    given = {"dataset": run.trainer.train_dataset, "batch_size": 6, "collate_fn": run.trainer.data_collator}
+    expected = list(DataLoader(**given))
+    found = list(DataLoader(**given, num_workers=1, multiprocessing_context=start))
+    assert len(found) == len(expected) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"batch.packing": False}, r"batch\.pack_tokens has no effect: batch\.packing=false pads batch\.samples"),
+        ({"batch.samples": 2}, r"batch\.samples has no effect: batch\.packing=true"),
+        ({"optimizer.final_rate": 0.1}, r"optimizer\.final_rate has no effect: optimizer\.schedule is cosine"),
+        ({"optimizer.decay_from": 0.1}, r"optimizer\.decay_from has no effect: optimizer\.schedule is cosine"),
+        ({"parallel.settings": "mine.json"}, r"parallel\.settings has no effect: parallel\.strategy is ddp"),
+    ],
+)
+def test_a_key_that_another_one_leaves_without_effect_is_named(configure, tmp_path, changes, says):
+    with pytest.raises(ValueError, match=says):
+        configure(tmp_path, **changes)
 
 
 def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, tmp_path):

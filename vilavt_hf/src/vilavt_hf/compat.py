@@ -2,6 +2,8 @@
 
 import inspect
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,14 +52,24 @@ TEMPLATE_KEEPS_SETTINGS_APART = (
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
 
 
-def load_image_processor(path: str | os.PathLike, **kwargs: Any) -> Any:
-    """`PilImageProcessor` of a checkpoint. 4.57 ignores ``size``, and 5.x writes the pixel bounds nowhere else."""
+def load_image_processor(
+    path: str | os.PathLike, changes: Mapping[str, Any] = MappingProxyType({}), **kwargs: Any
+) -> Any:
+    """`PilImageProcessor` of a checkpoint, with some settings changed.
+
+    4.57 ignores ``size``, and 5.x writes the pixel bounds nowhere else.
+    """
     settings, unused = PilImageProcessor.get_image_processor_dict(path, **kwargs)
     size = settings.get("size") or {}
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if settings.get(name) is None and size.get(edge) is not None:
             settings[name] = size[edge]
-    return PilImageProcessor.from_dict(settings, **unused)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    bounds = changes.pop("size", {})
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if edge in bounds:
+            settings[name] = bounds[edge]
+    return PilImageProcessor.from_dict(settings | changes, **unused)
 
 
 def template_variables(chat_template: str) -> frozenset[str]:

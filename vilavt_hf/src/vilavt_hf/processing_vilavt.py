@@ -3,6 +3,8 @@
 Shapes: N patches, n images, Q queries, T query columns, B samples, L tokens.
 """
 
+import difflib
+import inspect
 import logging
 import os
 import re
@@ -24,7 +26,7 @@ from vilavt_core.protocol import ToolCall, parse_turn
 from vilavt_core.sources import image_list, is_array
 
 from . import compat
-from .call_settings import FLAT, GROUPS, check_known, pixel_bounds, sort_settings
+from .call_settings import FLAT, GROUPS, OF_IMAGES, check_known, pixel_bounds, sort_settings
 
 logger = logging.getLogger(__name__)
 
@@ -100,14 +102,28 @@ class VilavtProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> list[Any]:
         kwargs.pop("processor_dict", None)
         kwargs.pop("use_fast", None)
+        changes = {name: kwargs.pop(name) for name in OF_IMAGES if name in kwargs}
         return [
-            compat.load_image_processor(pretrained_model_name_or_path, **kwargs),
+            compat.load_image_processor(pretrained_model_name_or_path, changes, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
         ]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Load the processor, its query tokenizer and its prompts from a checkpoint folder or a hub id."""
+        """Load the processor, its query tokenizer and its prompts from a checkpoint folder or a hub id.
+
+        Args:
+            pretrained_model_name_or_path: the folder or id.
+            kwargs: ``min_pixels``, ``max_pixels``, ``size`` and other settings of the image processor, as its defaults;
+                arguments of the constructor; those of the tokenizer's `from_pretrained`.
+
+        Raises:
+            ProcessorError: an argument that is nearly, but not quite, one of ours: a tokenizer would swallow it.
+        """
+        known = {*OF_IMAGES, *inspect.signature(cls.__init__).parameters, *_HUB_KWARGS}
+        for name in set(kwargs) - known:
+            if meant := difflib.get_close_matches(name, known, 1, cutoff=0.85):
+                raise ProcessorError(f"from_pretrained does not know {name}; did you mean {meant[0]}?")
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         query_tokenizer = kwargs.pop("query_tokenizer", None)
         prompts = kwargs.pop("prompts", None)

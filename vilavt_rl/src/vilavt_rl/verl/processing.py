@@ -12,6 +12,7 @@ from transformers import AutoConfig, BatchFeature
 
 from vilavt_core.settings import SETTINGS
 from vilavt_hf import VilavtProcessor
+from vilavt_hf.call_settings import check_known
 from vilavt_hf.positions import mrope_positions
 
 
@@ -46,9 +47,14 @@ class VerlVilavtProcessor(VilavtProcessor):
         Returns:
             pixel_values (N, 1176), image_grid_thw (n, 3), query_ids and query_attention_mask (Q, T) with T the same
             for every trajectory, images_per_query (Q,): all of them can be concatenated over samples.
+
+        Raises:
+            ProcessorError: an argument that has no effect beside `queries`.
         """
         if queries is None:
             return super().__call__(images=images, text=text, **kwargs)
+        given = {name for name, value in kwargs.items() if value is not None}
+        check_known(given, {"return_tensors"}, "with queries: ")
         encoded = self.image_processor(images=list(images), return_tensors="pt", do_resize=False)
         ids, mask = self.tokenize_queries(queries, query_prefix)
         return BatchFeature(
