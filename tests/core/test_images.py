@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vilavt_core.errors import EngineError, ImageError
-from vilavt_core.images import ImageLimits, UrlPolicy, image_file, load_image, to_rgb
+from vilavt_core.images import ImageLimits, UrlPolicy, image_file, image_size, load_image, to_rgb
 from vilavt_core.results import Sample
 from vilavt_core.sources import image_list
 
@@ -113,8 +113,14 @@ def test_one_picture_is_a_list_of_one_in_every_form(form, stored, upright):
     for images in (source, [source], (source,), iter([source])):
         (found,) = image_list(images)
         assert found is source
-    assert Sample(source, "what?").images == [source] or Sample(source, "what?").images[0] is source
+    (found,) = Sample(source, "what?").images
+    assert found is source
     assert load_image(io.BytesIO(image_file(source))).tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_size_of_a_picture_is_known_in_every_form(form, stored, upright):
+    assert image_size(FORMS[form](stored, stored.read_bytes(), upright)) == (40, 20)
 
 
 def test_several_pictures_in_one_array_are_a_list(upright):

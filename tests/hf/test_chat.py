@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from family import noise as picture
@@ -395,3 +396,51 @@ def test_a_hub_id_runs_as_its_checkpoint_asks_for(tiny_checkpoint, hub_cache, tm
     assert BackendOptions(preset="rl").preset_for("someone/vilavt") == get_preset("rl").with_limits(max_turns=2)
     assert BackendOptions().preset_for("someone/else") == get_preset("default")
     assert BackendOptions().preset_for("http://127.0.0.1:8000/v1") == get_preset("default")
+
+
+def picture_as(form: str, tmp_path):
+    """A picture in one of the forms that are passed around."""
+    image = picture(0, 84, 84)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    return {
+        "path": tmp_path / "a.png",
+        "bytearray": bytearray(buffer.getvalue()),
+        "file": buffer,
+        "row": {"bytes": buffer.getvalue(), "path": "a.png"},
+        "array": np.asarray(image),
+        "tensor": torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        "floats": torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float64) / 255,
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["path", "bytearray", "file", "row", "array", "tensor", "floats"])
+def test_one_picture_in_any_form_is_asked_about(tiny_model, processor, tmp_path, form):
+    chat = VilavtChat(tiny_model, processor, limits=replace(LIMITS, max_turns=1, max_new_tokens_per_turn=3))
+    source = picture_as(form, tmp_path)
+    expected = picture(0, 84, 84).tobytes()
+    results = [chat.ask(source, "what?"), chat.ask([source], "what?"), *chat.ask_many([(source, "what?")])]
+    with chat.conversation(source) as talk:
+        results.append(talk.ask("what?"))
+    with chat.conversation() as talk:
+        results.append(talk.ask("what?", source))
+    for result in results:
+        assert [view.image.tobytes() for view in result.views] == [expected]
+
+
+@pytest.mark.parametrize(
+    "images, question, says",
+    [
+        (None, "what?", "a NoneType is no picture and no list of pictures"),
+        (3, "what?", "a int is no picture"),
+        ({"image": "a.png"}, "what?", "this one has 'image'"),
+        ([[1]], "what?", "cannot load a list"),
+        ("what?", picture(0, 84, 84), "the question is a PIL.Image.Image, it must be text; check the order"),
+    ],
+)
+def test_what_is_no_picture_or_no_question_is_named_by_its_type(tiny_model, processor, images, question, says):
+    chat = VilavtChat(tiny_model, processor, limits=LIMITS)
+    with pytest.raises((ImageError, EngineError)) as error:
+        chat.ask(images, question)
+    assert says in str(error.value)

@@ -135,29 +135,48 @@ def image_file(
 
 
 def image_size(
-    path: str | Path, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
+    source: ImageSource, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
 ) -> tuple[int, int]:
-    """Width and height that :func:`load_image` would give, from the file's header alone.
+    """Width and height that :func:`load_image` would give, from the header alone; of a path, no more is read.
 
     What comes behind the header goes unseen: damage, and the orientation of a PNG that states it after its pixels.
 
     Raises:
-        ImageError: as :func:`load_image`.
+        ImageError: as :func:`load_image`, which URLs it does not follow.
     """
-    label = name or str(path)
-    _check_file(Path(path), limits, label)
+    if is_array(source):
+        label = name or "the array"
+        size = array_size(source, label)  # type: ignore[arg-type]
+        _check_size(size, limits, label)
+        return size
+    if isinstance(source, Image.Image):
+        return _header(source, limits, name or "the image", rules)
+    if isinstance(source, Mapping):
+        source, own = of_row(source, name or "the image")
+        name = name or own
+    file: Any = source
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and not re.match(r"data:|\w+://", source, re.I)):
+        label = name or _shown(os.fsdecode(source))
+        _check_file(Path(source), limits, label)
+    else:
+        data, label = _stored(source, limits, name, False, True, UrlPolicy())
+        file = io.BytesIO(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=[f for f in FORMATS if f in _registered()]) as image:
-                turned = (
-                    rules == "strict" and _orientation(partial(Image.Image.getexif, image), label) >= 5
-                )  # a PNG's own would decode it
-                size = image.size
+            with Image.open(file, formats=[f for f in FORMATS if f in _registered()]) as image:
+                return _header(image, limits, label, rules)
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
-    _check_size(size, limits, label)
-    return (size[1], size[0]) if turned else size
+
+
+def _header(image: Image.Image, limits: ImageLimits, label: str, rules: Rules) -> tuple[int, int]:
+    """Width and height of an open picture, turned as its orientation says, without decoding it."""
+    _check_size(image.size, limits, label)
+    turned = rules == "strict" and _orientation(partial(Image.Image.getexif, image), label) >= 5  # a PNG's own decodes
+    return (image.height, image.width) if turned else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
