@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vilavt_core.errors import ImageError
 from vilavt_vllm import Inquiry, compat
 from vilavt_vllm.errors import LimitError, PlaceholderError, UnsupportedError
 
@@ -241,6 +242,8 @@ def test_pixel_settings_follow_the_server_then_the_request(tiny, process, tools,
     assert hashes(server) != hashes(request)
     with pytest.raises(UnsupportedError, match=r"\['fps'\] are not settings of ViLaVT"):
         process(prompt, images, using=processor, fps=2)
+    with pytest.raises(UnsupportedError, match="it has shortest_edge and longest_edge"):
+        process(prompt, images, using=processor, size={"height": 28, "width": 28})
 
 
 def test_embeddings_in_place_of_images_are_refused(tiny, process, tools):
@@ -254,10 +257,11 @@ def test_arrays_are_images_too(process, tools, pictures):
 
     prompt, image = tools.conversation(), pictures[0]
     expected = process(prompt, [image])["mm_kwargs"]["image"][0]["pixel_values"].data
-    for array in (np.asarray(image), np.asarray(image).transpose(2, 0, 1), torch.tensor(np.asarray(image))):
+    pixels = np.asarray(image)
+    for array in (pixels, pixels.transpose(2, 0, 1), torch.tensor(pixels), pixels / 255):
         assert torch.equal(process(prompt, [array])["mm_kwargs"]["image"][0]["pixel_values"].data, expected)
-    with pytest.raises(UnsupportedError, match="float64: pass uint8"):
-        process(prompt, [np.asarray(image) / 255])
+    with pytest.raises(ImageError, match="values from -1 to -1; pixels are 0 to 255"):
+        process(prompt, [np.full(pixels.shape, -1.0)])
 
 
 def test_a_query_tokenizer_that_is_missing_is_named_with_its_remedy(tiny, tmp_path, process, tools, pictures):

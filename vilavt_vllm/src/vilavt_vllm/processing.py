@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
@@ -29,6 +28,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from vilavt_core.regions import smart_resize
+from vilavt_core.sources import array_image, is_array
 from vilavt_hf import VilavtConfig, VilavtProcessor
 
 from . import compat
@@ -170,6 +170,10 @@ class VilavtProcessingInfo(BaseProcessingInfo):
             )
         low, high = pixel_bounds(self.get_hf_processor().image_processor.size)
         size = settings.get("size") or {}
+        if not set(size) <= {"shortest_edge", "longest_edge"}:
+            raise UnsupportedError(
+                f"mm_processor_kwargs size={size}: it has shortest_edge and longest_edge, the least and the most pixels"
+            )
         low = settings.get("min_pixels") or size.get("shortest_edge") or low
         high = settings.get("max_pixels") or size.get("longest_edge") or high
         return int(low), int(high)
@@ -429,17 +433,8 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def _picture(image: Any) -> Image.Image:
-    """An RGB PIL image; arrays are (H, W, 3) or (3, H, W) uint8."""
+    """An RGB PIL image; what arrays may be, says `vilavt_core.sources.array_image`."""
     picture = _unwrapped(image)
-    if isinstance(picture, torch.Tensor):
-        picture = picture.cpu().numpy()
-    if isinstance(picture, np.ndarray):
-        if picture.ndim == 3 and picture.shape[0] == 3 and picture.shape[-1] != 3:
-            picture = picture.transpose(1, 2, 0)
-        if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
-            raise UnsupportedError(
-                f"an image array of shape {picture.shape} and type {picture.dtype}: "
-                "pass uint8 of shape (H, W, 3), or a PIL image"
-            )
-        picture = Image.fromarray(picture)
+    if is_array(picture):
+        picture = array_image(picture, "an image")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
