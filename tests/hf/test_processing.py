@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from vilavt_core.episode import Inquiry
 from vilavt_core.errors import GroupError, ImageError, ProcessorError, PromptError
 from vilavt_core.prompts import PromptSet
-from vilavt_hf import VilavtProcessor
+from vilavt_hf import VilavtProcessor, compat
 from vilavt_hf.processing_vilavt import groups_of_prompt
 
 MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -464,3 +464,20 @@ def test_parts_given_to_from_pretrained_replace_the_checkpoint_s(tiny_checkpoint
     loaded = VilavtProcessor.from_pretrained(tiny_checkpoint, image_processor=image_processor, tokenizer=tokenizer)
     assert loaded.image_processor is image_processor
     assert loaded.tokenizer is tokenizer
+
+
+def test_what_the_assistant_said_is_masked_when_asked_for(processor):
+    template = (
+        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<|image_pad|>"
+        "{% elif m.role == 'assistant' %}{% generation %}{{ part.text }}{% endgeneration %}"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    said = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    for asked in ([{"role": "user", "content": [{"type": "text", "text": "what?"}]}], messages_about(noise(0, 56, 56))):
+        if asked[0]["content"][0]["type"] == "image" and not compat.TEMPLATE_KEEPS_SETTINGS_APART:
+            continue  # 4.57 does not count the tokens of images
+        out = processor.apply_chat_template(
+            [*asked, said], template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = out["input_ids"][0], out["assistant_masks"][0]
+        assert processor.tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m]) == "red"

@@ -53,7 +53,7 @@ def image_list(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]
         ImageError: it is neither a picture nor an ordered collection; names its type.
     """
     if is_array(images):
-        axes = len(images.shape)  # type: ignore[union-attr]
+        axes = len(images.shape)  # type: ignore[union-attr, arg-type]
         several = axes == 4 or (axes == 1 and not _is_numeric(images))
         return list(images) if several else [images]  # type: ignore[arg-type, list-item]
     if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Mapping | Image.Image) or is_file(
@@ -84,7 +84,8 @@ def of_row(row: Mapping[str, Any], label: str) -> tuple[ImageSource, str | None]
         ImageError: it holds neither, or something else as well.
     """
     unknown = sorted(str(key) for key in row if key not in ("bytes", "path"))
-    data, path = row.get("bytes"), row.get("path")
+    data: Any = row.get("bytes")
+    path: Any = row.get("path")
     if unknown or (data is None and path is None):
         found = ", ".join(map(repr, unknown)) or "neither"
         raise ImageError(
