@@ -206,12 +206,14 @@ class SftConfig(_Section):
 
     @model_validator(mode="after")
     def _heeded(self) -> Self:
-        """Refuse what was set and another key leaves without effect."""
+        """Refuse what differs from its default and is left without effect by another key."""
+        usual = OptimizerConfig()
+        undecayed = self.optimizer.schedule != "stable_decay"
         unheard = {
-            "batch.samples": "samples" in self.batch.model_fields_set and self.batch.packing and self.batch.samples > 1,
+            "batch.samples": self.batch.packing and self.batch.samples > 1,
             "batch.pack_tokens": self.batch.pack_tokens is not None and not self.batch.packing,
-            "optimizer.decay_from": "decay_from" in self.optimizer.model_fields_set and not self._decays,
-            "optimizer.final_rate": "final_rate" in self.optimizer.model_fields_set and not self._decays,
+            "optimizer.decay_from": undecayed and self.optimizer.decay_from != usual.decay_from,
+            "optimizer.final_rate": undecayed and self.optimizer.final_rate != usual.final_rate,
             "parallel.settings": self.parallel.settings is not None and self.parallel.strategy == "ddp",
         }
         because = {
@@ -224,10 +226,6 @@ class SftConfig(_Section):
         if found := [f"{key} has no effect: {because[key]}" for key, is_unheard in unheard.items() if is_unheard]:
             raise ValueError("; ".join(found))
         return self
-
-    @property
-    def _decays(self) -> bool:
-        return self.optimizer.schedule == "stable_decay"
 
     @property
     def pack_tokens(self) -> int:
