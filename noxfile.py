@@ -288,7 +288,7 @@ def verl_nightly(session: nox.Session) -> None:
     session.run("pytest", "--durations", "0", "-m", "nightly", *(session.posargs or ["tests/rl"]))
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
