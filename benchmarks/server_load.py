@@ -6,8 +6,9 @@
 Starts ``vilavt-serve`` for `examples/vilavt-tiny` on a free loopback port and lets many clients ask held-out questions
 at once: most plainly, some streaming, some reading slowly, some hanging up after the first chunk, some with half a
 picture. Every picture is different (other cards, and a nonce in its first pixel). Afterwards every question that was
-answered is asked once more, alone: the answer, the thoughts and every region must be the same, so an answer that went
-to another client shows, unless both questions have the same transcript (their share is printed).
+answered is asked once more, a few at a time and in the opposite order: the answer, the thoughts and every region must
+be the same, so an answer that went to another client shows, whichever time it did, unless both questions have the same
+transcript (their share is printed).
 
 Memory is measured before and after that load, of the process that holds the loop and of all processes of the server.
 Before it come ``--warm-up`` requests of the same kind: the worker of vLLM's CPU build grows until it levels off after
@@ -45,6 +46,8 @@ from vilavt_hf.tiny.evaluate import tasks
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 KINDS = {"plain": 50, "stream": 26, "slow": 8, "cancelled": 8, "malformed": 8}
 """What a client does -> how often, in percent."""
+FEW = 4
+"""Questions at a time when they are asked again. One by one, the engine's processes mostly wait for each other."""
 
 
 @contextlib.contextmanager
@@ -90,7 +93,7 @@ class Question:
         picture = task.scene.image.copy()
         picture.putpixel((0, 0), (number % 256, number // 256, 0))
         file = io.BytesIO()
-        picture.save(file, "png")
+        picture.save(file, "png", compress_level=1)  # the default takes the client longer than the server's answer
         data = base64.b64encode(file.getvalue()).decode()
         url = (
             f"data:image/png;base64,{data[: len(data) // 3]}"
@@ -124,15 +127,21 @@ class Question:
         return name, (content, thoughts, events)
 
 
-async def load(client: AsyncOpenAI, questions: list[Question], clients: int) -> dict[int, tuple[str, Any, float]]:
-    """Ask all questions, at most `clients` at a time: number -> (response id or error, said, seconds)."""
+async def load(
+    client: AsyncOpenAI, questions: list[Question], clients: int, kind: str | None = None
+) -> dict[int, tuple[str, Any, float]]:
+    """Ask all questions, at most `clients` at a time, all of them as `kind` if it is given.
+
+    Returns:
+        Number of the question -> (response id or error, said, seconds).
+    """
     waiting, out = list(reversed(questions)), {}
 
     async def one_client() -> None:
         while waiting:
             question, began = waiting.pop(), time.perf_counter()
             try:
-                name, said = await question.ask(client, question.kind)
+                name, said = await question.ask(client, kind or question.kind)
             except APIStatusError as error:
                 name, said = f"status {error.status_code}", None
             out[question.number] = name, said, time.perf_counter() - began
@@ -148,7 +157,7 @@ def make(count: int, first: int, todo: list[Any]) -> list[Question]:
 
 
 async def measure(url: str, pid: int, key: str, clients: int, requests: int, warm_up: int) -> dict[str, Any]:
-    """Two loads, and the second one's questions once more alone."""
+    """Two loads, and the second one's questions once more, a few at a time."""
     limits, todo = httpx.Limits(max_connections=clients), tasks("heldout")
     async with AsyncOpenAI(
         base_url=url, api_key=key, max_retries=0, timeout=300, http_client=httpx.AsyncClient(limits=limits, timeout=300)
@@ -161,20 +170,21 @@ async def measure(url: str, pid: int, key: str, clients: int, requests: int, war
         seconds = time.perf_counter() - began
         after = await settled(pid)
         answered = [q for q in questions if q.kind in ("plain", "stream", "slow")]
-        alone = {q.number: (await q.ask(client, "plain"))[1] for q in answered}
+        again = await load(client, answered[::-1], FEW, "plain")
     said = {q.number: under_load[q.number] for q in answered if q.number in under_load}
+    pairs = [tuple(found[q.number][1] if q.number in found else None for found in (said, again)) for q in answered]
     names = Counter(name for name, _, _ in under_load.values() if name.startswith("chatcmpl"))
     waits = sorted(seconds for q in answered if q.kind != "slow" for seconds in [said[q.number][2]])
-    transcripts = Counter(json.dumps(value) for value in alone.values())
+    transcripts = Counter(json.dumps(second) for _, second in pairs)
     return {
         "clients": clients,
         "requests": requests,
         "kinds": dict(Counter(q.kind for q in questions)),
         "answered": len(answered),
-        "lost": sum(number not in said or said[number][1] is None for number in alone),
+        "lost": sum(None in pair for pair in pairs),
         "doubled": sum(count - 1 for count in names.values()),
-        "crossed": sum(said[number][1] not in (None, alone[number]) for number in alone if number in said),
-        "shared_transcripts": sum(count for count in transcripts.values() if count > 1) / len(alone),
+        "crossed": sum(None not in pair and pair[0] != pair[1] for pair in pairs),
+        "shared_transcripts": sum(count for count in transcripts.values() if count > 1) / len(pairs),
         "malformed_refused": sum(under_load[q.number][0] == "status 400" for q in questions if q.kind == "malformed"),
         "right": sum(said[q.number][1][0] == q.right for q in answered if said[q.number][1]) / len(answered),
         "p50": waits[len(waits) // 2],

@@ -1,6 +1,7 @@
 """What tests of several packages share."""
 
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -24,6 +25,15 @@ from vilavt_core.results import (
     ToolCallEvent,
     Work,
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what is marked ``nightly`` to `nox -s nightly`, which sets ``VILAVT_NIGHTLY``."""
+    if "VILAVT_NIGHTLY" in os.environ:
+        return
+    for item in items:
+        if (marker := item.get_closest_marker("nightly")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"{marker.args[0]}: `nox -s nightly` runs it"))
 
 
 class StubServer:

@@ -76,6 +76,7 @@ def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
     assert plot_curves([work / "first.jsonl"], work / "curve.png").stat().st_size > 1000
 
 
+@pytest.mark.nightly("one more start of Ray")
 def test_a_run_resumes_where_it_was_saved(train, first: list[dict]) -> None:
     second = train("second", "trainer.total_training_steps=3", run="run")
     assert [step["training/global_step"] for step in second] == [3]
@@ -106,7 +107,7 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
         (folder / "transcripts.json").write_text(json.dumps(transcripts), encoding="utf-8")
 
 
-@pytest.mark.skipif("VILAVT_NIGHTLY" not in os.environ, reason="a start-up of Ray more; `nox -s nightly` runs it")
+@pytest.mark.nightly("one more start of Ray")
 def test_two_ray_nodes_train_together(train, two_ray_nodes: list[str], work: Path) -> None:
     from vilavt_rl.merge import merge_shards
 

@@ -5,7 +5,6 @@ Sampled at temperature 1.7 and with an entropy bonus, because the shipped model 
 """
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -180,6 +179,7 @@ OTHER_SIZES = (
 """What a run of the 7B recipe on a CPU overrides, beside paths and the batch sizes of `start_grpo`."""
 
 
+@pytest.mark.nightly("one more start of Ray and vLLM")
 def test_the_7b_recipe_runs_with_the_tiny_model_on_a_cpu(grpo, work: Path, data: Path) -> None:
     (step,) = grpo("vilavt_7b_grpo", work, data, "seven", *OTHER_SIZES, run="seven")
     assert step["training/global_step"] == 1
@@ -188,7 +188,7 @@ def test_the_7b_recipe_runs_with_the_tiny_model_on_a_cpu(grpo, work: Path, data:
     assert step["critic/score/max"] == pytest.approx(1.0)
 
 
-@pytest.mark.skipif("VILAVT_NIGHTLY" not in os.environ, reason="two vLLM servers; `nox -s nightly` runs it")
+@pytest.mark.nightly("one more start of Ray, with two vLLM servers")
 def test_two_ray_nodes_train_together_each_with_a_vllm_server(
     grpo, two_ray_nodes: list[str], work: Path, data: Path
 ) -> None:
@@ -253,6 +253,7 @@ def test_what_cannot_be_answered_costs_its_own_trajectories_and_the_run_goes_on(
     assert any(sum(image.width * image.height // 784 for image in group.images) > 32 for group in groups)
 
 
+@pytest.mark.nightly("one more start of Ray and vLLM; test_vllm_rollouts.py holds the parts")
 def test_a_weight_update_that_vllm_refuses_ends_the_run_with_its_cause(start_grpo, work: Path, data: Path) -> None:
     code, log, _ = start_grpo(
         "tiny_cpu_vllm",

@@ -1,5 +1,6 @@
 """`VilavtLLM`: the conversations of `VilavtChat`, each at its own pace, none disturbed by another's failure."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vilavt_core.conversation import SpecialTokens
 from vilavt_core.driver import Driver
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.results import Sample
@@ -15,11 +17,13 @@ from vilavt_hf.chat import VilavtChat
 from vilavt_hf.tiny.evaluate import tasks
 from vilavt_vllm import Inquiry, VilavtLLM
 from vilavt_vllm.errors import EngineFailure, LimitError
+from vilavt_vllm.model import take_counts
 
 pytestmark = pytest.mark.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = EXAMPLES / "vilavt-tiny"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BLOCK = 32
 
 
@@ -151,3 +155,41 @@ def test_too_many_regions_in_one_call_end_that_conversation_with_the_flag_that_r
     prompt["prompt_token_ids"] = prompt["prompt_token_ids"] * 17
     with pytest.raises(LimitError, match="vilavt_max_regions"):
         llm.llm.llm_engine.add_request("crowded", prompt, sampling_params(driver))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`benchmark(name)`: a file of ``benchmarks`` as a module, which leaves the environment as it was."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "0")  # they would set it
+    return importlib.import_module
+
+
+def test_the_benchmark_of_conversations_runs_its_script_both_ways(benchmark, llm, chat):
+    multi_turn = benchmark("vllm_multi_turn")
+    special = SpecialTokens.of(chat.processor.tokenizer)
+    words = chat.processor.tokenizer("the red card has a digit")["input_ids"]
+    runs = [multi_turn.ScriptedRun(seed, multi_turn.SMALL, special, words) for seed in range(3)]
+    answers, work = [], []
+    for loop in (multi_turn.lock_step, multi_turn.free_running):
+        llm.llm.reset_prefix_cache()
+        llm.llm.llm_engine.reset_encoder_cache()
+        llm.llm.apply_model(take_counts)
+        for run in runs:
+            run.restart()
+        loop(llm.llm, runs)
+        (counts,) = llm.llm.apply_model(take_counts)
+        assert counts.patches == sum(run.patches for run in runs)
+        answers.append([run.answers for run in runs])
+        work.append(sum(run.computed for run in runs))
+    assert answers[0] == answers[1]
+    assert [[len(turn) for turn in run] for run in answers[0]] == [[count for *_, count in r.turns] for r in runs]
+    distinct = sum(len(run.tokens) - 1 for run in runs)
+    turns = sum(len(run.turns) - 1 for run in runs)
+    assert all(distinct <= computed <= distinct + BLOCK * turns for computed in work)
+
+
+def test_the_benchmark_of_agreement_compares_turn_by_turn(benchmark, llm, chat):
+    figures = benchmark("vllm_agreement").compare(chat, llm, 5)
+    assert (figures["questions"], figures["failed"], figures["same_transcripts"]) == (5, 0, 1)
+    assert figures["accuracy_transformers"] == figures["accuracy_vllm"] > 0
