@@ -107,7 +107,9 @@ class ConsoleReport(TrainerCallback):
         else:
             done, to_do = state.global_step - self.first_step, state.max_steps - state.global_step
             left = time_left(time.time() - self.begin, done, to_do)
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}  {left}", highlight=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {figures}  {left}", highlight=False, soft_wrap=True
+            )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Show what a validation found, above the bar."""
@@ -116,7 +118,7 @@ class ConsoleReport(TrainerCallback):
         text = f"validation at step {state.global_step}: loss {metrics['eval_loss']:.4f}"
         if "eval_answers_right" in metrics:
             text += f"  answers right {100 * metrics['eval_answers_right']:.1f} % of {metrics['eval_questions']:.0f}"
-        (self.console if self.bar is None else self.bar.console).print(text, highlight=False)
+        (self.console if self.bar is None else self.bar.console).print(text, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar."""
