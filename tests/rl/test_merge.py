@@ -241,6 +241,7 @@ def test_whoever_merges_can_name_how_the_checkpoint_is_run(run, tmp_path):
 
 def test_settings_beside_the_shards_are_kept_without_a_note_of_the_run(copy_of, tmp_path):
     source = copy_of()
+    (source / "huggingface" / "vilavt_chat.json").unlink(missing_ok=True)
     merge_shards(source, tmp_path / "none")
     assert not (tmp_path / "none" / "vilavt_chat.json").exists()
     (source / "huggingface" / "vilavt_chat.json").write_text('{"limits": {"max_turns": 2}}')

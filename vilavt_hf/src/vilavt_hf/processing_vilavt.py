@@ -112,7 +112,7 @@ class VilavtProcessor(ProcessorMixin):
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.query_tokenizer = query_tokenizer or _load_query_tokenizer(pretrained_model_name_or_path, hub)
         processor.prompts = prompts or _load_prompts(pretrained_model_name_or_path, hub)
-        processor.chat_settings = chat_settings or read_chat_settings(pretrained_model_name_or_path, hub=hub)
+        processor.chat_settings = chat_settings or read_chat_settings(os.fspath(pretrained_model_name_or_path), hub=hub)
         return processor
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class VilavtProcessor(ProcessorMixin):
         if self.prompts is not None:
             self.prompts.save(Path(save_directory) / PROMPTS_FOLDER)
         if self.chat_settings is not None:
-            self.chat_settings.save(save_directory)
+            self.chat_settings.save(Path(save_directory))
         make_portable(Path(save_directory))
         return written
 

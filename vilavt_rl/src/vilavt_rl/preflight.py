@@ -267,7 +267,7 @@ def _unknown(config: Any, key: str) -> str | None:
     """What was probably meant by a key that is not in a configuration; None: it is there."""
     from omegaconf import OmegaConf
 
-    node, way = config, []
+    node, way = config, list[str]()
     for part in key.split("."):
         if not OmegaConf.is_dict(node) or part not in node:
             known = list(node) if OmegaConf.is_dict(node) else []

@@ -118,23 +118,25 @@ class Run:
         order = _order(config, self.lengths)
         self.record = describe_run(config, base, self.lengths, order, args)
         self.resume = resume_from(config, self.record)
-        self.validation = self._validation(base, first)
-        self.best = self.validation and Best(
-            self.out / BEST, config.validation.best, self.validation.digest, self.resume is not None
+        collate = VilavtCollator(
+            self.processor.encode_inquiries,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            image_token_id=self.processor.image_token_id,
+            merge_size=self.processor.image_processor.merge_size,
+            packed=config.batch.packing,
         )
+        self.validation = self._validation(base, collate, first)
+        self.best: Best | None = None
+        if self.validation is not None:
+            measured = self.validation.digest
+            self.best = Best(self.out / BEST, config.validation.best, measured, resumed=self.resume is not None)
         self.drops = Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
             model=_model(config, base),
             args=args,
             train_dataset=dataset,  # type: ignore[arg-type]
             eval_dataset=None if self.validation is None else self.validation.dataset,  # type: ignore[arg-type]
-            data_collator=VilavtCollator(
-                self.processor.encode_inquiries,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-                image_token_id=self.processor.image_token_id,
-                merge_size=self.processor.image_processor.merge_size,
-                packed=config.batch.packing,
-            ),
+            data_collator=collate,
             processing_class=self.processor,  # type: ignore[arg-type]
             callbacks=[
                 LogFile(self.out / LOG),
@@ -154,7 +156,7 @@ class Run:
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.on_dropped = self.drops.untold.append
 
-    def _validation(self, base: Path, first: bool) -> Validation | None:
+    def _validation(self, base: Path, collate: VilavtCollator, first: bool) -> Validation | None:
         names = self.config.data.validation
         if not names:
             return None
@@ -162,6 +164,7 @@ class Run:
             self.config,
             make_dataset(self.config, base, self.processor.tokenizer, names),
             self.processor,
+            collate=collate,
             preset=self.trained_as.apply(),
             make_order=_order,
             cache=self.out / "cache",
@@ -210,7 +213,7 @@ class Run:
             runs_as=describe_preset(self.runs_as.apply()),
             trained_as=describe_preset(self.trained_as.apply()),
             validations=tuple(read_log(out / VALIDATION)) if self.validation is not None else (),
-            best=self.best and self.best.record,
+            best=None if self.best is None else self.best.record,
         )
 
 

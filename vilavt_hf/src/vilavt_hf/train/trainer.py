@@ -85,6 +85,7 @@ class VilavtTrainer(Trainer):
         self.stable_decay, self.loss_mean, self.decay_norms = stable_decay, loss_mean, decay_norms
         self.validate, self.record = validate, dict(record or {})
         self.optimizer: Any
+        self.control: Any
         self.lr_scheduler: Any
         self.on_dropped: Callable[[Dropped], None] | None = None
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)

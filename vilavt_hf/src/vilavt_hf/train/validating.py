@@ -25,7 +25,7 @@ from vilavt_core.sft_config import SftConfig
 
 from ..chat import VilavtChat
 from ..processing_vilavt import VilavtProcessor
-from .collator import label_weight
+from .collator import VilavtCollator, label_weight
 from .measuring import measure_all
 from .ranks import rank_and_world
 
@@ -69,6 +69,7 @@ class Validation:
         config: of the run.
         dataset: of `DataConfig.validation`.
         processor: of the model.
+        collate: makes batches.
         preset: how the run trains, and so how questions are asked.
         make_order: which samples make which micro-batch, by their lengths.
         cache: folder for the lengths.
@@ -84,12 +85,14 @@ class Validation:
         dataset: SftDataset,
         processor: VilavtProcessor,
         *,
+        collate: VilavtCollator,
         preset: Preset,
         make_order: Callable[[SftConfig, Lengths], Order],
         cache: Path,
         first: bool,
     ):
-        self.config, self.dataset, self.processor, self.preset = config, dataset, processor, preset
+        self.config, self.dataset, self.processor = config, dataset, processor
+        self.collate, self.preset = collate, preset
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=cache, progress=first)
         self._check(first)
         self.order = make_order(config, self.lengths)
@@ -149,10 +152,10 @@ class Validation:
     def _loss(self, trainer: Trainer, model: Any) -> tuple[float, float, float]:
         """Summed over this rank's share: loss, weight of the tokens that are predicted, weight of all with a label."""
         args = trainer.args
-        batches = DataLoader(
+        batches: DataLoader = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=RankShare(self.order, args.process_index, args.world_size, lambda: 0),  # type: ignore[arg-type]
-            collate_fn=trainer.data_collator,
+            collate_fn=self.collate,
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator(),  # the run's random numbers stay what they would be without validation
         )

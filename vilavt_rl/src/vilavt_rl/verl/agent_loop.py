@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from vilavt_core.episode import Episode, Request
@@ -68,8 +69,10 @@ class VilavtAgentLoop(AgentLoopBase):
         self.trace_every = trace_every
         trainer = self.config.trainer
         if int(trainer.get("save_freq", -1)) > 0:
-            settings = {"preset": preset, "limits": dict(limits or {}), "inference": dict(inference or {})}
-            note_settings(trainer.default_local_dir, self.tokenizer.name_or_path, json.dumps(settings))
+            # Hydra hands sections over as its own kind of dictionary
+            given = OmegaConf.create({"preset": preset, "limits": limits, "inference": inference})
+            settings = json.dumps(OmegaConf.to_container(given), sort_keys=True)
+            note_settings(trainer.default_local_dir, self.tokenizer.name_or_path, settings)
 
     async def run(self, sampling_params: dict[str, Any], **fields: Any) -> AgentLoopOutput:
         """See the parent's.
