@@ -213,6 +213,8 @@ REFUSED = {
     "actor_rollout_ref.model.path=gone": r"actor_rollout_ref\.model\.path: gone: no such folder, and no hub id",
     "trainer.default_local_dir=/dev/null/run": r"trainer\.default_local_dir: /dev/null is a file, not a folder",
     "actor_rollout_ref.model.path": r"'actor_rollout_ref\.model\.path' is not key=value as Hydra reads it",
+    "trainer=5": r"trainer is 5, but verl has a section of keys there",
+    "data.train_batch_size=many": r"data\.train_batch_size is 'many', it must be a number, as 1024",
     "--shwo": r"--shwo: there is no such option; did you mean --show\?",
     "+actor_rollout_ref.rollout.temprature=1": r"temprature is no key of .*; did you mean temperature\?",
 }

@@ -318,8 +318,24 @@ def _refuse_unknown_keys(recipe: Path, config: Any, stock: Any, added: frozenset
             both = all(OmegaConf.is_dict(node) and not node._is_none() for node in (inner, other))
             if both and key not in FREE_SECTIONS:
                 walk(inner, other, f"{key}.")
+            elif not both:
+                _refuse_other_kind(key, inner, other)
 
     walk(config, stock, "")
+
+
+def _refuse_other_kind(key: str, mine: Any, theirs: Any) -> None:
+    """Refuse a value where verl has a section, and text where it has a number."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(mine) or mine._is_none() or mine._is_interpolation() or theirs._is_none():
+        return
+    value = mine._value()
+    if OmegaConf.is_dict(theirs):
+        raise HostError(f"{key} is {value!r}, but verl has a section of keys there")
+    number = not OmegaConf.is_config(theirs) and type(theirs._value()) in (int, float)
+    if number and not isinstance(value, int | float):
+        raise HostError(f"{key} is {value!r}, it must be a number, as {theirs._value()}")
 
 
 def _is_added(key: str, added: frozenset[str]) -> bool:
