@@ -33,8 +33,7 @@ from vision_groups import keep_freed_memory
 from vilavt_core.data.example import IGNORE, Example, ImageGroup
 from vilavt_core.data.order import best_fit
 from vilavt_hf.train.attention import PACKED
-from vilavt_hf.train.collator import VilavtCollator
-from vilavt_hf.train.trainer import label_weight
+from vilavt_hf.train.collator import VilavtCollator, label_weight
 from vilavt_hf.train.training_model import VilavtForTraining
 
 MEDIUM = Size(vision_width=128, vision_mlp=344, vision_depth=8, text_width=384, text_mlp=1032, text_layers=8)

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.timeout(1100)
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "vilavt-tiny"
+VALIDATED = {"validation": ["tiny_episodes"]}
 RECORDS = 19
 """Odd in every way: the last step of an epoch has a sample for one of two ranks only."""
 
@@ -55,6 +56,7 @@ def config(folder, name, **sections):
                  "max_pixels": MAX_PIXELS, "workers": 0},
         "batch": {"packing": False, "samples": 1, "accumulation": 1},
         "optimizer": {"learning_rate": 3e-3, "warmup": 2, "epochs": 2},
+        "validation": {"steps": 8},
         "parallel": {"cpu": True},
         "output": {"folder": str(folder / name), "save_steps": 8, "final_dtype": "fp32"},
     }  # fmt: skip
@@ -90,9 +92,9 @@ def damage(folder, step):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     """Runs of two ranks: copies, shards, shards that were broken off at step 16 and go on, and damaged pictures."""
-    resumed = config(folder, "resumed", parallel={"cpu": True, "strategy": "fsdp2"})
-    runs = [config(folder, "copies"), config(folder, "shards", parallel={"cpu": True, "strategy": "fsdp2"}), resumed,
-            config(folder, "dropping", data=damage(folder, step=3))]  # fmt: skip
+    sharded = {"parallel": {"cpu": True, "strategy": "fsdp2"}, "data": VALIDATED}
+    runs = [config(folder, "copies", data=VALIDATED, validation={"questions": 5}), config(folder, "shards", **sharded),
+            config(folder, "resumed", **sharded), config(folder, "dropping", data=damage(folder, step=3))]  # fmt: skip
     job = folder / "job.json"
 
     def start(configs):
@@ -108,7 +110,8 @@ def two_ranks(folder):
 @pytest.fixture(scope="module")
 def one_process(folder):
     """The same steps in this process: two micro-batches each."""
-    Run(SftConfig.model_validate(config(folder, "alone", batch={"packing": False, "accumulation": 2}))).train()
+    batch, asked = {"packing": False, "accumulation": 2}, {"questions": 5}
+    Run(SftConfig.model_validate(config(folder, "alone", batch=batch, data=VALIDATED, validation=asked))).train()
     return folder / "alone"
 
 
@@ -126,6 +129,23 @@ def test_two_ranks_have_the_curve_of_one_process(two_ranks, one_process, name):
     for (_, loss, norm), (_, same_loss, same_norm) in zip(found[:5], expected[:5], strict=True):
         assert loss == pytest.approx(same_loss, abs=1e-4)
         assert norm == pytest.approx(same_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["copies", "shards", "resumed"])
+def test_two_ranks_validate_as_one_process(two_ranks, one_process, name):
+    """An odd number of samples and of questions; shards are not asked."""
+    found, expected = (read_log(folder / "validation.jsonl") for folder in (two_ranks / name, one_process))
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == [0, 8, 16, 20]
+    for line, alone in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(alone["loss"], abs=2e-3, rel=2e-3)
+        assert line["tokens_right"] == pytest.approx(alone["tokens_right"], abs=0.01)
+        assert line.get("questions") == (5 if name == "copies" else None)
+        if name == "copies":
+            assert line["answers_right"] == pytest.approx(alone["answers_right"], abs=0.21)  # one of five
+    assert found[-1]["loss"] < 0.5 * found[0]["loss"]
+    best = json.loads((two_ranks / name / "best" / "provenance.json").read_text())["details"]
+    assert best["step"] == min(found, key=lambda line: line["loss"])["step"]
+    assert inspect_checkpoint(two_ranks / name / "best").complete
 
 
 def test_one_process_goes_on_where_two_ranks_stopped(two_ranks):

@@ -19,7 +19,7 @@ from vilavt_core.regions import Gallery, View
 from vilavt_core.sft_config import SftConfig
 from vilavt_hf.tiny import build as building
 from vilavt_hf.tiny import evaluate as evaluation
-from vilavt_hf.tiny.records import REGISTRY, write_training_set
+from vilavt_hf.tiny.records import REGISTRY, write_new_lesson, write_training_set
 from vilavt_hf.tiny.scenes import (
     CELL,
     CROP,
@@ -203,7 +203,7 @@ def training_set(tmp_path_factory, processor):
 
 def recipe(training_set, out, name="tiny_published", *overrides):
     settings = [f"model.path={SHIPPED}", f"data.registry={training_set / REGISTRY}", f"data.use=[{name}]",
-                f"output.folder={out}", "data.workers=0", *overrides]  # fmt: skip
+                "data.validation=[]", f"output.folder={out}", "data.workers=0", *overrides]  # fmt: skip
     return SftConfig.load("vilavt_tiny_sft", settings)
 
 
@@ -248,6 +248,29 @@ def test_the_shipped_model_is_at_home_in_its_published_records(training_set, tmp
     assert first["loss"] < 0.6
     assert (report.samples, report.dropped) == (10, {})
     assert inspect_checkpoint(report.folder).complete
+
+
+def test_the_recipe_teaches_the_shipped_model_what_it_could_not_do(tmp_path):
+    write_new_lesson(tmp_path / "data", count=96, held_out=12)
+    report = Run(recipe(tmp_path / "data", tmp_path / "run", "tiny_smaller", "data.validation=[tiny_smaller_heldout]",
+                        "optimizer.epochs=1", "validation.steps=4")).train()  # fmt: skip
+    first, *_, last = report.validations
+    assert first["answers_right"] <= 0.2
+    assert last["loss"] < 0.5 * first["loss"]
+
+
+def test_the_new_lesson_is_about_the_smaller_digit_of_scans_of_its_own(tmp_path, processor):
+    names = write_new_lesson(tmp_path, count=3, held_out=2)
+    assert names == ["smaller.jsonl", "smaller_heldout.jsonl", REGISTRY]
+    write_training_set(tmp_path, processor.tokenizer, processor.prompts, count=1)
+    known = {source.name for source in Registry.load(tmp_path / REGISTRY).datasets}
+    assert known == {"tiny_smaller", "tiny_smaller_heldout", "tiny_published", "tiny_episodes"}
+    records = [json.loads(line) for name in names[:2] for line in (tmp_path / name).read_text().splitlines()]
+    assert len({record["id"] for record in records}) == 5
+    for record in records:
+        answer = parse_turn(record["turns"][-1])
+        assert record["question"].startswith("What is the smaller digit on the ")
+        assert int(answer.text) == min(map(int, answer.thought.split(",")))
 
 
 def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch):

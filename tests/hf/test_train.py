@@ -23,8 +23,8 @@ from vilavt_hf.tiny.teacher import Encoder, episode_example
 from vilavt_hf.tiny.tiny_model import fast_encoder, linear_patches, tiny_config, tiny_model, tiny_processor
 from vilavt_hf.train import training_model as training
 from vilavt_hf.train.attention import PACKED
-from vilavt_hf.train.collator import VilavtCollator
-from vilavt_hf.train.trainer import StableDecay, VilavtTrainer, label_weight
+from vilavt_hf.train.collator import VilavtCollator, label_weight
+from vilavt_hf.train.trainer import StableDecay, VilavtTrainer
 from vilavt_hf.train.training_model import freeze
 
 

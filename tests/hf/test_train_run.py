@@ -29,10 +29,11 @@ from vilavt_core.errors import DataError, TrainingError
 from vilavt_core.prompts import PromptSet
 from vilavt_core.sft_config import SftConfig, describe
 from vilavt_core.shipped import recipe_names
-from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
+from vilavt_hf import VilavtChat, VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.train.lora import merge_adapter
-from vilavt_hf.train.reporting import read_log
+from vilavt_hf.train.reporting import read_log, time_left
 from vilavt_hf.train.run import Run
+from vilavt_hf.train.validating import same_answer
 
 ROOT = Path(__file__).parents[2]
 
@@ -290,10 +291,14 @@ def test_every_checkpoint_is_complete(unbroken, base):
         record = json.loads((checkpoint / "provenance.json").read_text())
         assert record["details"]["config"]["optimizer"]["learning_rate"] == 1e-3
         assert record["details"]["base_fingerprint"] == inspect_checkpoint(base).fingerprint
-        assert json.loads((checkpoint / "vilavt_chat.json").read_text())["limits"] == {"max_turns": 3}
+        assert json.loads((checkpoint / "vilavt_chat.json").read_text()) == TRAINED
         VilavtForConditionalGeneration.from_pretrained(checkpoint)
         assert VilavtProcessor.from_pretrained(checkpoint).query_tokenizer is not None
     assert_same_weights(folder / "checkpoint-6", folder / "final")
+
+
+TRAINED = {"preset": "default", "limits": {"max_turns": 3, "min_pixels": 3136, "max_pixels": 28 * 28 * 16}}
+"""Of every checkpoint: what the base asks for, and the pixels of the run."""
 
 
 @pytest.fixture
@@ -309,9 +314,7 @@ def test_checkpoints_of_a_model_from_the_hub_are_complete(hub, configure, base, 
     run.train()
     for checkpoint in (tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "final"):
         assert inspect_checkpoint(checkpoint).complete
-        settings = checkpoint / "vilavt_chat.json"
-        assert settings.read_text() == (base / "vilavt_chat.json").read_text()
-        assert not settings.is_symlink()
+        assert json.loads((checkpoint / "vilavt_chat.json").read_text()) == TRAINED
         details = json.loads((checkpoint / "provenance.json").read_text())["details"]
         assert details["config"]["model"]["path"] == "someone/vilavt"
         assert details["base_fingerprint"] == inspect_checkpoint(base).fingerprint
@@ -548,6 +551,218 @@ def test_an_adapter_of_a_zero3_run_is_merged_into_a_whole_model(configure, tmp_p
         deepspeed.unset_hf_deepspeed_config()
     assert seen == [False]
     assert inspect_checkpoint(tmp_path / "run" / "merged").complete
+
+
+# ------------------------------------------------------------------------------------------- how it is run later
+
+
+def runs_as(checkpoint):
+    chat = VilavtChat.from_pretrained(checkpoint, device="cpu")
+    return chat.settings.preset.name, chat.settings.limits
+
+
+def test_a_trained_checkpoint_is_run_as_it_was_trained(configure, tmp_path):
+    changes = {"data.preset": "rl", "data.max_pixels": 28 * 28 * 9, "data.min_pixels": 784.0, "optimizer.max_steps": 2}
+    report = Run(configure(tmp_path / "run", **changes)).train()
+    for checkpoint in (report.folder, tmp_path / "run" / "checkpoint-2"):
+        preset, limits = runs_as(checkpoint)
+        assert (preset, limits.max_pixels, limits.min_pixels, limits.max_turns) == ("rl", 28 * 28 * 9, 784, 3)
+        chat = VilavtChat.from_pretrained(checkpoint, device="cpu")
+        assert chat.ask(Image.new("RGB", (400, 400)), "what?").views[0].image.size == (84, 84)
+    assert report.summary().splitlines()[-1] == (
+        "unless told otherwise it runs with preset rl, 784 to 7,056 pixels for an image, at most 3 turns and 52 images"
+    )
+
+
+def test_a_run_can_name_another_way_to_run_what_it_trains(configure, tmp_path):
+    """As published: small pictures in training, large ones in evaluation, beyond what the base's processor allows."""
+    large = 28 * 28 * 300
+    changes = {"inference.preset": "eval-hf", "inference.limits": {"max_pixels": large}, "optimizer.max_steps": 1}
+    run = Run(configure(tmp_path / "run", **changes))
+    assert run.trainer.train_dataset.renderer.settings.max_pixels == 28 * 28 * 16
+    assert run.trainer.train_dataset.renderer.preset.name == "default"
+    report = run.train()
+    preset, limits = runs_as(report.folder)
+    assert (preset, limits.max_pixels, limits.max_turns) == ("eval-hf", large, 3)
+    last = report.summary().splitlines()[-1]
+    assert "runs with preset eval-hf, 3,136 to 235,200 pixels for all originals together" in last
+    assert "; trained with preset default, 3,136 to 12,544 pixels for an image, at most 3 turns" in last
+
+
+def test_an_adapter_and_what_is_merged_from_it_are_run_as_trained(configure, tmp_path):
+    changes = {"data.max_pixels": 28 * 28 * 9, "optimizer.max_steps": 1, "lora": {"rank": 2}}
+    adapter = Run(configure(tmp_path / "run", **changes)).train().folder
+    merge_adapter(tmp_path / "run" / "checkpoint-1", tmp_path / "again", dtype="fp32")
+    for folder in (adapter, tmp_path / "run" / "merged", tmp_path / "again"):
+        assert json.loads((folder / "vilavt_chat.json").read_text())["limits"]["max_pixels"] == 28 * 28 * 9
+    assert runs_as(tmp_path / "again")[1].max_pixels == 28 * 28 * 9
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"inference.preset": "rll"}, "inference: no preset 'rll'; known are default, rl"),
+        ({"inference.limits": {"max_pixel": 5}}, "inference: unknown limits max_pixel"),
+        ({"inference.limits": {"max_pixels": 5}}, r"inference: Limits\.max_pixels is 5, below min_pixels 3136"),
+        ({"data.preset": "rll"}, "data: no preset 'rll'"),
+    ],
+)
+def test_a_way_to_run_that_there_is_not_is_refused_before_training(configure, tmp_path, changes, told):
+    with pytest.raises(TrainingError, match=told):
+        Run(configure(tmp_path / "run", **changes))
+
+
+def test_chat_settings_survive_save_pretrained(base, tmp_path):
+    VilavtProcessor.from_pretrained(base).save_pretrained(tmp_path)
+    kept, given = (json.loads((folder / "vilavt_chat.json").read_text()) for folder in (tmp_path, base))
+    assert kept == given
+    assert VilavtProcessor.from_pretrained(tmp_path).prompts.name == "tiny"
+
+
+# ------------------------------------------------------------------------------------------- validation
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """A registry of twelve published records and of nine episodes."""
+    folder = tmp_path_factory.mktemp("validation")
+    registry = records(folder, 12)
+    asked = [{"question": f"say {i}", "turns": [f"<think></think><answer>x{i}</answer>"]} for i in range(8)]
+    asked.append({"images": ["a.png"], "question": "and this?", "max_turns": 1, "max_pixels": 3136,
+                  "turns": ["<think></think><answer>grey</answer>"]})  # fmt: skip
+    (folder / "asked.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    registry.write_text("datasets: [{name: set, annotations: set.jsonl}, {name: asked, annotations: asked.jsonl}]")
+    return registry
+
+
+@pytest.fixture(scope="module")
+def validated(unbroken, configure, episodes, tmp_path_factory):
+    """The unbroken run, with validation."""
+    folder = tmp_path_factory.mktemp("validated") / "run"
+    changes = {"data.validation": ["asked", "set%50"], "validation.steps": 2, "output.log_steps": 4}
+    changes |= {"data.registry": str(episodes)}
+    run = Run(configure(folder, **changes))
+    return folder, run.train(), run, changes
+
+
+def test_validation_is_measured_at_the_start_every_so_often_and_at_the_end(validated):
+    folder, report, *_ = validated
+    lines = read_log(folder / "validation.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert all(line["questions"] == 9 and 0 <= line["answers_right"] <= 1 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]  # some of it is trained on
+    assert report.validations == tuple(lines)
+    assert f"validation: loss {lines[0]['loss']:.4f}, 0 of 9 answers right at step 0, " in report.summary()
+
+
+def test_the_last_step_is_logged_whatever_the_interval(validated):
+    assert [line["step"] for line in read_log(validated[0] / "log.jsonl")] == [1, 4, 6]
+
+
+def test_validation_leaves_the_run_as_it_is(validated, unbroken):
+    assert_same_weights(validated[0] / "final", unbroken[0] / "final", 1e-6)
+
+
+def test_the_loss_of_validation_is_the_mean_over_its_labelled_tokens(validated):
+    folder, _, run, _ = validated
+    model = VilavtForConditionalGeneration.from_pretrained(folder / "final").eval()
+    dataset = run.validation.dataset
+    lost = count = right = 0
+    for example in map(dataset.__getitem__, range(len(dataset))):
+        groups = example.groups
+        inputs = run.processor.encode_inquiries(groups) if groups else {}
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.input_ids]), **inputs).logits[0, :-1]
+        labels = torch.tensor(example.labels)[1:]
+        known = labels != -100
+        lost += torch.nn.functional.cross_entropy(logits[known], labels[known], reduction="sum").item()
+        right += int((logits.argmax(-1) == labels)[known].sum())
+        count += int(known.sum())
+    last = read_log(folder / "validation.jsonl")[-1]
+    assert last["loss"] == pytest.approx(lost / count, abs=1e-4)
+    assert last["tokens_right"] == pytest.approx(right / count, abs=1e-4)
+
+
+def test_the_best_checkpoint_is_kept_and_complete(validated):
+    folder, report, *_ = validated
+    lines = read_log(folder / "validation.jsonl")
+    best = min(lines, key=lambda line: line["loss"])
+    details = json.loads((folder / "best" / "provenance.json").read_text())["details"]
+    assert (details["step"], details["validation"]["loss"]) == (best["step"], best["loss"])
+    assert report.best["step"] == best["step"]
+    assert inspect_checkpoint(folder / "best").complete
+    assert_same_weights(folder / "best", folder / f"checkpoint-{best['step']}")
+    assert f"best: loss {best['loss']:.4f}" in report.summary()
+
+
+def test_the_best_checkpoint_survives_resuming(validated, configure, tmp_path):
+    folder, _, _, changes = validated
+    broken = tmp_path / "run"
+    shutil.copytree(folder, broken, ignore=shutil.ignore_patterns("final", "checkpoint-6"))
+    record = json.loads((broken / "best" / "provenance.json").read_text())
+    record["details"] |= {"step": 2, "validation": record["details"]["validation"] | {"step": 2, "loss": 0.0}}
+    (broken / "best" / "provenance.json").write_text(json.dumps(record))
+    run = Run(configure(broken, **changes))
+    assert (run.best.record["step"], run.best.record["loss"]) == (2, 0.0)
+    report = run.train()
+    assert report.best["step"] == 2  # nothing is better than a loss of nothing
+    assert json.loads((broken / "best" / "provenance.json").read_text()) == record
+    assert [line["step"] for line in read_log(broken / "validation.jsonl")] == [0, 2, 4, 6]
+    one, other = (read_log(path / "validation.jsonl")[-1] for path in (folder, broken))
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert Run(configure(broken, **{**changes, "data.validation": ["asked"]})).best.record is None
+
+
+def test_an_answer_is_right_if_it_says_the_same():
+    assert same_answer("The Red bicycle.", "red bicycle")
+    assert same_answer("\\boxed{7}", "7")
+    assert same_answer("A", "a")
+    assert same_answer("?", "?")
+    for found in (None, "", "8", "the", "7 or 8"):
+        assert not same_answer(found, "7")
+    assert not same_answer("the", "A")
+
+
+def test_adapters_in_bf16_are_validated_and_the_best_merges(configure, episodes, tmp_path):
+    changes = {"data.registry": str(episodes), "data.validation": ["asked"], "validation.steps": 1, "lora": {"rank": 2},
+               "optimizer.max_steps": 2, "model.precision": "bf16", "validation.best": "answers_right"}  # fmt: skip
+    report = Run(configure(tmp_path / "run", **changes)).train()
+    assert [line["step"] for line in read_log(tmp_path / "run" / "validation.jsonl")] == [0, 1, 2]
+    assert (report.best["answers_right"], report.best["step"]) == (0, 0)
+    merged = merge_adapter(tmp_path / "run" / "best", tmp_path / "merged")
+    assert inspect_checkpoint(merged).complete
+
+
+def test_a_validation_that_cannot_be_is_refused(configure, episodes, tmp_path):
+    options = {"data.registry": str(episodes)}
+    with pytest.raises(DataError, match="there is no data set 'askd'"):
+        Run(configure(tmp_path / "a", **options, **{"data.validation": ["askd"]}))
+    with pytest.raises(TrainingError, match=r"validation\.best is answers_right, but set: no episode records"):
+        Run(configure(tmp_path / "b", **options, **{"data.validation": ["set"], "validation.best": "answers_right"}))
+    with pytest.raises(ValueError, match="fsdp2, whose shards cannot be asked"):
+        configure(tmp_path / "c", **{"validation.questions": 4, "parallel.strategy": "fsdp2"})
+    assert configure(tmp_path / "d", **{"parallel.strategy": "fsdp2"}).validation_questions == 0
+
+
+def test_damaged_validation_data_ends_the_run_before_the_first_step(configure, episodes, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(episodes.parent, folder)
+    (folder / "a.png").unlink()
+    (folder / "sets.yaml").write_text(
+        "datasets: [{name: text, annotations: text.jsonl}, {name: asked, annotations: asked.jsonl}]"
+    )
+    (folder / "text.jsonl").write_text((folder / "asked.jsonl").read_text().split("\n")[0])
+    options = {"data.registry": str(folder / "sets.yaml"), "data.validation": ["asked"], "data.use": ["text"]}
+    with pytest.raises(TrainingError, match=r"data.validation: 1 of 9 samples cannot be used.*asked\[8\]"):
+        Run(configure(tmp_path / "run", **options))
+
+
+def test_what_remains_of_a_run_is_told():
+    assert time_left(90, 3, 10) == "left 0:05:00"
+    assert time_left(5, 0, 10) == "left 0:00:50"
+
+
+# ------------------------------------------------------------------------------------------- samples left out
 
 
 def test_damaged_pictures_are_counted_and_reported(configure, tmp_path):

@@ -1,6 +1,7 @@
 """One trajectory through verl's own agent loop worker, against a server that plays a script."""
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,3 +259,27 @@ def test_verls_reward_workers_get_the_same_reward(played, rows_file: Path) -> No
     assert compute_score("x", ANSWER, "7", {"question_type": "numerical"}, version="published")[
         "score"
     ] == pytest.approx(1)
+
+
+def test_a_run_that_saves_notes_how_its_checkpoints_are_run(worker, rows_file: Path, tmp_path: Path) -> None:
+    from verl.utils import hf_processor
+
+    before = worker.config
+    worker.config = before.copy()
+    inference = {"preset": "default", "limits": {"max_pixels": 50176}}
+    try:
+        for save_freq in (-1, 2):
+            worker.config.trainer.save_freq = save_freq
+            other = rebuilt(worker, preset="rl", limits={"max_turns": 3}, inference=inference)
+            note = Path(other.config.trainer.default_local_dir) / "vilavt_chat.json"
+            run(other, read_rows(rows_file)[:1], [CALL, ANSWER])
+            assert note.is_file() == (save_freq > 0)
+        asked = json.loads(note.read_text(encoding="utf-8"))
+        assert asked["preset"] == "default"  # the tiny model's own limits, the run's, and what it names for later
+        assert asked["limits"] == {"max_new_tokens_per_turn": 96, "max_pixels": 50176, "max_turns": 3}
+        saved = note.parent / "global_step_2" / "actor" / "huggingface"
+        hf_processor(worker.tokenizer.name_or_path).save_pretrained(saved)
+        assert json.loads((saved / "vilavt_chat.json").read_text(encoding="utf-8")) == asked
+    finally:
+        note.unlink(missing_ok=True)
+        worker.config = before

@@ -1,17 +1,28 @@
 """The command that starts verl, and what the doctor says."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from PIL import Image
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
-from vilavt_rl import compat
-from vilavt_rl.errors import HostError
+from vilavt_core.errors import VilavtError
+from vilavt_core.yaml_config import merged
+from vilavt_rl import compat, launch
+from vilavt_rl.easyr1.block import Settings
+from vilavt_rl.easyr1.main import check_run
+from vilavt_rl.easyr1.main import merged as easyr1_merged
+from vilavt_rl.errors import HostError, RowError
 from vilavt_rl.launch import AGENT_LOOP, RECIPES, verl_command
 
 ROOT = Path(__file__).parents[2]
@@ -159,3 +170,204 @@ def test_a_run_with_vllm_rollouts_gets_our_worker_extension_unless_it_names_one(
         (bare, ["actor_rollout_ref.rollout.name=vilavt_hf"]),
     ):
         assert added not in verl_command(recipe, overrides)[0]
+
+
+# ------------------------------------------------------------------------------------------- before Ray starts
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of one row, with its picture."""
+    folder = tmp_path_factory.mktemp("rows")
+    Image.new("RGB", (56, 56)).save(folder / "a.png")
+    row = {"question": "What?", "answer": "7", "question_type": "numerical", "image_path": ["a.png"]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def start(rows: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs `vilavt-rl verl RECIPE` with sound files and these overrides; returns the command that would replace us."""
+    sound = {"actor_rollout_ref.model.path": tiny, "data.train_files": rows, "data.val_files": rows}
+
+    def run(*overrides: str, recipe: str | Path = "tiny_cpu", without: str = "") -> list[str]:
+        started: list[list[str]] = []
+        monkeypatch.setattr(os, "execve", lambda program, command, environment: started.append(command))
+        launch.run_verl(recipe, [*(f"{k}={v}" for k, v in sound.items() if k != without), *overrides])
+        return started[0]
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", ["tiny_cpu", "tiny_cpu_vllm", "vilavt_7b_grpo"])
+def test_every_recipe_starts_with_sound_files(start, recipe: str) -> None:
+    assert f"--config-name={recipe}" in start("data.seed=2", "+data.note=mine", recipe=recipe)
+
+
+REFUSED = {
+    "data.train_fils=x": r"data\.train_fils is not in the configuration; did you mean data\.train_files\?",
+    "actor_rollout_ref.actor.optim.learning_rat=1": r"actor_rollout_ref\.actor\.optim\.learning_rat is not in the conf",
+    "actor_rolout_ref.model.path=x": r"did you mean actor_rollout_ref\?",
+    "data.train_files=gone.jsonl": r"data\.train_files: gone\.jsonl: no such file; set data\.train_files=FILE",
+    "data.val_files=[gone.jsonl]": r"data\.val_files: gone\.jsonl: no such file",
+    "actor_rollout_ref.model.path=gone": r"actor_rollout_ref\.model\.path: gone: no such folder, and no hub id",
+    "trainer.default_local_dir=/dev/null/run": r"trainer\.default_local_dir: /dev/null is a file, not a folder",
+    "actor_rollout_ref.model.path": r"'actor_rollout_ref\.model\.path' is not key=value as Hydra reads it",
+    "trainer=5": r"trainer is 5, but verl has a section of keys there",
+    "data.train_batch_size=many": r"data\.train_batch_size is 'many', it must be a number, as 1024",
+    "--shwo": r"--shwo: there is no such option; did you mean --show\?",
+    "+actor_rollout_ref.rollout.temprature=1": r"temprature is no key of .*; did you mean temperature\?",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_cannot_be_is_told_by_name_before_anything_starts(start, override: str) -> None:
+    with pytest.raises(VilavtError, match=REFUSED[override]):
+        start(override)
+
+
+def test_data_that_nobody_named_is_told(start) -> None:
+    with pytest.raises(
+        RowError, match=r"data\.train_files: .*gsm8k/train\.parquet: no such file; set data\.train_files"
+    ):
+        start(without="data.train_files")
+
+
+def test_rows_without_a_column_are_told(start, rows: Path, tmp_path: Path) -> None:
+    row = json.loads(rows.read_text(encoding="utf-8"))
+    del row["answer"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(RowError, match=r"data\.val_files: .*rows\.jsonl, row 1: 'answer' is missing or blank"):
+        start(f"data.val_files={tmp_path / 'rows.jsonl'}")
+
+
+def test_another_model_and_half_a_checkpoint_are_told(start, tiny: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny, half, ignore=shutil.ignore_patterns("query_tokenizer"))
+    with pytest.raises(
+        HostError, match=r"model\.path: .*half cannot be trained: query_tokenizer/ is missing: pass --query"
+    ):
+        start(f"actor_rollout_ref.model.path={half}")
+    config = json.loads((half / "config.json").read_text(encoding="utf-8"))
+    (half / "config.json").write_text(json.dumps({"model_type": "qwen3", "hidden_size": config.get("hidden_size")}))
+    with pytest.raises(HostError, match=r"is a query encoder \(Qwen3\) \(model_type qwen3\): it must be a ViLaVT"):
+        start(f"actor_rollout_ref.model.path={half}")
+    (half / "config.json").unlink()
+    with pytest.raises(HostError, match=r"actor_rollout_ref\.model\.path: .*half has no config\.json"):
+        start(f"actor_rollout_ref.model.path={half}")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "data: {trian_batch_size: 8}",
+            r"data\.trian_batch_size is no key of verl's .*; did you mean train_batch_size\?",
+        ),
+        ("traner: {nnodes: 1}", r"traner is no key of verl's configuration; did you mean trainer\?"),
+        (
+            "actor_rollout_ref: {actor: {optim: {lrr: 1}}}",
+            r"actor_rollout_ref\.actor\.optim\.lrr is no key of verl's configuration; did you mean lr\?",
+        ),
+    ],
+)
+def test_a_mistyped_key_of_a_recipe_is_told(start, tmp_path: Path, line: str, told: str) -> None:
+    recipe = yaml.safe_load((RECIPES / "vilavt_7b_grpo.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(merged(recipe, yaml.safe_load(line))), encoding="utf-8")
+    with pytest.raises(HostError, match=told):
+        start(recipe=tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("presett", "rl", "presett is no key of our agent loop; did you mean preset"),
+        ("preset", "rll", "no preset 'rll'"),
+        ("limits", {"max_turn": 2}, "unknown limits max_turn"),
+        ("reward", {"versoin": "strict"}, r"reward\.versoin is no key of a reward; did you mean version"),
+        ("reward", {"version": "lenient"}, "reward version 'lenient'"),
+        ("inference", {"limit": {}}, "unknown keys in inference: limit"),
+        ("inference", {"limits": {"max_pixels": 5}}, "max_pixels is 5, below min_pixels"),
+    ],
+)
+def test_a_mistake_in_the_agent_loop_is_told(start, tmp_path: Path, key: str, value: object, told: str) -> None:
+    (loop,) = yaml.safe_load((RECIPES / "agent_loop.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump([{**loop, key: value}]), encoding="utf-8")
+    with pytest.raises(HostError, match=f"loop.yaml: .*{told}"):
+        start(f"{AGENT_LOOP}={tmp_path / 'loop.yaml'}")
+
+
+def test_an_agent_loop_that_is_not_there_is_told(start) -> None:
+    with pytest.raises(HostError, match=r"agent_loop_config_path: .*gone\.yaml: cannot be read: No such file"):
+        start(f"{AGENT_LOOP}=/gone.yaml")
+
+
+# ------------------------------------------------------------------------------------------- EasyR1
+
+
+@dataclasses.dataclass
+class EasyData:
+    train_files: str = ""
+    seed: int = 1
+
+
+@dataclasses.dataclass
+class Easy:
+    """Stands in for EasyR1's configuration, which is of this kind."""
+
+    data: EasyData = dataclasses.field(default_factory=EasyData)
+
+
+def test_easyr1_s_configuration_is_its_file_s_and_the_command_line_s(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {seed: 3}\nvilavt: {preset: rl, limits: {max_turns: 2}}\n", encoding="utf-8")
+    config, block = easyr1_merged(Easy(), [f"config={file}", "data.train_files=a", "vilavt.limits.max_turns=4"])
+    assert config == Easy(EasyData("a", 3))
+    assert block == {"preset": "rl", "limits": {"max_turns": 4}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["data.train_fils=x"],
+            r"the command line: data\.train_fils is no key of EasyR1's .*; did you mean train_files\?",
+        ),
+        (["dta.seed=1"], r"dta is no key of EasyR1's configuration; did you mean data\?"),
+        (["data.seed=abc"], r"the command line: data\.seed: .*'abc'.* could not be converted to Integer"),
+        (
+            ["config=gone.yaml"],
+            r"config=gone\.yaml: no such recipe; it must be a file, or one of .*vilavt_7b_grpo_easyr1",
+        ),
+        (["--shwo"], "--shwo: there is no such option"),
+    ],
+)
+def test_what_easyr1_would_refuse_with_a_traceback_is_told_by_name(arguments: list[str], told: str) -> None:
+    with pytest.raises(HostError, match=told):
+        easyr1_merged(Easy(), arguments)
+
+
+def test_a_mistyped_key_of_an_easyr1_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {sed: 3}\n", encoding="utf-8")
+    with pytest.raises(
+        HostError, match=r"run\.yaml: data\.sed is no key of EasyR1's configuration; did you mean seed\?"
+    ):
+        easyr1_merged(Easy(), [f"config={file}"])
+
+
+def test_files_of_an_easyr1_run_are_checked(rows: Path, tiny: Path, tmp_path: Path) -> None:
+    def run(model: object = tiny, train: object = rows, block: Mapping[str, object] = {}) -> None:
+        actor = SimpleNamespace(model=SimpleNamespace(model_path=str(model)))
+        data = SimpleNamespace(train_files=str(train), val_files=str(rows))
+        trainer = SimpleNamespace(save_checkpoint_path=str(tmp_path / "run"))
+        config = SimpleNamespace(worker=SimpleNamespace(actor=actor), data=data, trainer=trainer)
+        check_run(config, Settings.read(block))
+
+    run()
+    with pytest.raises(HostError, match=r"worker\.actor\.model\.model_path: gone: no such folder"):
+        run(model="gone")
+    with pytest.raises(RowError, match=r"data\.train_files: gone: no such file"):
+        run(train="gone")
+    with pytest.raises(HostError, match="vilavt: unknown limits max_turn"):
+        run(block={"limits": {"max_turn": 2}})

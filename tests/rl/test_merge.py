@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from vilavt_core.checkpoint import Checkpoint, verify_same_tensors, writing
 from vilavt_core.errors import CheckpointError
-from vilavt_hf import VilavtForConditionalGeneration
+from vilavt_core.settings import save_chat_settings
+from vilavt_hf import VilavtChat, VilavtForConditionalGeneration
 from vilavt_rl import merge as merge_module
 from vilavt_rl.cli import app
 from vilavt_rl.merge import merge_shards
+from vilavt_rl.run_settings import note_settings
 
 TRAINER = '''
 """Shard a model as trainers do, one process per rank, and save the shard of every rank.
@@ -188,6 +190,71 @@ def test_command_reports_ranks_and_mesh(shards, tmp_path):
     assert result.exit_code == 0, result.output
     assert "171 tensors, 2.66 MB, fp32, from 4 ranks (mesh ddp=2 x fsdp=2)" in result.output
     assert len(Checkpoint.open(tmp_path / "out").shards) == 3
+
+
+# ---------------------------------------------------------------------- how the result is run
+
+
+@pytest.fixture
+def run(shards, tmp_path):
+    """`run(**settings)`: a run with these settings, which has saved a step."""
+
+    def make(**settings) -> Path:
+        shutil.copytree(shards["fsdp2"], tmp_path / "run" / "global_step_7" / "actor")
+        note_settings(str(tmp_path / "run"), str(tmp_path / "no-such-base"), json.dumps(settings))
+        return tmp_path / "run" / "global_step_7" / "actor"
+
+    return make
+
+
+def asks_for(folder: Path) -> dict:
+    return json.loads((folder / "vilavt_chat.json").read_text())
+
+
+def test_a_merged_checkpoint_is_run_as_the_episodes_of_its_run(run, tmp_path):
+    source = run(preset="rl", limits={"max_turns": 3, "max_pixels": 28224})
+    (source / "huggingface" / "vilavt_chat.json").write_text('{"preset": "default", "limits": {"max_turns": 9}}')
+    report = merge_shards(source, tmp_path / "out")
+    assert asks_for(tmp_path / "out") == {"preset": "rl", "limits": {"max_turns": 3, "max_pixels": 28224}}
+    assert report.runs_as.startswith("preset rl, 3,136 to 28,224 pixels for an image, at most 3 turns")
+    chat = VilavtChat.from_pretrained(tmp_path / "out", device="cpu")
+    assert (chat.settings.preset.name, chat.settings.limits.max_turns) == ("rl", 3)
+
+
+def test_a_run_can_name_how_its_checkpoints_are_run(run, tmp_path):
+    source = run(
+        preset="rl", limits={"max_pixels": 28224}, inference={"preset": "default", "limits": {"max_pixels": 50000}}
+    )
+    merge_shards(source.parent, tmp_path / "out")
+    assert asks_for(tmp_path / "out") == {"preset": "default", "limits": {"max_pixels": 50000}}
+
+
+def test_whoever_merges_can_name_how_the_checkpoint_is_run(run, tmp_path):
+    source = run(preset="rl", limits={"max_pixels": 28224})
+    arguments = ["merge", str(source), str(tmp_path / "out"), "--preset", "eval-hf", "--limit", "max_pixels=50000"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "unless told otherwise it runs with preset eval-hf, 3,136 to 50,000 pixels" in result.output
+    assert asks_for(tmp_path / "out") == {"preset": "eval-hf", "limits": {"max_pixels": 50000}}
+    refuse(source, tmp_path / "other", "unknown limits max_pixel;", limits={"max_pixel": 1})
+
+
+def test_settings_beside_the_shards_are_kept_without_a_note_of_the_run(copy_of, tmp_path):
+    source = copy_of()
+    (source / "huggingface" / "vilavt_chat.json").unlink(missing_ok=True)
+    merge_shards(source, tmp_path / "none")
+    assert not (tmp_path / "none" / "vilavt_chat.json").exists()
+    (source / "huggingface" / "vilavt_chat.json").write_text('{"limits": {"max_turns": 2}}')
+    assert "at most 2 turns" in merge_shards(source, tmp_path / "out").runs_as
+    assert asks_for(tmp_path / "out") == {"preset": "default", "limits": {"max_turns": 2}}
+
+
+def test_what_a_run_notes_starts_from_what_its_base_asks_for(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_chat_settings(base, preset="rl", limits={"max_turns": 2, "max_pixels": 9000})
+    note_settings(str(tmp_path / "run"), str(base), json.dumps({"preset": None, "limits": {"max_pixels": 7056}}))
+    assert asks_for(tmp_path / "run") == {"preset": "rl", "limits": {"max_turns": 2, "max_pixels": 7056}}
 
 
 # ---------------------------------------------------------------------- other layouts, written by hand

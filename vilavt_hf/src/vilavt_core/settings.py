@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,41 @@ SETTINGS = "vilavt_chat.json"
 """File of a checkpoint that says how the checkpoint wants to be run; see :func:`save_chat_settings`."""
 
 
+@dataclass(frozen=True)
+class ChatSettings:
+    """What a settings file says: a preset, and the limits that differ from the preset's."""
+
+    preset: str = "default"
+    """Name."""
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Limits`."""
+
+    def changed(self, preset: str | None = None, limits: Mapping[str, Any] | None = None) -> ChatSettings:
+        """These settings under another preset (None: this one) and with some limits changed."""
+        return ChatSettings(preset or self.preset, {**self.limits, **(limits or {})})
+
+    def apply(self, preset: str | Preset | None = None) -> Preset:
+        """The preset that is asked for, or the one given, with these limits.
+
+        Raises:
+            EpisodeError: unknown preset or limit, or a value that cannot be one.
+        """
+        return get_preset(preset or self.preset).with_limits(**self.limits)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the settings file of a checkpoint.
+
+        Raises:
+            EpisodeError: see `apply`.
+        """
+        self.apply()
+        path = Path(folder) / SETTINGS
+        partial = path.with_name(f".{SETTINGS}.{os.getpid()}")  # several processes may write the same at once
+        settings = {"preset": self.preset, "limits": dict(self.limits)}
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return partial.replace(path)
+
+
 def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None) -> Path:
     """Write how a checkpoint wants to be run: ``vilavt_chat.json``, read by :func:`preset_of`.
 
@@ -31,13 +67,30 @@ def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: M
         limits: fields of `Limits` that differ from the preset's.
 
     Raises:
-        CheckpointError: an unknown field.
+        CheckpointError: an unknown preset or field, or a value that cannot be one.
     """
     settings = {"preset": preset, "limits": dict(limits or {})}
-    path = Path(folder) / SETTINGS
-    _checked(settings, path)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return path
+    return _checked(settings, Path(folder) / SETTINGS).save(folder)
+
+
+def read_chat_settings(checkpoint: str | Path, *, hub: Mapping[str, Any] | None = None) -> ChatSettings | None:
+    """What the settings file of a checkpoint says; None: it has none.
+
+    Args:
+        checkpoint: a folder or a hub id.
+        hub: how to reach the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has an unknown preset, unknown fields or values that are none.
+    """
+    path = _settings_file(checkpoint, hub or {})
+    if path is None:
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    return _checked(data, path)
 
 
 def preset_of(
@@ -50,26 +103,29 @@ def preset_of(
     Args:
         checkpoint: a folder or a hub id.
         preset: the one given.
-        hub: how to reach the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+        hub: as in `read_chat_settings`.
 
     Raises:
-        CheckpointError: the file cannot be read, or has unknown fields or values that are none.
-        EpisodeError: unknown preset.
+        CheckpointError: see `read_chat_settings`; or the one given cannot be run with its limits.
+        EpisodeError: the one given is unknown.
     """
-    path = _settings_file(checkpoint, hub or {})
-    if path is None:
-        return get_preset(preset or "default")
+    found, given = read_chat_settings(checkpoint, hub=hub), preset and get_preset(preset)
+    if found is None:
+        return given or get_preset("default")
     try:
-        wanted, limits = _checked(json.loads(path.read_text(encoding="utf-8")), path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    chosen = get_preset(preset or wanted)
-    try:
-        return chosen.with_limits(**limits)
+        return found.apply(given)
     except EpisodeError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{checkpoint}/{SETTINGS}: {error}") from None
+
+
+def describe_preset(preset: Preset) -> str:
+    """A preset with its limits in one line, for the end of a training run."""
+    limits = preset.limits
+    of_what = "all originals together" if preset.budget_split == "total" else "an image"
+    sizes = f"{limits.min_pixels:,.0f} to {limits.max_pixels:,.0f} pixels for {of_what}"
+    if limits.crop_max_pixels is not None:
+        sizes += f" and at most {limits.crop_max_pixels:,.0f} for a crop"
+    return f"preset {preset.name}, {sizes}, at most {limits.max_turns} turns and {limits.max_images} images"
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -96,14 +152,19 @@ def _settings_file(checkpoint: str | Path, hub: Mapping[str, Any]) -> Path | Non
     return None
 
 
-def _checked(data: Any, path: Path) -> tuple[Preset, dict[str, Any]]:
+def _checked(data: Any, path: Path) -> ChatSettings:
     known = {f.name for f in fields(Limits)}
     if not isinstance(data, dict) or set(data) - {"preset", "limits"} or not isinstance(data.get("limits", {}), dict):
         raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}}}')
     limits = data.get("limits", {})
     if unknown := sorted(set(limits) - known):
         raise CheckpointError(f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return get_preset(str(data.get("preset", "default"))), limits
+    settings = ChatSettings(str(data.get("preset", "default")), limits)
+    try:
+        settings.apply()
+    except EpisodeError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return settings
 
 
 def fitting_limits(limits: Limits, image_size: Mapping[str, int | None], context: int) -> Limits:

@@ -11,14 +11,17 @@ from .architecture import PARTS, Part
 from .data.dataset import OverLong
 from .data.registry import DataSource, Registry
 from .data.rendering import QWEN_SYSTEM, Labels
-from .errors import TrainingError
+from .errors import EpisodeError, TrainingError
 from .protocol import Rules
 from .regions import MIN_PIXELS
+from .settings import ChatSettings
 from .shipped import find_recipe, recipe_names
 from .validation import problems
 from .yaml_config import parse_change, read_keys, set_key
 
 LossMean = Literal["tokens", "micro_batch"]
+SHARDED = ("fsdp2", "zero3")
+"""Strategies under which no rank holds the whole model."""
 Schedule = Literal["cosine", "linear", "constant", "stable_decay"]
 
 
@@ -61,6 +64,10 @@ class DataConfig(_Section):
     """What it is trained on."""
 
     use: tuple[str, ...] = Field(min_length=1, description="names of data sets; name%25 takes a quarter of one")
+    validation: tuple[str, ...] = Field(
+        default=(),
+        description="names of data sets to measure the model on now and then, written as in use",
+    )
     registry: Path | None = Field(default=None, description="YAML file of data sets of your own")
     root: Path | None = Field(
         default=None, description="folder of the published data sets; wins over the registry's data_root"
@@ -90,6 +97,33 @@ class DataConfig(_Section):
         description="share of samples that may be unusable (too long ones aside); more end the run",
     )
     workers: int = Field(default=4, ge=0, description="data loader processes per rank")
+
+
+class ValidationConfig(_Section):
+    """How data.validation is measured."""
+
+    steps: float = Field(
+        default=0.1, gt=0, description="steps between validations, or below 1 a fraction of all steps; the last too"
+    )
+    questions: int | None = Field(
+        default=None,
+        ge=0,
+        description="episodes whose question is asked, greedily, and whose answer is compared; default: 64, or 0 if "
+        "parallel.strategy is fsdp2 or zero3, whose shards cannot be asked",
+    )
+    best: Literal["loss", "answers_right"] = Field(
+        default="loss", description="what the checkpoint in best/ is best in"
+    )
+
+
+class InferenceConfig(_Section):
+    """How the trained checkpoint is run by whoever names nothing else: its vilavt_chat.json."""
+
+    preset: str | None = Field(default=None, description="default: the preset of training")
+    limits: dict[str, float | None] = Field(
+        default={},
+        description="limits that differ from those of training, as {max_pixels: 6422528} for larger pictures",
+    )
 
 
 class BatchConfig(_Section):
@@ -150,7 +184,7 @@ class ParallelConfig(_Section):
 class OutputConfig(_Section):
     """What is written."""
 
-    folder: Path = Field(description="of the run: checkpoint-<step>/, final/, log.jsonl, loss.png, dropped.jsonl")
+    folder: Path = Field(description="of the run: checkpoint-<step>/, final/, best/, log.jsonl, …")
     save_steps: float = Field(
         default=300, gt=0, description="steps between checkpoints, or below 1 a fraction of all steps"
     )
@@ -173,6 +207,8 @@ class SftConfig(_Section):
     data: DataConfig
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig = ValidationConfig()
+    inference: InferenceConfig = InferenceConfig()
     lora: LoraSettings | None = Field(default=None, description="train adapters instead of the weights")
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig
@@ -227,14 +263,61 @@ class SftConfig(_Section):
             raise ValueError("; ".join(found))
         return self
 
+    @model_validator(mode="after")
+    def _answers_are_asked(self) -> Self:
+        if self.validation.questions and self.parallel.strategy in SHARDED:
+            raise ValueError(
+                f"validation.questions is {self.validation.questions}, but parallel.strategy is "
+                f"{self.parallel.strategy}, whose shards cannot be asked: set it to 0, or use ddp or zero2"
+            )
+        if self.validation.best == "answers_right" and not self.validation_questions:
+            raise ValueError("validation.best is answers_right, but no question is asked: see validation.questions")
+        return self
+
+    @property
+    def validation_questions(self) -> int:
+        """Episodes that a validation asks."""
+        asked = self.validation.questions
+        return (0 if self.parallel.strategy in SHARDED else 64) if asked is None else asked
+
+    def chat_settings(self, base: ChatSettings | None) -> tuple[ChatSettings, ChatSettings]:
+        """How the run trains, and how what it trains is run by whoever names nothing else.
+
+        Args:
+            base: of the checkpoint that it starts from.
+
+        Raises:
+            TrainingError: a preset or a limit is unknown, or cannot be.
+        """
+        low, high = min(self.data.min_pixels, self.data.max_pixels), self.data.max_pixels
+        pixels = {"min_pixels": low, "max_pixels": high}
+        trained = (base or ChatSettings()).changed(self.data.preset, {k: _whole(v) for k, v in pixels.items()})
+        wanted = self.inference
+        later = trained.changed(wanted.preset, {k: _whole(v) for k, v in wanted.limits.items()})
+        for section, settings in (("data", trained), ("inference", later)):
+            try:
+                settings.apply()
+            except EpisodeError as error:
+                raise TrainingError(f"{section}: {error}") from None
+        return trained, later
+
     @property
     def pack_tokens(self) -> int:
         """Tokens of a pack."""
         return self.batch.pack_tokens or self.data.max_length
 
 
-def find_sources(data: DataConfig) -> list[DataSource]:
+def _whole(value: float | None) -> float | int | None:
+    """Pixels and counts that are whole, as whole numbers."""
+    return int(value) if value is not None and float(value).is_integer() else value
+
+
+def find_sources(data: DataConfig, names: Sequence[str] | None = None) -> list[DataSource]:
     """The data sets that a run uses.
+
+    Args:
+        data: of the run.
+        names: which; None: those it trains on.
 
     Raises:
         DataError: an unknown name, or a file that is not there.
@@ -242,7 +325,7 @@ def find_sources(data: DataConfig) -> list[DataSource]:
     registry = Registry() if data.registry is None else Registry.load(data.registry)
     if data.root is not None:
         registry = registry.model_copy(update={"data_root": data.root})
-    return [registry.find(name) for name in data.use]
+    return [registry.find(name) for name in (data.use if names is None else names)]
 
 
 def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:

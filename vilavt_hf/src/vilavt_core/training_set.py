@@ -1,6 +1,7 @@
 """The data set that a run's configuration or a command line names, with the tokenizer and prompts of a checkpoint."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint.companions import PROMPTS
@@ -47,13 +48,19 @@ def make_renderer(
     return Renderer(tokenizer or FileTokenizer(folder), prompts, settings, preset_of(folder, preset))
 
 
-def make_dataset(config: SftConfig, base: Path | None = None, tokenizer: Tokenizer | None = None) -> SftDataset:
+def make_dataset(
+    config: SftConfig,
+    base: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    names: Sequence[str] | None = None,
+) -> SftDataset:
     """The data set of a run.
 
     Args:
         config: of the run.
         base: `checkpoint_folder` of its model, if it is known already.
         tokenizer: the model's, if it is loaded already.
+        names: of data sets; None: those it trains on.
 
     Raises:
         DataError: a data set is not there.
@@ -61,7 +68,7 @@ def make_dataset(config: SftConfig, base: Path | None = None, tokenizer: Tokeniz
     data = config.data
     settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
     return SftDataset(
-        find_sources(data),
+        find_sources(data, names),
         make_renderer(base or config.model.path, settings, data.preset, tokenizer),
         max_length=data.max_length,
         over_long=data.over_long,

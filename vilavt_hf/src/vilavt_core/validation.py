@@ -1,8 +1,9 @@
-"""What pydantic found wrong with data from outside, as text for an error of ours."""
+"""What is wrong with data from outside, as text for an error of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,3 +38,9 @@ def problems(
             label += f" is {found['input']!r}"
         lines.append(f"{label}: {text}" if label else text)
     return "; ".join(lines)
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The one of some names that was probably meant; None: none is like it."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return found[0] if found else None

@@ -23,6 +23,7 @@ from vilavt_core.errors import GroupError, ProcessorError, PromptError
 from vilavt_core.images import UrlPolicy, load_image
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import ToolCall, parse_turn
+from vilavt_core.settings import ChatSettings, read_chat_settings
 from vilavt_core.sources import image_list, is_array
 
 from . import compat
@@ -64,6 +65,8 @@ class VilavtProcessor(ProcessorMixin):
         tokenizer: the language model's tokenizer.
         query_tokenizer: the query encoder's tokenizer, saved in ``query_tokenizer/``.
         prompts: the prompt set the checkpoint was trained with, saved in ``prompts/``.
+        chat_settings: how the checkpoint wants to be run, saved in ``vilavt_chat.json``; the processor itself does
+            nothing with it.
         chat_template: Jinja template, by default the tokenizer's.
         query_prefix: put before every non-blank query.
         max_query_length: tokens of a query row, its end token included.
@@ -82,12 +85,14 @@ class VilavtProcessor(ProcessorMixin):
         chat_template: str | None = None,
         query_prefix: str = "",
         max_query_length: int = 50,
+        chat_settings: ChatSettings | None = None,
     ):
         if tokenizer is None or image_processor is None:
             raise ValueError("VilavtProcessor needs an image_processor and a tokenizer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.query_tokenizer = query_tokenizer
         self.prompts = prompts
+        self.chat_settings = chat_settings
         self.query_prefix = query_prefix
         self.max_query_length = max_query_length
         self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
@@ -110,7 +115,7 @@ class VilavtProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Load the processor, its query tokenizer and its prompts from a checkpoint folder or a hub id.
+        """Load the processor, its query tokenizer, prompts and chat settings from a checkpoint folder or a hub id.
 
         Args:
             pretrained_model_name_or_path: the folder or id.
@@ -127,9 +132,11 @@ class VilavtProcessor(ProcessorMixin):
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         query_tokenizer = kwargs.pop("query_tokenizer", None)
         prompts = kwargs.pop("prompts", None)
+        chat_settings = kwargs.pop("chat_settings", None)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.query_tokenizer = query_tokenizer or _load_query_tokenizer(pretrained_model_name_or_path, hub)
         processor.prompts = prompts or _load_prompts(pretrained_model_name_or_path, hub)
+        processor.chat_settings = chat_settings or read_chat_settings(os.fspath(pretrained_model_name_or_path), hub=hub)
         return processor
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -140,6 +147,8 @@ class VilavtProcessor(ProcessorMixin):
             self.query_tokenizer.save_pretrained(Path(save_directory) / QUERY_TOKENIZER_FOLDER)
         if self.prompts is not None:
             self.prompts.save(Path(save_directory) / PROMPTS_FOLDER)
+        if self.chat_settings is not None:
+            self.chat_settings.save(Path(save_directory))
         make_portable(Path(save_directory))
         return written
 

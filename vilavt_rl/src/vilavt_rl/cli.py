@@ -126,8 +126,15 @@ def merge_command(
     processor: Processor = None,
     architecture: ClassName = Architecture.VILAVT,
     force: Force = False,
+    preset: Annotated[str | None, typer.Option(help="How the checkpoint is run; default: as it was trained.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE that differs from training, as max_pixels=6422528; repeatable.")
+    ] = None,
 ) -> None:
     """Merge FSDP shards of EasyR1 or verl into one checkpoint."""
+    from vilavt_core.errors import CheckpointError
+    from vilavt_core.yaml_config import parse_change
+
     from .merge import merge_shards
 
     report = merge_shards(
@@ -140,11 +147,14 @@ def merge_command(
         processor=processor,
         architecture=class_name(architecture),
         force=force,
+        preset=preset,
+        limits=dict(parse_change(text, CheckpointError, "--limit max_pixels=6422528") for text in limit or ()),
     )
     typer.echo(
         f"{destination}: {report.tensors} tensors, {readable_size(report.nbytes)}, {report.dtype}, "
         f"from {report.world_size} ranks (mesh {report.mesh})"
     )
+    typer.echo(f"unless told otherwise it runs with {report.runs_as}")
     show_remarks(report.notes, report.missing)
 
 

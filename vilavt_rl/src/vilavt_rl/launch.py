@@ -13,12 +13,15 @@ from vilavt_core.yaml_config import get_key, read_keys
 
 from .compat import require_verl
 from .errors import HostError
+from .preflight import HYDRA_OPTIONS, check_verl, refuse_options
 
 RECIPES = Path(__file__).with_name("recipes")
 """Those that come with the package; `vilavt-rl recipe` prints them."""
 _PATH_KEY = re.compile(r"(^|[._])(path|dir|file|files)$")
 """Keys of verl's configuration that hold paths end so. Values of others, as a project's name, may be names of folders
 too and stay as they are."""
+OPTIONS = ("--show", "--help")
+"""Of `vilavt-rl verl`."""
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
 EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
 OUR_EXTENSION = "vilavt_rl.verl.vllm_worker.VilavtWorkerExtension"
@@ -37,8 +40,9 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
         overrides: Hydra's ``key=value``.
 
     Raises:
-        HostError: no such recipe, or verl cannot be used.
+        HostError: no such recipe, an unknown option, or verl cannot be used.
     """
+    refuse_options(overrides, OPTIONS, HYDRA_OPTIONS)
     found = find_recipe(recipe, RECIPES)
     if found is None:
         raise HostError(f"{recipe}: no such recipe; it must be a file, or one of {', '.join(recipe_names(RECIPES))}")
@@ -71,8 +75,20 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
 
 
 def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Replace this process by the trainer."""
+    """Replace this process by the trainer, once everything that the run names is found to be in order.
+
+    Raises:
+        HostError: as `verl_command`; an unknown option or key, a checkpoint or a file that cannot be used.
+        RowError: the data cannot be used.
+    """
     command, environment = verl_command(recipe, overrides)
+    options = [part for part in command if part.startswith(("--config-path=", "--config-name="))]
+    given = command[command.index(options[-1]) + 1 :]
+    os.environ.update(environment)  # composing imports verl, which reads it
+    found = find_recipe(recipe, RECIPES)
+    assert found is not None
+    if not any(part.startswith("-") for part in given):  # Hydra's own options only show the configuration
+        check_verl(found.absolute(), given)
     os.execve(command[0], command, {**os.environ, **environment})
 
 

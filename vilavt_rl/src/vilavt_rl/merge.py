@@ -42,7 +42,10 @@ from vilavt_core.checkpoint.writing import (
     write_json,
     write_safetensors,
 )
-from vilavt_core.errors import CheckpointError
+from vilavt_core.errors import CheckpointError, EpisodeError
+from vilavt_core.settings import ChatSettings, describe_preset, preset_of, read_chat_settings
+
+from .run_settings import noted_settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class MergeReport:
     nbytes: int
     dtype: str
     companions: Companions
+    runs_as: str
+    """How the checkpoint is run by whoever names nothing else."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -100,8 +105,13 @@ def merge_shards(
     processor: str | os.PathLike | None = None,
     architecture: str = ARCHITECTURE,
     force: bool = False,
+    preset: str | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Merge ``model_world_size_W_rank_R.pt`` files into `destination`, under published names, with an index.
+
+    The checkpoint says how it is run: as the episodes of the run, whose folder tells, unless `preset` or `limits` name
+    another way.
 
     Args:
         source: the folder with the shards (``global_step_N/actor``), or one that holds it as ``actor/``.
@@ -113,10 +123,12 @@ def merge_shards(
         processor: folder whose processor and tokenizer files fill in what is missing.
         architecture: class name written to ``config.json``.
         force: replace an existing destination.
+        preset: how the checkpoint is run; None: as in training.
+        limits: fields of `vilavt_core.presets.Limits` that differ from those of training.
 
     Raises:
-        CheckpointError: a rank is missing, ranks disagree, tensors are sharded over several mesh dimensions (tensor
-            parallelism), or the result is not the model of the configuration.
+        CheckpointError: an unknown preset or limit, a rank is missing, ranks disagree, tensors are sharded over several
+            mesh dimensions (tensor parallelism), or the result is not the model of the configuration.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r}, expected one of {sorted(_DTYPES)}")
@@ -127,6 +139,7 @@ def merge_shards(
     if not (settings / CONFIG).is_file():
         raise CheckpointError(f"{settings / CONFIG} does not exist; pass --config with the folder of the trained model")
     raw_config = read_json(settings / CONFIG)
+    settings_of_run = _chat_settings(folder, settings, preset, limits)
     ranks = _Ranks(files)
     plans, mesh = _plan(ranks.states, files, _expected_or_empty(raw_config))
     encoder = _text_encoder(raw_config, settings, query_encoder, plans)
@@ -151,6 +164,9 @@ def merge_shards(
             partial, {"made_by": "merge", "source": folder.name, "world_size": len(files), "mesh": mesh, "dtype": dtype}
         )
         write_json(partial / CONFIG, final)
+        if settings_of_run is not None:
+            settings_of_run.save(partial)
+        runs_as = describe_preset(preset_of(partial))
     return MergeReport(
         source=folder,
         destination=destination,
@@ -161,6 +177,7 @@ def merge_shards(
         dtype=dtype,
         companions=companions,
         notes=tuple(notes),
+        runs_as=runs_as,
     )
 
 
@@ -172,6 +189,21 @@ def _shards_folder(folder: Path) -> Path:
         if candidate.is_dir() and any(_SHARD_FILE.fullmatch(path.name) for path in candidate.iterdir()):
             return candidate
     raise CheckpointError(f"{folder} has no model_world_size_W_rank_R.pt files; pass the folder that holds them")
+
+
+def _chat_settings(
+    folder: Path, config: Path, preset: str | None, limits: Mapping[str, Any] | None
+) -> ChatSettings | None:
+    """Those of the run, else of the folder with the configuration, changed as asked; None: there are none."""
+    found = noted_settings(folder) or read_chat_settings(config)
+    if found is None and preset is None and not limits:
+        return None
+    settings = (found or ChatSettings()).changed(preset, limits)
+    try:
+        settings.apply()
+    except EpisodeError as error:
+        raise CheckpointError(f"how {folder} is to be run: {error}") from None
+    return settings
 
 
 def _rank_files(folder: Path) -> list[Path]:

@@ -98,6 +98,10 @@ class SftDataset:
         """Name of the data set of a sample."""
         return self.sources[self._locate(i)[0]].name
 
+    def image_root(self, i: int) -> Path:
+        """Where the relative image paths of a sample start."""
+        return self.sources[self._locate(i)[0]].image_root
+
     def record(self, i: int) -> Any:
         """A sample's record as it stands in its file."""
         source, record = self._locate(i)
@@ -137,7 +141,7 @@ class SftDataset:
             names = read_record(self.record(i), self.name(i)).images
         except DataError:
             names = []  # the annotations alone decide
-        root = self.sources[self._locate(i)[0]].image_root
+        root = self.image_root(i)
         stats = [_size_and_time(root / name) for name in names]
         return 1 + int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=7).digest())
 

@@ -97,17 +97,23 @@ def data_command(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Whose tokenizer and prompts to use; default: the shipped one.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Number of records.")] = 1000,
+    count: Annotated[int, typer.Option(help="Records of each training set.")] = 1000,
+    held_out: Annotated[int, typer.Option(help="Records to validate on.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
 ) -> None:
-    """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`."""
+    """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`.
+
+    Beside them a question that the shipped model cannot answer yet, with held-out scenes to validate on.
+    """
     from vilavt_core.prompts import PromptSet
     from vilavt_core.shipped import shipped
 
     from ..processing_vilavt import VilavtProcessor
-    from ..tiny.records import write_training_set
+    from ..tiny.records import write_new_lesson, write_training_set
 
     processor = VilavtProcessor.from_pretrained(checkpoint or shipped("vilavt-tiny"))
     prompts = processor.prompts or PromptSet.load("tiny")
-    for name in write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed):
+    written = write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed)
+    written += write_new_lesson(out, count=count, held_out=held_out, seed=seed)
+    for name in dict.fromkeys(written):
         typer.echo(out / name)

@@ -2,18 +2,22 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
+from vilavt_core.errors import DataError
 from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import IMAGE_MARK, Answer, format_turn
 from vilavt_core.results import Sample
+from vilavt_core.yaml_config import read_keys
 
 from .scenes import MAX_PIXELS, QuestionKind, Split, ask_about, make_scene
 
@@ -62,17 +66,63 @@ def write_training_set(
             question = asked.text
             texts = [*map(format_turn, asked.calls()), format_turn(Answer(asked.answer, asked.final_thought()))]
             names, pictures = [f"pictures/{i:05d}.png"], [scene.image]
-            scene.image.save(out / names[0])
+            scene.image.save(out / names[0], compress_level=1)
         episode = _played(pictures, question, texts, tokenizer, prompts)
         published.append(_published(episode, i, names, out))
         episodes.append({"id": f"{i:05d}", "images": names, "question": question, "turns": texts})
-    sources = []
-    for name, records in (("published", published), ("episodes", episodes)):
+    return _write_sets(out, {"published": published, "episodes": episodes})
+
+
+def write_new_lesson(out: Path, *, count: int, held_out: int, seed: int = 0) -> list[str]:
+    """Episode records of a question that the shipped model was never taught: the *smaller* digit on two cards.
+
+    Writes ``smaller.jsonl`` about training scenes, to learn from, ``smaller_heldout.jsonl`` about held-out scenes, to
+    validate on, their pictures, and both into the registry.
+
+    Args:
+        out: folder.
+        count, held_out: records of each.
+        seed: of the scenes.
+
+    Returns:
+        The names of the files, pictures aside.
+    """
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    sets: dict[str, list[dict[str, Any]]] = {}
+    splits: tuple[tuple[str, Split, int], ...] = (
+        ("smaller", "train", count),
+        ("smaller_heldout", "heldout", held_out),
+    )
+    for name, split, size in splits:
+        sets[name] = []
+        for i in range(size):
+            rng = np.random.default_rng([seed, i, len(sets)])
+            scene = make_scene(rng, split)
+            asked = ask_about(rng, scene, QuestionKind.LARGER)
+            answer = Answer(str(min(card.digit for card in asked.targets)), asked.final_thought())
+            picture = f"pictures/{name}-{i:05d}.png"
+            scene.image.save(out / picture, compress_level=1)
+            sets[name].append(
+                {
+                    "id": f"{name}-{i:05d}",
+                    "images": [picture],
+                    "question": asked.text.replace("larger", "smaller"),
+                    "turns": [*map(format_turn, asked.calls()), format_turn(answer)],
+                }
+            )
+    return _write_sets(out, sets)
+
+
+def _write_sets(out: Path, sets: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """Write the records of each set, and the sets into the registry, beside those that are there."""
+    path = out / REGISTRY
+    sources = {source["name"]: source for source in read_keys(path, DataError)["datasets"]} if path.is_file() else {}
+    for name, records in sets.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        sources.append(f"  - name: tiny_{name}\n    annotations: {name}.jsonl\n")
-    (out / REGISTRY).write_text("datasets:\n" + "".join(sources), encoding="utf-8")
-    return ["published.jsonl", "episodes.jsonl", REGISTRY]
+        sources[f"tiny_{name}"] = {"name": f"tiny_{name}", "annotations": f"{name}.jsonl"}
+    path.write_text(yaml.safe_dump({"datasets": list(sources.values())}, sort_keys=False), encoding="utf-8")
+    return [*(f"{name}.jsonl" for name in sets), REGISTRY]
 
 
 def _played(

@@ -3,7 +3,7 @@
 Shapes: B rows, L tokens, N patches, n images, Q groups, T query columns, S samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -150,3 +150,11 @@ class VilavtCollator:
                 f"example {i} of the batch: {n} tokens, {len(example.labels)} labels, {len(example.weights)} "
                 "weights; all three need one entry per token"
             )
+
+
+def label_weight(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Weights of a batch's labelled tokens, summed; their number if it has no weights."""
+    known = batch["labels"][:, 1:] != IGNORE
+    if "label_weights" in batch:
+        return batch["label_weights"][:, 1:][known].float().sum()
+    return known.sum().float()

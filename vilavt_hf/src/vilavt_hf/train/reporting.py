@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 
-class LogFile(TrainerCallback):
-    """One JSON line per log: step, seconds since the start of this process, and the figures.
+class LastStep(TrainerCallback):
+    """Logs and validates the last step, whatever the intervals are."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for both."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+
+
+class StepFile(TrainerCallback):
+    """A file of JSON lines, each with its step, and the seconds since the start of this process.
 
     A resumed run drops the lines behind the step it goes on from, which the killed run had written.
     """
@@ -28,12 +39,29 @@ class LogFile(TrainerCallback):
         kept = [line for line in read_log(self.path) if line.get("step", 0) <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
+    def append(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Add a line."""
+        line = {"step": step, "seconds": round(time.time() - self.start, 2), **figures}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class LogFile(StepFile):
+    """One line per log, with its figures."""
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append."""
         if logs and "loss" in logs and state.is_world_process_zero:
-            line = {"step": state.global_step, "seconds": round(time.time() - self.start, 2), **logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.append(state.global_step, logs)
+
+
+class ValidationFile(StepFile):
+    """One line per validation, with its figures."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Append."""
+        if metrics and state.is_world_process_zero:
+            self.append(state.global_step, {name.removeprefix("eval_"): value for name, value in metrics.items()})
 
 
 class ConsoleReport(TrainerCallback):
@@ -43,9 +71,11 @@ class ConsoleReport(TrainerCallback):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task: Any = None
+        self.begin, self.first_step = time.time(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""
+        self.begin, self.first_step = time.time(), state.global_step
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         columns = (
@@ -75,12 +105,36 @@ class ConsoleReport(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, figures=figures)
         else:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", highlight=False)
+            done, to_do = state.global_step - self.first_step, state.max_steps - state.global_step
+            left = time_left(time.time() - self.begin, done, to_do)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {figures}  {left}", highlight=False, soft_wrap=True
+            )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Show what a validation found, above the bar."""
+        if not metrics or not state.is_world_process_zero:
+            return
+        text = f"validation at step {state.global_step}: loss {metrics['eval_loss']:.4f}"
+        if "eval_answers_right" in metrics:
+            text += f"  answers right {100 * metrics['eval_answers_right']:.1f} % of {metrics['eval_questions']:.0f}"
+        (self.console if self.bar is None else self.bar.console).print(text, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def time_left(seconds: float, done: int, to_do: int) -> str:
+    """What remains of a run, as ``left 1:02:03``, if its steps go on to take as long as they did.
+
+    Args:
+        seconds: that the steps took.
+        done: steps.
+        to_do: steps.
+    """
+    return f"left {timedelta(seconds=round(seconds / max(1, done) * to_do))}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -96,8 +150,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_losses(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw loss (with its running mean) and gradient norm over the steps."""
+def plot_losses(lines: Sequence[dict[str, Any]], path: Path, validations: Sequence[dict[str, Any]] = ()) -> None:
+    """Draw loss (with its running mean), that of validations, their right answers, and gradient norm over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,6 +165,13 @@ def plot_losses(lines: Sequence[dict[str, Any]], path: Path) -> None:
         mean += (loss - mean) * max(0.05, 1 / (i + 1))
         means.append(mean)
     top.plot(steps, means, label="running mean")
+    if validations:
+        top.plot([v["step"] for v in validations], [v["loss"] for v in validations], "o-", label="validation")
+    asked = [(v["step"], v["answers_right"]) for v in validations if "answers_right" in v]
+    if asked:
+        share = top.twinx()
+        share.plot(*zip(*asked, strict=True), "s--", color="tab:green")
+        share.set(ylabel="answers right (green)", ylim=(0, 1))
     top.set(ylabel="loss per token")
     top.legend()
     norms = [(line["step"], line["grad_norm"]) for line in lines if "grad_norm" in line]

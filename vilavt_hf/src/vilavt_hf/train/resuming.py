@@ -19,12 +19,15 @@ from .trainer import checkpoints
 
 logger = logging.getLogger(__name__)
 
+SECTIONS_MAY_CHANGE = frozenset({"output", "validation", "inference"})
 MAY_CHANGE = frozenset({
     "model.path", "model.attention", "model.gradient_checkpointing", "data.registry", "data.root", "data.max_dropped",
-    "data.workers", "batch.accumulation", "parallel.settings", "parallel.timeout", "parallel.cpu", "lora.merge",
+    "data.validation", "data.workers", "batch.accumulation", "parallel.settings", "parallel.timeout", "parallel.cpu",
+    "lora.merge",
 })  # fmt: skip
-"""Keys that a resumed run may have other values of, beside those of `output`: they change what it costs or where
-things are, not what it learns. The base's weights, the samples and the micro-batches of a step are compared as such."""
+"""Keys that a resumed run may have other values of, beside those of `SECTIONS_MAY_CHANGE`: they change what it costs,
+what is measured or where things are, not what it learns. The base's weights, the samples and the micro-batches of a
+step are compared as such."""
 
 
 def describe_run(
@@ -90,7 +93,7 @@ def resume_from(config: SftConfig, record: Mapping[str, Any]) -> Path | None:
 def _what_decides_the_curve(config: SftConfig) -> dict[str, Any]:
     """Keys and values that a resumed run must share."""
     values: dict[str, Any] = {}
-    for section, content in config.model_dump(mode="json", exclude={"output"}).items():
+    for section, content in config.model_dump(mode="json", exclude=set(SECTIONS_MAY_CHANGE)).items():
         values |= {f"{section}.{k}": v for k, v in content.items()} if isinstance(content, dict) else {section: content}
     free = MAY_CHANGE
     if config.optimizer.schedule == "constant" and not 0 < config.optimizer.warmup < 1:

@@ -5,9 +5,9 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +20,12 @@ from transformers.integrations import deepspeed
 from vilavt_core.checkpoint.build_info import write_build_info
 from vilavt_core.checkpoint.config import set_dtype
 from vilavt_core.checkpoint.layout import CONFIG
-from vilavt_core.checkpoint.writing import place_file, replace_folder, write_json
+from vilavt_core.checkpoint.writing import replace_folder, write_json
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, Packed, Shuffled
 from vilavt_core.errors import TrainingError
-from vilavt_core.settings import SETTINGS
+from vilavt_core.presets import Limits
+from vilavt_core.settings import describe_preset
 from vilavt_core.sft_config import SftConfig
 from vilavt_core.training_set import checkpoint_folder, make_dataset
 
@@ -35,14 +36,16 @@ from .collator import VilavtCollator
 from .drops import Drops
 from .lora import add_adapters, merge_adapter
 from .measuring import measure_all
-from .reporting import ConsoleReport, LogFile, plot_losses, read_log
+from .reporting import ConsoleReport, LastStep, LogFile, ValidationFile, plot_losses, read_log
 from .resuming import describe_run, resume_from
 from .trainer import StableDecay, VilavtTrainer
 from .training_model import VilavtForTraining, freeze
+from .validating import Best, Figures, Validation
 
 logger = logging.getLogger(__name__)
 
-FINAL, MERGED, LOG, LOSS, DROPPED = "final", "merged", "log.jsonl", "loss.png", "dropped.jsonl"
+FINAL, MERGED, BEST, LOG, LOSS, DROPPED = "final", "merged", "best", "log.jsonl", "loss.png", "dropped.jsonl"
+VALIDATION = "validation.jsonl"
 """What a run leaves in its folder, beside its checkpoints."""
 
 
@@ -59,13 +62,32 @@ class RunReport:
     """Samples left out, by reason: when they were measured, and when their pictures turned out to be damaged."""
     cut: int
     last_loss: float | None
+    trained_as: str
+    """How episodes ran in training."""
+    runs_as: str
+    """How the checkpoint is run by whoever names nothing else."""
+    validations: tuple[dict[str, Any], ...] = ()
+    """Lines of ``validation.jsonl``."""
+    best: dict[str, Any] | None = None
+    """Step and figures of the checkpoint in ``best/``."""
 
     def summary(self) -> str:
         """In a few lines."""
         loss = "" if self.last_loss is None else f", last loss {self.last_loss:.4f}"
         lines = [f"{self.folder}: {self.steps} steps over {self.samples} samples{loss}"]
         lines += [f"left out: {count} ({kind})" for kind, count in sorted(self.dropped.items())]
-        return "\n".join([*lines, *([f"cut at a turn: {self.cut}"] if self.cut else [])])
+        lines += [f"cut at a turn: {self.cut}"] if self.cut else []
+        if self.validations:
+            first, last = self.validations[0], self.validations[-1]
+            lines.append(f"validation: {_told(first)} at step {first['step']}, {_told(last)} at step {last['step']}")
+        if self.best is not None:
+            lines.append(f"{self.folder.with_name(BEST)}: {_told(self.best)} at step {self.best['step']}")
+        other = "" if self.runs_as == self.trained_as else f"; trained with {self.trained_as}"
+        return "\n".join([*lines, f"unless told otherwise it runs with {self.runs_as}{other}"])
+
+
+def _told(figures: Mapping[str, Any]) -> str:
+    return str(Figures(**{f.name: figures[f.name] for f in fields(Figures) if f.name in figures}))
 
 
 class Run:
@@ -87,37 +109,79 @@ class Run:
         first = args.process_index == 0
         base = checkpoint_folder(config.model.path)
         self.processor = VilavtProcessor.from_pretrained(base)
+        self.trained_as, self.runs_as = config.chat_settings(self.processor.chat_settings)
+        self.processor.chat_settings = self.runs_as
+        allow_pixels(self.processor, self.runs_as.apply().limits)
         dataset = make_dataset(config, base, self.processor.tokenizer)
         self.out.mkdir(parents=True, exist_ok=True)
         self.lengths = measure_all(dataset, workers=config.data.workers, cache=self.out / "cache", progress=first)
         order = _order(config, self.lengths)
         self.record = describe_run(config, base, self.lengths, order, args)
         self.resume = resume_from(config, self.record)
-        self.complete = _completion(base)
+        collate = VilavtCollator(
+            self.processor.encode_inquiries,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            image_token_id=self.processor.image_token_id,
+            merge_size=self.processor.image_processor.merge_size,
+            packed=config.batch.packing,
+        )
+        self.validation = self._validation(base, collate, first)
+        self.best: Best | None = None
+        if self.validation is not None:
+            measured = self.validation.digest
+            self.best = Best(self.out / BEST, config.validation.best, measured, resumed=self.resume is not None)
         self.drops = Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         self.trainer = VilavtTrainer(
             model=_model(config, base),
             args=args,
             train_dataset=dataset,  # type: ignore[arg-type]
-            data_collator=VilavtCollator(
-                self.processor.encode_inquiries,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-                image_token_id=self.processor.image_token_id,
-                merge_size=self.processor.image_processor.merge_size,
-                packed=config.batch.packing,
-            ),
+            eval_dataset=None if self.validation is None else self.validation.dataset,  # type: ignore[arg-type]
+            data_collator=collate,
             processing_class=self.processor,  # type: ignore[arg-type]
-            callbacks=[LogFile(self.out / LOG), ConsoleReport(), self.drops],
+            callbacks=[
+                LogFile(self.out / LOG),
+                ValidationFile(self.out / VALIDATION),
+                ConsoleReport(),
+                LastStep(),
+                self.drops,
+            ],
             order=order,
             learning_rates=config.optimizer.learning_rates,
             stable_decay=_stable_decay(config),
             loss_mean=config.batch.loss_mean,
             decay_norms=config.optimizer.decay_norms,
-            complete_checkpoint=self.complete,
+            validate=self._validate if self.validation is not None else None,
             record=self.record,
         )
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.on_dropped = self.drops.untold.append
+
+    def _validation(self, base: Path, collate: VilavtCollator, first: bool) -> Validation | None:
+        names = self.config.data.validation
+        if not names:
+            return None
+        return Validation(
+            self.config,
+            make_dataset(self.config, base, self.processor.tokenizer, names),
+            self.processor,
+            collate=collate,
+            preset=self.trained_as.apply(),
+            make_order=_order,
+            cache=self.out / "cache",
+            first=first,
+        )
+
+    def _validate(self, trainer: VilavtTrainer, model: Any) -> Mapping[str, float]:
+        assert self.validation is not None
+        assert self.best is not None
+        figures = self.validation.figures(trainer, model)
+        if self.best.improved_by(figures, trainer.state.global_step):
+            self._save(BEST, {**self.record, "validation": self.best.record})
+        return figures.to_json()
+
+    def _save(self, name: str, record: Mapping[str, Any]) -> Path:
+        dtype = "fp32" if self.config.lora is not None else self.config.output.final_dtype
+        return save_final(self.trainer, self.processor, self.out / name, dtype, record)
 
     def train(self) -> RunReport:
         """Train, save, and say what came of it.
@@ -128,13 +192,13 @@ class Run:
         config, trainer, out = self.config, self.trainer, self.out
         if config.parallel.strategy == "fsdp2" and not trainer.is_fsdp_enabled:
             raise TrainingError("parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here")
+        trainer.args.eval_on_start = self.validation is not None and self.resume is None
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
-        dtype = "fp32" if config.lora is not None else config.output.final_dtype
-        folder = save_final(trainer, self.processor, out / FINAL, dtype, self.complete, self.record)
+        folder = self._save(FINAL, self.record)
         lines = read_log(out / LOG)
         if trainer.args.process_index == 0:
             if lines and find_spec("matplotlib"):
-                plot_losses(lines, out / LOSS)
+                plot_losses(lines, out / LOSS, read_log(out / VALIDATION))
             if config.lora is not None and config.lora.merge:
                 with _whole_models(trainer.args):
                     merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)
@@ -146,6 +210,10 @@ class Run:
             dropped=dict(self.lengths.dropped + Counter(one.kind for one in self.drops.damaged.values())),
             cut=int((self.lengths.cut_from > 0).sum()),
             last_loss=lines[-1]["loss"] if lines else None,
+            runs_as=describe_preset(self.runs_as.apply()),
+            trained_as=describe_preset(self.trained_as.apply()),
+            validations=tuple(read_log(out / VALIDATION)) if self.validation is not None else (),
+            best=None if self.best is None else self.best.record,
         )
 
 
@@ -195,6 +263,8 @@ def _arguments(config: SftConfig) -> TrainingArguments:
         save_steps=output.save_steps,
         save_total_limit=output.keep,
         logging_steps=output.log_steps,
+        eval_strategy="steps" if config.data.validation else "no",
+        eval_steps=config.validation.steps,
         logging_nan_inf_filter=False,
         logging_first_step=True,
         report_to=list(output.report_to),
@@ -261,15 +331,15 @@ def _model(config: SftConfig, base: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------- bookkeeping
 
 
-def _completion(base: Path) -> Callable[[Path], None]:
-    """Adds to a checkpoint what neither model nor processor write: how its base wants to be run."""
-    settings = base / SETTINGS
-
-    def complete(folder: Path) -> None:
-        if settings.is_file():
-            place_file(settings, folder / SETTINGS, link=False)
-
-    return complete
+def allow_pixels(processor: VilavtProcessor, limits: Limits) -> None:
+    """Widen the pixel bounds of an image processor where they would keep a checkpoint from its own limits."""
+    images = processor.image_processor
+    low = min(images.size["shortest_edge"], int(limits.min_pixels))
+    high = max(images.size["longest_edge"], int(limits.max_pixels))
+    if (low, high) != (images.size["shortest_edge"], images.size["longest_edge"]):
+        images.size = type(images.size)(shortest_edge=low, longest_edge=high)
+        if getattr(images, "min_pixels", None) is not None:
+            images.min_pixels, images.max_pixels = low, high
 
 
 def save_final(
@@ -277,7 +347,6 @@ def save_final(
     processor: VilavtProcessor,
     folder: Path,
     dtype: str,
-    complete: Callable[[Path], None],
     record: Mapping[str, Any],
 ) -> Path:
     """Write the trained model as a complete checkpoint (an adapter run: the adapter); call it on every rank."""
@@ -293,7 +362,6 @@ def save_final(
             values = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
             set_dtype(values, str(target).removeprefix("torch."))
             write_json(partial / CONFIG, values)
-        complete(partial)
         write_build_info(partial, {**record, "step": trainer.state.global_step, "epoch": trainer.state.epoch})
         replace_folder(partial, folder)
     trainer.accelerator.wait_for_everyone()

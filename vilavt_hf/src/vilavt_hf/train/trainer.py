@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, Trainer
 from vilavt_core.architecture import PARTS, Part, part_of
 from vilavt_core.checkpoint import write_build_info
 from vilavt_core.checkpoint.writing import replace_folder
-from vilavt_core.data.example import IGNORE, Dropped
+from vilavt_core.data.example import Dropped
 from vilavt_core.data.order import Order, RankShare
 from vilavt_core.errors import TrainingError
 from vilavt_core.sft_config import LossMean
 
-from .collator import BatchCounts
+from .collator import BatchCounts, label_weight
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class VilavtTrainer(Trainer):
         loss_mean: ``tokens``: the mean over the labelled tokens of all micro-batches and ranks of a step;
             ``micro_batch``: the mean of the micro-batches' means, as the published trainer takes it.
         decay_norms: whether weight decay applies to norms, as the published trainer has it.
-        complete_checkpoint: called with every checkpoint folder before it appears under its name, on one rank.
+        validate: measures the model; called on every rank every ``args.eval_steps``, and with ``args.eval_on_start``
+            before the first step.
         record: for each checkpoint's ``provenance.json``.
         kwargs: the parent's.
     """
@@ -74,7 +75,7 @@ class VilavtTrainer(Trainer):
         stable_decay: StableDecay | None = None,
         loss_mean: LossMean = "tokens",
         decay_norms: bool = False,
-        complete_checkpoint: Callable[[Path], None] | None = None,
+        validate: Callable[["VilavtTrainer", Any], Mapping[str, float]] | None = None,
         record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
@@ -82,8 +83,9 @@ class VilavtTrainer(Trainer):
         if unknown := sorted(set(self.learning_rates) - set(PARTS)):
             raise TrainingError(f"learning rates of {unknown}: parts are {', '.join(PARTS)}")
         self.stable_decay, self.loss_mean, self.decay_norms = stable_decay, loss_mean, decay_norms
-        self.complete_checkpoint, self.record = complete_checkpoint, dict(record or {})
+        self.validate, self.record = validate, dict(record or {})
         self.optimizer: Any
+        self.control: Any
         self.lr_scheduler: Any
         self.on_dropped: Callable[[Dropped], None] | None = None
         self._figures: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -188,6 +190,25 @@ class VilavtTrainer(Trainer):
             self._log_time = time.perf_counter()
         super().log(logs, *args, **kwargs)
 
+    # ------------------------------------------------------------------ validation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What `validate` finds, each figure under ``eval_`` and its name, as trackers expect it."""
+        if self.validate is None:
+            return {}
+        begin = time.perf_counter()
+        model = self.model_wrapped
+        model.eval()
+        try:
+            found = self.validate(self, model)
+        finally:
+            model.train()
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._log_time += time.perf_counter() - begin
+        return metrics
+
     # ------------------------------------------------------------------ optimiser
 
     def learning_rate_of(self, parameter: str) -> float:
@@ -280,8 +301,6 @@ class VilavtTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = staging / name
-            if self.complete_checkpoint is not None:
-                self.complete_checkpoint(folder)
             write_build_info(folder, {**self.record, "step": self.state.global_step, "epoch": self.state.epoch})
             replace_folder(folder, output / name)
             shutil.rmtree(staging, ignore_errors=True)
@@ -299,14 +318,6 @@ class VilavtTrainer(Trainer):
             return
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
-
-
-def label_weight(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Weights of a batch's labelled tokens, summed; their number if it has no weights."""
-    known = batch["labels"][:, 1:] != IGNORE
-    if "label_weights" in batch:
-        return batch["label_weights"][:, 1:][known].float().sum()
-    return known.sum().float()
 
 
 def checkpoints(output: Path) -> list[Path]:

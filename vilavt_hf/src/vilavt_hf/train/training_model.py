@@ -28,14 +28,21 @@ class VilavtForTraining(VilavtForConditionalGeneration):
     checkpoints are the parent's.
     """
 
-    def forward(self, input_ids: torch.Tensor | None = None, **batch: Any) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor | None = None, summed_loss: bool = False, **batch: Any
+    ) -> Any:
         """Loss of a batch of `VilavtCollator`.
+
+        Args:
+            input_ids: (B, L).
+            summed_loss: compute it in eval mode, too.
+            batch: the rest of what the collator makes.
 
         Returns:
             ``loss``: cross-entropy times weight, summed over the labelled tokens; ``figures``: names to log ->
             detached tensors, ``tokens_right`` as a sum of weights.
         """
-        if not self.training:
+        if not (self.training or summed_loss):
             return super().forward(input_ids=input_ids, **batch)
         assert input_ids is not None
         output, idle = self.language(input_ids, self.encode(batch), batch)

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from vilavt_core.driver import ConversationSettings
 
 from ..errors import HostError
+from ..preflight import named
 from ..rollout import settings_of_checkpoint
 from .engine import Queries
 
@@ -29,6 +30,8 @@ class Settings:
     """None: what the checkpoint asks for."""
     limits: dict[str, Any] = field(default_factory=dict)
     """Fields of `vilavt_core.presets.Limits`."""
+    inference: dict[str, Any] = field(default_factory=dict)
+    """``preset`` and ``limits`` of the trained checkpoint, where they differ from these; see `vilavt-rl merge`."""
     queries: Queries = "inquiries"
     """What vLLM's model is handed: ``inquiries``, the episode's own (vilavt-vllm, vLLM 0.20 to 0.22); ``tensors``,
     query ids, masks and a mapping beside the images (the published plug-in, vLLM 0.12 and older)."""
@@ -46,9 +49,10 @@ class Settings:
         """
         block = dict(block or {})
         if unknown := sorted(set(block) - set(cls.__dataclass_fields__)):
+            known = cls.__dataclass_fields__
             raise HostError(
-                f"unknown keys in the block vilavt: {', '.join(unknown)}; known are "
-                f"{', '.join(cls.__dataclass_fields__)}"
+                f"unknown keys in the block vilavt: {', '.join(unknown)}; known are {', '.join(known)}"
+                f"{named(unknown[0], known)}"
             )
         if (queries := block.get("queries") or "inquiries") not in get_args(Queries):
             raise HostError(f"vilavt.queries is {queries!r}, it must be {' or '.join(get_args(Queries))}")

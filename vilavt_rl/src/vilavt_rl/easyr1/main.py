@@ -6,16 +6,22 @@ of a recipe.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from vilavt_core.driver import ConversationSettings
-from vilavt_core.shipped import find_recipe
+from vilavt_core.shipped import find_recipe, recipe_names
+from vilavt_core.yaml_config import read_keys
 
 from ..compat import require_easyr1
+from ..errors import HostError
 from ..launch import RECIPES
+from ..preflight import check_checkpoint, check_episodes, check_output, check_rows, named, refuse_options
+from ..run_settings import note_settings
 from . import engine
 from .block import Settings
 
@@ -32,25 +38,73 @@ def read_config(arguments: Sequence[str]) -> tuple[Any, Settings]:
     """EasyR1's checked configuration, and ours.
 
     Raises:
-        HostError: an unknown key in our block, or LoRA.
-        omegaconf.errors.ConfigKeyError: an unknown key of EasyR1's.
+        HostError: an unknown option or key, EasyR1's or our block's, a value that cannot be, a recipe that is not
+            there, or LoRA.
     """
-    from omegaconf import OmegaConf
     from verl.trainer.config import PPOConfig
 
-    given: Any = OmegaConf.from_cli(list(arguments))
-    file = given.pop("config", None)
-    ours = OmegaConf.create({"vilavt": given.pop("vilavt", {})})
-    config: Any = OmegaConf.structured(PPOConfig())
-    if file is not None:
-        loaded: Any = OmegaConf.load(find_recipe(file, RECIPES) or file)
-        ours = OmegaConf.merge({"vilavt": loaded.pop("vilavt", {})}, ours)
-        config = OmegaConf.merge(config, loaded)
-    config = OmegaConf.to_object(OmegaConf.merge(config, given))
+    config, block = merged(PPOConfig(), arguments)
     config.deep_post_init()
     engine.refuse_lora(config)
-    block: Any = OmegaConf.to_container(ours, resolve=True)
-    return config, Settings.read(block["vilavt"])
+    return config, Settings.read(block)
+
+
+def merged(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """EasyR1's configuration with a file's values and those of the command line, and our block of both.
+
+    Args:
+        schema: EasyR1's configuration with its defaults, a dataclass.
+        arguments: ``config=FILE`` and ``key=value``.
+
+    Raises:
+        HostError: see `read_config`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    refuse_options(arguments, ())
+    given: Any = OmegaConf.from_cli(list(arguments))
+    file = given.pop("config", None)
+    blocks = [given.pop("vilavt", {})]
+    layers, origin = [given], "the command line"
+    if file is not None:
+        found = find_recipe(file, RECIPES)
+        if found is None:
+            raise HostError(
+                f"config={file}: no such recipe; it must be a file, or one of {', '.join(recipe_names(RECIPES))}"
+            )
+        read_keys(found, HostError)  # names what is wrong with a file that holds no keys
+        loaded: Any = OmegaConf.load(found)
+        blocks.insert(0, loaded.pop("vilavt", {}))
+        layers.insert(0, loaded)
+    config: Any = OmegaConf.structured(schema)
+    try:
+        for layer in layers:
+            origin = str(file) if layer is not given else "the command line"
+            config = OmegaConf.merge(config, layer)
+        block: Any = OmegaConf.to_container(OmegaConf.merge(*({"vilavt": one} for one in blocks)), resolve=True)
+        return OmegaConf.to_object(config), block["vilavt"] or {}
+    except OmegaConfBaseException as error:
+        name = error.full_key or "a key"
+        fields = getattr(error.object_type, "__dataclass_fields__", {})
+        if fields and (key := name.rpartition(".")[2]) not in fields:
+            raise HostError(f"{origin}: {name} is no key of EasyR1's configuration{named(key, fields)}") from None
+        raise HostError(f"{origin}: {name}: {str(error).splitlines()[0]}") from None
+
+
+def check_run(config: Any, settings: Settings) -> None:
+    """Make sure that what a run names is there and can be used.
+
+    Raises:
+        HostError: the checkpoint, the folder of the run, or a preset or limit cannot be used; names the key.
+        RowError: the data cannot be used.
+    """
+    model = config.worker.actor.model.model_path
+    check_checkpoint("worker.actor.model.model_path", model)
+    for name in ("train_files", "val_files"):
+        check_rows(f"data.{name}", getattr(config.data, name))
+    check_episodes("vilavt", asdict(settings), model)
+    check_output("trainer.save_checkpoint_path", config.trainer.save_checkpoint_path)
 
 
 def worker_class() -> type:
@@ -121,6 +175,8 @@ def run(config: Any) -> None:
     )
     rewards = ray.remote(VilavtRewardManager).options(num_cpus=config.worker.reward.num_cpus)
     settings = Settings.of_environment()
+    if config.trainer.save_freq > 0:
+        note_settings(config.trainer.save_checkpoint_path, model.model_path, json.dumps(asdict(settings)))
     train, val = dataloaders(config.data, settings.episodes(model.model_path, processor))
     trainer = RayPPOTrainer(
         config=config,
@@ -149,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import ray
 
     config, settings = read_config(sys.argv[1:] if arguments is None else arguments)
+    check_run(config, settings)
     engine.require_engine(settings.queries)
     if not ray.is_initialized():
         ray.init(

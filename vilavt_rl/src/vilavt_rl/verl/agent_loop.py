@@ -7,12 +7,14 @@ place of images: which images belong to which query, and what is put before it, 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from vilavt_core.episode import Episode, Request
@@ -22,6 +24,7 @@ from ..errors import HostError, RolloutError
 from ..replay import Rollout, write_rollouts
 from ..rewards import RewardSettings, Trajectory, reward
 from ..rollout import TokenRecord, cached_settings, finished_episode, start_row
+from ..run_settings import note_settings
 from .cpu.names import ROLLOUT
 from .reward import score_fields
 
@@ -34,6 +37,7 @@ class VilavtAgentLoop(AgentLoopBase):
 
     Args:
         preset: how episodes run; None: what the checkpoint asks for.
+        inference: ``preset`` and ``limits`` of the trained checkpoint, where they differ from these.
         limits: fields of `vilavt_core.presets.Limits`; a row's ``max_turns`` wins, its ``max_pixels`` can only lower.
         reward: fields of `vilavt_rl.rewards.RewardSettings`; None leaves the reward to verl's reward workers.
         trace_every: write the rollouts of every so many steps for `vilavt-rl replay`; 0: of none.
@@ -47,6 +51,7 @@ class VilavtAgentLoop(AgentLoopBase):
         *args: Any,
         preset: str | None = None,
         limits: Mapping[str, Any] | None = None,
+        inference: Mapping[str, Any] | None = None,
         reward: Mapping[str, Any] | None = None,
         trace_every: int = 0,
         **kwargs: Any,
@@ -62,6 +67,12 @@ class VilavtAgentLoop(AgentLoopBase):
         self.limits = tuple(sorted((limits or {}).items()))
         self.reward = None if reward is None else RewardSettings(**reward)
         self.trace_every = trace_every
+        trainer = self.config.trainer
+        if int(trainer.get("save_freq", -1)) > 0:
+            # Hydra hands sections over as its own kind of dictionary
+            given = OmegaConf.create({"preset": preset, "limits": limits, "inference": inference})
+            settings = json.dumps(OmegaConf.to_container(given), sort_keys=True)
+            note_settings(trainer.default_local_dir, self.tokenizer.name_or_path, settings)
 
     async def run(self, sampling_params: dict[str, Any], **fields: Any) -> AgentLoopOutput:
         """See the parent's.

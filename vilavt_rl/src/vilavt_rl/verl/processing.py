@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BatchFeature
 
-from vilavt_core.settings import SETTINGS
 from vilavt_hf import VilavtProcessor
 from vilavt_hf.call_settings import check_known
 from vilavt_hf.positions import mrope_positions
+
+from ..run_settings import noted_settings
 
 
 class VerlVilavtProcessor(VilavtProcessor):
@@ -25,8 +25,6 @@ class VerlVilavtProcessor(VilavtProcessor):
 
     config: Any = None
     """The model's; verl puts it there, too."""
-    source: str | Path = ""
-    """Folder of the checkpoint."""
 
     @property
     def video_token_id(self) -> int | None:
@@ -87,11 +85,10 @@ class VerlVilavtProcessor(VilavtProcessor):
         return {**super().to_dict(*args, **kwargs), "processor_class": VilavtProcessor.__name__}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, and how the checkpoint wants to be run, which training does not change."""
+        """The parent's; in the folder of a run with how its episodes ran, see `vilavt_rl.run_settings`."""
         written = super().save_pretrained(save_directory, *args, **kwargs)
-        settings = Path(self.source) / SETTINGS
-        if settings.is_file():
-            shutil.copyfile(settings, Path(save_directory) / SETTINGS)
+        if (noted := noted_settings(Path(save_directory))) is not None:
+            noted.save(save_directory)
         return written
 
 
@@ -101,5 +98,5 @@ def load_processor(path: str, **kwargs: Any) -> VerlVilavtProcessor | None:
     if config.model_type != "vilavt":
         return None
     processor = VerlVilavtProcessor.from_pretrained(path)
-    processor.config, processor.source = config, path
+    processor.config = config
     return processor
