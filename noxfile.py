@@ -46,7 +46,7 @@ OLDER_TORCH = ("torch==2.11.0", "torchvision==0.26.0")
 OLDEST, NEWEST = "4.57.6", "5.23.0"
 RUFF = "ruff==0.17.6"
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
-TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "scikit-image>=0.22", "tensorboard>=2.14")
+TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", "scikit-image>=0.22", "tensorboard>=2.14")
 VLMEVAL = ("ms-vlmeval==0.0.20", "lmms-eval==0.7.3")
 # What importing and running those two takes. All they ask for would be three times as much.
 VLMEVAL_NEEDS = """
@@ -170,7 +170,7 @@ def quick(session: nox.Session) -> None:
     """
     known = _known_good(f"transformers-{NEWEST}")
     session.install(TORCH, "numpy", *known)
-    tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", RUFF)
+    tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", RUFF)
     session.install(f"transformers=={NEWEST}", "./vilavt_hf[tiny,server]", *tools, *known)
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))
     _compile(session)

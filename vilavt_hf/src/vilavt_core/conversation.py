@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from PIL import Image
@@ -156,6 +156,10 @@ class ShownImage:
     """Where, in pixels of that image."""
     query: str
     """What the encoder was asked about it."""
+    name: str = ""
+    """Of the source's file; empty: unknown."""
+    time: float | None = None
+    """Of the source within its video, in seconds; None: it is no frame."""
 
     @classmethod
     def of(cls, index: int, view: View, query: str) -> ShownImage:
@@ -170,6 +174,8 @@ class ShownImage:
             view.parent,
             view.box,
             query,
+            view.name,
+            view.time,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -179,7 +185,7 @@ class ShownImage:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShownImage:
         """Inverse of :meth:`to_json`; other keys are ignored."""
-        given = {f.name: data[f.name] for f in fields(cls)}
+        given = {f.name: data[f.name] for f in fields(cls) if f.default is MISSING or f.name in data}
         box = None if given["box"] is None else tuple(given["box"])
         return cls(**{**given, "region": tuple(given["region"]), "box": box})
 

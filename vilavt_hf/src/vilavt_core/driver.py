@@ -30,7 +30,7 @@ from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
 from .protocol import Region
-from .regions import CropPlan, Gallery
+from .regions import CropPlan, Gallery, Picture
 from .results import (
     BilledTokens,
     ChatResult,
@@ -44,8 +44,9 @@ from .results import (
     turn_events,
 )
 from .settings import fitting_limits
-from .sources import ImageSource
+from .sources import ImageSource, Video, source_name
 from .versions import versions
+from .video import VideoLimits, read_frames
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class ConversationSettings:
     seed: int = 0
     """A sample without a seed of its own gets one made from this and its id."""
     image_limits: ImageLimits = ImageLimits()  # noqa: RUF009 (frozen)
+    video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 (frozen)
     allow_urls: bool = False
     """Whether an image may be an http(s) URL."""
     checkpoint: str | None = None
@@ -131,20 +133,24 @@ class ConversationSettings:
             versions=versions(*self.packages),
         )
 
-    def load(self, images: Iterable[ImageSource]) -> list[Image.Image]:
-        """Pictures, decoded as the preset says.
+    def load(self, images: Iterable[ImageSource]) -> list[Picture]:
+        """Pictures, decoded as the preset says, and the frames of videos.
 
         Raises:
             ImageError: one cannot be loaded.
         """
-        return [
-            load_image(source, self.image_limits, allow_urls=self.allow_urls, rules=self.preset.rules)
-            for source in images
-        ]
+        pictures: list[Picture] = []
+        for source in images:
+            if isinstance(source, Video):
+                pictures += read_frames(source, self.video_limits, allow_urls=self.allow_urls)
+            else:
+                image = load_image(source, self.image_limits, allow_urls=self.allow_urls, rules=self.preset.rules)
+                pictures.append(Picture(image, source_name(source)))
+        return pictures
 
     def episode(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image | Picture],
         question: str,
         *,
         limits: Limits | None = None,

@@ -51,7 +51,7 @@ from .protocol import (
     parse_turn,
 )
 from .published_rules import rules_of
-from .regions import CropPlan, Gallery, View, smart_resize
+from .regions import CropPlan, Gallery, Picture, View, smart_resize
 from .versions import version_of
 
 
@@ -86,12 +86,12 @@ class Episode:
         self._asked_to_finish = False
         self._whole_text_answers = False
         self._question = ""
-        self._originals: tuple[Image.Image, ...] = ()
+        self._originals: tuple[Picture, ...] = ()
 
     @classmethod
     def start(
         cls,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image | Picture],
         question: str,
         *,
         tokenizer: Tokenizer,
@@ -104,7 +104,8 @@ class Episode:
         """Begin a conversation.
 
         Args:
-            images: source pictures, RGB, at full resolution (:func:`vilavt_core.images.load_image` makes them).
+            images: source pictures, RGB, at full resolution (:func:`vilavt_core.images.load_image` makes them), alone
+                or with their names and times.
             question: the user's text; special tokens in it stay text.
             tokenizer: has Qwen's special tokens.
             prompts: wording; None: the built-in ``default``.
@@ -141,7 +142,9 @@ class Episode:
         )
         return episode
 
-    def follow_up(self, question: str, images: Sequence[Image.Image] = (), *, limits: Limits | None = None) -> Episode:
+    def follow_up(
+        self, question: str, images: Sequence[Image.Image | Picture] = (), *, limits: Limits | None = None
+    ) -> Episode:
         """A new episode that continues this finished one's stream and images, with a fresh turn count.
 
         Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its
@@ -399,45 +402,46 @@ class Episode:
                     "request.stop_token_ids"
                 )
 
-    def _open(self, images: Sequence[Image.Image], question: str, head: list[Any], kind: str) -> None:
+    def _open(self, images: Sequence[Image.Image | Picture], question: str, head: list[Any], kind: str) -> None:
         """Check the budgets of the first user turn, then append it."""
         limits, gallery = self.limits, self._gallery
         for i, image in enumerate(images):
-            if not isinstance(image, Image.Image):
+            if not isinstance(image, Image.Image | Picture):
                 raise EpisodeError(
                     f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_core.images.load_image"
                 )
-        images = tuple(to_rgb(image) for image in images)
-        self._question, self._originals = question, images
-        cap = self._rules.image_budget(limits.max_pixels, len(images))
+        pictures = tuple(replace(picture, image=to_rgb(picture.image)) for picture in map(Picture.of, images))
+        self._question, self._originals = question, pictures
+        cap = self._rules.image_budget(limits.max_pixels, len(pictures))
         first = len(gallery)
+        self._rules.times = {first + i: one.time for i, one in enumerate(pictures) if one.time is not None}
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
-        for i, image in enumerate(images):
+        for i, picture in enumerate(pictures):
             try:
                 height, width = smart_resize(
-                    image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap
+                    picture.image.height, picture.image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap
                 )
             except ImageError as error:
                 raise ImageError(f"{self._name}, image {i}: {error}") from None
             sizes[first + i] = (width, height)
-        if first + len(images) > limits.max_images:
+        if first + len(pictures) > limits.max_images:
             held = f" beside the {first} already shown" if first else ""
             self._end(
                 FinishReason.IMAGE_LIMIT,
-                f"{len(images)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images",
+                f"{len(pictures)} images{held}, at most {limits.max_images} are allowed; raise Limits.max_images",
             )
             return
         if problem := self._pixel_problem(list(sizes.values())):
             self._end(FinishReason.IMAGE_LIMIT, problem)
             return
-        indices = list(range(first, first + len(images)))
+        indices = list(range(first, first + len(pictures)))
         parts = [*head, Mark(self.special.im_start), "user\n", *self._first_user(kind, indices, question, sizes)]
         chunk = self._compose([*parts, *self._assistant_start()], sizes)
         if problem := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, problem)
             return
         gallery.min_pixels = min(limits.min_pixels, cap)
-        views = [gallery.add_original(image, cap) for image in images]
+        views = [gallery.add_original(picture, cap) for picture in pictures]
         gallery.min_pixels = limits.min_pixels
         numbers = {}
         for index, view in zip(indices, views, strict=True):

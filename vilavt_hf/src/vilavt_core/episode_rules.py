@@ -13,6 +13,8 @@ from .prompts import PromptPart, PromptSet
 
 Sizes = Mapping[int, tuple[int, int]]
 """Width and height in pixels of every image, by its place in the conversation."""
+Times = Mapping[int, float]
+"""Seconds of the images that are frames of a video, by their place in the conversation."""
 
 
 class EpisodeRules:
@@ -25,6 +27,8 @@ class EpisodeRules:
 
     def __init__(self, preset: Preset, prompts: PromptSet) -> None:
         self.preset, self.prompts = preset, prompts
+        self.times: Times = {}
+        """Of the images that are to be shown next; the episode says them before it asks for a turn."""
 
     # ------------------------------------------------------------------ the first turn
 
@@ -64,9 +68,14 @@ class EpisodeRules:
         return len({sizes[i] for i in indices}) > 1
 
     def _lines(self, indices: Sequence[int], sizes: Sizes, *, sized: bool) -> list[tuple[PromptPart, ...]]:
-        """What stands for each image, with its size or without."""
-        template = "original_sized" if sized else "original"
-        return [self.prompts.render(template, image=i, index=i, width=sizes[i][0], height=sizes[i][1]) for i in indices]
+        """What stands for each image, with its size or without, and with its time if it is a frame."""
+        lines = []
+        for i in indices:
+            kind, time = ("original", {}) if i not in self.times else ("frame", {"time": f"{self.times[i]:.2f}"})
+            template = f"{kind}_sized" if sized else kind
+            width, height = sizes[i]
+            lines.append(self.prompts.render(template, image=i, index=i, width=width, height=height, **time))
+        return lines
 
     def _intro(self, indices: Sequence[int], sizes: Sizes, *, sized: bool, of: int = 0) -> str:
         """How many images there are and, if their lines do not say it, how large image number `of` of them is."""

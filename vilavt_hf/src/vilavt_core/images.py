@@ -116,7 +116,7 @@ def load_image(
         label = name or "the array"
         _check_size(array_size(source, label), limits, label)  # type: ignore[arg-type]
         return to_rgb(array_image(source, label))  # type: ignore[arg-type]
-    data, label = _stored(source, limits, name, allow_urls, allow_paths, url_policy)
+    data, label = stored(source, limits, name, allow_urls, allow_paths, url_policy)
     return _open(data, limits, label, rules)
 
 
@@ -131,7 +131,7 @@ def image_file(
         buffer = io.BytesIO()
         load_image(source, limits, rules=rules, name=name).save(buffer, "PNG")
         return buffer.getvalue()
-    return _stored(source, limits, name, False, True, UrlPolicy())[0]
+    return stored(source, limits, name, False, True, UrlPolicy())[0]
 
 
 def image_size(
@@ -159,7 +159,7 @@ def image_size(
         label = name or _shown(os.fsdecode(source))
         _check_file(Path(source), limits, label)
     else:
-        data, label = _stored(source, limits, name, False, True, UrlPolicy())
+        data, label = stored(source, limits, name, False, True, UrlPolicy())
         file = io.BytesIO(data)
     try:
         with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
 
 
-def _stored(
+def stored(
     source: ImageSource,
     limits: ImageLimits,
     name: str | None,

@@ -105,6 +105,23 @@ def fit(image: Image.Image, *, min_pixels: float = MIN_PIXELS, max_pixels: float
 
 
 @dataclass(frozen=True, eq=False)
+class Picture:
+    """A source picture, decoded, and what is known of it."""
+
+    image: Image.Image
+    """RGB, upright, at full resolution."""
+    name: str = ""
+    """Of its file, for people; empty: unknown."""
+    time: float | None = None
+    """Seconds after the first frame of its video; None: it is no frame of a video."""
+
+    @classmethod
+    def of(cls, image: Image.Image | Picture) -> Picture:
+        """A picture as it is, or an image of which nothing else is known."""
+        return image if isinstance(image, Picture) else cls(image)
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """One image as the encoder gets it, and where it comes from."""
 
@@ -119,6 +136,10 @@ class View:
     """Index of the shown image that the region was named on; None for an original."""
     box: Box | None = None
     """The region in pixels of the parent as shown; None for an original."""
+    name: str = ""
+    """Of the source's file; empty: unknown."""
+    time: float | None = None
+    """Of the source within its video, in seconds; None: it is no frame."""
 
     @property
     def tokens(self) -> int:
@@ -161,14 +182,16 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.views)
 
-    def add_original(self, image: Image.Image, max_pixels: float = MAX_PIXELS) -> View:
+    def add_original(self, image: Image.Image | Picture, max_pixels: float = MAX_PIXELS) -> View:
         """Show a whole source picture, at most ``max_pixels`` large.
 
         Raises:
             ImageError: the picture's shape is refused; nothing is added.
         """
-        view = View(fit(image, min_pixels=self.min_pixels, max_pixels=max_pixels), source=len(self.sources))
-        self.sources.append(image)
+        picture = Picture.of(image)
+        shown = fit(picture.image, min_pixels=self.min_pixels, max_pixels=max_pixels)
+        view = View(shown, source=len(self.sources), name=picture.name, time=picture.time)
+        self.sources.append(picture.image)
         self.views.append(view)
         return view
 
@@ -275,4 +298,14 @@ class Gallery:
         zoomed = self.sources[plan.source].crop(plan.source_box).resize(plan.zoomed_size, Image.Resampling.LANCZOS)
         zoomed = zoomed if zoomed.mode == "RGB" else zoomed.convert("RGB")
         image = zoomed if zoomed.size == plan.size else zoomed.resize(plan.size, Image.Resampling.BICUBIC)
-        return View(image, plan.source, plan.view_region, "crop", plan.region.index, plan.region.box)
+        parent = self.views[plan.region.index]
+        return View(
+            image,
+            plan.source,
+            plan.view_region,
+            "crop",
+            plan.region.index,
+            plan.region.box,
+            parent.name,
+            parent.time,
+        )

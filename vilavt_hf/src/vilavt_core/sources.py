@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -23,6 +25,58 @@ ACCEPTED = (
 
 _CHANNELS = (1, 3, 4)
 _SINGLE = (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Image.Image)
+
+FRAMES = 32
+"""Frames of a video that the published evaluation of VSI-Bench shows."""
+
+Rule = Literal["ends", "centres"]
+"""Which frames ``frames=N`` takes, uniform in time: ``ends``, the first, the last, and N - 2 between them; ``centres``,
+those in the middle of N equal parts of the duration."""
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A video among the pictures of a question; its frames become images of the conversation, in order of time.
+
+    Args:
+        source: a path, the bytes of a file, an open binary file, a ``data:`` URL, or an http(s) URL where allowed.
+        frames: how many, uniform in time by `rule`; all if the file has fewer. Defaults to 32 if `fps` is None.
+        fps: instead, frames per second from the first frame on.
+        rule: see `Rule`.
+        name: what errors and pages call it; defaults to the file's name.
+
+    Raises:
+        ImageError: both or impossible numbers, or an unknown rule.
+    """
+
+    source: str | Path | bytes | BinaryIO
+    frames: int | None = None
+    fps: float | None = None
+    rule: Rule = "ends"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.fps is not None:
+            raise ImageError(f"{self.label}: frames={self.frames} and fps={self.fps}; give one of the two")
+        if self.frames is not None and (isinstance(self.frames, bool) or self.frames != int(self.frames)):
+            raise ImageError(f"{self.label}: frames={self.frames!r} must be a whole number")
+        if self.frames is not None and self.frames < 1:
+            raise ImageError(f"{self.label}: frames={self.frames}, at least 1 must be taken")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ImageError(f"{self.label}: fps={self.fps} must be above 0")
+        if self.rule not in get_args(Rule):
+            raise ImageError(f"{self.label}: unknown rule {self.rule!r}; known are {', '.join(get_args(Rule))}")
+
+    @property
+    def label(self) -> str:
+        """What errors call it."""
+        if self.name:
+            return self.name
+        if isinstance(self.source, str) and self.source[:5].lower() == "data:":
+            return "the video"
+        if isinstance(self.source, str | Path):
+            return str(self.source)[:200]
+        return str(getattr(self.source, "name", "the video"))
 
 
 class PixelArray(Protocol):
@@ -40,10 +94,20 @@ class PixelArray(Protocol):
 
 
 ImageSource = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Mapping[str, Any] | PixelArray | Image.Image
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Mapping[str, Any]
+    | PixelArray
+    | Image.Image
+    | Video
 )
 """One picture: a file's path, its bytes, the open file, a ``data:`` URL, an http(s) URL (where allowed), a row
-``{"bytes": …, "path": …}`` of `datasets`, pixels as an array or tensor, or a PIL image."""
+``{"bytes": …, "path": …}`` of `datasets`, pixels as an array or tensor, or a PIL image. Where a question is asked, also
+a `Video`, whose frames are pictures."""
 
 
 def image_list(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
@@ -56,13 +120,23 @@ def image_list(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]
         axes = len(images.shape)  # type: ignore[union-attr, arg-type]
         several = axes == 4 or (axes == 1 and not _is_numeric(images))
         return list(images) if several else [images]  # type: ignore[arg-type, list-item]
-    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Mapping | Image.Image) or is_file(
-        images
-    ):
+    if isinstance(images, (*_SINGLE, Video)) or is_file(images):
         return [images]  # type: ignore[list-item]
     if isinstance(images, Iterable) and not isinstance(images, set | frozenset):
         return list(images)
     raise ImageError(f"a {type_name(images)} is no picture and no list of pictures; a picture is {ACCEPTED}")
+
+
+def source_name(source: ImageSource) -> str:
+    """Name of a picture's file without its folder, for people; empty where none is known."""
+    if isinstance(source, Mapping):
+        source = source.get("path") or ""
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return ""
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source).partition("?")[0].rstrip("/").rpartition("/")[2][:200]
+    name = getattr(source, "name", None) or getattr(source, "filename", None)
+    return source_name(name) if isinstance(name, str) else ""
 
 
 def is_file(source: object) -> bool:

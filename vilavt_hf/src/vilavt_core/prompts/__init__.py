@@ -43,6 +43,8 @@ TEMPLATES: Mapping[str, TemplateInfo] = MappingProxyType(
         "system": _info("the system turn"),
         "original": _info("one original image and its index line", "image", "index"),
         "original_sized": _info("the same, with the size as shown", "image", "index width height", "original"),
+        "frame": _info("one frame of a video and its line", "image", "index time", "original"),
+        "frame_sized": _info("the same, with the size as shown", "image", "index time width height", "original_sized"),
         "crop": _info("one crop and its index line, in a tool response", "image", "index width height"),
         "images_one": _info("first line of the question block: one image", "", "width height"),
         "images_many": _info(
