@@ -180,7 +180,9 @@ class _File:
 
     def _read_times(self) -> tuple[list[int], list[int], int]:
         """Presentation times of all frames in ticks of the stream, those of the key frames, and the end of the last."""
-        ticks, keys, missing, end = [], [], 0, 0
+        ticks: list[int] = []
+        keys: list[int] = []
+        missing, end = 0, 0
         for packet in self.container.demux(self.stream):
             self._check_time()
             if not packet.size or packet.is_discard:
@@ -376,7 +378,8 @@ def _opened(
 
 def _readable(video: Video, limits: VideoLimits, *, allow_urls: bool, allow_paths: bool, url_policy: UrlPolicy) -> Any:
     """An open binary file that can be sought in; files of this machine are not read into memory."""
-    source, label = video.source, video.label
+    source: Any = video.source
+    label = video.label
     local = isinstance(source, Path) or (
         isinstance(source, str) and source[:5].lower() != "data:" and "://" not in source[:20]
     )

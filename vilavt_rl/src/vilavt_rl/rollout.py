@@ -15,6 +15,7 @@ from vilavt_core.data.rendering import Outline
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
 from vilavt_core.images import image_size
+from vilavt_core.regions import Picture
 from vilavt_core.results import Sample
 from vilavt_core.settings import preset_of
 from vilavt_hf.processing_vilavt import VilavtProcessor
@@ -99,7 +100,7 @@ def first_turn_fits(row: Row, settings: ConversationSettings, max_prompt: int) -
     return not episode.finished and len(episode.record.token_ids) <= max_prompt
 
 
-def _open(row: Row, settings: ConversationSettings, images: Sequence[Image.Image]) -> Episode:
+def _open(row: Row, settings: ConversationSettings, images: Sequence[Image.Image | Picture]) -> Episode:
     limits = settings.limits
     if row.max_pixels is not None:
         pixels = max(limits.min_pixels, min(row.max_pixels, limits.max_pixels))
