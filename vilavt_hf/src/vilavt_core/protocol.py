@@ -207,7 +207,7 @@ def _check_answer(content: str) -> None:
             raise _Refusal(
                 MalformedReason.THOUGHT_IN_ANSWER, f"{tag} stands inside the answer; think before {ANSWER_OPEN}"
             )
-    for tag in (TOOL_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE):
+    for tag in (TOOL_OPEN, TOOL_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE):
         if tag in content:
             raise _Refusal(MalformedReason.MARKUP_IN_ANSWER, f"{tag} stands inside the answer; leave it out")
 

@@ -203,8 +203,8 @@ def picked(prediction: str, texts: Mapping[str, str]) -> frozenset[str]:
     letter, own = match["letter"].upper(), texts.get(match["letter"].upper(), "")
     if own and not match["blank"] and rest.casefold().startswith(own.casefold()):
         reason = rest[len(own) :]
-        if not re.match(r"\w", reason) and not _names_another(letter, f"it{reason}", in_list=False):
-            return frozenset(letter)
+        if not re.match(r"\w", reason):
+            return frozenset() if _names_another(letter, f"it{reason}", in_list=False) else frozenset(letter)
     if (said_text := normalise(rest)) in words.values() and said_text:
         return frozenset(letter) if words.get(letter) == said_text else frozenset()
     found = _letter_of(match)

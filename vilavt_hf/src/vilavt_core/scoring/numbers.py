@@ -69,14 +69,15 @@ _FRACTIONS = {
     for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
 }
 """½ and its like -> 1/2."""
-_GROUPS = re.compile(r"(?<![\w.,/^])(\d{1,3})((?:[ \u00a0\u2007\u2009\u202f]\d{3})+)(?![\d/]|\s?/|,\d|[ \u00a0\u2007\u2009\u202f]\d)")
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_GROUPS = re.compile(
+    r"(?<![\w.,/^])(\d{1,3})((?:[ \u00a0\u2007\u2009\u202f]\d{3})+)(?![\d/]|\s?/|,\d|[ \u00a0\u2007\u2009\u202f]\d)"
+)
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
 _WORD_VALUES = (
     {word: value for value, word in enumerate((_ONES + " eighteen nineteen").split())}
-    | {
-        word: 10 * tens
-        for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
-    }
+    | {word: 10 * tens for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
     | {word: value for value, word in enumerate("零一二三四五六七八九十")}
     | {"两": 2}
 )

@@ -29,9 +29,7 @@ def with_letters(options: Sequence[str]) -> tuple[str, ...]:
     if len(options) > len(string.ascii_uppercase):
         raise ScoringError(f"{len(options)} options are listed, there are {len(string.ascii_uppercase)} letters")
     letters = string.ascii_uppercase[: len(options)]
-    own = [
-        half_width(match["letter"]).upper() if (match := _OWN_LETTER.match(option)) else None for option in options
-    ]
+    own = [half_width(match["letter"]).upper() if (match := _OWN_LETTER.match(option)) else None for option in options]
     if own == list(letters):
         return tuple(options)
     return tuple(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
@@ -50,7 +48,9 @@ def read_options(value: Any) -> tuple[str, ...]:
     if isinstance(value, Mapping):
         letters = string.ascii_uppercase[: len(value)]
         if list(value) != list(letters):
-            raise ScoringError(f"options are named {', '.join(map(str, value))}; they must be A, B, … in order, or a list")
+            raise ScoringError(
+                f"options are named {', '.join(map(str, value))}; they must be A, B, … in order, or a list"
+            )
         value = list(value.values())
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ScoringError(f"options are a {type(value).__name__}; they must be a list of texts")

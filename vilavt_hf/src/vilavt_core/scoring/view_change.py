@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -30,7 +31,7 @@ def parse_view_change(text: str) -> dict[str, float] | None:
         if match is None or match["key"].lower() not in _KNOWN or match["key"].lower() in found:
             return None
         found[match["key"].lower()] = float(match["value"])
-    return found
+    return found if all(map(math.isfinite, found.values())) else None
 
 
 def axes_score(prediction: Mapping[str, float], target: Mapping[str, float]) -> float:
