@@ -132,9 +132,8 @@ def test_every_row_that_is_read_can_earn_the_whole_reward(folder: Path) -> None:
     rows = read_rows(write(folder, *records))
     assert [row.options for row in rows[:4]] == [(), *[("A. A is closer", "B. B is closer")] * 2, ("A. 1", "B. 2")]
     assert [Row.from_json(json.loads(json.dumps(row.to_json()))) for row in rows] == rows
-    for row, answers in zip(
-        rows, [("D",), *[("B", "(B) B is closer", "B is closer")] * 2, ("B", "2"), ("yes",), ("3 m",)]
-    ):
+    answered = [("D",), *[("B", "(B) B is closer", "B is closer")] * 2, ("B", "2"), ("yes",), ("3 m",)]
+    for row, answers in zip(rows, answered, strict=True):
         for answer in answers:
             turn = Message("assistant", f"<think>so</think><answer>{answer}</answer>")
             assert reward(Trajectory((turn,)), row.task).overall == 1, (row.answer, answer)

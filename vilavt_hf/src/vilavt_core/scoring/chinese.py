@@ -71,7 +71,7 @@ def spaced(text: str) -> str:
 
 
 def plain_number_words(text: str) -> str:
-    """Text whose Chinese units after digits are symbols, ``百分之50`` is ``50%``, ``2分之1`` is ``1/2``, ``负3`` ``-3``."""
+    """Text with symbols for Chinese units after digits; ``百分之50`` is ``50%``, ``负3`` is ``-3``."""
     text = half_width(text)
     for pattern, plain in _SPELLINGS:
         text = pattern.sub(plain, text)

@@ -23,7 +23,8 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _CHINESE_LEAD = re.compile(
-    r"(?:(?:所以|因此|因而|故|综上所述|综上|我认为|我觉得|我|应该|应当|应|最终|最后|正确|答案|选项|选择|選項|選擇|选|選|的|是|为|為|就)[ :,]{0,3})+"
+    r"(?:(?:所以|因此|因而|故|综上所述|综上|我认为|我觉得|我|应该|应当|应|最终|最后|正确"
+    r"|答案|选项|选择|選項|選擇|选|選|的|是|为|為|就)[ :,]{0,3})+"
 )
 _LETTER = re.compile(
     r"[(\[{]? ?(?P<letter>[A-Za-z])(?:(?P<mark> ?[)\]}>.:,!][)\]}>.:,! ]*| ?[-–—](?: |$))|$|(?P<blank> ))(?P<rest>.*)"
@@ -42,7 +43,8 @@ _BRACKET = re.compile(r" ?[)\]]| [-–—](?: |$)")
 _POINT = re.compile(r" ?[.:]")
 # Words before a letter that is the name of a thing in the picture.
 _NAMED = re.compile(
-    r"\b(?:than|to|from|of|as|by|with|near|behind|above|below|beside|under|over|between|and|or|nor|object|point|person) $",
+    r"\b(?:than|to|from|of|as|by|with|near|behind|above|below|beside|under|over|between"
+    r"|and|or|nor|object|point|person) $",
     re.IGNORECASE,
 )
 _STATES = re.compile(r" (?:is|are|was|has|lies|looks|seems|stands|sits|appears)\b")

@@ -23,7 +23,7 @@ _VERDICT_OF = {word: verdict for verdict, words in _CLAUSES.items() for word in 
 def yes_or_no(text: str) -> str | None:
     """``yes`` or ``no`` if one of both is named, however often, and the other is not; else None.
 
-    The English words count wherever they stand (``No, there is no dog``). ``True`` and ``False``, and in Chinese ``是``,
+    The English words count wherever they stand (``No, there is no dog``). ``True``, ``False``, and in Chinese ``是``,
     ``否``, ``对``, ``错``, ``有``, ``没有`` and their like, count where they stand alone between punctuation, as in
     ``否，没有狗``: in a sentence they may mean the opposite ("that is not true", ``是否``).
     """

@@ -75,9 +75,10 @@ _GROUPS = re.compile(
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 )
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORD_VALUES = (
     {word: value for value, word in enumerate((_ONES + " eighteen nineteen").split())}
-    | {word: 10 * tens for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+    | {word: 10 * tens for tens, word in enumerate(_TENS.split(), 2)}
     | {word: value for value, word in enumerate("零一二三四五六七八九十")}
     | {"两": 2}
 )

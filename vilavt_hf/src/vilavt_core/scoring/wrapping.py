@@ -1,4 +1,4 @@
-"""What an answer or a right answer is wrapped in: tags, boxes, a thought before it. Taken off here, and nowhere else."""
+"""What an answer or a right answer is wrapped in: tags, boxes, a thought before it. Only here it is taken off."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def compute_score(
         data_source: prefix of metrics.
         solution_str: the decoded response; read only if `extra_info` has no ``messages``.
         ground_truth: the right answer.
-        extra_info: ``question_type``; of a multiple choice ``options`` if they are known; and from our agent loop ``messages``, ``sampled_tokens`` and
-            ``reward_step``.
+        extra_info: ``question_type``; of a multiple choice ``options`` if they are known; and from our agent loop
+            ``messages``, ``sampled_tokens`` and ``reward_step``.
         settings: fields of :class:`vilavt_rl.rewards.RewardSettings` (``reward.custom_reward_function.reward_kwargs``).
 
     Returns:
