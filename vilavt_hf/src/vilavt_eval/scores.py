@@ -353,7 +353,7 @@ def _strict(
     if prediction == "":
         return Flaw.EMPTY, "", 0.0
     # What leaves open where its answer is goes to the metric as it is.
-    sides = [text if bare is None else bare for text, bare in ((response, prediction), (target, wanted))]
+    sides: list[Any] = [text if bare is None else bare for text, bare in ((response, prediction), (target, wanted))]
     try:
         measure = type_metric(kind) if rule is None else find_metric(rule.metric)
     except (BenchmarkError, ScoringError) as error:

@@ -163,11 +163,10 @@ def parse_number(text: str) -> Number | None:
 def _once(match: re.Match[str]) -> str:
     """A number that is said in digits and in words, in digits; as it is if both differ."""
     digits, words = match["digits"] or match["after"], match["gloss"] or match["word"]
-    values = [_WORD_VALUES.get(part) for part in re.split("[- ]", words.lower())]
-    if len(values) == 2 and None not in values and not (values[0] % 10 == 0 < values[1] < 10 < values[0]):
+    values = [_WORD_VALUES.get(part, -1) for part in re.split("[- ]", words.lower())]
+    if min(values) < 0 or (len(values) == 2 and not (values[0] % 10 == 0 < values[1] < 10 < values[0])):
         return match[0]
-    same = None not in values and sum(values) == int(digits)
-    return digits if same else match[0]
+    return digits if sum(values) == int(digits) else match[0]
 
 
 def _value(match: re.Match[str]) -> tuple[float, int]:
