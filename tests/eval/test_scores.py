@@ -665,3 +665,35 @@ def test_a_missing_package_is_named_with_the_smallest_extra_that_brings_it(monke
         with pytest.raises(SystemExit):
             cli.main()
         assert f'pip install "vilavt-hf[{extra}]"' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_options_of_a_row_are_compared_by_letter_and_text(tmp_path):
+    depth = {"question": "Which is closer?", "options": ["A is closer", "B is closer"]}
+    listed = {"question": "Which is closer?\n(A) B is closer\n(B) A is closer"}
+    found = scored(
+        tmp_path,
+        row(1, "(B) B is closer", "B", **depth),
+        row(2, "B is closer", "B", **depth),
+        row(3, "B. A is closer", "B", **depth),
+        row(4, "A is closer", "B", **listed),
+        row(5, "A: B is closer", "A", **listed),
+        row(6, "B. B is closer", "B", **listed),
+        row(7, "(B) B is closer", "B"),
+        row(8, "B", "B", options=7, question=3),  # of anybody's file
+    )
+    assert found.scores("strict") == pytest.approx([1, 1, 0, 1, 1, 0, 1, 1])
+    assert found.problems == ()
+
+
+def test_a_right_answer_that_is_none_of_the_options_is_a_flaw(tmp_path):
+    found = scored(tmp_path, row(1, "E", "E", options=["left", "right"]), row(2, "AB", "AB"))
+    assert found.flaws == {Flaw.BAD_TARGET: 2}
+
+
+def test_a_right_answer_is_read_without_tag_and_box(tmp_path):
+    targets = ["<answer>D</answer>", "\\boxed{D}", "$\\boxed{\\text{D}}$", "<think>so</think><answer>D</answer>"]
+    found = scored(tmp_path, *(row(i, "(D)", target) for i, target in enumerate(targets)))
+    assert found.scores("strict") == pytest.approx([1, 1, 1, 1])
