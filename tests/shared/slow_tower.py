@@ -22,8 +22,8 @@ def patch_places(grids, merge, side):
 def slow_tower(tower, pixels, grids, counts, text, mask, seen=None):
     """Plain loops over images, frames and patches; only the weights are shared with the model under test.
 
-    `seen`, a list, gets for every block all attention as (heads, N, N + Q * T): rows and first columns are patches in the
-    order of the pixels, the others the columns of the query rows, 0 where nothing is attended to.
+    `seen`, a list, gets for every block all attention as (heads, N, N + Q * T): rows and first columns are patches in
+    the order of the pixels, the others the columns of the query rows, 0 where nothing is attended to.
     """
     config = tower.config
     merge, heads = config.spatial_merge_size, config.num_heads

@@ -1,7 +1,7 @@
 """Where the patches of one inquiry look, reduced to small pictures and numbers: for figures, traces and web pages.
 
-`vilavt_hf.attention_maps` measures it; nothing here needs a model. A map has one grey pixel per patch (14 x 14 pixels of
-the crop), so a crop's map is a PNG of some hundred bytes.
+`vilavt_hf.attention_maps` measures it; nothing here needs a model. A map has one grey pixel per patch (14 x 14 pixels
+of the crop), so a crop's map is a PNG of some hundred bytes.
 
 Shapes: R images of the inquiry, W words of the query, h and w patches of one image.
 """

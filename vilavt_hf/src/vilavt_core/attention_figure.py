@@ -144,9 +144,7 @@ class _Pen:
             full = max(heat.scale for heat in seen[:2])
             lines = [a.title, f"A, B: up to {full:.2g} × even", f"B - A: {_most(seen[2])}; full colour: {most:.2g}"]
             row = [self.label([*lines, f"attention moved: {100 * moved:.1f} %"])]
-            row += [
-                self.crops(before, heat, limit) for heat, limit in zip(seen, (full, full, most), strict=True)
-            ]
+            row += [self.crops(before, heat, limit) for heat, limit in zip(seen, (full, full, most), strict=True)]
             row += [self.words(one.words, layer.words, top) for one, layer in ((before, a), (after, b)) if one.words]
             rows.append(row)
         return self.table(f"A: {names[0]}\nB: {names[1]}", headers, rows)

@@ -23,6 +23,7 @@ from .protocol import Action, Answer, Malformed, NoAction, ToolCall
 from .regions import FACTOR, View
 from .results import ChatResult
 
+
 def write_html(
     results: ChatResult | Sequence[ChatResult], path: str | Path, *, sections: Sequence[str] | None = None
 ) -> Path:

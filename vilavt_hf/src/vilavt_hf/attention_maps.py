@@ -100,8 +100,8 @@ def look(
 ) -> list[GroupAttention]:
     """Encode images and say where their patches looked.
 
-    Costs one more encode, and for each watched block its projection and softmax once more. What is kept of a block takes
-    ``4 * E * (N * (R + M) + (R + P) * (N + M))`` bytes of host memory.
+    Costs one more encode, and for each watched block its projection and softmax once more. What is kept of a block
+    takes ``4 * E * (N * (R + M) + (R + P) * (N + M))`` bytes of host memory.
 
     Args:
         model: on one device.
@@ -167,20 +167,22 @@ def words_of(tokenizer: Any, token_ids: Sequence[int]) -> list[tuple[str, list[i
     """
     special = set(tokenizer.all_special_ids)
     words: list[tuple[str, list[int]]] = []
-    text, places, before, new = "", [], "", True
+    places: list[int] = []
+    before, ended = "", True
     for place, token in enumerate(token_ids):
         places.append(place)
         whole = tokenizer.decode(list(token_ids[: place + 1]), clean_up_tokenization_spaces=False)
         if not is_whole_text(whole) and place + 1 < len(token_ids):
             continue
         piece, before = whole[len(before) :], whole
-        begins = new or token in special or piece[:1].isspace() or east_asian_width(piece.strip()[:1] or " ") in "WF"
-        if begins or not words:
-            words.append((piece.strip(), places))
+        text = piece.strip()
+        begins = ended or token in special or piece[:1].isspace() or east_asian_width(text[:1] or " ") in "WF"
+        only_spaces = bool(words) and not words[-1][0]
+        if words and (only_spaces or not begins):
+            words[-1] = (words[-1][0] + text, words[-1][1] + places)
         else:
-            text, own = words[-1]
-            words[-1] = (text + piece.strip(), own + places)
-        new, places = token in special or piece[-1:].isspace(), []
+            words.append((text, places))
+        ended, places = token in special or piece[-1:].isspace(), []
     return words
 
 
@@ -212,9 +214,7 @@ def picture_of(
         captions=tuple(captions or (f"image {index}" for index in inquiry.image_indices)),
         sizes=sizes,
         patches=tuple((patch.image, patch.row, patch.column) for patch in maps.chosen),
-        layers=tuple(
-            _layer(maps, entry, words, every_word=n == 0) for n, entry in enumerate(_entries(maps))
-        ),
+        layers=tuple(_layer(maps, entry, words, every_word=n == 0) for n, entry in enumerate(_entries(maps))),
         images=inquiry.images,
     )
 
@@ -474,9 +474,7 @@ def _chosen(kind: str, wanted: Sequence[int] | Literal["all"], count: int) -> li
         raise AttentionError(f"{kind}s={wanted!r}: give numbers from 0 to {count - 1}, or 'all'")
     for one in wanted:
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < count:
-            raise AttentionError(
-                f"{kind} {one!r}: the vision encoder has {count} {kind}s, numbered 0 to {count - 1}"
-            )
+            raise AttentionError(f"{kind} {one!r}: the vision encoder has {count} {kind}s, numbered 0 to {count - 1}")
     return sorted(set(wanted))
 
 

@@ -1,4 +1,4 @@
-"""``vilavt attention``: draw where the patches of regions look inside the vision encoder, and what the query changes."""
+"""``vilavt attention``: draw where regions look inside the vision encoder, and what the query changes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ def attention(
     shown = show or ("patch 0" if patches and other is None else "received")
     if other is not None and shown != "received":
         raise typer.BadParameter(f"{show!r}: a comparison of two queries shows received", param_hint="--show")
-    chosen: dict[str, Any] = {"blocks": _numbers("--block", block) if block else None, "heads": _numbers("--head", head)}
+    chosen: dict[str, Any] = {
+        "blocks": _numbers("--block", block) if block else None,
+        "heads": _numbers("--head", head),
+    }
     if out.suffix.lower() != ".png" and (out.suffix or out.is_file()):
         raise typer.BadParameter(f"{out}: name a .png file or a folder", param_hint="--out")
     if not out.absolute().parent.is_dir():
