@@ -89,7 +89,7 @@ def attention(
         "blocks": _numbers("--block", block) if block else None,
         "heads": _numbers("--head", head),
     }
-    if out.suffix.lower() != ".png" and (out.suffix or out.is_file()):
+    if out.suffix.lower() != ".png" and not out.is_dir() and (out.suffix or out.is_file()):
         raise typer.BadParameter(f"{out}: name a .png file or a folder", param_hint="--out")
     if not out.absolute().parent.is_dir():
         raise typer.BadParameter(
