@@ -343,7 +343,7 @@ def test_the_command_draws_the_zoom_calls_of_a_conversation(tiny_checkpoint, pho
     forced = format_turn(ToolCall((Region(0, (0, 0, 56, 56)),), "the box"))
 
     def ask(chat, images, question):
-        chat.settings = replace(chat.settings, limits=replace(chat.settings.limits, max_new_tokens_per_turn=3))
+        chat.settings = replace(chat.settings, limits=replace(chat.settings.limits, max_new_tokens_per_turn=80))
         hook = Intervention(forced_turns=lambda sample, turn: forced if turn == 0 else None)
         return chat.ask_many([Sample(images, question)], intervention=hook)[0]
 
