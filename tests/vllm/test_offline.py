@@ -12,7 +12,7 @@ from vilavt_core.driver import Driver
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.results import Sample
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.tiny.evaluate import tasks
+from vilavt_hf.tiny.benchmark import tasks
 from vilavt_vllm import Inquiry, VilavtLLM
 from vilavt_vllm.errors import EngineFailure, LimitError
 
