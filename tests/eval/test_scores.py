@@ -1,13 +1,11 @@
 """Scores of result files: no row stops them, tables, intervals, seeds, reports."""
 
 import json
-import math
 import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -67,9 +67,7 @@ def wilson(right: float, number: int, level: float = LEVEL) -> Interval:
     half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
     scale = 1 + z * z / number
     # a share of 0 or 1 is an end of its own interval, whatever rounding says
-    return Interval(
-        0.0 if share == 0 else (middle - half) / scale, 1.0 if share == 1 else (middle + half) / scale
-    )
+    return Interval(0.0 if share == 0 else (middle - half) / scale, 1.0 if share == 1 else (middle + half) / scale)
 
 
 def mean_interval(

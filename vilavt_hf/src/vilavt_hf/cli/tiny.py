@@ -54,10 +54,10 @@ def eval_command(
         raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
     from vilavt_core.shipped import shipped
 
-    from ..tiny.evaluate import evaluate
+    from ..tiny.evaluate import evaluate_tiny
 
     with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
-        report = evaluate(
+        report = evaluate_tiny(
             str(checkpoint or shipped("vilavt-tiny")),
             Path(folder),
             split=split,  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ class TinyReport:
         return {**vars(self), "table": self.table.to_json()}
 
 
-def evaluate(
+def evaluate_tiny(
     checkpoint: str,
     folder: Path,
     *,
@@ -103,14 +103,14 @@ def evaluate(
     Raises:
         EvaluationError: a question ended in an error.
     """
-    fingerprint, table = measure(
+    fingerprint, table = score_scenes(
         checkpoint, folder, ROWS, split=split, limit=limit, concurrency=concurrency, progress=progress
     )
     count = len(tasks(split, limit))
     return TinyReport(checkpoint, fingerprint, count, split, SEED, table, **pixel_classifier(split))
 
 
-def measure(
+def score_scenes(
     checkpoint: str,
     folder: Path,
     rows: Sequence[str],
@@ -120,7 +120,7 @@ def measure(
     concurrency: int = 64,
     progress: bool = False,
 ) -> tuple[str, AblationTable]:
-    """The checkpoint's fingerprint, and the method as it is beside some of `ROWS`; see `evaluate`."""
+    """The checkpoint's fingerprint, and the method as it is beside some of `ROWS`; see `evaluate_tiny`."""
     todo = tasks(split, limit)
     own = interventions(todo)
     questions = Questions(load_benchmark(write_benchmark(folder, limit, split)), folder)
