@@ -63,7 +63,7 @@ class TinyReport:
     """What the tiny model scores."""
 
     checkpoint: str
-    fingerprint: str
+    fingerprint: str | None
     questions: int
     split: Split
     seed: int
@@ -119,7 +119,7 @@ def score_scenes(
     limit: int | None = None,
     concurrency: int = 64,
     progress: bool = False,
-) -> tuple[str, AblationTable]:
+) -> tuple[str | None, AblationTable]:
     """The checkpoint's fingerprint, and the method as it is beside some of `ROWS`; see `evaluate_tiny`."""
     todo = tasks(split, limit)
     own = interventions(todo)
