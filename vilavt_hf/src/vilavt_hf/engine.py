@@ -149,8 +149,9 @@ class Sampler:
     """Greedy, or repetition penalty / temperature / top-k / top-p with one uniform number per token from the row's own
     generator.
 
-    The penalty is transformers' `RepetitionPenaltyLogitsProcessor`, which does the same as vLLM's. Its temperature, top-k
-    and top-p processors only mask; they neither draw per row nor keep ties in a fixed order, so the rest is done here.
+    The penalty is transformers' `RepetitionPenaltyLogitsProcessor`, which does the same as vLLM's. Its temperature,
+    top-k and top-p processors only mask; they neither draw per row nor keep ties in a fixed order, so the rest is done
+    here.
 
     A row draws from its generator only, and exactly once per token, so what else is in the batch does not change its
     samples.
