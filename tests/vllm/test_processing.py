@@ -135,7 +135,7 @@ def test_an_image_of_an_episode_that_would_be_resized_is_refused_with_both_sizes
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     large = pictures[0].resize((28 * 20, 28 * 20))
     with pytest.raises(PlaceholderError, match=r"an image of 560x560 pixels would become .* here, where images have"):
-        process(image, [Inquiry((large,), "", (0,))])
+        process(image, [InquiryItem((large,), "", (0,))])
     assert hashes(process(image, [InquiryItem((large,))]))  # nobody has counted its tokens
 
 
