@@ -30,7 +30,7 @@ from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
 from .protocol import Region
-from .regions import CropPlan, Gallery
+from .regions import CropPlan, Gallery, PixelBounds
 from .results import (
     BilledTokens,
     ChatResult,
@@ -150,6 +150,7 @@ class ConversationSettings:
         limits: Limits | None = None,
         sample_id: str | None = None,
         gallery: Gallery | None = None,
+        bounds: Sequence[PixelBounds] = (),
     ) -> Episode:
         """A new episode about loaded pictures; see :meth:`Episode.start`."""
         return Episode.start(
@@ -161,6 +162,7 @@ class ConversationSettings:
             limits=limits or self.limits,
             sample_id=sample_id,
             gallery=gallery,
+            bounds=bounds,
         )
 
 
@@ -262,7 +264,7 @@ class Driver:
         images = self.settings.load(sample.images)
         again = Driver(sample, self.settings, name=self.name, stream=stream, sampling=sampling)
         again.crops_before = sum(view.kind == "crop" for view in before.views)
-        again.episode = before.follow_up(sample.question, images, limits=sample.limits)
+        again.episode = before.follow_up(sample.question, images, limits=sample.limits, bounds=sample.bounds)
         return again
 
     # ------------------------------------------------------------------ what came of it
@@ -326,6 +328,7 @@ class Driver:
                 limits=limits,
                 sample_id=self.name or None,
                 gallery=None if change is None else _Redirected(limits.min_pixels, self.sample, change),
+                bounds=self.sample.bounds,
             )
         yield from self._advance()
 

@@ -51,7 +51,7 @@ from .protocol import (
     parse_turn,
 )
 from .published_rules import rules_of
-from .regions import CropPlan, Gallery, View, smart_resize
+from .regions import CropPlan, Gallery, PixelBounds, View, smart_resize
 from .versions import version_of
 
 
@@ -87,6 +87,7 @@ class Episode:
         self._whole_text_answers = False
         self._question = ""
         self._originals: tuple[Image.Image, ...] = ()
+        self._bounds: tuple[PixelBounds, ...] = ()
 
     @classmethod
     def start(
@@ -100,6 +101,7 @@ class Episode:
         limits: Limits | None = None,
         sample_id: str | None = None,
         gallery: Gallery | None = None,
+        bounds: Sequence[PixelBounds] = (),
     ) -> Episode:
         """Begin a conversation.
 
@@ -112,6 +114,7 @@ class Episode:
             limits: budgets; None: the preset's.
             sample_id: named in errors and in the result.
             gallery: empty; cuts and keeps the images. None: an ordinary one.
+            bounds: on the pixels of each picture, within the limits; empty: the limits alone.
 
         Returns:
             An episode. If the first turn already breaks a budget it is finished (``image_limit`` or
@@ -138,10 +141,18 @@ class Episode:
             question,
             [Mark(special.im_start), "system\n", *episode.prompts.render("system"), Mark(special.im_end), "\n"],
             "start",
+            bounds,
         )
         return episode
 
-    def follow_up(self, question: str, images: Sequence[Image.Image] = (), *, limits: Limits | None = None) -> Episode:
+    def follow_up(
+        self,
+        question: str,
+        images: Sequence[Image.Image] = (),
+        *,
+        limits: Limits | None = None,
+        bounds: Sequence[PixelBounds] = (),
+    ) -> Episode:
         """A new episode that continues this finished one's stream and images, with a fresh turn count.
 
         Its first request's ``new_token_ids`` hold only what the engine has not seen, so an engine that kept its
@@ -166,7 +177,7 @@ class Episode:
             gallery=self._gallery.fork(),
             stream=self._stream.fork(),
         )
-        episode._open(images, question, episode._turn_end(), "follow_up")
+        episode._open(images, question, episode._turn_end(), "follow_up", bounds)
         return episode
 
     def fallback(self) -> Episode | None:
@@ -198,7 +209,7 @@ class Episode:
             Mark(special.im_end),
             "\n",
         ]
-        episode._open(self._originals, self._question, system, "fallback")
+        episode._open(self._originals, self._question, system, "fallback", self._bounds)
         return episode
 
     @property
@@ -399,7 +410,14 @@ class Episode:
                     "request.stop_token_ids"
                 )
 
-    def _open(self, images: Sequence[Image.Image], question: str, head: list[Any], kind: str) -> None:
+    def _open(
+        self,
+        images: Sequence[Image.Image],
+        question: str,
+        head: list[Any],
+        kind: str,
+        bounds: Sequence[PixelBounds],
+    ) -> None:
         """Check the budgets of the first user turn, then append it."""
         limits, gallery = self.limits, self._gallery
         for i, image in enumerate(images):
@@ -408,15 +426,16 @@ class Episode:
                     f"{self._name}: image {i} is a {type(image).__name__}; load it with vilavt_core.images.load_image"
                 )
         images = tuple(to_rgb(image) for image in images)
-        self._question, self._originals = question, images
+        if bounds and len(bounds) != len(images):
+            raise EpisodeError(f"{self._name}: {len(bounds)} bounds for {len(images)} images; give one for each")
+        self._question, self._originals, self._bounds = question, images, tuple(bounds)
         cap = self._rules.image_budget(limits.max_pixels, len(images))
+        areas = [one.within(limits.min_pixels, cap) for one in bounds or [PixelBounds()] * len(images)]
         first = len(gallery)
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
-        for i, image in enumerate(images):
+        for i, (image, (low, high)) in enumerate(zip(images, areas, strict=True)):
             try:
-                height, width = smart_resize(
-                    image.height, image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap
-                )
+                height, width = smart_resize(image.height, image.width, min_pixels=low, max_pixels=high)
             except ImageError as error:
                 raise ImageError(f"{self._name}, image {i}: {error}") from None
             sizes[first + i] = (width, height)
@@ -436,8 +455,7 @@ class Episode:
         if problem := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, problem)
             return
-        gallery.min_pixels = min(limits.min_pixels, cap)
-        views = [gallery.add_original(image, cap) for image in images]
+        views = [gallery.add_original(image, high, low) for image, (low, high) in zip(images, areas, strict=True)]
         gallery.min_pixels = limits.min_pixels
         numbers = {}
         for index, view in zip(indices, views, strict=True):

@@ -13,7 +13,7 @@ from PIL import Image
 from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
 from .presets import Limits, Sampling
 from .protocol import Answer, Region, ToolCall
-from .regions import View
+from .regions import PixelBounds, View
 
 ImageSource = str | Path | bytes | Image.Image
 """A file's path, its bytes, a URL (where allowed), or a picture."""
@@ -36,6 +36,8 @@ class Sample:
     """Drives this sample's sampling alone; None: made from the chat's seed and `id`."""
     limits: Limits | None = None
     """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
+    bounds: Sequence[PixelBounds] = ()
+    """Of each image, on its pixels as the encoder sees it, within the limits; empty: the limits alone."""
     data: Any = None
     """Anything; not read here, handed to the hooks of an `Intervention`."""
 
@@ -190,6 +192,8 @@ class ChatResult:
     error: Exception | None = None
     fallback: Result | None = None
     """The forced-answer conversation of presets that have one."""
+    ignored: tuple[str, ...] = ()
+    """Fields of the request that a server accepted and did not use."""
 
     @property
     def answer(self) -> str | None:

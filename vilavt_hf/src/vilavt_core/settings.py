@@ -60,7 +60,7 @@ def preset_of(
     if path is None:
         return get_preset(preset or "default")
     try:
-        wanted, limits = _checked(json.loads(path.read_text(encoding="utf-8")), path)
+        wanted, limits = _checked(json.loads(path.read_text(encoding="utf-8-sig")), path)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
