@@ -56,4 +56,5 @@ def converse(client: OpenAI, model: str, checkpoint: str, picture: str, question
 if __name__ == "__main__":
     openai = OpenAI(base_url=sys.argv[1], api_key=os.environ.get("OPENAI_API_KEY", "none"))
     for text, usage in converse(openai, openai.models.list().data[0].id, *sys.argv[2:]):
-        print(f"{text}\n[{usage.prompt_tokens_details.cached_tokens} of {usage.prompt_tokens} prompt tokens cached]")
+        cached = getattr(usage.prompt_tokens_details, "cached_tokens", "?")  # needs --enable-prompt-tokens-details
+        print(f"{text}\n[{cached} of {usage.prompt_tokens} prompt tokens cached]")
