@@ -1,5 +1,5 @@
 """What a server says to requests of other people's clients: accepted, accepted and listed as ignored, or refused in
-which words. One table, through the route, with an engine that answers nothing."""
+which words. One table, through the route, with a model that always says the same."""
 
 import asyncio
 import base64
@@ -16,7 +16,6 @@ from PIL import Image
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
 
-from vilavt_core.results import Finished
 from vilavt_core.wire import read_chunk, read_told
 from vilavt_vllm import register, support
 
@@ -113,7 +112,7 @@ FIELDS = [
     ({"seed": -1}, OK),
     ({"max_tokens": 10}, OK),
     ({"max_completion_tokens": 10**6}, OK),
-    ({"vilavt": {"max_turns": 1, "max_pixels": 50_000}}, OK),
+    ({"vilavt": {"max_turns": 1, "max_pixels": 20_000}}, OK),
     # hints, and what nobody knows
     ({"user": "me"}, ("user",)),
     ({"metadata": {"a": "b"}}, ("metadata",)),
@@ -257,9 +256,9 @@ CONTENTS = [
     ([{"type": "input_image", "image_url": URL}, TEXT], OK),
     ([{"type": "image_url", "image_url": {"url": URL, "detail": "auto"}}, TEXT], OK),
     ([{"type": "image_url", "image_url": {"url": URL, "detail": None}}, TEXT], OK),
-    ([{"type": "image_url", "image_url": {"url": URL}, "max_pixels": 50_000}, TEXT], OK),
-    ([{"type": "image_url", "image_url": {"url": URL, "max_pixels": 50_000}}, TEXT], OK),
-    ([{"type": "image_url", "image_url": {"url": URL}, "min_pixels": 3136, "max_pixels": 50_000.0}, TEXT], OK),
+    ([{"type": "image_url", "image_url": {"url": URL}, "max_pixels": 20_000}, TEXT], OK),
+    ([{"type": "image_url", "image_url": {"url": URL, "max_pixels": 20_000}}, TEXT], OK),
+    ([{"type": "image_url", "image_url": {"url": URL}, "min_pixels": 3136, "max_pixels": 20_000.0}, TEXT], OK),
     ([{"type": "image_url", "image_url": {"url": URL}, "max_pixels": None}, TEXT], OK),
     ([{"type": "image_url", "image_url": {"url": URL.replace("base64,", "base64,\n") + "\n"}}, TEXT], OK),
     ([], OK),
@@ -402,7 +401,7 @@ def named(shape) -> str:
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    """A server whose every question ends at once, without an answer."""
+    """A server whose model answers every question at once."""
     register()
     app, endpoint = FastAPI(), VilavtEndpoint()
     endpoint.attach_router(app)
@@ -411,7 +410,8 @@ def app() -> FastAPI:
     asyncio.run(endpoint.init_state(engine, app.state, Namespace(vilavt=ServerOptions())))
 
     async def events(driver):
-        yield Finished(driver.result)
+        for event in [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]:
+            yield event
 
     app.state.vilavt_loop.llm.events = events
     return app
@@ -437,6 +437,7 @@ def test_a_request_is_accepted_or_refused_in_these_words(app, body, expected):
     assert response.status_code == 200, response.text
     if not body.get("stream"):
         told = response.json()["vilavt"]
+        assert told["finish"] == "answer"
         assert sorted(told["ignored"]) == sorted(expected)
         assert read_told(told).ignored == tuple(told["ignored"])
 
@@ -451,7 +452,7 @@ def test_a_stream_says_in_its_end_what_was_ignored(app):
     response = post(app, {"messages": [USER], "stream": True, "user": "me"})
     chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     (end,) = [chunk["vilavt"] for chunk in chunks if chunk.get("vilavt", {}).get("type") == "end"]
-    (finished,) = read_chunk(end)
+    *_, finished = read_chunk(end)
     assert finished.result.ignored == ("user",)
 
 
