@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from vilavt_core.errors import ImageError
 from vilavt_core.images import load_image
 from vilavt_rl.data import Row, read_rows
 from vilavt_rl.errors import RowError
@@ -150,6 +151,15 @@ def test_a_picture_of_a_row_that_is_none_is_named_in_a_short_message(folder: Pat
         read_rows(write(folder, RECORD | {"image_path": images}))
     assert message in str(raised.value)
     assert len(str(raised.value)) < 600
+
+
+def test_a_damaged_picture_of_a_row_is_named_by_its_sample(folder: Path) -> None:
+    data, _ = embedded(folder)
+    cut = base64.b64encode(data[: len(data) // 2]).decode()
+    (row,) = read_rows(write(folder, RECORD | {"image_path": [f"data:image/png;base64,{cut}"]}))
+    checkpoint = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+    with pytest.raises(ImageError, match="sample rl_data-1: the data URL: the picture is damaged or cut short"):
+        start_row(row, settings_of_checkpoint(checkpoint), max_prompt=2000, max_response=100)
 
 
 def test_two_columns_of_pictures_are_refused(folder: Path) -> None:
