@@ -2,7 +2,7 @@
 
     python examples/openai_client.py http://127.0.0.1:8000/v1 CHECKPOINT PICTURE "question"
 
-(vilavt-serve: http://127.0.0.1:8000/v1/raw; key: OPENAI_API_KEY.) Assistant turns go back as they came: vLLM caches them.
+(vilavt-serve: http://127.0.0.1:8000/v1/raw; key: OPENAI_API_KEY.) Turns go back as they came, so vLLM caches them.
 """
 
 import base64
