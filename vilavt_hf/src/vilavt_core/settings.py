@@ -87,7 +87,7 @@ def read_chat_settings(checkpoint: str | Path, *, hub: Mapping[str, Any] | None 
     if path is None:
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     return _checked(data, path)

@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is not there, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:

@@ -205,11 +205,11 @@ class PromptSet:
                 f"no prompt set {str(path_or_name)!r}: no {manifest_file.name} there; built in are {builtin_names()}"
             )
         try:
-            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+            manifest = json.loads(manifest_file.read_text(encoding="utf-8-sig"))
             if not isinstance(manifest, dict):
                 raise ValueError("it is not an object")
             texts = {
-                n: (directory / f"{n}.txt").read_bytes().decode()
+                n: (directory / f"{n}.txt").read_bytes().decode("utf-8-sig")
                 for n in TEMPLATES
                 if (directory / f"{n}.txt").is_file()
             }

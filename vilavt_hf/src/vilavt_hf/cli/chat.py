@@ -195,7 +195,7 @@ def _write(console: Console, results: list[ChatResult], page: Path | None, pictu
 def _questions(path: Path) -> list[tuple[Path, str, str]]:
     """Picture, question and expected answer of every entry."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         return [(path.parent / str(e["image"]), str(e["question"]), str(e.get("answer", ""))) for e in entries]
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}; check --data") from None

@@ -64,7 +64,7 @@ def merge_adapter(
     peft = _peft()
     adapter = Path(adapter)
     try:
-        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
     except (OSError, ValueError) as error:
         raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}: {error}; name an adapter's folder") from None
     base = base or named

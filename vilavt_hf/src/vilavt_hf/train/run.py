@@ -296,7 +296,7 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         shipped = resources.files("vilavt_hf.train") / "parallel" / f"{parallel.strategy}.json"
         return json.loads(shipped.read_text(encoding="utf-8"))
     try:
-        return json.loads(parallel.settings.read_text(encoding="utf-8"))
+        return json.loads(parallel.settings.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
 
