@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import glob
 import io
 import ipaddress
 import logging
+import mimetypes
 import os
 import re
 import socket
@@ -34,6 +36,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JP
 """Formats that are tried. Left out are those that hand the data to another program, such as EPS."""
 
 _EXIF_ORIENTATION = 0x0112
+_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def load_image(
     elif isinstance(source, str) and source[:5].lower() == "data:":
         label = name or "the data URL"
         data = _read_data_url(source, limits, label)
-    elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
+    elif isinstance(source, str) and (match := _URL.match(source)):
         label = name or source
         if not allow_urls:
             raise ImageError(
@@ -126,6 +129,11 @@ def load_image(
             f"{name or 'the image'}: cannot load a {type(source).__name__}; pass a path, bytes or a PIL image"
         )
     return _open(data, limits, label, rules)
+
+
+def is_url(source: str) -> bool:
+    """Whether :func:`load_image` takes it for a URL; a ``data:`` URL holds the picture itself and is none."""
+    return source[:5].lower() != "data:" and _URL.match(source) is not None
 
 
 def image_size(
@@ -149,7 +157,8 @@ def image_size(
                 )  # a PNG's own would decode it
                 size = image.size
     except Exception as error:
-        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
+        plain = f"not a picture in a format we read: {_short(error)}"
+        raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
     _check_size(size, limits, label)
     return (size[1], size[0]) if turned else size
 
@@ -191,12 +200,21 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
         ) from None
     except Exception as error:
         kinds = ", ".join(FORMATS)
-        raise ImageError(
-            f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
-        ) from None
+        plain = f"{len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
+        raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
     with image:
         _check_size(image.size, limits, label)
         return _decode(image, label, rules)
+
+
+def _other_kind(label: str) -> str | None:
+    """What a file is, by its name, that is no picture but often taken for one; with the remedy."""
+    kind = mimetypes.guess_type(label)[0] or ""
+    if kind.startswith("video/"):
+        return "it is a video; save frames of it as pictures and give those, in their order"
+    if kind == "application/pdf":
+        return "it is a PDF; save its pages as pictures and give those"
+    return None
 
 
 def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
@@ -275,8 +293,13 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
 def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
     if not os.path.isfile(path):  # Path.is_file raises for a very long name
         kind = "there is no such file" if not os.path.exists(path) else "it is not a regular file"
+        remedy = "check the path"
+        if os.path.isdir(path):
+            kind, remedy = "it is a folder, not a regular file", "name the pictures in it"
+        elif glob.has_magic(str(path)):
+            remedy = "patterns are not expanded here, name each picture"
         shown = label if len(label) <= 200 else f"{label[:200]}… ({len(label)} characters)"
-        raise ImageError(f"{shown}: {kind}; check the path")
+        raise ImageError(f"{shown}: {kind}; {remedy}")
     _check_bytes(path.stat().st_size, limits, label)
 
 

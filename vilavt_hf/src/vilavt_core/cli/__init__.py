@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from ..errors import VilavtError
+from .running import Commands, ending, version_option
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ SUBCOMMANDS = {
 """By name, in the order of the help page."""
 
 
-class _Subcommands(TyperGroup):
+class _Subcommands(Commands):
     """Lists subcommands by their help lines alone, and imports the one that is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -111,14 +111,16 @@ app = typer.Typer(
     name="vilavt",
     cls=_Subcommands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="ViLaVT: a vision-language model whose vision encoder can be asked.",
 )
 
 
 @app.callback()
-def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
+def _options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do; show tracebacks."),
+    version: bool = version_option("vilavt", "vilavt-hf"),
+) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot show must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(
@@ -126,23 +128,7 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
     )
 
 
-_EXTRAS = {"pydantic": "train", "yaml": "train", "accelerate": "train", "matplotlib": "train", "sklearn": "tiny"}
-"""Packages that some commands need -> the extra that brings them."""
-_EVALUATION = ("eval", "eval-latency", "score")
-"""Commands for which the smaller extra ``eval`` is enough."""
-
-
 def main() -> None:
-    """Entry point: an error we raise on purpose is one line on stderr and exit code 1, never a traceback."""
-    try:
-        app()
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        extra = "eval" if extra == "train" and set(_EVALUATION) & set(sys.argv[1:3]) else extra
-        typer.secho(f'vilavt: this command needs {error.name}: pip install "vilavt-hf[{extra}]"', fg="red", err=True)
-        sys.exit(1)
-    except VilavtError as error:
-        typer.secho(f"vilavt: {type(error).__name__}: {error}", fg="red", err=True)
-        sys.exit(1)
+    """Entry point."""
+    with ending("vilavt"):
+        app(prog_name="vilavt")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.cli.quiet import load_quietly
+from vilavt_core.cli.running import check_output_files, check_picture_file
 from vilavt_core.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -64,9 +66,13 @@ def ask(
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
         settings["preset"] = preset
+    check_output_files(trace=trace)
+    check_picture_file(picture=picture)
+    require_vilavt(model)
+    _check_pictures(image, allow_urls)
+    wanted = preset_of(model, preset)
     if temperature is not None:
-        settings["sampling"] = replace(preset_of(model, preset).sampling, temperature=temperature)
-    _check_writable(trace, picture)
+        settings["sampling"] = replace(wanted.sampling, temperature=temperature)
     chat = _load(model, device, dtype, attention=attention, **settings)
     changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
     chat.settings = replace(
@@ -96,9 +102,12 @@ def demo(
     from vilavt_core.shipped import shipped
 
     console = Console(highlight=False)
+    check_output_files(out=out)
+    check_picture_file(picture=picture)
     questions = _questions(data or shipped("pictures/questions.json", "pass --data"))
-    _check_writable(out, picture)
     name = model or str(shipped("vilavt-tiny", "pass --model"))
+    require_vilavt(name)
+    _check_pictures([str(image) for image, _, _ in questions])
     chat = _load(name, device, dtype)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
@@ -174,11 +183,15 @@ def _markup(text: str) -> str:
     return escape(_plain(text))
 
 
-def _check_writable(*paths: Path | None) -> None:
-    """Before the work, not after it."""
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+def _check_pictures(sources: Iterable[str], allow_urls: bool = False) -> None:
+    """Before the model is loaded, not after it."""
+    from vilavt_core.images import is_url, load_image
+
+    for source in sources:
+        if not is_url(source):
+            load_image(source)
+        elif not allow_urls:
+            raise ImageError(f"{source}: URLs are not allowed here; pass --allow-urls, or download the file and pass its path")
 
 
 def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:

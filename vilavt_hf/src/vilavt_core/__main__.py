@@ -1,0 +1,5 @@
+"""``python -m vilavt_core``: the command `vilavt`."""
+
+from .cli import main
+
+main()
