@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from .checkpoint.companions import PROMPTS
+from .checkpoint.companions import PROMPTS, has_tokenizer
 from .checkpoint.hub import checkpoint_folder
+from .checkpoint.layout import CONFIG, no_checkpoint
 from .conversation import Tokenizer
 from .data.dataset import SftDataset
 from .data.rendering import Renderer, RenderSettings
+from .errors import CheckpointError
 from .prompts import PromptSet
 from .settings import preset_of
 from .sft_config import SftConfig, find_sources
@@ -24,7 +26,9 @@ def make_renderer(
         preset: how episode records run; None: what the checkpoint asks for.
         tokenizer: the checkpoint's, if it is loaded already.
     """
-    folder = checkpoint_folder(str(model))
+    folder = checkpoint_folder(model)
+    if tokenizer is None and not has_tokenizer(folder) and not (folder / CONFIG).is_file():
+        raise CheckpointError(no_checkpoint(folder))
     own = folder / PROMPTS
     prompts = PromptSet.load(own if own.is_dir() else "default")
     return Renderer(tokenizer or FileTokenizer(folder), prompts, settings, preset_of(folder, preset))

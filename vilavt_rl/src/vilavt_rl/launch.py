@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.shipped import find_recipe, recipe_names
 from vilavt_core.yaml_config import get_key, read_keys
 
@@ -20,6 +21,7 @@ _PATH_KEY = re.compile(r"(^|[._])(path|dir|file|files)$")
 """Keys of verl's configuration that hold paths end so. Values of others, as a project's name, may be names of folders
 too and stay as they are."""
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
+MODEL = "actor_rollout_ref.model.path"
 EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
 OUR_EXTENSION = "vilavt_rl.verl.vllm_worker.VilavtWorkerExtension"
 
@@ -73,7 +75,21 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
 def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
     """Replace this process by the trainer."""
     command, environment = verl_command(recipe, overrides)
+    require_vilavt(_checkpoint(recipe, command))
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _checkpoint(recipe: str | Path, command: Sequence[str]) -> str:
+    """What the run trains: the last override of it, else what the recipe says.
+
+    Raises:
+        HostError: neither names it.
+    """
+    found = find_recipe(recipe, RECIPES)
+    named = _set(command, MODEL) or (None if found is None else get_key(read_keys(found, HostError), MODEL))
+    if not isinstance(named, str):
+        raise HostError(f"{recipe} names no checkpoint; add {MODEL}=FOLDER")
+    return named.strip("'\"")
 
 
 def _absolute(override: str) -> str:

@@ -39,9 +39,9 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "ask": Subcommand("vilavt_hf.cli.chat:ask", "Ask a checkpoint about pictures, and watch it zoom."),
+    "ask": Subcommand("vilavt_core.cli.chat:ask", "Ask a checkpoint about pictures, and watch it zoom."),
     "demo": Subcommand(
-        "vilavt_hf.cli.chat:demo",
+        "vilavt_core.cli.chat:demo",
         "Watch a real, tiny ViLaVT answer three questions it was not trained on.",
     ),
     "eval": Subcommand(
@@ -73,10 +73,10 @@ SUBCOMMANDS = {
         "Prompt sets: show one, or import one from a checkout of the published system.",
     ),
     "data": Subcommand("vilavt_core.cli.data:data_app", "Training data: check it, count it, unpack its archives."),
-    "sft": Subcommand("vilavt_hf.cli.sft:sft", "Fine-tune a checkpoint on conversations."),
+    "sft": Subcommand("vilavt_core.cli.sft:sft", "Fine-tune a checkpoint on conversations."),
     "recipe": Subcommand("vilavt_core.cli.recipe:recipe", "Print a recipe of `vilavt sft`, to copy and edit."),
     "merge-lora": Subcommand(
-        "vilavt_hf.cli.sft:merge_lora",
+        "vilavt_core.cli.sft:merge_lora",
         "Add an adapter to the weights it was trained on and write a complete checkpoint.",
     ),
     "tiny": Subcommand(

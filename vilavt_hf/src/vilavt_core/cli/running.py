@@ -117,7 +117,9 @@ def check_output_files(**options: Path | None) -> None:
 
 
 def check_output_folders(**options: Path | None) -> None:
-    """Stop before the work if one of these folders cannot be made and written to. A name in capitals is an argument."""
+    """Stop before the work if one of these folders cannot be made and written to. A name in capitals is
+    an argument's, one with a dot a key's.
+    """
     for name, path in options.items():
         if path is not None and (problem := folder_problem(path)):
             raise typer.BadParameter(problem, param_hint=_option(name))
@@ -157,13 +159,13 @@ def _or(names: Sequence[str]) -> str:
 
 
 def _option(name: str) -> str:
-    return name if name.isupper() else f"--{name.rstrip('_').replace('_', '-')}"
+    return name if name.isupper() or "." in name else f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _told(program: str, error: BaseException) -> int | None:
     """Print the line that tells an error; its exit code, None if the error is none that a line can tell."""
     if isinstance(error, KeyboardInterrupt):
-        _say(program, f"stopped; {error}" if isinstance(error, Stopped) else "stopped")
+        _say(program, f"stopped; {error}" if str(error) else "stopped")
         return STOPPED
     if isinstance(error, BrokenPipeError):
         return None  # whoever read our output has gone

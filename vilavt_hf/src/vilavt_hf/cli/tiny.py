@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-from .allocator import keep_freed_memory
+from vilavt_core.checkpoint import require_vilavt
+from vilavt_core.checkpoint.writing import check_destination
+from vilavt_core.cli.allocator import keep_freed_memory
+from vilavt_core.cli.running import check_output_files, check_output_folders, choice, resumable
 
 tiny_app = typer.Typer(
     no_args_is_help=True,
@@ -21,13 +24,24 @@ def build_command(
     out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")],
     work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: beside OUT.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep stages that WORK already holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at OUT already.")] = False,
 ) -> None:
     """Train the tiny model from nothing (about an hour on two cores) and save it."""
+    check_destination(out, force)
+    work = work or out.with_name(f"{out.name}-work")
+    check_output_folders(work=work)
+    if not resume and any(work.glob("*/stage.json")):
+        raise typer.BadParameter(
+            f"{work} holds stages of an earlier build; pass --resume to keep them, or name another folder",
+            param_hint="--work",
+        )
     keep_freed_memory()
     from ..tiny.build import build
 
-    if record := build(out, work=work, seed=seed, resume=resume):
+    with resumable(f"with --resume the same command keeps the stages that are done, in {work}"):
+        record = build(out, work=work, seed=seed, resume=resume)
+    if record:
         typer.echo(json.dumps(record, indent=1))
 
 
@@ -40,12 +54,13 @@ def eval_command(
     batch: Annotated[int, typer.Option(help="Conversations side by side.")] = 64,
 ) -> None:
     """Held-out accuracy per question kind: whole conversations and every ablation, with 95% intervals."""
-    if split not in ("heldout", "dev", "train"):
-        raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
+    choice(split, ("heldout", "dev", "train"), "--split")
+    check_output_files(json=json_file)
     from vilavt_core.shipped import shipped
 
     from ..tiny.evaluate import evaluate, load, table
 
+    require_vilavt(checkpoint or shipped("vilavt-tiny"))
     chat = load(checkpoint or shipped("vilavt-tiny"), batch)
     report = evaluate(
         chat,
@@ -73,6 +88,7 @@ def benchmark_command(
     limit: Annotated[int | None, typer.Option(help="Questions; default: all 560.")] = None,
 ) -> None:
     """Write the held-out scenes as a benchmark; `vilavt eval` takes the path that is printed."""
+    check_output_folders(out=out)
     from ..tiny.benchmark import write_benchmark
 
     typer.echo(write_benchmark(out, limit))
@@ -85,6 +101,7 @@ def scenes_command(
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 7,
 ) -> None:
     """Draw held-out scenes as PNG files, with questions and answers."""
+    check_output_folders(out=out)
     from ..tiny.build import write_examples
 
     for name in write_examples(out, count, seed):
@@ -101,13 +118,16 @@ def data_command(
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
 ) -> None:
     """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`."""
+    check_output_folders(out=out)
     from vilavt_core.prompts import PromptSet
     from vilavt_core.shipped import shipped
 
     from ..processing_vilavt import VilavtProcessor
     from ..tiny.records import write_training_set
 
-    processor = VilavtProcessor.from_pretrained(checkpoint or shipped("vilavt-tiny"))
+    folder = checkpoint or shipped("vilavt-tiny")
+    require_vilavt(folder)
+    processor = VilavtProcessor.from_pretrained(folder)
     prompts = processor.prompts or PromptSet.load("tiny")
     for name in write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed):
         typer.echo(out / name)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.shipped import find_recipe
 
@@ -149,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import ray
 
     config, settings = read_config(sys.argv[1:] if arguments is None else arguments)
+    require_vilavt(config.worker.actor.model.model_path)
     engine.require_engine(settings.queries)
     if not ray.is_initialized():
         ray.init(
@@ -161,9 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from vilavt_core.errors import VilavtError
+    from vilavt_core.cli.running import ending
 
-    try:
+    with ending("vilavt_rl.easyr1"):
         main()
-    except VilavtError as error:
-        sys.exit(f"vilavt_rl.easyr1: {type(error).__name__}: {error}")

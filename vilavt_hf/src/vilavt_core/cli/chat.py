@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vilavt_core.checkpoint import require_vilavt
-from vilavt_core.cli.quiet import load_quietly
-from vilavt_core.cli.running import check_output_files, check_picture_file
-from vilavt_core.errors import CheckpointError, ImageError
+from ..checkpoint import require_vilavt
+from ..errors import CheckpointError, ImageError
+from .quiet import load_quietly
+from .running import check_output_files, check_picture_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console
 
-    from vilavt_core.results import ChatResult, Event
-
-    from ..chat import VilavtChat
+    from ..results import ChatResult, Event
 
 NO_ANSWER = 3
 """Exit code when the conversation ended without an answer."""
@@ -61,7 +60,7 @@ def ask(
     """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
     from rich.console import Console
 
-    from vilavt_core.settings import preset_of
+    from ..settings import preset_of
 
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
@@ -99,7 +98,7 @@ def demo(
     """Watch a real, tiny ViLaVT answer three questions it was not trained on. Writes a web page of them."""
     from rich.console import Console
 
-    from vilavt_core.shipped import shipped
+    from ..shipped import shipped
 
     console = Console(highlight=False)
     check_output_files(out=out)
@@ -129,16 +128,15 @@ def demo(
 # ---------------------------------------------------------------------- parts
 
 
-def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> VilavtChat:
-    from ..chat import VilavtChat
-
+def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> Any:
+    """The `VilavtChat`; this is where torch is imported."""
     load_quietly()
-    return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
+    return import_module("vilavt_hf.chat").VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
 
 
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:
     """Print a conversation as it happens."""
-    from vilavt_core.results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
+    from ..results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
 
     open_turn = -1
     for event in events:
@@ -185,7 +183,7 @@ def _markup(text: str) -> str:
 
 def _check_pictures(sources: Iterable[str], allow_urls: bool = False) -> None:
     """Before the model is loaded, not after it."""
-    from vilavt_core.images import is_url, load_image
+    from ..images import is_url, load_image
 
     for source in sources:
         if not is_url(source):
@@ -195,7 +193,7 @@ def _check_pictures(sources: Iterable[str], allow_urls: bool = False) -> None:
 
 
 def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:
-    from vilavt_core.trace import draw_conversation, write_html
+    from ..trace import draw_conversation, write_html
 
     if page is not None:
         write_html(results, page)
