@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from vilavt_core import shipped
 from vilavt_core.cli import app, main
-from vilavt_hf.cli import chat as commands
+from vilavt_core.cli import chat as commands
 
 runner = CliRunner()
 

@@ -14,3 +14,9 @@ def did_you_mean(written: object, known: Iterable[object]) -> str:
     names = {str(name).lower(): str(name) for name in known}
     found = get_close_matches(str(written).lower(), names, n=1)
     return f"; did you mean {names[found[0]]!r}?" if found else ""
+
+
+def meant(written: Iterable[object], known: Iterable[object]) -> str:
+    """:func:`did_you_mean` for the first of several names that has a likeness."""
+    known = list(known)
+    return next(filter(None, (did_you_mean(name, known) for name in written)), "")

@@ -163,8 +163,8 @@ def score_file(path: str | Path, benchmark: Benchmark | None = None) -> ScoredFi
             themselves and there are no categories. One that the file holds may not call functions (`TypeRule.metric`).
 
     Raises:
-        BenchmarkError: the file cannot be opened, holds no row that answers anything, or names a benchmark that is not known or whose
-            definition in it cannot be used.
+        BenchmarkError: the file cannot be opened, holds no row that answers anything, or names a benchmark that is not
+            known or whose definition in it cannot be used.
     """
     path = Path(path)
     run: Mapping[str, Any] | None = None

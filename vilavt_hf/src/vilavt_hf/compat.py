@@ -81,7 +81,9 @@ def usable_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """
     if isinstance(dtype, torch.dtype) or dtype in _DTYPES:
         return dtype
-    raise EngineError(f"weights cannot be loaded as {dtype!r}; choose {', '.join(_DTYPES)}{did_you_mean(dtype, _DTYPES)}")
+    raise EngineError(
+        f"weights cannot be loaded as {dtype!r}; choose {', '.join(_DTYPES)}{did_you_mean(dtype, _DTYPES)}"
+    )
 
 
 def require_attention(name: str | None) -> None:

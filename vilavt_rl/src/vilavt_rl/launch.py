@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.shipped import find_recipe, recipe_names
+from vilavt_core.spelling import did_you_mean
 from vilavt_core.yaml_config import get_key, read_keys
 
 from .compat import require_verl
@@ -43,7 +44,10 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
     """
     found = find_recipe(recipe, RECIPES)
     if found is None:
-        raise HostError(f"{recipe}: no such recipe; it must be a file, or one of {', '.join(recipe_names(RECIPES))}")
+        known = recipe_names(RECIPES)
+        raise HostError(
+            f"{recipe}: no such recipe; it must be a file, or one of {', '.join(known)}{did_you_mean(recipe, known)}"
+        )
     recipe = found.absolute()
     require_verl()
     config = read_keys(recipe, HostError)
@@ -75,21 +79,16 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
 def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
     """Replace this process by the trainer."""
     command, environment = verl_command(recipe, overrides)
-    require_vilavt(_checkpoint(recipe, command))
+    if (checkpoint := _checkpoint(recipe, command)) is not None:
+        require_vilavt(checkpoint)
     os.execve(command[0], command, {**os.environ, **environment})
 
 
-def _checkpoint(recipe: str | Path, command: Sequence[str]) -> str:
-    """What the run trains: the last override of it, else what the recipe says.
-
-    Raises:
-        HostError: neither names it.
-    """
+def _checkpoint(recipe: str | Path, command: Sequence[str]) -> str | None:
+    """What the run trains: the last override of it, else what the recipe says; None if only Hydra can tell."""
     found = find_recipe(recipe, RECIPES)
     named = _set(command, MODEL) or (None if found is None else get_key(read_keys(found, HostError), MODEL))
-    if not isinstance(named, str):
-        raise HostError(f"{recipe} names no checkpoint; add {MODEL}=FOLDER")
-    return named.strip("'\"")
+    return named.strip("'\"") if isinstance(named, str) and not re.search(r"\$\{|\?\?\?", named) else None
 
 
 def _absolute(override: str) -> str:

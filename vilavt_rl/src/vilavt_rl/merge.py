@@ -34,8 +34,8 @@ from vilavt_core.checkpoint.config import (
 from vilavt_core.checkpoint.layout import CONFIG, disagreements, read_json
 from vilavt_core.checkpoint.writing import (
     TensorSource,
-    plan_shards,
     check_destination,
+    plan_shards,
     separate_folders,
     shard_names,
     staged_folder,

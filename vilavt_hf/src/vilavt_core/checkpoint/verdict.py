@@ -55,9 +55,7 @@ def judge_checkpoint(
     return verdict
 
 
-def require_vilavt(
-    checkpoint: str | os.PathLike, *, hub: Mapping[str, Any] | None = None, sft: bool = False
-) -> None:
+def require_vilavt(checkpoint: str | os.PathLike, *, hub: Mapping[str, Any] | None = None, sft: bool = False) -> None:
     """Stop if :func:`judge_checkpoint` finds anything.
 
     Raises:
@@ -96,4 +94,3 @@ def _convert(name: str, lacks: list[Missing]) -> str:
     encoder = [" --query-encoder QWEN3_EMBEDDING" for item in lacks if item.name == NEEDED[-1]]
     processor = [" --processor QWEN2_5_VL"] if len(lacks) > len(encoder) else []
     return f"convert it: vilavt convert {name} NEW{''.join([*encoder, *processor])}"
-

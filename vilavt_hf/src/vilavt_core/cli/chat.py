@@ -131,7 +131,9 @@ def demo(
 def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> Any:
     """The `VilavtChat`; this is where torch is imported."""
     load_quietly()
-    return import_module("vilavt_hf.chat").VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
+    return import_module("vilavt_hf.chat").VilavtChat.from_pretrained(
+        name, dtype=dtype.value, device=device, attn_implementation=attention, **settings
+    )
 
 
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:
@@ -189,7 +191,9 @@ def _check_pictures(sources: Iterable[str], allow_urls: bool = False) -> None:
         if not is_url(source):
             load_image(source)
         elif not allow_urls:
-            raise ImageError(f"{source}: URLs are not allowed here; pass --allow-urls, or download the file and pass its path")
+            raise ImageError(
+                f"{source}: URLs are not allowed here; pass --allow-urls, or download the file and pass its path"
+            )
 
 
 def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:

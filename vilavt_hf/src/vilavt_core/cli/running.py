@@ -53,14 +53,14 @@ class Commands(TyperGroup):
     Errors are told by `ending`, around it.
     """
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, typer.BadParameter) as error:  # which typer would tell in its own ways
             raise typer.Exit(_told(str(self.name), error) or 1) from None
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The subcommand that `args` begin with."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             names = self.list_commands(ctx)

@@ -24,23 +24,23 @@ def build_command(
     out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")],
     work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: beside OUT.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep stages that WORK already holds.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at OUT already.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT and WORK already.")] = False,
 ) -> None:
     """Train the tiny model from nothing (about an hour on two cores) and save it."""
     check_destination(out, force)
     work = work or out.with_name(f"{out.name}-work")
     check_output_folders(work=work)
-    if not resume and any(work.glob("*/stage.json")):
+    if not (resume or force) and any(work.glob("*/stage.json")):
         raise typer.BadParameter(
-            f"{work} holds stages of an earlier build; pass --resume to keep them, or name another folder",
+            f"{work} holds stages of an earlier build; pass --resume to keep them, or --force to begin anew",
             param_hint="--work",
         )
     keep_freed_memory()
     from ..tiny.build import build
 
     with resumable(f"with --resume the same command keeps the stages that are done, in {work}"):
-        record = build(out, work=work, seed=seed, resume=resume)
+        record = build(out, work=work, seed=seed, resume=resume, force=force)
     if record:
         typer.echo(json.dumps(record, indent=1))
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from vilavt_core.driver import ConversationSettings
+from vilavt_core.spelling import meant
 
 from ..errors import HostError
 from ..rollout import settings_of_checkpoint
@@ -48,7 +49,7 @@ class Settings:
         if unknown := sorted(set(block) - set(cls.__dataclass_fields__)):
             raise HostError(
                 f"unknown keys in the block vilavt: {', '.join(unknown)}; known are "
-                f"{', '.join(cls.__dataclass_fields__)}"
+                f"{', '.join(cls.__dataclass_fields__)}{meant(unknown, cls.__dataclass_fields__)}"
             )
         if (queries := block.get("queries") or "inquiries") not in get_args(Queries):
             raise HostError(f"vilavt.queries is {queries!r}, it must be {' or '.join(get_args(Queries))}")
