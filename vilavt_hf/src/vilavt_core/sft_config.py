@@ -204,7 +204,7 @@ class SftConfig(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            found_problems = problems(error, known=[key for key, _, _ in describe()])
+            found_problems = problems(error, known=[*cls.model_fields, *(key for key, _, _ in describe())])
             raise TrainingError(f"{path}: {found_problems}; `vilavt sft --keys` lists all keys") from None
 
     @property

@@ -245,4 +245,4 @@ def tiny_checkpoint_command(
 def main() -> None:
     """Entry point."""
     with ending("vilavt-rl"):
-        app(prog_name="vilavt-rl")
+        app()

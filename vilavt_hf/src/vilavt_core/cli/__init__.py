@@ -131,4 +131,4 @@ def _options(
 def main() -> None:
     """Entry point."""
     with ending("vilavt"):
-        app(prog_name="vilavt")
+        app()
