@@ -99,7 +99,7 @@ def _processor(checkpoint: Path) -> str:
     config = ModelConfig(model=str(checkpoint))
     if config.architecture not in ARCHITECTURES:
         raise RuntimeError(
-            f"{checkpoint}: vLLM takes it for {config.architecture}, which is none of {', '.join(ARCHITECTURES)}"
+            f"{checkpoint}: vLLM takes it for {config.architecture}; convert it with `vilavt convert {checkpoint} DST`"
         )
     processor = MULTIMODAL_REGISTRY.create_processor(config)
     length = len(compat.dummy_inputs(processor, config)["prompt_token_ids"])
