@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
+from vilavt_core import ending
 from vilavt_core.checkpoint import judge_checkpoint, require_vilavt
-from vilavt_core.cli import SUBCOMMANDS, main, running
+from vilavt_core.cli import SUBCOMMANDS, main
 from vilavt_core.doctor import Status, examine
 from vilavt_core.errors import CheckpointError, EngineError
 from vilavt_core.failures import is_from_outside, loading, one_line
@@ -409,7 +410,7 @@ def test_ctrl_c_is_one_line_and_says_whether_the_work_goes_on(monkeypatch, capsy
     from vilavt_core import cli
 
     def stopped(_: list[str]) -> None:
-        with running.resumable():
+        with ending.resumable():
             raise KeyboardInterrupt
 
     monkeypatch.setattr("vilavt_core.cli.recipe.recipe", lambda: stopped([]))
@@ -486,6 +487,6 @@ def test_the_packages_that_commands_ask_for_are_in_the_extras_they_name():
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "math_verify": "math-verify"}
     extras = metadata.metadata("vilavt-hf").get_all("Provides-Extra")
     required = " ".join(metadata.requires("vilavt-hf")).lower()
-    for package, extra in running._EXTRAS.items():
+    for package, extra in ending._EXTRAS.items():
         assert extra in extras
         assert names.get(package, package) in required

@@ -27,9 +27,9 @@ from vilavt_core.cli.running import (
     check_output_files,
     check_output_folders,
     check_picture_file,
-    ending,
     version_option,
 )
+from vilavt_core.ending import ending
 from vilavt_core.failures import loading
 
 app = typer.Typer(

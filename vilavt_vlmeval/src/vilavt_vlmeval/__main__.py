@@ -6,7 +6,7 @@ For environments that forbid ``.pth`` files, or where this package is only on ``
 import runpy
 import sys
 
-from vilavt_core.cli.running import ending
+from vilavt_core.ending import ending
 
 from . import _autoload, compat
 

@@ -12,7 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from .running import Commands, ending, version_option
+from ..ending import ending
+from .running import Commands, version_option
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..ending import resumable
 from ..errors import DataError
 from ..spelling import did_you_mean
-from .running import check_output_files, choice, resumable
+from .running import check_output_files, choice
 
 if TYPE_CHECKING:
     from ..data.dataset import SftDataset

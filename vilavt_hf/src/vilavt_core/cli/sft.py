@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..ending import resumable
 from ..errors import TrainingError
 from .allocator import keep_freed_memory
-from .running import check_output_folders, choice, resumable
+from .running import check_output_folders, choice
 
 if TYPE_CHECKING:
     from ..sft_config import SftConfig

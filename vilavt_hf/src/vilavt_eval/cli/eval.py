@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vilavt_core.cli.quiet import load_quietly
-from vilavt_core.cli.running import check_output_files, check_output_folders, resumable
+from vilavt_core.cli.running import check_output_files, check_output_folders
+from vilavt_core.ending import resumable
 
 from .score import show_summary
 

@@ -9,7 +9,8 @@ import typer
 from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.checkpoint.writing import check_destination
 from vilavt_core.cli.allocator import keep_freed_memory
-from vilavt_core.cli.running import check_output_files, check_output_folders, choice, resumable
+from vilavt_core.cli.running import check_output_files, check_output_folders, choice
+from vilavt_core.ending import resumable
 
 tiny_app = typer.Typer(
     no_args_is_help=True,

@@ -3,8 +3,8 @@
 import logging
 import sys
 
-from vilavt_core.cli.running import ending, resumable
 from vilavt_core.cli.sft import check_run, goes_on
+from vilavt_core.ending import ending, resumable
 from vilavt_core.sft_config import SftConfig
 
 

@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from vilavt_core.cli.running import ending
+    from vilavt_core.ending import ending
 
     with ending("vilavt_rl.easyr1"):
         main()

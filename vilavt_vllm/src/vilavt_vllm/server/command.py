@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import metadata
 
-from vilavt_core.cli.running import ending
+from vilavt_core.ending import ending
 from vilavt_core.presets import get_preset
 from vilavt_core.versions import version_of
 
