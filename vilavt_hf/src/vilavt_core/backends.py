@@ -20,6 +20,7 @@ from .prompts import PromptSet
 from .results import ChatResult, Event, Intervention, Provenance, Sample, Timings
 from .settings import preset_of
 from .sources import ImageSource
+from .spelling import did_you_mean, meant
 
 GROUP = "vilavt.backends"
 
@@ -253,7 +254,9 @@ class BackendOptions:
         for name, known in (("limits", Limits), ("sampling", Sampling)):
             names = {f.name for f in fields(known)}
             if unknown := sorted(set(getattr(self, name)) - names):
-                raise EngineError(f"unknown {name} {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+                raise EngineError(
+                    f"unknown {name} {', '.join(unknown)}; known are {', '.join(sorted(names))}{meant(unknown, names)}"
+                )
 
     def preset_for(self, model: str) -> Preset:
         """The preset for a checkpoint: the one named here, else the one it asks for; with the limits it asks for.
@@ -315,7 +318,9 @@ def open_backend(model: str, name: str | None = None, options: BackendOptions = 
     found = backends()
     if name not in found:
         hint = "; pip install vilavt-vllm brings it" if name == "vllm" else ""
-        raise EngineError(f"no backend {name!r} is installed, there are {', '.join(sorted(found))}{hint}")
+        raise EngineError(
+            f"no backend {name!r} is installed, there are {', '.join(sorted(found))}{hint or did_you_mean(name, found)}"
+        )
     if (name == "server") != is_url(model):
         raise EngineError(
             f"model {model!r} does not fit the backend {name!r}: `server` takes the URL of a running vilavt-serve, the "

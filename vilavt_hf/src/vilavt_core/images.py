@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import glob
 import io
 import ipaddress
 import logging
+import mimetypes
 import os
 import re
 import socket
@@ -54,6 +56,7 @@ _ORIENTED_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw prof
 """Text of a PNG that may state its orientation."""
 _MAX_TEXT = 1024 * 1024
 """Bytes of a text or profile in a PNG, unpacked, above which Pillow refuses the picture."""
+_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://")
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,11 @@ def image_file(
     return stored(source, limits, name, False, True, UrlPolicy())[0]
 
 
+def is_url(source: str) -> bool:
+    """Whether :func:`load_image` takes it for a URL; a ``data:`` URL holds the picture itself and is none."""
+    return source[:5].lower() != "data:" and _URL.match(source) is not None
+
+
 def image_size(
     source: ImageSource, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
 ) -> tuple[int, int]:
@@ -183,7 +191,8 @@ def image_size(
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
+        plain = f"not a picture in a format we read: {_short(error)}"
+        raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
 
 
 def _header(image: Image.Image, limits: ImageLimits, label: str, rules: Rules) -> tuple[int, int]:
@@ -247,7 +256,7 @@ def stored(
     elif isinstance(source, str) and source[:5].lower() == "data:":
         label = name or "the data URL"
         data = _read_data_url(source, limits, label)
-    elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
+    elif isinstance(source, str) and (match := _URL.match(source)):
         label = name or _shown(source)
         if not allow_urls:
             raise ImageError(
@@ -281,9 +290,8 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
         ) from None
     except Exception as error:
         kinds = ", ".join(FORMATS)
-        raise ImageError(
-            f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
-        ) from None
+        plain = f"{len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
+        raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
     with image:
         _check_size(image.size, limits, label)
         return _decode(image, label, rules)
@@ -323,6 +331,16 @@ def _states_orientation(kind: bytes, text: bytes) -> bool:
     except zlib.error:
         return True
     return not unpacking.unconsumed_tail
+
+
+def _other_kind(label: str) -> str | None:
+    """What a file is, by its name, that is no picture but often taken for one; with the remedy."""
+    kind = mimetypes.guess_type(label)[0] or ""
+    if kind.startswith("video/"):
+        return "it is a video; give it as one: `--video` on the command line, `Video(…)` in Python"
+    if kind == "application/pdf":
+        return "it is a PDF; save its pages as pictures and give those"
+    return None
 
 
 def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
@@ -401,7 +419,12 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
 def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
     if not os.path.isfile(path):  # Path.is_file raises for a very long name
         kind = "there is no such file" if not os.path.exists(path) else "it is not a regular file"
-        raise ImageError(f"{label}: {kind}; check the path")
+        remedy = "check the path"
+        if os.path.isdir(path):
+            kind, remedy = "it is a folder, not a regular file", "name the pictures in it"
+        elif glob.has_magic(str(path)):
+            remedy = "patterns are not expanded here, name each picture"
+        raise ImageError(f"{label}: {kind}; {remedy}")
     _check_bytes(path.stat().st_size, limits, label)
 
 

@@ -15,6 +15,7 @@ from vilavt_core.backends import BackendOptions, is_url
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import Limits, Sampling, optional_fields
 from vilavt_core.shipped import shipped
+from vilavt_core.spelling import did_you_mean
 from vilavt_core.validation import problems
 
 from .errors import SettingsError
@@ -81,7 +82,10 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
 
         values = {**found, **given}
         if unknown := [name for name in values if name not in cls.model_fields]:
-            raise SettingsError(f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}")
+            hint = did_you_mean(unknown[0], cls.model_fields)
+            raise SettingsError(
+                f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}{hint}"
+            )
         try:
             return cls(**values)
         except ValidationError as error:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import PromptError
+from ..spelling import did_you_mean
 
 FORMAT = 1
 """Version of the folder layout, written to ``prompts.json``."""
@@ -203,6 +204,7 @@ class PromptSet:
         if not manifest_file.is_file():
             raise PromptError(
                 f"no prompt set {str(path_or_name)!r}: no {manifest_file.name} there; built in are {builtin_names()}"
+                f"{did_you_mean(path_or_name, builtin_names())}"
             )
         try:
             manifest = json.loads(manifest_file.read_text(encoding="utf-8-sig"))
