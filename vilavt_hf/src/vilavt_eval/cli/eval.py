@@ -243,14 +243,14 @@ def _setting(
     engine: list[str] | None,
     device: str,
 ) -> Setting:
-    from vilavt_core.backends import is_url
+    from vilavt_core.backends import names_server
 
     from ..evaluation_preset import EvaluationPreset
     from ..runner import Setting
 
     return Setting(
         model=model,
-        backend=backend or ("server" if is_url(model) else "hf"),
+        backend=backend or ("server" if names_server(model) else "hf"),
         preset=EvaluationPreset.load(preset, _values(changes, "--set")),
         concurrency=concurrency,
         device=device,
@@ -259,10 +259,10 @@ def _setting(
 
 
 def _check_model(model: str) -> None:
-    from vilavt_core.backends import is_url
+    from vilavt_core.backends import names_server
     from vilavt_core.checkpoint import require_vilavt
 
-    if not is_url(model):
+    if not names_server(model):
         require_vilavt(model)
 
 

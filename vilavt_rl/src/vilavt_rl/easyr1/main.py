@@ -44,13 +44,13 @@ def read_config(arguments: Sequence[str]) -> tuple[Any, Settings]:
     """
     from verl.trainer.config import PPOConfig
 
-    config, block = merged(PPOConfig(), arguments)
+    config, block = compose_config(PPOConfig(), arguments)
     config.deep_post_init()
     engine.refuse_lora(config)
     return config, Settings.read(block)
 
 
-def merged(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def compose_config(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """EasyR1's configuration with a file's values and those of the command line, and our block of both.
 
     Args:
@@ -95,7 +95,7 @@ def merged(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         raise HostError(f"{origin}: {name}: {str(error).splitlines()[0]}") from None
 
 
-def check_run(config: Any, settings: Settings) -> None:
+def check_easyr1(config: Any, settings: Settings) -> None:
     """Make sure that what a run names is there and can be used.
 
     Raises:
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import ray
 
     config, settings = read_config(sys.argv[1:] if arguments is None else arguments)
-    check_run(config, settings)
+    check_easyr1(config, settings)
     engine.require_engine(settings.queries)
     if not ray.is_initialized():
         ray.init(

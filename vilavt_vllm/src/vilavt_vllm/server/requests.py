@@ -163,7 +163,7 @@ def _refuse_part(value: Any) -> Any:
     raise ValueError(f"type {fields.short(repr(kind))} is not supported: {instead}")
 
 
-Part = Annotated[
+ContentPart = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image>")]
     | Annotated[Any, BeforeValidator(_refuse_part), Tag("<other>")],
@@ -181,7 +181,7 @@ def _refuse_content(value: Any) -> Any:
 
 Content = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[Part], Tag("<parts>")]
+    | Annotated[list[ContentPart], Tag("<parts>")]
     | Annotated[Any, BeforeValidator(_refuse_content), Tag("<other>")],
     Discriminator(_kind_of_content),
 ]
