@@ -17,11 +17,11 @@ from PIL import Image
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
 from vilavt_core.errors import VilavtError
-from vilavt_core.yaml_config import merged
+from vilavt_core.yaml_config import compose_config
 from vilavt_rl import compat, launch
 from vilavt_rl.easyr1.block import Settings
 from vilavt_rl.easyr1.main import check_easyr1
-from vilavt_rl.easyr1.main import merged as easyr1_merged
+from vilavt_rl.easyr1.main import compose_config as easyr1_merged
 from vilavt_rl.errors import HostError, RowError
 from vilavt_rl.launch import AGENT_LOOP, RECIPES, verl_command
 
@@ -273,7 +273,7 @@ def test_another_model_and_half_a_checkpoint_are_told(start, tiny: Path, tmp_pat
 )
 def test_a_mistyped_key_of_a_recipe_is_told(start, tmp_path: Path, line: str, told: str) -> None:
     recipe = yaml.safe_load((RECIPES / "vilavt_7b_grpo.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(merged(recipe, yaml.safe_load(line))), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(compose_config(recipe, yaml.safe_load(line))), encoding="utf-8")
     with pytest.raises(HostError, match=told):
         start(recipe=tmp_path / "mine.yaml")
 
