@@ -17,11 +17,10 @@ from PIL import Image
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
 from vilavt_core.errors import VilavtError
-from vilavt_core.yaml_config import compose_config
+from vilavt_core.yaml_config import merged
 from vilavt_rl import compat, launch
 from vilavt_rl.easyr1.block import Settings
-from vilavt_rl.easyr1.main import check_easyr1
-from vilavt_rl.easyr1.main import compose_config as easyr1_merged
+from vilavt_rl.easyr1.main import check_easyr1, compose_config
 from vilavt_rl.errors import HostError, RowError
 from vilavt_rl.launch import AGENT_LOOP, RECIPES, verl_command
 
@@ -273,7 +272,7 @@ def test_another_model_and_half_a_checkpoint_are_told(start, tiny: Path, tmp_pat
 )
 def test_a_mistyped_key_of_a_recipe_is_told(start, tmp_path: Path, line: str, told: str) -> None:
     recipe = yaml.safe_load((RECIPES / "vilavt_7b_grpo.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(compose_config(recipe, yaml.safe_load(line))), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(merged(recipe, yaml.safe_load(line))), encoding="utf-8")
     with pytest.raises(HostError, match=told):
         start(recipe=tmp_path / "mine.yaml")
 
@@ -321,7 +320,7 @@ class Easy:
 def test_easyr1_s_configuration_is_its_file_s_and_the_command_line_s(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("data: {seed: 3}\nvilavt: {preset: rl, limits: {max_turns: 2}}\n", encoding="utf-8")
-    config, block = easyr1_merged(Easy(), [f"config={file}", "data.train_files=a", "vilavt.limits.max_turns=4"])
+    config, block = compose_config(Easy(), [f"config={file}", "data.train_files=a", "vilavt.limits.max_turns=4"])
     assert config == Easy(EasyData("a", 3))
     assert block == {"preset": "rl", "limits": {"max_turns": 4}}
 
@@ -344,7 +343,7 @@ def test_easyr1_s_configuration_is_its_file_s_and_the_command_line_s(tmp_path: P
 )
 def test_what_easyr1_would_refuse_with_a_traceback_is_told_by_name(arguments: list[str], told: str) -> None:
     with pytest.raises(HostError, match=told):
-        easyr1_merged(Easy(), arguments)
+        compose_config(Easy(), arguments)
 
 
 def test_a_mistyped_key_of_an_easyr1_file_is_told(tmp_path: Path) -> None:
@@ -353,7 +352,7 @@ def test_a_mistyped_key_of_an_easyr1_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(
         HostError, match=r"run\.yaml: data\.sed is no key of EasyR1's configuration; did you mean seed\?"
     ):
-        easyr1_merged(Easy(), [f"config={file}"])
+        compose_config(Easy(), [f"config={file}"])
 
 
 def test_files_of_an_easyr1_run_are_checked(rows: Path, tiny: Path, tmp_path: Path) -> None:
