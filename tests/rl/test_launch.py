@@ -247,7 +247,7 @@ def test_another_model_and_half_a_checkpoint_are_told(start, tiny: Path, tmp_pat
         start(f"actor_rollout_ref.model.path={half}")
     config = json.loads((half / "config.json").read_text(encoding="utf-8"))
     (half / "config.json").write_text(json.dumps({"model_type": "qwen3", "hidden_size": config.get("hidden_size")}))
-    with pytest.raises(HostError, match=r"is a query encoder \(Qwen3\) \(model_type qwen3\): it must be a ViLaVT"):
+    with pytest.raises(HostError, match=r"is a query encoder \(Qwen3\), one part of a ViLaVT; vilavt init"):
         start(f"actor_rollout_ref.model.path={half}")
     (half / "config.json").unlink()
     with pytest.raises(HostError, match=r"actor_rollout_ref\.model\.path: .*half has no config\.json"):
