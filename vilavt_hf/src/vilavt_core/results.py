@@ -206,6 +206,8 @@ class ChatResult:
     error: Exception | None = None
     fallback: Result | None = None
     """The forced-answer conversation of presets that have one."""
+    transcript: str = ""
+    """Everything that the model saw and said, special tokens spelled out, an image as ``<image WxH>``."""
 
     @property
     def answer(self) -> str | None:
@@ -258,6 +260,7 @@ class ChatResult:
         out["billed"] = asdict(self.billed)
         out["seconds"] = self.seconds
         out["provenance"] = self.provenance.to_json()
+        out["transcript"] = self.transcript
         return out
 
     @classmethod
@@ -280,6 +283,7 @@ class ChatResult:
             seconds=data["seconds"],
             billed=BilledTokens(**data["billed"]),
             fallback=None if fallback is None else Result.from_json(fallback),
+            transcript=data.get("transcript", ""),
         )
 
 
