@@ -56,6 +56,10 @@ SUBCOMMANDS = {
         "vilavt_eval.cli.score:score_command",
         "Score result files; files that differ in their seed only are averaged.",
     ),
+    "view": Subcommand(
+        "vilavt_eval.cli.view:view",
+        "Show recorded conversations as a folder of pages with an index.",
+    ),
     "inspect": Subcommand(
         "vilavt_core.cli.checkpoint:inspect",
         "Say what a checkpoint is, how it conditions vision on queries, and what it lacks.",
@@ -128,7 +132,7 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
 
 _EXTRAS = {"pydantic": "train", "yaml": "train", "accelerate": "train", "matplotlib": "train", "sklearn": "tiny"}
 """Packages that some commands need -> the extra that brings them."""
-_EVALUATION = ("eval", "eval-latency", "score")
+_EVALUATION = ("eval", "eval-latency", "score", "view")
 """Commands for which the smaller extra ``eval`` is enough."""
 
 
