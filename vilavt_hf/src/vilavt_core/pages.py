@@ -49,7 +49,7 @@ def render(
 
 
 def policy(script: str, pictures: Pictures) -> str:
-    """The Content-Security-Policy of a page: nothing from elsewhere, and of scripts only this text, known by its hash."""
+    """The Content-Security-Policy of a page: nothing from elsewhere, and only this script, known by its hash."""
     allowed = ["default-src 'none'", "style-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'"]
     allowed.append("img-src data:" if pictures == "inside" else "img-src 'self' file: data:")
     if script:

@@ -149,7 +149,7 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
 
 def _column(views: Sequence[View], indices: Sequence[int], scale: float) -> Image.Image:
     """Images above each other, with borders in their colours."""
-    room = round(_ROOM * scale if len(indices) == 1 else _ROOM * scale / len(indices) ** 0.7)
+    room = round(_ROOM * scale / max(1, len(indices)) ** 0.7)
     gap, border = round(12 * scale), max(2, round(3 * scale))
     pictures = []
     for index in indices:
@@ -178,9 +178,7 @@ def _label(query: str, length: int, scale: float) -> tuple[list[str], Font]:
     return wrap(text, font, length - 2 * round(14 * scale)) if query else [], font
 
 
-def _arrow(
-    draw: ImageDraw.ImageDraw, x: int, y: int, length: int, label: tuple[list[str], Font], scale: float
-) -> None:
+def _arrow(draw: ImageDraw.ImageDraw, x: int, y: int, length: int, label: tuple[list[str], Font], scale: float) -> None:
     pad, head = round(14 * scale), round(7 * scale)
     start, end = x + pad, x + length - pad
     draw.line((start, y, end - head, y), fill=SOFT, width=max(1, round(2 * scale)))

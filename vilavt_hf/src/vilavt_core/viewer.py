@@ -143,9 +143,7 @@ def facts_of(result: ChatResult) -> dict[str, str]:
         "computed": (
             f"{work.patches_encoded} patches ({work.patches_ratio:.2f} per distinct one), "
             f"{computed} tokens ({work.tokens_ratio:.2f} per distinct one), {result.seconds:.2f} s"
-        )
-        if computed
-        else "",
+        ),
         "run on": ", ".join(filter(None, (provenance.device, provenance.dtype, provenance.attention))),
         "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
@@ -176,7 +174,9 @@ def shown_tokens(
             said = [f"token {record.token_ids[at]}"]
             said += [] if value is None else [f"log-probability {value:.4f}"]
             said += [] if other is None else [f"model {other:.4f}"]
-            yield ShownToken(text, True, 15 if value is None else round(15 + 60 * min(1.0, -value / 5)), ", ".join(said))
+            yield ShownToken(
+                text, True, 15 if value is None else round(15 + 60 * min(1.0, -value / 5)), ", ".join(said)
+            )
         else:
             yield ShownToken(text)
         at += 1
@@ -273,17 +273,17 @@ def _turn(turn: Turn, figures: Mapping[int, Mapping[str, Any]], number: int, anc
 def _timeline(trace: Trace, anchor: str) -> list[dict[str, Any]]:
     """Turns by their seconds, or by their tokens where nobody took the time."""
     timed = all(turn.seconds for turn in trace.turns)
+    sizes = [(turn.seconds if timed else turn.token_count or len(turn.text)) or 0 for turn in trace.turns]
+    whole = max(float(sum(sizes)), 1e-9)
     found = []
-    for turn in trace.turns:
+    for turn, size in zip(trace.turns, sizes, strict=True):
         said = [f"turn {turn.index + 1}"]
         said += [f"{turn.token_count} tokens"] if turn.token_count else []
         said += [f"{turn.seconds:.2f} s"] if turn.seconds is not None else []
-        size = turn.seconds if timed else turn.token_count or len(turn.text)
         kind = "zoom" if isinstance(turn.action, ToolCall) else "answer" if isinstance(turn.action, Answer) else "other"
-        size = max(float(size or 0), 1e-3)
-        found.append({"anchor": f"{anchor}t{turn.index + 1}", "size": size, "label": ", ".join(said), "kind": kind})
-    whole = sum(entry["size"] for entry in found)
-    return [entry | {"size": f"{100 * entry['size'] / whole:.2f}"} for entry in found]
+        share = f"{100 * size / whole:.2f}"
+        found.append({"anchor": f"{anchor}t{turn.index + 1}", "size": share, "label": ", ".join(said), "kind": kind})
+    return found
 
 
 def _figure(
@@ -327,8 +327,7 @@ def _boxes(image: ShownImage, images: Sequence[ShownImage], number: int) -> list
         same = [n for n, (_, box) in enumerate(found) if _alike(box, found[place][1], image)]
         turn = same.index(place)
         corner = sum(
-            abs(box[0] - x1) < _TAG * image.width and abs(box[1] - y1) < _TAG * image.height
-            for _, box in found[:place]
+            abs(box[0] - x1) < _TAG * image.width and abs(box[1] - y1) < _TAG * image.height for _, box in found[:place]
         )
         out.append(
             {

@@ -253,9 +253,7 @@ def write_side_by_side(
             (comparison.first, flip.first, flip.first_place),
             (comparison.second, flip.second, flip.second_place),
         )
-        traces = [
-            _trace(rows[place], place, run, score, benchmark, folder, image_roots) for run, score, place in sides
-        ]
+        traces = [_trace(rows[place], place, run, score, benchmark, folder, image_roots) for run, score, place in sides]
         questions.append([shown_talk([trace], 2 * number + side) for side, trace in enumerate(traces)])
     if folder.missing:
         first, why = next(iter(folder.missing.items()))

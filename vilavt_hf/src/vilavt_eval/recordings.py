@@ -135,9 +135,7 @@ def read_recordings(path: Path, benchmark: Benchmark | None = None) -> Recording
     return Recordings(path, name, list(entries.values()), None if scored is None else scored.benchmark, problems)
 
 
-def recording_of_row(
-    row: Mapping[str, Any], line: int, benchmark: Benchmark | None, score: float | None
-) -> Recording:
+def recording_of_row(row: Mapping[str, Any], line: int, benchmark: Benchmark | None, score: float | None) -> Recording:
     """A row of a result file.
 
     Args:
@@ -216,7 +214,7 @@ def _recording_of_result(data: Any, path: Path, line: int) -> Recording:
         )
         return Recording(key, trace, [str(file) for file in files or ()])
     result = ChatResult.from_json(data)
-    trace = Trace.of(result, pictures={}, **({"error": str(data["error"])} if data.get("error") else {}))
+    trace = replace(Trace.of(result, pictures={}), error=str(data["error"]) if data.get("error") else None)
     inside = {
         image["index"]: image["png"]
         for image in data["images"]

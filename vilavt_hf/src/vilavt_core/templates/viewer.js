@@ -23,11 +23,13 @@
   };
 
   const linked = (target) => (target instanceof Element ? target.closest("[data-r]:not([data-r=''])") : null);
+  const rest = () => light(pinned || linked(document.activeElement));
   document.addEventListener("mouseover", (event) => {
     const element = linked(event.target);
-    if (element || !pinned) light(element);
+    if (element) light(element);
+    else rest();
   });
-  document.addEventListener("mouseout", () => light(pinned));
+  document.addEventListener("mouseout", rest);
   document.addEventListener("focusin", (event) => light(linked(event.target) || pinned));
 
   const follow = (element) => {
