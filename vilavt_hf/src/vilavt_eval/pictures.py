@@ -94,7 +94,7 @@ class PictureFolder:
                     picture = _cut(picture, region, size)
                 largest = THUMBNAIL if name else LARGEST
                 picture = picture.copy() if whole else picture
-                picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+                picture.thumbnail((largest, largest), Image.Resampling.LANCZOS, reducing_gap=2.0)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 picture.save(path, "JPEG", quality=80 if name else 88)
         except (ImageError, OSError) as error:
