@@ -17,6 +17,7 @@ from vilavt_core.cli import app
 from vilavt_core.conversation import FinishReason, Result, Usage
 from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import Limits, Sampling
+from vilavt_core.protocol import Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Provenance, Work
 from vilavt_eval.browser import BrowsedRun, write_browser
 from vilavt_eval.pictures import PictureFolder, picture_roots
@@ -105,6 +106,30 @@ def test_crops_are_cut_again_from_the_picture_as_the_model_saw_them(tmp_path, pi
     assert all(abs(a - b) < 12 for a, b in zip(blue.getpixel((40, 40)), (0, 0, 255), strict=True))
     assert all(abs(a - b) < 12 for a, b in zip(lime.getpixel((28, 28)), (0, 255, 0), strict=True))
     assert [turn.image_indices for turn in trace.turns] == [(1, 2), ()]
+
+
+def test_rows_that_do_not_say_what_was_shown_are_cropped_by_the_rule(tmp_path, picture):
+    """As the gallery does: the box is on the picture as shown, 196 x 84 px within the limits of the run."""
+    limits = {**vars(Limits()), "max_pixels": 22_400, "min_pixels": 3136}
+    path = write_results(tmp_path / "r.jsonl", {"x": "A"})
+    row = json.loads(path.read_text())
+    row["turns"][0] = format_turn(ToolCall((Region(0, (98, 0, 196, 84)), Region(0, (98, 0, 147, 42))), "look"))
+    del row["shown"]
+    for ablation, count in ((None, 3), ("random-box", 0)):
+        run = {"run": {"provenance": {"limits": limits, "preset": "default"}, "ablation": ablation}}
+        path.write_text(json.dumps(run) + "\n" + json.dumps(row) + "\n")
+        (recording,) = read_recordings(path).entries
+        folder = PictureFolder(tmp_path / "p", "")
+        trace = recording.replayed(folder, [tmp_path]).pictured(folder, [tmp_path])
+        assert len(trace.images) == len(trace.pictures) == count
+    run["run"]["ablation"] = None
+    path.write_text(json.dumps(run) + "\n" + json.dumps(row) + "\n")
+    (recording,) = read_recordings(path).entries
+    trace = recording.replayed(folder, [tmp_path]).pictured(folder, [tmp_path])
+    assert (trace.images[0].width, trace.images[0].height) == (196, 84)
+    assert [image.region for image in trace.images[1:]] == [(0.5, 0.0, 1.0, 1.0), (0.5, 0.0, 0.75, 0.5)]
+    lime = Image.open(tmp_path / "p" / trace.pictures[2])
+    assert all(abs(a - b) < 12 for a, b in zip(lime.getpixel((28, 28)), (0, 255, 0), strict=True))
 
 
 def test_two_runs_stand_side_by_side_and_the_index_says_what_changed(tmp_path, picture):

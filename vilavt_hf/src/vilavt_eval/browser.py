@@ -69,6 +69,7 @@ def write_browser(
     for number, pair in enumerate(progress(pairs), 1):
         name = f"{number:05d}.html"
         try:
+            pair = [None if found is None else (found[0].replayed(folder, found[1]), found[1]) for found in pair]
             talks = []
             for place, (found, run) in enumerate(zip(pair, runs, strict=True)):
                 if found is None:

@@ -304,5 +304,6 @@ def _trace(
     except MALFORMED:
         bare = {name: value for name, value in row.items() if name not in ("shown", "turn_seconds", "work")}
         recording = recording_of_row(bare, line, benchmark, score)
-    trace = recording.pictured(folder, picture_roots(Path(file), benchmark, image_roots))
+    roots = picture_roots(Path(file), benchmark, image_roots)
+    trace = recording.pictured(folder, roots)
     return replace(trace, run=f"{run}: {score:.2f}")

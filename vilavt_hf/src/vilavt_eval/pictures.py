@@ -62,7 +62,8 @@ class PictureFolder:
         self.folder, self.address = folder, address
         self.missing: dict[str, str] = {}
         """Pictures that could not be shown, and why."""
-        self._load = lru_cache(_DECODED)(self._decode)
+        self.open = lru_cache(_DECODED)(load_image)
+        """A picture, decoded; see `vilavt_core.images.load_image`."""
 
     def find(self, name: str, roots: Sequence[Path]) -> Path | None:
         """The file of a picture, or None."""
@@ -89,7 +90,7 @@ class PictureFolder:
             key = f"{source}\0{stamp}\0{region}\0{size}\0{whole}"
             path = self.folder / f"{name}{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:20]}.jpg"
             if not path.is_file():
-                picture = self._load(source)
+                picture = self.open(source)
                 if not whole:
                     picture = _cut(picture, region, size)
                 largest = THUMBNAIL if name else LARGEST
@@ -101,9 +102,6 @@ class PictureFolder:
             self.missing.setdefault(str(source)[:200], str(error)[:300])
             return None
         return address + path.name
-
-    def _decode(self, source: Path | str) -> Image.Image:
-        return load_image(source)
 
 
 def _cut(picture: Image.Image, region: Box, size: tuple[int, int]) -> Image.Image:

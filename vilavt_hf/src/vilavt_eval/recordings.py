@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vilavt_core.conversation import ShownImage, Turn
-from vilavt_core.errors import EvaluationError
-from vilavt_core.protocol import parse_turn
-from vilavt_core.regions import WHOLE
+from vilavt_core.errors import EvaluationError, ImageError, RegionError, VilavtError
+from vilavt_core.presets import Limits, get_preset
+from vilavt_core.protocol import ToolCall, parse_turn
+from vilavt_core.regions import WHOLE, Gallery, Picture, share_budget
 from vilavt_core.results import ChatResult
 from vilavt_core.viewer import Trace, shown_talk
 
@@ -23,6 +25,34 @@ from .scores import Flaw, ScoredFile, ScoredRow, question_id_of, read_lines, res
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 """What a row of another shape than ours may raise."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a run sized its images."""
+
+    limits: Limits
+    split: Literal["per_image", "total"]
+
+    @classmethod
+    def of(cls, run: Mapping[str, Any] | None) -> Sizes | None:
+        """What the run line of a result file says; None if it says nothing, or that crops were not those asked for."""
+        if run is None or run.get("ablation"):
+            return None
+        try:
+            provenance = run["provenance"]
+            return cls(Limits(**provenance["limits"]), get_preset(provenance["preset"]).budget_split)
+        except (*MALFORMED, VilavtError):
+            return None
+
+    def original_pixels(self, count: int) -> float:
+        """At most, of each of `count` originals."""
+        return share_budget(self.limits.max_pixels, count, self.split)
+
+    @property
+    def crop_pixels(self) -> float:
+        """At most, of a crop."""
+        return self.limits.crop_max_pixels or self.limits.max_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +68,35 @@ class Recording:
     inside: Mapping[int, str] = field(default_factory=dict)
     """``data:`` URLs of images, where the file has them."""
     category: str = ""
+    sizes: Sizes | None = None
+    """How its images were sized, if the file says so and not what was shown."""
+
+    def replayed(self, folder: PictureFolder, roots: Sequence[Path]) -> Recording:
+        """With the images that its turns asked for, of a row that does not say what was shown and whose pictures are
+        found: the crop rule is applied again.
+        """
+        if self.sizes is None or self.trace.images or not self.sources:
+            return self
+        paths = [folder.find(name, roots) for name in self.sources]
+        gallery = Gallery(min_pixels=self.sizes.limits.min_pixels)
+        turns = list(self.trace.turns)
+        try:
+            for name, path in zip(self.sources, paths, strict=True):
+                if path is None:
+                    return self
+                picture = Picture(folder.open(path), Path(name).name)
+                gallery.add_original(picture, self.sizes.original_pixels(len(paths)))
+            for place, turn in enumerate(turns[:-1]):  # what the last turn asks for is not shown
+                if isinstance(turn.action, ToolCall):
+                    first = len(gallery)
+                    with suppress(RegionError):  # refused then, too
+                        gallery.crop(turn.action, self.sizes.crop_pixels)
+                    turns[place] = replace(turn, image_indices=tuple(range(first, len(gallery))))
+        except ImageError as error:
+            folder.missing.setdefault(self.sources[0][:200], str(error)[:300])
+            return self
+        images = [ShownImage.of(index, view, "") for index, view in enumerate(gallery.views)]
+        return replace(self, trace=replace(self.trace, images=images, turns=turns))
 
     def pictured(self, folder: PictureFolder, roots: Sequence[Path]) -> Trace:
         """The trace with its pictures, as far as their files are found."""
@@ -114,7 +173,7 @@ def read_recordings(path: Path, benchmark: Benchmark | None = None) -> Recording
                 if line not in rows:
                     continue  # answered again in a later line
                 entry = recording_of_row(data, line, scored.benchmark, rows[line].strict)
-                entry = replace(entry, category=rows[line].category or "")
+                entry = replace(entry, category=rows[line].category or "", sizes=Sizes.of(scored.run))
             else:
                 entry = _recording_of_result(data, path, line)
             shown_talk([entry.trace])
