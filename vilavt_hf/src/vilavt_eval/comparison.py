@@ -16,8 +16,8 @@ from vilavt_core.viewer import SCRIPT, Trace, shown_talk
 
 from .definition import Benchmark, Report
 from .pictures import PictureFolder, picture_roots
-from .recordings import MALFORMED, recording_of_row
-from .scores import ScoredFile, ScoredRow, Scorer
+from .recordings import MALFORMED, Sizes, recording_of_row
+from .scores import ScoredFile, ScoredRow, Scorer, read_lines
 from .statistics import RESAMPLES, Interval, mcnemar, percentile_interval, resampled_means, sign_flip
 from .summary import name_of, place_of
 
@@ -247,13 +247,17 @@ def write_side_by_side(
     ]
     name = f"{path.stem}-pictures"
     folder = PictureFolder(path.with_name(name), f"{name}/")
+    lines = {file: _run_of(file) for file, _ in rows}
     questions = []
     for number, flip in enumerate(flips):
         sides = (
             (comparison.first, flip.first, flip.first_place),
             (comparison.second, flip.second, flip.second_place),
         )
-        traces = [_trace(rows[place], place, run, score, benchmark, folder, image_roots) for run, score, place in sides]
+        traces = [
+            _trace(rows[place], place, run, score, benchmark, folder, image_roots, lines[place[0]])
+            for run, score, place in sides
+        ]
         questions.append([shown_talk([trace], 2 * number + side) for side, trace in enumerate(traces)])
     if folder.missing:
         first, why = next(iter(folder.missing.items()))
@@ -287,6 +291,13 @@ def _rows_at(places: set[tuple[str, int]]) -> dict[tuple[str, int], Mapping[str,
     return found
 
 
+def _run_of(file: str) -> Mapping[str, Any] | None:
+    """What a result file says its answers depend on; None: nothing."""
+    _, first = next(read_lines(Path(file)), (0, None))
+    run = first.get("run") if isinstance(first, Mapping) else None
+    return run if isinstance(run, Mapping) else None
+
+
 def _trace(
     row: Mapping[str, Any],
     place: tuple[str, int],
@@ -295,6 +306,7 @@ def _trace(
     benchmark: Benchmark | None,
     folder: PictureFolder,
     image_roots: Sequence[Path],
+    run_line: Mapping[str, Any] | None,
 ) -> Trace:
     """A row of a run as the viewer shows it; what is not of our shape in it is left out."""
     file, line = place
@@ -305,5 +317,6 @@ def _trace(
         bare = {name: value for name, value in row.items() if name not in ("shown", "turn_seconds", "work")}
         recording = recording_of_row(bare, line, benchmark, score)
     roots = picture_roots(Path(file), benchmark, image_roots)
+    recording = replace(recording, sizes=Sizes.of(run_line)).replayed(folder, roots)
     trace = recording.pictured(folder, roots)
     return replace(trace, run=f"{run}: {score:.2f}")
