@@ -32,6 +32,13 @@ def test_the_multi_turn_benchmark_does_every_piece_of_work_once(run):
     assert max(figures["logit_difference"].values()) < 1e-3
 
 
+def test_the_benchmark_of_pages_finds_every_picture(run):
+    figures = run("view.py", "--small")
+    assert figures["pages"] == 20
+    assert figures["missing"] == 0
+    assert figures["index_bytes"] < 20 * 2000 + 20_000
+
+
 def test_the_packing_benchmark_wastes_nothing_in_packs(run):
     figures = run("packing.py", "--small", "--samples", "12", "--repeats", "1")
     packed, alone, *padded = figures["rows"]

@@ -71,6 +71,7 @@ def test_commands_that_need_no_model_load_neither_torch_nor_transformers(tmp_pat
         ["inspect", str(TINY)],
         ["convert", str(TINY), str(tmp_path / "converted")],
         ["score", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "scores")],
+        ["view", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "view")],
         ["prompts", "show", "default"],
         ["doctor"],
         ["data", "check", str(tmp_path / "set.jsonl"), "--model", str(TINY), "--workers", "0"],

@@ -9,15 +9,17 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from vilavt_core.drawing import COLOURS
+from vilavt_core.drawing import COLOURS, load_font, wrap, written
 from vilavt_core.errors import ImageError
-from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Intervention
 from vilavt_core.trace import annotate, draw_conversation, write_html
+from vilavt_core.viewer import Trace
 from vilavt_hf.chat import VilavtChat
 
 HOSTILE = '<script>alert("x")</script> & </pre>\'"'
@@ -56,7 +58,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -85,20 +87,21 @@ def test_a_page_shows_every_turn_with_its_images_queries_thoughts_tokens_and_sec
 def test_a_page_refers_to_nothing_outside_itself(result, tmp_path):
     source = write_html(result, tmp_path / "trace.html").read_text(encoding="utf-8")
     page = Page(source)
-    assert all(link.startswith("data:image/") for link in page.links)
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert not {"link", "iframe", "object"} & set(page.tags)
     assert "http" not in re.sub(r"http-equiv", "", source)
     assert "url(" not in source
-    image = Image.open(io.BytesIO(base64.b64decode(page.links[0].partition(",")[2])))
-    assert image.size == annotate(result.views, 0).size
+    pictures = [link for link in page.links if link.startswith("data:")]
+    assert Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2]))).size == result.views[0].image.size
 
 
 def test_text_from_models_and_users_is_escaped(tiny_model, processor, tmp_path):
     turns = [zoom(HOSTILE, (0, (0, 0, 40, 40))), format_turn(Answer(HOSTILE, HOSTILE))]
     result = conversation(tiny_model, processor, turns, question=HOSTILE)
-    page = read(write_html(result, tmp_path / "trace.html"))
-    assert "script" not in page.tags
-    assert page.text.count('<script>alert("x")</script> & </pre>') >= 4
+    trace = Trace.of(result, target=HOSTILE, run=HOSTILE, tokenizer=processor.tokenizer, facts={HOSTILE: HOSTILE})
+    page = read(write_html(trace, tmp_path / "trace.html"))
+    assert page.tags.count("script") == 1  # the viewer's own
+    assert page.text.count('<script>alert("x")</script> & </pre>') >= 8
 
 
 def test_refused_failed_and_unanswered_conversations_are_written_too(tiny_model, processor, tmp_path):
@@ -113,6 +116,25 @@ def test_refused_failed_and_unanswered_conversations_are_written_too(tiny_model,
     assert draw_conversation(refused).size > (0, 0)
 
 
+def test_all_questions_of_a_conversation_stand_on_one_page_below_each_other(tiny_model, processor, tmp_path):
+    limits = Limits(max_turns=2, max_new_tokens_per_turn=8, max_pixels=112 * 112)
+    chat = VilavtChat(tiny_model, processor, limits=limits, prompts="tiny")
+    talk = chat.conversation(Image.new("RGB", (112, 112), "white"))
+    first, second = talk.ask("Which one is first?"), talk.ask("And the second one?")
+    page = read(write_html([[first, second]], tmp_path / "trace.html"))
+    assert page.tags.count("article") == 1
+    assert page.tags.count("img") == 1
+    assert page.text.index("Which one is first?") < page.text.index("And the second one?")
+    assert "Which one is first?" in second.transcript.partition("And the second one?")[0]
+
+
+def test_what_the_model_saw_is_in_the_result_and_on_the_page(result, tmp_path):
+    assert result.transcript.startswith("<|im_start|>system")
+    assert "<image 112x84>" in result.transcript
+    assert ChatResult.from_json(result.to_json()).transcript == result.transcript
+    assert result.transcript in read(write_html(result, tmp_path / "trace.html")).text
+
+
 def test_regions_are_drawn_where_they_are_in_the_colour_of_their_crop(result):
     scale = 3  # 112 px are enlarged to about 320
     image = annotate(result.views, 0)
@@ -124,6 +146,16 @@ def test_regions_are_drawn_where_they_are_in_the_colour_of_their_crop(result):
     assert untouched.getcolors(maxcolors=2) == [(untouched.width * untouched.height, (255, 255, 255))]
 
 
+def test_a_box_on_a_ground_of_its_own_colour_and_two_boxes_in_one_place_are_seen(tiny_model, processor):
+    first = COLOURS[0]
+    turns = [zoom("twice", (0, (28, 28, 84, 84)), (0, (28, 28, 84, 84))), format_turn(Answer("x"))]
+    result = conversation(tiny_model, processor, turns)
+    views = [replace(result.views[0], image=Image.new("RGB", (112, 112), first)), *result.views[1:]]
+    drawn = {colour for _, colour in annotate(views, 0).getcolors(maxcolors=100_000)}
+    ground, second = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (first, COLOURS[1]))
+    assert {ground, second, (0, 0, 0), (255, 255, 255)} <= drawn
+
+
 def test_the_picture_of_a_conversation_grows_with_its_rounds(result, tiny_model, processor):
     short = draw_conversation(conversation(tiny_model, processor, [format_turn(Answer("seven"))]))
     picture = draw_conversation(result)
@@ -133,12 +165,35 @@ def test_the_picture_of_a_conversation_grows_with_its_rounds(result, tiny_model,
     assert {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in COLOURS[:3]} <= colours
 
 
-def test_long_questions_and_answers_are_wrapped_and_cut(tiny_model, processor):
-    text = "word " * 300 + "x" * 2000
-    result = conversation(tiny_model, processor, [format_turn(Answer("a" * 300))], question=text)
-    picture = draw_conversation(result, scale=1)
-    assert picture.width < 2000
-    assert picture.height < 2000
+def test_the_picture_grows_with_long_questions_and_answers(result):
+    pictures = []
+    for length in (600, 6000):
+        answered = replace(result.episode, answer="a" * length)
+        pictures.append(draw_conversation(replace(result, episode=answered, question="word " * 300), scale=1))
+    assert all(picture.width < 2000 for picture in pictures)
+    assert pictures[1].height > pictures[0].height + 1000
+
+
+def test_a_failed_conversation_is_drawn_without_pictures(result):
+    failed = replace(result, episode=None, error=ValueError("boom"))
+    assert draw_conversation(failed, scale=1).width > 100
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=200), st.integers(40, 400))
+def test_lines_hold_all_of_a_text_and_are_no_wider_than_told(text, width):
+    font = load_font(14)
+    lines = wrap(text, font, width)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert all(len(line) == 1 or font.getlength(line) <= width for line in lines if line)
+
+
+def test_other_scripts_are_drawn_or_spelled_out_but_never_as_empty_boxes(monkeypatch):
+    text, _ = written("card 蓝色", 20)
+    assert text in ("card 蓝色", "card \\u84dd\\u8272")
+    monkeypatch.setattr("vilavt_core.drawing.WIDE_FONTS", ())
+    text, font = written("card 蓝\U00012345", 20)
+    assert text == "card \\u84dd\\U00012345"
+    assert font.getlength(text) > 0
 
 
 def test_a_conversation_that_a_server_told_is_shown_without_its_pictures(result, tmp_path):
@@ -147,17 +202,9 @@ def test_a_conversation_that_a_server_told_is_shown_without_its_pictures(result,
     assert "<img" not in page
     assert "region [60, 20, 100, 60] of image 0" in page
     assert "thinking of closer" in page
+    assert page.count('class="box') == 4  # of three regions; the nested one is on the original, too
     with pytest.raises(ImageError, match="without its pictures"):
         draw_conversation(told)
-
-
-def test_a_section_stands_as_it_is_only_if_a_template_made_it(result, tmp_path):
-    (tmp_path / "section.html").write_text("<aside>{{ text }}</aside>")
-    made = render("section.html", tmp_path, text=HOSTILE + "\ud800")
-    page = read(write_html([result, result], tmp_path / "trace.html", sections=[made, "<aside>"]))
-    assert page.tags.count("aside") == 1
-    assert HOSTILE + "?" in page.text
-    assert "<aside>" in page.text
 
 
 def test_templates_are_loaded_when_a_page_is_written():

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from vilavt_core.cli import app
@@ -39,6 +40,8 @@ def test_a_run_is_scored_and_ablations_are_put_beside_it(vilavt, tmp_path):
     folder = tmp_path / "out" / "vilavt-tiny"
     names = {"default-seed0", *(f"default-seed0-{part}" for part in ("no-zoom", "random-box", "no-reencode"))}
     assert {path.stem for path in folder.glob("*.jsonl")} == names
+    with Image.open(folder / "default-scores.png") as chart:
+        assert chart.width > 500
     table = json.loads((folder / "default-ablations.json").read_text())
     scores = {row["name"]: row["figures"][0] for row in table["rows"]}
     assert list(scores) == ["full", "no-zoom", "random-box", "no-reencode"]

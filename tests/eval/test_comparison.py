@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from typer.testing import CliRunner
 
 from vilavt_core.cli import app
 from vilavt_core.errors import BenchmarkError
+from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_eval.comparison import compare, write_side_by_side
 from vilavt_eval.definition import load_benchmark
@@ -199,11 +201,37 @@ def test_traces_of_flipped_questions_stand_side_by_side_and_are_escaped(tmp_path
     found = compare([first], [second])
     path = write_side_by_side(found, tmp_path / "flips.html")
     page = Page(path)
-    assert not {"script", "link", "iframe"} & set(page.tags)
-    for text in ("look at <script>alert", "thinking <script>", "now I see", "image 0 [1, 2, 30, 40]", "Turn 5"):
+    assert not {"link", "iframe"} & set(page.tags)
+    assert page.tags.count("script") == 1  # the viewer's own
+    for text in ("look at <script>alert", "thinking <script>", "now I see", "[1, 2, 30, 40] of image 0", "Turn 5"):
         assert text in page.text
     assert page.tags.count("article") == 1
     assert "http" not in re.sub("http-equiv", "", path.read_text())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_flipped_questions_are_shown_with_their_pictures_and_crops(tmp_path, told):
+    """Whether the rows say what was shown, or only the run how large images were."""
+    Image.new("RGB", (560, 560), "red").save(tmp_path / "a.png")
+    turns = [format_turn(ToolCall((Region(0, (0, 0, 56, 56)),), "look")), format_turn(Answer("A"))]
+    crop = {
+        "turn": 0, "index": 1, "kind": "crop", "width": 112, "height": 112, "source": 0, "parent": 0, "query": "look",
+        "region": [0, 0, 0.5, 0.5], "box": [0, 0, 56, 56],
+    }  # fmt: skip
+    more = {"images": ["a.png"], "turns": turns}
+    more |= {"shown": {"originals": [[112, 112]], "crops": [crop]}} if told else {}
+    limits = vars(Limits()) | {"max_pixels": 112 * 112}
+    line = json.dumps({"run": {"provenance": {"preset": "default", "limits": limits}}})
+    files = []
+    for name, said in (("first", "A"), ("second", "B")):
+        path = file_of(tmp_path / f"{name}.jsonl", {0: said}, **more).path
+        path.write_text(f"{line}\n{path.read_text()}")
+        files.append(score_file(path))
+    path = write_side_by_side(compare([files[0]], [files[1]]), tmp_path / "flips.html")
+    addresses = re.findall(r'src="(flips-pictures/[^"]+)"', path.read_text())
+    assert len(addresses) == 4
+    assert all((tmp_path / address).is_file() for address in addresses)
+    assert path.read_text().count('<g class="box"') == 2
 
 
 def test_a_page_shows_flips_of_both_directions_up_to_its_limit(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageFont
@@ -29,23 +30,80 @@ def png_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def picture_url(image: Image.Image) -> str:
+    """The picture as a data URL, small ones as PNG; photographs would be huge as PNG and are JPEG."""
+    if image.width * image.height <= 512 * 512:
+        return png_url(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """Lines no wider than `width`; at most six, a longer text ends in an ellipsis."""
+    """Lines no wider than `width`, with all of the text; a word that is wider is broken, as is text without spaces."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    for n, line in enumerate(lines):
-        while len(line) > 1 and font.getlength(line) > width:
-            line = line[:-2] + "…"
-        lines[n] = line
-    return [*lines[:5], lines[5] + " …"] if len(lines) > 6 else lines or [""]
+            continue
+        lines.append("")
+        for char in word:
+            if lines[-1] and font.getlength(lines[-1] + char) > width:
+                lines.append("")
+            lines[-1] += char
+    return lines or [""]
 
 
-def load_font(size: int, *, bold: bool = False) -> Font:
-    """DejaVu Sans where the system or matplotlib has it, else the font that PIL carries."""
+WIDE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "SourceHanSans.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "DroidSansFallback.ttf",
+    "uming.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "simsun.ttc",
+    "unifont.otf",
+    "unifont.ttf",
+    "FreeSans.ttf",
+)
+"""Fonts with many scripts, by the file names of Linux, macOS and Windows; the first that has a text's letters is
+taken."""
+
+
+def written(text: str, size: int, *, bold: bool = False) -> tuple[str, Font]:
+    """A text as it can be drawn, and with which font: letters that no font of this machine has are spelled out, as
+    ``\\u4e2d``, never drawn as empty boxes.
+    """
+    font = load_font(size, bold=bold, text=text)
+    return "".join(c if c.isspace() or _has(font, c) else _spelled(c) for c in text), font
+
+
+def _spelled(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
+
+
+def load_font(size: int, *, bold: bool = False, text: str = "") -> Font:
+    """DejaVu Sans where the system or matplotlib has it, else the font that PIL carries; for a text with letters that
+    it lacks, the first of `WIDE_FONTS` that lacks fewest.
+    """
+    plain = _plain_font(size, bold)
+    wanted = sorted({c for c in text if not c.isspace()})
+    fonts = [plain]
+    if not all(_has(plain, c) for c in wanted):
+        fonts += [font for name in WIDE_FONTS if (font := _named_font(name, size)) is not None]
+    return min(fonts, key=lambda font: sum(not _has(font, c) for c in wanted))
+
+
+@lru_cache(64)
+def _plain_font(size: int, bold: bool) -> Font:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     candidates = [name]
     try:
@@ -55,8 +113,24 @@ def load_font(size: int, *, bold: bool = False) -> Font:
     except ImportError:
         pass
     for candidate in candidates:
-        try:
-            return ImageFont.truetype(candidate, size)
-        except OSError:
-            continue
+        if (found := _named_font(candidate, size)) is not None:
+            return found
     return ImageFont.load_default(size)
+
+
+@lru_cache(256)
+def _named_font(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@lru_cache(4096)
+def _has(font: Font, char: str) -> bool:
+    """Whether a font has a letter: else it draws what it draws for a code point that is none."""
+    try:
+        glyph, missing = font.getmask(char), font.getmask("\U0010fffe")
+        return (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
+    except (UnicodeError, OSError):
+        return False

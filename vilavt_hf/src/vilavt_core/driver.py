@@ -313,6 +313,7 @@ class Driver:
             seconds=time.perf_counter() - self._began,
             error=self._error,
             fallback=fallback.result if fallback is not None and fallback.finished else None,
+            transcript="" if main is None else main.transcript,
         )
 
     # ------------------------------------------------------------------ parts

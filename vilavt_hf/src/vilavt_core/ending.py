@@ -32,7 +32,7 @@ _EXTRAS = {
     "ray": "ray",
 }
 """Packages that some commands need -> the extra that brings them."""
-_EVALUATION = ("eval", "eval-latency", "score")
+_EVALUATION = ("eval", "eval-latency", "score", "view")
 """Commands for which the smaller extra ``eval`` is enough."""
 
 

@@ -1,13 +1,16 @@
 """Self-contained HTML pages out of templates. Whatever a template shows is escaped, unless a template wrote it.
 
-``templates/page.html`` is what every page extends: style, and a policy by which browsers load nothing from elsewhere.
+``templates/page.html`` is what every page extends: style, and a policy by which browsers load nothing from elsewhere
+and run no script but the one that the page came with.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -16,13 +19,20 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 """Those that all packages share."""
 
+Pictures = Literal["inside", "beside"]
+"""Where a page has its pictures: in itself, as ``data:`` URLs, or in files of its own folder."""
 
-def render(template: str, folder: Path | None = None, **values: Any) -> Markup:
+
+def render(
+    template: str, folder: Path | None = None, *, script: str = "", pictures: Pictures = "inside", **values: Any
+) -> Markup:
     """Fill a template in.
 
     Args:
         template: its file name.
         folder: where it is, besides `TEMPLATES`, which it may extend and include.
+        script: file name of the only script that the page may run, put into it; empty: it runs none.
+        pictures: where the page may have its pictures.
         values: what it shows. Text is escaped; only what `render` has returned stands as it is.
 
     Returns:
@@ -30,9 +40,22 @@ def render(template: str, folder: Path | None = None, **values: Any) -> Markup:
     """
     from markupsafe import Markup
 
-    text = _environment(folder).get_template(template).render(values)
+    environment = _environment(folder)
+    source = environment.loader.get_source(environment, script)[0] if script and environment.loader else ""
+    head = {"policy": policy(source, pictures), "script": Markup(source)}
+    text = environment.get_template(template).render(head | values)
     # A result file can hold lone surrogates, which cannot be written as UTF-8.
     return Markup(text.encode("utf-8", "replace").decode())
+
+
+def policy(script: str, pictures: Pictures) -> str:
+    """The Content-Security-Policy of a page: nothing from elsewhere, and only this script, known by its hash."""
+    allowed = ["default-src 'none'", "style-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'"]
+    allowed.append("img-src data:" if pictures == "inside" else "img-src 'self' file: data:")
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed.append(f"script-src 'sha256-{digest}'")
+    return "; ".join(allowed)
 
 
 @lru_cache

@@ -214,6 +214,8 @@ class ChatResult:
     """The forced-answer conversation of presets that have one."""
     ignored: tuple[str, ...] = ()
     """Fields of the request that a server accepted and did not use."""
+    transcript: str = ""
+    """Everything that the model saw and said, special tokens spelled out, an image as ``<image WxH>``."""
 
     @property
     def answer(self) -> str | None:
@@ -266,6 +268,7 @@ class ChatResult:
         out["billed"] = asdict(self.billed)
         out["seconds"] = self.seconds
         out["provenance"] = self.provenance.to_json()
+        out["transcript"] = self.transcript
         return out
 
     @classmethod
@@ -288,6 +291,7 @@ class ChatResult:
             seconds=data["seconds"],
             billed=BilledTokens(**data["billed"]),
             fallback=None if fallback is None else Result.from_json(fallback),
+            transcript=data.get("transcript", ""),
         )
 
 

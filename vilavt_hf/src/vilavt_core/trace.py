@@ -1,41 +1,55 @@
 """Pictures of a conversation: a self-contained HTML page, and one image for a README or a paper.
 
 Both show every image as the model saw it, the regions it asked for (numbered and coloured like their crops), its
-queries, thoughts and answer. The page refers to nothing outside itself, and all text that came from a model or a user
-is escaped.
+queries, thoughts and answer. The page is the viewer's (`vilavt_core.viewer`); it refers to nothing outside itself, and
+all text that came from a model or a user is escaped.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .drawing import INK, LINE, PAPER, SOFT, Font, colour, load_font, wrap
-from .episode import Turn
+from .drawing import INK, LINE, PAPER, SOFT, Font, colour, load_font, wrap, written
 from .errors import ImageError
 from .pages import render
-from .protocol import Action, Answer, Malformed, NoAction, ToolCall
-from .regions import FACTOR, View
+from .protocol import ToolCall
+from .regions import View
 from .results import ChatResult
+from .viewer import SCRIPT, Trace, shown_talk
+
+Talk = ChatResult | Trace | Sequence[ChatResult | Trace]
+"""A question, or the questions of one conversation in order."""
 
 
-def write_html(
-    results: ChatResult | Sequence[ChatResult], path: str | Path, *, sections: Sequence[str] | None = None
-) -> Path:
-    """Write one page with all given conversations, and return its path. The page needs no network and no script.
+def write_html(results: Talk | Sequence[Talk], path: str | Path, *, title: str | None = None) -> Path:
+    """Write one page of conversations, and return its path. The page needs no network.
 
-    `sections`, one per conversation, is what to put after it: HTML if `vilavt_core.pages.render` made it, else text.
+    Args:
+        results: a question; or several, each a conversation of its own, or a list: a conversation with follow-ups.
+            A `ChatResult` is shown as it is; a `Trace` can say more of it, as the right answer.
+        path: of the page.
+        title: of the page; default: the question if there is one only.
     """
-    several = [results] if isinstance(results, ChatResult) else list(results)
+    several: list[Talk] = [results] if isinstance(results, ChatResult | Trace) else list(results)
+    talks = [
+        [one if isinstance(one, Trace) else Trace.of(one) for one in ([t] if isinstance(t, ChatResult | Trace) else t)]
+        for t in several
+    ]
+    if title is None:
+        first = " ".join(talks[0][0].question.split()) if len(talks) == 1 and talks[0] else ""
+        title = (first if len(first) <= 80 else first[:79] + "…") or "ViLaVT, turn by turn"
     path = Path(path)
-    pairs = zip(several, sections or [""] * len(several), strict=True)
-    conversations = [_conversation(result, section) for result, section in pairs]
-    page = render("conversations.html", title="ViLaVT, turn by turn", conversations=conversations)
+    page = render(
+        "conversations.html",
+        script=SCRIPT,
+        title=title,
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
+        talks=[shown_talk(talk, number) for number, talk in enumerate(talks)],
+    )
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -52,114 +66,22 @@ def annotate(views: Sequence[View], index: int) -> Image.Image:
         if view.parent != index or view.box is None:
             continue
         x1, y1, x2, y2 = (value * scale for value in view.box)
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour(child), width=width)
+        # Boxes in one place go into each other; dark and light around the colour are seen on any ground.
+        same = sum(earlier.parent == index and earlier.box == view.box for earlier in views[:child])
+        inset = min(same * (width + 4), (x2 - x1) / 3, (y2 - y1) / 3)
+        box = (x1 + inset, y1 + inset, max(x1 + inset, x2 - 1 - inset), max(y1 + inset, y2 - 1 - inset))
+        for ink, grow in (("black", 2), ("white", 1)):
+            around = (box[0] - grow, box[1] - grow, box[2] + grow, box[3] + grow)
+            draw.rectangle(around, outline=ink, width=width + 2 * grow)
+        draw.rectangle(box, outline=colour(child), width=width)
         label = str(child)
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
         tag_width, tag_height = right - left + 8, bottom - top + 6
-        at_x, at_y = min(x1, canvas.width - tag_width), y1 - tag_height if y1 >= tag_height else y1
+        at_x = min(x1 + same * tag_width, canvas.width - tag_width)
+        at_y = y1 - tag_height if y1 >= tag_height else y1
         draw.rectangle((at_x, at_y, at_x + tag_width, at_y + tag_height), fill=colour(child))
         draw.text((at_x + 4 - left, at_y + 3 - top), label, fill="white", font=font)
     return canvas
-
-
-# ---------------------------------------------------------------------- HTML
-
-
-def shown_turn(number: int, text: str, action: Action, **more: Any) -> dict[str, Any]:
-    """One turn as ``templates/turn.html`` shows it.
-
-    Args:
-        number: from 1.
-        text: what the model wrote.
-        action: what was read out of it.
-        more: ``meta`` (beside the number), ``boxes`` (below the query), ``problem``, ``images`` (see `_images`).
-    """
-    return {
-        "number": number,
-        "text": text,
-        "thought": "" if isinstance(action, Malformed) else action.thought,
-        "query": action.query if isinstance(action, ToolCall) else None,
-        "answer": action.text if isinstance(action, Answer) else None,
-        "nothing": isinstance(action, NoAction) and not action.thought,
-        "meta": "",
-        "boxes": "",
-        "problem": None,
-        "images": [],
-    } | more
-
-
-def _conversation(result: ChatResult, section: str) -> dict[str, Any]:
-    shown = {index for turn in result.turns for index in turn.image_indices}
-    no_answer = None
-    if result.answer is None and result.episode is not None:
-        no_answer = f"No answer ({result.finish}): {result.episode.detail}"
-    return {
-        "question": result.question,
-        "images": _images(result, [index for index in range(len(result.images)) if index not in shown]),
-        "turns": [_turn(turn, result) for turn in result.turns],
-        "error": None if result.error is None else f"{type(result.error).__name__}: {result.error}",
-        "asked_again": result.fallback is not None,
-        "answer": result.answer,
-        "no_answer": no_answer,
-        "facts": _facts(result),
-        "section": section,
-    }
-
-
-def _turn(turn: Turn, result: ChatResult) -> dict[str, Any]:
-    seconds = "" if turn.seconds is None else f" · {turn.seconds:.2f} s"
-    return shown_turn(
-        turn.index + 1,
-        turn.text,
-        turn.action,
-        meta=f"{turn.token_count} tokens{seconds}",
-        problem=turn.problem,
-        images=_images(result, turn.image_indices),
-    )
-
-
-def _images(result: ChatResult, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Images as ``templates/turn.html`` shows them; without their pixels if a server told them."""
-    images = []
-    for index in indices:
-        image = result.images[index]
-        box = (
-            "" if image.box is None else f", region [{', '.join(f'{v:g}' for v in image.box)}] of image {image.parent}"
-        )
-        tokens = image.width * image.height // FACTOR**2
-        images.append(
-            {
-                "index": index,
-                "url": _data_url(annotate(result.views, index)) if result.views else None,
-                "colour": None if image.parent is None else colour(index),
-                "caption": f"{image.width} x {image.height} px, {tokens} tokens{box}",
-            }
-        )
-    return images
-
-
-def _facts(result: ChatResult) -> dict[str, str]:
-    provenance, work = result.provenance, result.work
-    computed = work.tokens_prefilled + work.tokens_decoded
-    return {
-        "checkpoint": f"{provenance.checkpoint or 'in memory'} {(provenance.fingerprint or '')[:12]}",
-        "preset, prompts": f"{provenance.preset}, {provenance.prompts} {provenance.prompts_sha256[:12]}",
-        "sampling": f"temperature {provenance.sampling.temperature:g}, seed {provenance.seed}",
-        "computed": (
-            f"{work.patches_encoded} patches ({work.patches_ratio:.2f} per distinct one), "
-            f"{computed} tokens ({work.tokens_ratio:.2f} per distinct one), {result.seconds:.2f} s"
-        ),
-        "run on": f"{provenance.device}, {provenance.dtype}, {provenance.attention}",
-        "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
-    }
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    # Photographs would be huge as PNG.
-    kind = "PNG" if image.width * image.height <= 512 * 512 else "JPEG"
-    image.save(buffer, kind, **({"optimize": True} if kind == "PNG" else {"quality": 88}))
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # ---------------------------------------------------------------------- one picture
@@ -167,6 +89,8 @@ def _data_url(image: Image.Image) -> str:
 _GAP = 28
 _ROOM = 300
 """Pixels that the longest side of a picture gets."""
+_SHORT = 60
+"""Characters of an answer that is written large."""
 
 
 def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
@@ -191,14 +115,19 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
             steps.append((turn.action.query, list(turn.image_indices)))
     columns = [_column(views, indices, scale) for _, indices in steps]
     arrow, gap, margin = round(150 * scale), round(_GAP * scale), round(30 * scale)
-    title, text = load_font(round(19 * scale)), load_font(round(14 * scale))
-    answer = load_font(round(34 * scale), bold=True)
-    lines = wrap(result.answer or f"({result.finish})", answer, round(240 * scale))
+    said = result.answer or f"({result.finish})"
+    large = len(said) <= _SHORT
+    answer_text, answer = written(said, round((34 if large else 19) * scale), bold=large)
+    step = round((42 if large else 28) * scale)
+    lines = wrap(answer_text, answer, round((240 if large else 480) * scale))
     answer_width = max(round(30 * scale), *(round(answer.getlength(line)) for line in lines))
+    labels = [_label(query, arrow, scale) for query, _ in steps]
     width = 2 * margin + sum(c.width for c in columns) + (len(columns) - 1) * arrow + arrow + answer_width
-    question = wrap(result.question, title, width - 2 * margin)
+    question_text, title = written(result.question, round(19 * scale))
+    question = wrap(question_text, title, width - 2 * margin)
     head = margin + round(30 * scale) * len(question) + gap
-    height = head + max(c.height for c in columns) + margin
+    labelled = max(2 * (round(19 * scale) * len(lines_) + round(14 * scale)) for lines_, _ in labels)
+    height = head + max(step * len(lines), labelled, *(c.height for c in columns)) + margin
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     for n, line in enumerate(question):
@@ -207,12 +136,11 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
     x = margin
     for n, column in enumerate(columns):
         if n:
-            _arrow(draw, x, middle, arrow, steps[n][0], text, scale)
+            _arrow(draw, x, middle, arrow, labels[n], scale)
             x += arrow
         canvas.paste(column, (x, middle - column.height // 2))
         x += column.width
-    _arrow(draw, x, middle, arrow, "", text, scale)
-    step = round(42 * scale)
+    _arrow(draw, x, middle, arrow, labels[0], scale)
     for n, line in enumerate(lines):
         at = middle - step * len(lines) // 2 + n * step + step // 2
         draw.text((x + arrow, at), line, font=answer, fill=INK, anchor="lm")
@@ -221,7 +149,7 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
 
 def _column(views: Sequence[View], indices: Sequence[int], scale: float) -> Image.Image:
     """Images above each other, with borders in their colours."""
-    room = round(_ROOM * scale if len(indices) == 1 else _ROOM * scale / len(indices) ** 0.7)
+    room = round(_ROOM * scale / max(1, len(indices)) ** 0.7)
     gap, border = round(12 * scale), max(2, round(3 * scale))
     pictures = []
     for index in indices:
@@ -244,12 +172,18 @@ def _column(views: Sequence[View], indices: Sequence[int], scale: float) -> Imag
     return column
 
 
-def _arrow(draw: ImageDraw.ImageDraw, x: int, y: int, length: int, label: str, font: Font, scale: float) -> None:
+def _label(query: str, length: int, scale: float) -> tuple[list[str], Font]:
+    """Lines of a query above an arrow of this length; none if it is empty."""
+    text, font = written(query, round(14 * scale))
+    return wrap(text, font, length - 2 * round(14 * scale)) if query else [], font
+
+
+def _arrow(draw: ImageDraw.ImageDraw, x: int, y: int, length: int, label: tuple[list[str], Font], scale: float) -> None:
     pad, head = round(14 * scale), round(7 * scale)
     start, end = x + pad, x + length - pad
     draw.line((start, y, end - head, y), fill=SOFT, width=max(1, round(2 * scale)))
     draw.polygon([(end, y), (end - 2 * head, y - head), (end - 2 * head, y + head)], fill=SOFT)
-    lines = wrap(label, font, end - start) if label else []
+    lines, font = label
     step = round(19 * scale)
     for n, line in enumerate(lines):
         draw.text(((start + end) // 2, y - pad - (len(lines) - 1 - n) * step), line, font=font, fill=INK, anchor="ms")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 
 from vilavt_core.errors import BenchmarkError
 from vilavt_core.pages import render
-from vilavt_core.protocol import Malformed, ToolCall, parse_turn
-from vilavt_core.trace import shown_turn
+from vilavt_core.viewer import SCRIPT, Trace, shown_talk
 
-from .definition import Report
-from .scores import ScoredFile, ScoredRow, Scorer, response_of
+from .definition import Benchmark, Report
+from .pictures import PictureFolder, picture_roots
+from .recordings import MALFORMED, Sizes, recording_of_row
+from .scores import ScoredFile, ScoredRow, Scorer, read_lines
 from .statistics import RESAMPLES, Interval, difference_interval, mcnemar, mean_of_means, sign_flip
 from .summary import name_of, place_of
 
@@ -211,38 +212,66 @@ def _contrast(name: str, parts: Sequence[Sequence[_Pair]], rng: np.random.Genera
 # ---------------------------------------------------------------------- side by side
 
 
-def write_side_by_side(comparison: Comparison, path: str | Path, *, limit: int = SHOWN_FLIPS) -> Path:
-    """Write one self-contained page with the questions that flipped, every turn of both runs beside each other.
+def write_side_by_side(
+    comparison: Comparison,
+    path: str | Path,
+    *,
+    limit: int = SHOWN_FLIPS,
+    benchmark: Benchmark | None = None,
+    image_roots: Sequence[Path] = (),
+) -> Path:
+    """Write a page with the questions that flipped, every turn of both runs beside each other.
+
+    Its pictures are in a folder beside it, as far as the files that the rows name are found: below `image_roots`, where
+    the benchmark says, beside the result files, or in the current folder.
 
     Args:
         comparison: its files are read again.
         path: of the page.
         limit: questions that are shown, those that changed most first, from both directions in turn.
+        benchmark: of the questions; says where their pictures are.
+        image_roots: folders that picture paths start from.
 
     Returns:
         `path`.
     """
+    path = Path(path)
     flips = _most_changed(comparison.flips, limit)
     rows = _rows_at({place for flip in flips for place in (flip.first_place, flip.second_place)})
     overall = comparison.overall
-    summary = (
+    summary = [
         f"{comparison.first}: {100 * overall.first:.2f}. {comparison.second}: {100 * overall.second:.2f}. "
         f"Difference {100 * overall.difference:+.2f} [{100 * overall.interval.low:+.2f}, "
         f"{100 * overall.interval.high:+.2f}], p = {overall.p_value:.3g} ({overall.test}).",
         f"{len(comparison.flips)} questions are scored differently, {overall.better} of those that count better and "
         f"{overall.worse} worse; {len(flips)} are shown.",
-    )
+    ]
+    name = f"{path.stem}-pictures"
+    folder = PictureFolder(path.with_name(name), f"{name}/")
+    lines = {file: _run_of(file) for file, _ in rows}
+    questions = []
+    for number, flip in enumerate(flips):
+        sides = (
+            (comparison.first, flip.first, flip.first_place),
+            (comparison.second, flip.second, flip.second_place),
+        )
+        traces = [
+            _trace(rows[place], place, run, score, benchmark, folder, image_roots, lines[place[0]])
+            for run, score, place in sides
+        ]
+        questions.append([shown_talk([trace], 2 * number + side) for side, trace in enumerate(traces)])
+    if folder.missing:
+        first, why = next(iter(folder.missing.items()))
+        summary.append(f"{len(folder.missing)} pictures cannot be shown, first {first}: {why}.")
     page = render(
         "side_by_side.html",
         TEMPLATES,
+        script=SCRIPT,
+        pictures="beside",
         title=f"{comparison.first} against {comparison.second}",
         summary=summary,
-        questions=[
-            _question(flip, (comparison.first, comparison.second), (rows[flip.first_place], rows[flip.second_place]))
-            for flip in flips
-        ],
+        questions=questions,
     )
-    path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -263,42 +292,32 @@ def _rows_at(places: set[tuple[str, int]]) -> dict[tuple[str, int], Mapping[str,
     return found
 
 
-def _question(flip: Flip, names: tuple[str, str], rows: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``templates/side_by_side.html`` shows of a question."""
-    first = rows[0]
-    images = first.get("images") or first.get("image") or []
-    facts = {
-        "question": flip.question_id,
-        "category": flip.category or "",
-        "right answer": first.get("answer"),
-        "images": ", ".join(map(str, images if isinstance(images, list) else [images])),
-    }
-    return {
-        "text": str(first.get("question") or first.get("text") or ""),
-        "facts": {name: value for name, value in facts.items() if value},
-        "runs": [_run(*run) for run in zip(names, (flip.first, flip.second), rows, strict=True)],
-    }
+def _run_of(file: str) -> Mapping[str, Any] | None:
+    """What a result file says its answers depend on; None: nothing."""
+    _, first = next(read_lines(Path(file)), (0, None))
+    run = first.get("run") if isinstance(first, Mapping) else None
+    return run if isinstance(run, Mapping) else None
 
 
-def _run(name: str, score: float, row: Mapping[str, Any]) -> dict[str, Any]:
-    turns = row.get("turns")
-    return {
-        "name": name,
-        "score": f"{score:.2f}",
-        "turns": [_turn(number, str(turn)) for number, turn in enumerate(turns if isinstance(turns, list) else [], 1)],
-        "finish": row.get("finish"),
-        "response": response_of(row),
-        "error": row.get("error"),
-    }
-
-
-def _turn(number: int, text: str) -> dict[str, Any]:
-    action = parse_turn(text)
-    regions = action.regions if isinstance(action, ToolCall) else ()
-    return shown_turn(
-        number,
-        text,
-        action,
-        boxes="; ".join(f"image {r.index} [{', '.join(f'{v:g}' for v in r.box)}]" for r in regions),
-        problem=action.detail if isinstance(action, Malformed) else None,
-    )
+def _trace(
+    row: Mapping[str, Any],
+    place: tuple[str, int],
+    run: str,
+    score: float,
+    benchmark: Benchmark | None,
+    folder: PictureFolder,
+    image_roots: Sequence[Path],
+    run_line: Mapping[str, Any] | None,
+) -> Trace:
+    """A row of a run as the viewer shows it; what is not of our shape in it is left out."""
+    file, line = place
+    try:
+        recording = recording_of_row(row, line, benchmark, score)
+        shown_talk([recording.trace])
+    except MALFORMED:
+        bare = {name: value for name, value in row.items() if name not in ("shown", "turn_seconds", "work")}
+        recording = recording_of_row(bare, line, benchmark, score)
+    roots = picture_roots(Path(file), benchmark, image_roots)
+    recording = replace(recording, sizes=Sizes.of(run_line)).replayed(folder, roots)
+    trace = recording.pictured(folder, roots)
+    return replace(trace, run=f"{run}: {score:.2f}")

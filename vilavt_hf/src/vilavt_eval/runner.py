@@ -254,7 +254,19 @@ def row_of(question: Question, result: ChatResult) -> ResultRow:
     }
     if result.episode is not None:
         own["usage"] = asdict(result.episode.usage)
+        own["shown"] = shown_of(result)
     return {**head, **{key: value for key, value in question.record.items() if key not in head}, **own}
+
+
+def shown_of(result: ChatResult) -> dict[str, Any]:
+    """What the model saw, without pixels: the sizes of the originals, in order, and every crop with its turn."""
+    turn_of = {index: turn.index for turn in result.turns for index in turn.image_indices}
+    return {
+        "originals": [[image.width, image.height] for image in result.images if image.parent is None],
+        "crops": [
+            {"turn": turn_of.get(image.index), **image.to_json()} for image in result.images if image.parent is not None
+        ],
+    }
 
 
 def _while_it_works(rows: Iterator[ResultRow]) -> Iterator[ResultRow]:

@@ -15,18 +15,16 @@ from typing import Any
 
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.episode import Episode, Limits
-from vilavt_core.pages import render
 from vilavt_core.presets import Sampling, get_preset
 from vilavt_core.results import ChatResult, Provenance, Work
 from vilavt_core.trace import write_html
 from vilavt_core.versions import versions
+from vilavt_core.viewer import Trace, shown_tokens
 
 from .data import Row
 from .errors import RowError
 from .rewards import Reward
 from .rollout import finished_episode, start_row
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 FOLDER = "rollouts"
 """Where a run keeps them, below its checkpoint folder."""
@@ -203,14 +201,13 @@ def write_page(
         model: a `VilavtPolicy`; its log-probabilities are compared with the recorded ones.
         processor: its processor.
     """
-    results, sections = [], []
+    traces = []
     for rollout in rollouts:
         episode = play(rollout, settings)
-        results.append(_result(rollout, episode))
         temperature = rollout.temperature or 1.0
         computed = None if model is None else model_logprobs(model, processor, episode, temperature)
-        sections.append(_section(rollout, episode, computed))
-    return write_html(results, path, sections=sections)
+        traces.append(_trace(rollout, episode, computed))
+    return write_html(traces, path, title="Rollouts")
 
 
 def _result(rollout: Rollout, episode: Episode) -> ChatResult:
@@ -236,42 +233,30 @@ def _result(rollout: Rollout, episode: Episode) -> ChatResult:
         ),
         work=Work(),
         seconds=0.0,
+        transcript=episode.transcript,
     )
 
 
-def _section(rollout: Rollout, episode: Episode, computed: Sequence[float | None] | None) -> str:
+def _trace(rollout: Rollout, episode: Episode, computed: Sequence[float | None] | None) -> Trace:
+    """A rollout as the viewer shows it, with reward, loss mask and log-probabilities."""
     record = episode.record
     recorded = [value for value in record.logprobs if value is not None]
-    rows = {
+    facts = {
         "step, group": f"{rollout.step}, {rollout.group or '-'}",
         "temperature": f"{rollout.temperature:g}",
-        "right answer": f"{rollout.row.answer} ({rollout.row.question_type})",
+        "question type": rollout.row.question_type,
         "reward": ", ".join(f"{name} {value:g}" for name, value in rollout.reward.items()) or "left to the trainer",
         "trained on": f"{sum(record.loss_mask)} of {len(record.token_ids)} tokens",
         "mean log-probability": f"{sum(recorded) / len(recorded):.4f}" if recorded else "not recorded",
     }
     if computed is not None and recorded:
         gaps = [abs(a - b) for a, b in zip(record.logprobs, computed, strict=True) if a is not None and b is not None]
-        rows["gap to the model given"] = f"largest {max(gaps):.2e}, mean {sum(gaps) / len(gaps):.2e}"
-    return render("rollout.html", TEMPLATES, facts=rows, tokens=list(_tokens(episode, computed)))
-
-
-def _tokens(episode: Episode, computed: Sequence[float | None] | None) -> Iterator[dict[str, Any]]:
-    """The stream as text, sampled tokens with a ``shade`` and a ``title``; runs of image placeholders are shortened."""
-    record, tokenizer = episode.record, episode.tokenizer
-    images = {span.start: span.length for span in record.image_spans}
-    at = 0
-    while at < len(record.token_ids):
-        if at in images:
-            yield {"text": f"[{images[at]} image tokens]", "shade": None}
-            at += images[at]
-            continue
-        text = str(tokenizer.decode([record.token_ids[at]], skip_special_tokens=False))
-        shade, title = None, ""
-        if record.loss_mask[at]:
-            value = record.logprobs[at]
-            model = None if computed is None else computed[at]
-            shade = 15 if value is None else round(15 + 60 * min(1.0, -value / 5))
-            title = "" if value is None else f"{value:.4f}" + ("" if model is None else f", model {model:.4f}")
-        yield {"text": text, "shade": shade, "title": title}
-        at += 1
+        facts["gap to the model given"] = f"largest {max(gaps):.2e}, mean {sum(gaps) / len(gaps):.2e}"
+    return Trace.of(
+        _result(rollout, episode),
+        target=rollout.row.answer,
+        score=rollout.reward.get("accuracy"),
+        facts=facts,
+        rewards=rollout.reward,
+        tokens=list(shown_tokens(record, episode.tokenizer, computed)),
+    )

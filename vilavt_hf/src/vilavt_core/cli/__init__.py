@@ -61,6 +61,10 @@ SUBCOMMANDS = {
         "vilavt_eval.cli.score:score_command",
         "Score result files; files that differ in their seed only are averaged.",
     ),
+    "view": Subcommand(
+        "vilavt_eval.cli.view:view",
+        "Show recorded conversations as a folder of pages with an index.",
+    ),
     "inspect": Subcommand(
         "vilavt_core.cli.checkpoint:inspect",
         "Say what a checkpoint is, how it conditions vision on queries, and what it lacks.",

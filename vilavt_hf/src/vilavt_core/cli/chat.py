@@ -82,7 +82,7 @@ def ask(
     result = _show(console, chat.stream(image, question))
     if as_json:
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
-    _write(console, [result], trace, picture)
+    _write(console, [result], trace, picture, chat, [None])
     if result.answer is None:
         raise typer.Exit(NO_ANSWER)
 
@@ -110,7 +110,7 @@ def demo(
     chat = _load(name, device, dtype)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
-    results, right = [], 0
+    results, targets, right = [], list[str | None](), 0
     for image, question, expected in questions:
         console.rule(style="dim")
         console.print(_plain(question), style="bold", markup=False)
@@ -118,11 +118,12 @@ def demo(
         results.append(result)
         correct = (result.answer or "").strip() == expected.strip()
         right += correct
+        targets.append(expected)
         verdict = "[green]right[/]" if correct else "[red]wrong[/]"
         console.print(f"  {verdict}, the answer is {_markup(expected)}")
     console.rule(style="dim")
     console.print(f"{right} of {len(questions)} right")
-    _write(console, results, out, picture)
+    _write(console, results, out, picture, chat, targets)
 
 
 # ---------------------------------------------------------------------- parts
@@ -196,11 +197,23 @@ def _check_pictures(sources: Iterable[str], allow_urls: bool = False) -> None:
             )
 
 
-def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:
+def _write(
+    console: Console,
+    results: list[ChatResult],
+    page: Path | None,
+    picture: Path | None,
+    chat: Any,
+    targets: list[str | None],
+) -> None:
     from ..trace import draw_conversation, write_html
+    from ..viewer import Trace
 
     if page is not None:
-        write_html(results, page)
+        traces = []
+        for result, target in zip(results, targets, strict=True):
+            score = None if target is None else float((result.answer or "").strip() == target.strip())
+            traces.append(Trace.of(result, target=target, score=score, tokenizer=chat.settings.tokenizer))
+        write_html(traces, page)
         console.print(f"trace: {page}", soft_wrap=True, markup=False)
     if picture is not None:
         draw_conversation(results[0]).save(picture)

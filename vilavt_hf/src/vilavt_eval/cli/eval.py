@@ -218,18 +218,26 @@ def _finish(runs: Sequence[Run], limit: int | None) -> tuple[int, int] | None:
 
 
 def _show_scores(questions: Questions, finished: Mapping[str, list[Path]]) -> None:
-    """Print the scores of whole runs; with ablations also their table, which is written beside the results."""
+    """Print the scores of whole runs and draw them, with intervals, beside the results; with ablations also their
+    table.
+    """
     from ..ablation_table import ablation_table
+    from ..report import plot
     from ..scores import score_file
     from ..summary import summarise
 
     scored = {name: [score_file(path, questions.benchmark) for path in paths] for name, paths in finished.items()}
     full = scored.pop("full")
-    show_summary(summarise(full))
+    summary = summarise(full)
+    show_summary(summary)
+    name = finished["full"][0].stem.partition("-seed")[0]
+    chart = finished["full"][0].with_name(f"{name}-scores.png")
+    plot([summary, *map(summarise, scored.values())], chart)
+    typer.echo(f"wrote {chart}", err=True)
     if scored:
         table = ablation_table(full, scored)
         typer.echo(table.to_markdown())
-        stem = finished["full"][0].with_name(finished["full"][0].stem.partition("-seed")[0] + "-ablations")
+        stem = finished["full"][0].with_name(f"{name}-ablations")
         stem.with_suffix(".md").write_text(table.to_markdown(), encoding="utf-8")
         stem.with_suffix(".json").write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")
 

@@ -23,6 +23,10 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, 
 Against = Annotated[list[Path] | None, typer.Option("--against", help="Result files of a run to compare with.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of bootstrap and permutations.")]
 Resamples = Annotated[int, typer.Option("--resamples", min=1, help="Of the bootstrap.")]
+ImageRoots = Annotated[
+    list[Path] | None,
+    typer.Option("--image-root", help="Folder of the pictures on the page of traces. May be repeated."),
+]
 Shown = Annotated[int, typer.Option("--limit", min=0, help="Questions on the page of traces.")]
 
 
@@ -35,6 +39,7 @@ def score_command(
     seed: Seed = 0,
     resamples: Resamples = 2000,
     limit: Shown = 100,
+    image_root: ImageRoots = None,
 ) -> None:
     """Score result files; files that differ in their seed only are averaged. No row stops it: flawed ones are listed.
 
@@ -67,7 +72,10 @@ def score_command(
     if out is not None:
         written = write_report(out, list(zip(summaries, both, strict=True)), comparison)
         if comparison is not None:
-            written.append(write_side_by_side(comparison, out / "flips.html", limit=limit))
+            page = out / "flips.html"
+            ours = settings[0][0].benchmark
+            write_side_by_side(comparison, page, limit=limit, benchmark=ours, image_roots=image_root or ())
+            written.append(page)
         typer.echo("wrote " + ", ".join(map(str, written)))
 
 
