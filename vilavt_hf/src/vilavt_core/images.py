@@ -30,10 +30,12 @@ from .regions import MAX_ASPECT
 from .sources import (
     ACCEPTED,
     ImageSource,
+    Video,
     array_image,
     array_size,
     is_array,
     is_file,
+    is_video_path,
     of_row,
     read_open_file,
     type_name,
@@ -169,7 +171,7 @@ def image_size(
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}") from None
+        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}{_or_video(label)}") from None
 
 
 def _header(image: Image.Image, limits: ImageLimits, label: str, rules: Rules) -> tuple[int, int]:
@@ -213,6 +215,11 @@ def stored(
     url_policy: UrlPolicy,
 ) -> tuple[bytes, str]:
     """The file of a picture that is none in memory, and what errors call it."""
+    if isinstance(source, Video):
+        raise ImageError(
+            f"{name or source.label}: a Video is taken where a question is asked, not here; pass its frames "
+            "(vilavt_core.video.read_frames) as pictures"
+        )
     if isinstance(source, Mapping):
         source, own = of_row(source, name or "the image")
         name = name or own
@@ -262,6 +269,7 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
         kinds = ", ".join(FORMATS)
         raise ImageError(
             f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
+            f"{_or_video(label)}"
         ) from None
     with image:
         _check_size(image.size, limits, label)
@@ -439,6 +447,11 @@ def _registered() -> set[str]:
 def _shown(text: str) -> str:
     """A path or URL as errors call it: text that was taken for a path may be a whole picture."""
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+
+
+def _or_video(label: str) -> str:
+    """What else a file may be that is no picture."""
+    return "; a video is given as a Video, or with --video" if is_video_path(label) else ""
 
 
 def _short(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from vilavt_core.cli.quiet import load_quietly
 from vilavt_core.errors import CheckpointError, ImageError
+from vilavt_core.sources import ImageSource, Video, is_video_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,8 +42,16 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Type the weights are loaded as
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Checkpoint folder in our format, or a hub id.")],
-    image: Annotated[list[str], typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")
+    ] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video, likewise: its frames are pictures.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of each video: frames, uniform in time. Default: 32.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Instead: frames per second of each video.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the conversation as an HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the conversation as one PNG.")] = None,
@@ -56,11 +65,18 @@ def ask(
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
 ) -> None:
-    """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
+    """Ask a checkpoint about pictures and videos, and watch it zoom. Exit code 3: it ended without an answer.
+
+    Pictures come before videos if --image comes before --video, else after them.
+    """
     from rich.console import Console
 
     from vilavt_core.settings import preset_of
 
+    given = {"image": _pictures(image or []), "video": _videos(video or [], frames, fps)}
+    shown = [one for name in context.params if name in given for one in given[name]]  # as on the command line
+    if not shown:
+        raise typer.BadParameter("there is nothing to look at; pass --image or --video")
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
         settings["preset"] = preset
@@ -74,7 +90,7 @@ def ask(
         limits=replace(chat.settings.limits, **{name: value for name, value in changes.items() if value is not None}),
     )
     console = Console(stderr=as_json, highlight=False)
-    result = _show(console, chat.stream(image, question))
+    result = _show(console, chat.stream(shown, question))
     if as_json:
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
     _write(console, [result], trace, picture)
@@ -118,6 +134,20 @@ def demo(
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def _pictures(paths: list[str]) -> list[ImageSource]:
+    for path in paths:
+        if is_video_path(path):
+            raise typer.BadParameter(f"--image {path} is a video; pass it as --video {path}")
+    return list(paths)
+
+
+def _videos(paths: list[str], frames: int | None, fps: float | None) -> list[ImageSource]:
+    for name, value in (("--frames", frames), ("--fps", fps)):
+        if value is not None and not paths:
+            raise typer.BadParameter(f"{name} {value:g} says which frames of a video are taken; pass --video")
+    return [Video(path, frames, fps) for path in paths]
 
 
 def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> VilavtChat:
