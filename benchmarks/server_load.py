@@ -41,7 +41,7 @@ import psutil
 from openai import APIStatusError, AsyncOpenAI
 from rich.console import Console
 
-from vilavt_hf.tiny.evaluate import tasks
+from vilavt_hf.tiny.benchmark import tasks
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 KINDS = {"plain": 50, "stream": 26, "slow": 8, "cancelled": 8, "malformed": 8}

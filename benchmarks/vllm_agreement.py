@@ -18,7 +18,7 @@ from rich.console import Console
 
 from vilavt_core.results import Sample
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.tiny.evaluate import tasks
+from vilavt_hf.tiny.benchmark import tasks
 from vilavt_vllm import VilavtLLM
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "vilavt-tiny"

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import TypeAdapter
 
 from vilavt_core.checkpoint import fingerprint
 from vilavt_core.cli import app
-from vilavt_hf.tiny.evaluate import table
+from vilavt_eval.ablation_table import AblationTable
+from vilavt_eval.statistics import wilson
+from vilavt_hf.tiny.evaluate import ROWS
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -24,15 +27,20 @@ PAGES = [
 
 @pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/tiny.md"])
 def test_the_held_out_table_is_the_measured_one(page):
+    assert measured_table().to_markdown() in (ROOT / page).read_text()
+
+
+def measured_table() -> AblationTable:
+    """The one in ``heldout.json``."""
     report = json.loads((TINY / "heldout.json").read_text())
-    assert table(report) in (ROOT / page).read_text()
+    return TypeAdapter(AblationTable).validate_python(report["table"])
 
 
 def test_the_first_page_is_short_and_its_figures_are_those_of_the_page_that_says_how_they_were_measured():
     readme, figures = (ROOT / "README.md").read_text(), (ROOT / "docs" / "benchmarks.md").read_text()
     assert len(readme.splitlines()) < 80
-    report = json.loads((TINY / "heldout.json").read_text())
-    full, no_zoom, no_query = (f"{100 * report[name]:.1f} %" for name in ("full", "no_zoom", "no_query"))
+    shares = {row.name: row.figures[0].score for row in measured_table().rows}
+    full, no_zoom, no_query = (f"{100 * shares[name]:.1f} %" for name in ("full", "no-zoom", "no-query"))
     assert f"**{full}** of 560 held-out questions; without the zoom {no_zoom}, without the query {no_query}" in readme
     rows = {cells[0]: cells for line in figures.splitlines() if len(cells := line.strip("| ").split(" | ")) > 2}
     engine = rows["`VilavtChat`'s engine"][5]
@@ -51,11 +59,13 @@ def test_the_measured_checkpoint_is_the_shipped_one():
     assert report["checkpoint"] == "examples/vilavt-tiny"
 
 
-def test_the_measured_figures_are_those_other_tools_read():
-    report = json.loads((TINY / "heldout.json").read_text())
-    names = {"full", "teacher_boxes", "no_zoom", "no_query", "no_joint", "random_box", "follows_swap", "coverage"}
-    assert {name for name in names if 0 <= report[name] <= 1} == names == set(report["kinds"])
-    assert all(report["kinds"][name]["all"]["share"] == report[name] for name in names)
+def test_the_measured_table_is_what_the_command_would_print_today():
+    rows = {row.name: row.figures for row in measured_table().rows}
+    assert set(rows) == {"full", "coverage", *ROWS}
+    for figures in rows.values():
+        for figure in figures:
+            rules = wilson(round(figure.score * figure.questions), figure.questions)
+            assert (figure.interval.low, figure.interval.high) == pytest.approx((rules.low, rules.high), abs=1e-12)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -6,11 +6,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vilavt_core.conversation import Result
 from vilavt_core.episode import Episode, SpecialTokens
 from vilavt_core.errors import EpisodeError, ImageError
 from vilavt_core.presets import PRESETS, Limits
 from vilavt_core.prompts import PromptSet
-from vilavt_core.protocol import Answer, FinishReason, MalformedReason, NoAction, ToolCall
+from vilavt_core.protocol import Answer, FinishReason, Malformed, MalformedReason, NoAction, ToolCall
 
 SMALL = Limits(max_turns=4, max_images=6, max_new_tokens_per_turn=200, max_pixels=64 * 784)
 TINY = PromptSet.load("tiny")
@@ -547,6 +548,20 @@ def test_a_result_is_plain_json_without_images_unless_asked(begin):
     assert data["images"][1]["query"] == "the sign"
     assert "png" not in data["images"][0]
     assert episode.result.to_json(include_images=True)["images"][0]["png"].startswith("data:image/png;base64,")
+
+
+def test_a_tag_inside_an_answer_is_told_and_never_shown_as_the_answer(begin):
+    episode = begin()
+    turn = say(episode, "<answer><answer>5</answer></answer>")
+    assert turn.action == Malformed(MalformedReason.NESTED_ANSWER, turn.problem)
+    say(episode, "<answer><think>so</think>5</answer>")
+    say(episode, "<answer>5</tool></answer>")
+    say(episode, "<answer>4<answer>5</answer>")
+    data = episode.result.to_json()
+    reasons = ["nested_answer", "thought_in_answer", "markup_in_answer", "nested_answer"]
+    assert [turn["action"].get("reason") for turn in data["turns"]] == reasons
+    assert (data["finish"], data["answer"]) == ("malformed", None)
+    assert Result.from_json(data).turns[0].action == turn.action
 
 
 def test_published_presets_read_turns_as_published(begin):

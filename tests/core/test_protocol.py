@@ -5,6 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vilavt_core.protocol import (
+    TAGS as TAGS_OF_THE_PROTOCOL,
+)
+from vilavt_core.protocol import (
     Answer,
     Malformed,
     MalformedReason,
@@ -15,6 +18,7 @@ from vilavt_core.protocol import (
     format_turn,
     parse_turn,
     unbox,
+    without_tags,
 )
 
 BOX = [10, 20, 30, 40]
@@ -168,6 +172,34 @@ def test_a_turn_with_tool_and_answer_is_malformed_and_an_answer_under_published_
 def test_of_several_answers_published_rules_take_the_first():
     assert reason("<answer>A</answer><answer>B</answer>") is MalformedReason.SEVERAL_ANSWERS
     assert parse_turn("<answer>A</answer><answer>B</answer>", "published").text == "A"
+
+
+@pytest.mark.parametrize(
+    ("answer", "named", "published"),
+    [
+        ("<answer><answer>B</answer></answer>", MalformedReason.NESTED_ANSWER, "<answer>B"),
+        ("<answer>A <answer>B</answer>", MalformedReason.NESTED_ANSWER, "A <answer>B"),
+        ("<answer><think>so</think>B</answer>", MalformedReason.THOUGHT_IN_ANSWER, "<think>so</think>B"),
+        ("<answer><think>so B</answer>", MalformedReason.THOUGHT_IN_ANSWER, "<think>so B"),
+        ("<answer>so</think>B</answer>", MalformedReason.THOUGHT_IN_ANSWER, "so</think>B"),
+        (f"<answer>{tool()}</answer>", MalformedReason.MARKUP_IN_ANSWER, tool()),
+        ("<answer>B</tool></answer>", MalformedReason.MARKUP_IN_ANSWER, "B</tool>"),
+        ("<answer><tool_response>B</answer>", MalformedReason.MARKUP_IN_ANSWER, "<tool_response>B"),
+    ],
+)
+def test_the_protocols_tags_inside_an_answer_have_a_named_reason(answer, named, published):
+    for before in ("", "<think>so</think>\n"):
+        assert reason(before + answer) is named
+        assert parse_turn(before + answer, "published").text == published
+
+
+@given(st.lists(st.sampled_from([*TAGS_OF_THE_PROTOCOL, "B", " "]), max_size=6))
+def test_no_tag_of_the_protocol_is_ever_part_of_an_answer(parts):
+    for text in ("".join(parts), f"<answer>{''.join(parts)}</answer>"):
+        outcome = parse_turn(text)
+        if isinstance(outcome, Answer):
+            assert not any(tag in outcome.text for tag in TAGS_OF_THE_PROTOCOL)
+    assert isinstance(parse_turn(format_turn(Answer(without_tags("".join(parts))))), Answer)
 
 
 def test_of_a_key_named_twice_published_rules_take_the_last():

@@ -17,14 +17,17 @@ from vilavt_core.scoring import (
     QuestionType,
     check_target,
     iou,
+    known_options,
     mean_relative_accuracy,
     normalise,
     option_letter,
     parse_box,
     parse_number,
     parse_view_change,
+    read_options,
     rouge_l,
     score_answer,
+    with_letters,
     yes_or_no,
 )
 from vilavt_core.scoring.expressions import Comparer
@@ -102,8 +105,61 @@ from vilavt_core.scoring.published import evaluation_score
         ("I think so", None),
         ("AAAA", None),
         ("A A A", None),
-        ("A. A.", None),
         ("5", None),
+        ("(B) B is closer", "B"),
+        ("(B) A is closer", "B"),
+        ("b. b is closer", "B"),
+        ("A. B is closer to the camera", "A"),
+        ("A: B is closer", "A"),
+        ("[A] B is closer", "A"),
+        ("A - B is closer", "A"),
+        ("**B**. C is closer", "B"),
+        ("The answer is (B) B is closer.", "B"),
+        ("Answer: C. Both A and B", "C"),
+        ("C. Both A and B", "C"),
+        ("C. Either A or B", "C"),
+        ("D. A and C", "D"),
+        ("D. A, B and C", "D"),
+        ("d. a and c", "D"),
+        ("D. All of A and B", "D"),
+        ("C. Neither A nor B", "C"),
+        ("C. C", "C"),
+        ("B. (B) left", "B"),
+        ("B. B. B is closer", "B"),
+        ("B. B is closer than A. The floor shows it", "B"),
+        ("B. left. C is right of it", "B"),
+        ("A. B is closer B. A is closer", None),
+        ("A. B is closer\nB. A is closer", None),
+        ("(A) B is closer (B) A is closer", None),
+        ("A. A. A", None),
+        ("A. B, C, D", None),
+        ("A, B is closer", None),
+        ("B。", "B"),
+        ("Ｂ", "B"),
+        ("（B）", "B"),
+        ("【B】", "B"),
+        ("「B」", "B"),
+        ("B、左边", "B"),
+        ("B．左边", "B"),
+        ("B：左边", "B"),
+        ("B左边", "B"),
+        ("A左边", "A"),
+        ("答案：B", "B"),
+        ("答案是B", "B"),
+        ("正确答案为（B）。", "B"),
+        ("选B", "B"),
+        ("我选b", "B"),
+        ("故选B。", "B"),
+        ("B选项", "B"),
+        ("选项B", "B"),
+        ("C. A和B", "C"),
+        ("A、B", None),
+        ("A和B", None),
+        ("A或B", None),
+        ("不选B", None),
+        ("选B和C", None),
+        ("A、左边 B、右边", None),
+        ("A、左边、B、右边", None),
     ],
 )
 def test_an_option_letter_is_read_by_rule(text: str, letter: str | None) -> None:
@@ -129,6 +185,24 @@ def test_an_option_letter_is_read_by_rule(text: str, letter: str | None) -> None
         ("vitamin c", "A. Vitamin C", 1),
         ("A. B", "A. B", 1),
         ("B", "A. B", 0),
+        ("(B) B is closer", "B", 1),
+        ("(B) B is closer", "B. B is closer", 1),
+        ("B is closer", "B. B is closer", 1),
+        ("A is closer", "B. A is closer", 1),
+        ("A: B is closer", "A. B is closer", 1),
+        ("A: B is closer", "B. B is closer", 0),
+        ("C. C", "C", 1),
+        ("C", "C. C", 1),
+        ("D. A and C", "D. A and C", 1),
+        ("A and C", "D. A and C", 1),
+        ("<answer>B</answer>", "\\boxed{B}", 1),
+        ("B", "$\\boxed{\\text{B}}$", 1),
+        ("<answer>A</answer><answer>B</answer>", "B", 0),
+        ("<answer>B", "B", 0),
+        ("\\boxed{\\boxed{B}}", "B", 1),
+        ("左边", "B. 左边", 1),
+        ("B、左边", "B. 左边", 1),
+        ("答案是左边", "B．左边", 1),
         ("A left", "A. left", 1),
         ("A left", "A", 0),
         ("A", "left", 0),
@@ -185,6 +259,39 @@ def test_a_choice_is_met_by_letter_or_by_the_options_text(prediction: str, targe
         ("2 x 10^{-2}", 0.02, ""),
         ("90°", 90, "°"),
         ("The distance is 2.5 feet.", 2.5, "ft"),
+        ("2½", 2.5, ""),
+        ("2 ½ m", 2.5, "m"),
+        ("½", 0.5, ""),
+        ("⅔", 2 / 3, ""),
+        ("1⁄4", 0.25, ""),
+        ("1 234", 1234, ""),
+        ("1\u2009234", 1234, ""),
+        ("1\u202f234.5 m", 1234.5, "m"),
+        ("12\u00a0345\u00a0678", 12345678, ""),
+        ("-1 234", -1234, ""),
+        ("3 (three)", 3, ""),
+        ("three (3) chairs", 3, ""),
+        ("21 (twenty-one)", 21, ""),
+        ("3（三）", 3, ""),
+        ("约3米", 3, "m"),
+        ("大约3", 3, ""),
+        ("共3个", 3, ""),
+        ("一共3个", 3, ""),
+        ("有3把椅子", 3, ""),
+        ("答案：3。", 3, ""),
+        ("答案是3", 3, ""),
+        ("３．５米", 3.5, "m"),
+        ("3个左右", 3, ""),
+        ("3千米", 3, "km"),
+        ("3平方米", 3, "m²"),
+        ("3米/秒", 3, "m/s"),
+        ("60公里每小时", 60, "km/h"),
+        ("百分之50", 50, "%"),
+        ("2分之1", 0.5, ""),
+        ("负3", -3, ""),
+        ("零下5度", -5, "°"),
+        ("20摄氏度", 20, "°C"),
+        ("3元", 3, "¥"),
     ],
 )
 def test_a_number_is_read_with_separators_units_and_signs(text: str, value: float, unit: str) -> None:
@@ -214,7 +321,17 @@ def test_a_number_is_read_with_separators_units_and_signs(text: str, value: floa
         "3 or four",
         "3 hundred",
         "3 and a half",
-        "3½",
+        "3 (four)",
+        "2.3 (three)",
+        "three (4)",
+        "3 (ten one)",
+        "1 234 5",
+        "5 1 234",
+        "1 234, 5",
+        "3或4",
+        "3到4个",
+        "3万",
+        "3个人和一只狗",
         "3 三",
         "3 m4 m5 m6",
         "3 cats2",
@@ -296,7 +413,39 @@ def test_mean_relative_accuracy_near_zero_and_beyond_floats() -> None:
         ("no.", "no"),
         ("Yes, it is.", "yes"),
         ("yes or no", None),
-        ("yes yes", None),
+        ("yes yes", "yes"),
+        ("No, there is no dog.", "no"),
+        ("No, there is no dog on the sofa, no.", "no"),
+        ("yes, yes", "yes"),
+        ("Yes, there is no dog", None),
+        ("no yes no", None),
+        ("True, there is a dog", "yes"),
+        ("No, that is true", "no"),
+        ("Yes, false", None),
+        ("Noël", None),
+        ("是", "yes"),
+        ("否", "no"),
+        ("是的。", "yes"),
+        ("不是。", "no"),
+        ("是，图中有一只狗。", "yes"),
+        ("不，没有狗。", "no"),
+        ("否，图中没有狗", "no"),
+        ("对", "yes"),
+        ("错误", "no"),
+        ("有", "yes"),
+        ("没有", "no"),
+        ("答案：是", "yes"),
+        ("答案是否", "no"),
+        ("答案是：否", "no"),
+        ("所以是", "yes"),
+        ("ＹＥＳ", "yes"),
+        ("Yes（是）", "yes"),
+        ("Yes 否", None),
+        ("是否", None),
+        ("是或否", None),
+        ("是/否", None),
+        ("是 否", None),
+        ("还是", None),
         ("", None),
         ("nose", None),
         ("True", "yes"),
@@ -468,6 +617,19 @@ def test_types_are_read_leniently_and_unknown_ones_refused() -> None:
 
 
 FITTING = [
+    ("multiple choice", "<answer>D</answer>", "D"),
+    ("multiple choice", "<think>so</think><answer>D</answer>", "D"),
+    ("multiple choice", "\\boxed{D}", "(D)"),
+    ("multiple choice", "$\\boxed{\\text{D}}$", "d"),
+    ("multiple choice", "TV", "tv"),
+    ("free-form", "<answer>a red bicycle</answer>", "a red bicycle"),
+    ("free-form", "\\boxed{\\text{a red bicycle}}", "red bicycle"),
+    ("free-form", "红色的自行车", "红色的自行车。"),
+    ("numerical", "\\boxed{3}", "3"),
+    ("numerical", "约3米", "3 m"),
+    ("judgment", "<answer>是</answer>", "yes"),
+    ("judgment", "否", "没有"),
+    ("vci", "move_left：1，rotate_up：30", "move_left:1,rotate_up:30"),
     ("multiple choice", "B", "B"),
     ("multiple choice", "B. left", "b"),
     ("multiple choice", "left", "Left"),
@@ -496,6 +658,22 @@ def test_a_target_that_passes_the_check_can_be_met(kind: str, target: str, answe
         ("multiple choice", "the"),
         ("multiple choice", "A, C"),
         ("multiple choice", "B and D"),
+        ("multiple choice", "AB"),
+        ("multiple choice", "ACD"),
+        ("multiple choice", "A B"),
+        ("multiple choice", "(A)(B)"),
+        ("multiple choice", "A、B"),
+        ("multiple choice", "A和B"),
+        ("multiple choice", "2"),
+        ("multiple choice", "<answer>2</answer>"),
+        ("multiple choice", "<answer>D"),
+        ("multiple choice", "<answer><answer>D</answer></answer>"),
+        ("multiple choice", "<answer>A</answer><answer>B</answer>"),
+        ("multiple choice", "\\boxed{A}\\boxed{B}"),
+        ("multiple choice", "\\boxed{D"),
+        ("free-form", "<tool>a red bicycle"),
+        ("math", "\\boxed{}"),
+        ("vci", "move_right:" + "9" * 400),
         ("numerical", "three"),
         ("numerical", "3 or 4"),
         ("regression", "cat"),
@@ -513,6 +691,180 @@ def test_a_target_that_no_answer_could_meet_is_refused(kind: str, target: str) -
         check_target(QuestionType(kind), target)
     with pytest.raises(ScoringError, match="target"):
         score_answer("1", target, kind)
+
+
+TARGET_PARTS = (
+    *("A", "B", "C", "D", "b", "AB", "2", "3.5", "-7", "1,200", "½", "3 m", "yes", "No", "True", "是", "没有"),
+    *("left", "a red bicycle", "B is closer", "Both A and B", "左边", "[0, 0, 28, 28]", "move_left:1"),
+)
+TARGET_FORMS = (
+    *("{}", " {} ", "<answer>{}</answer>", "\\boxed{{{}}}", "$\\boxed{{\\text{{{}}}}}$", "$ {} $", "\\text{{{}}}"),
+    *(
+        "<answer>\\boxed{{{}}}</answer>",
+        "<think>so</think><answer>{}</answer>",
+        "({})",
+        "{}.",
+        "{}。",
+        "C. {}",
+        "（{}）",
+    ),
+    *("<answer>{}", "<answer><answer>{}</answer></answer>", "{0} or {0}", "\\boxed{{{0}}} \\boxed{{{0}}}"),
+)
+
+
+@given(
+    st.sampled_from([kind for kind in QuestionType if kind is not QuestionType.MATH]),
+    st.sampled_from(TARGET_PARTS) | st.text(max_size=12),
+    st.sampled_from(TARGET_FORMS),
+)
+def test_every_target_that_is_accepted_is_met_by_its_canonical_answers(
+    kind: QuestionType, part: str, form: str
+) -> None:
+    target = form.format(part)
+    try:
+        bare = check_target(kind, target)
+    except ScoringError:
+        return
+    assert check_target(kind, bare) == bare
+    for answer in (bare, target, f"<answer>{bare}</answer>", f"\\boxed{{{bare}}}", f" {bare}\n"):
+        if answer.count("{") == answer.count("}") or "boxed" not in answer:
+            assert score_answer(answer, target, kind) == pytest.approx(1.0), (answer, target)
+
+
+CHOICES = (
+    ("A is closer", "B is closer"),
+    ("B is closer", "A is closer"),
+    ("A is closer to the camera", "B is closer to the camera", "Both A and B", "A and C"),
+    ("A", "B", "C", "D"),
+    ("2", "3", "12"),
+    ("Yes", "No"),
+    ("a cat", "the cat on a mat", "Vitamin C", "it's X-rayed"),
+    ("左边", "右边", "A和B都对", "以上都不对"),
+    ("left", "right", "left", "right"),
+)
+
+
+@given(st.sampled_from(CHOICES), st.data())
+def test_where_options_are_known_every_way_to_name_the_right_one_scores(texts: tuple[str, ...], data: st.DataObject):
+    options = with_letters(texts)
+    place = data.draw(st.integers(0, len(texts) - 1))
+    letter, text = "ABCD"[place], texts[place]
+    forms = ("{0}", "({0})", "{0}.", "{0}. {1}", "({0}) {1}", "{0}: {1}", "**{0}**. {1}", "{0} - {1}", "【{0}】{1}")
+    more = (
+        "The answer is ({0}) {1}.",
+        "Answer: {0}. {1}",
+        "答案是{0}",
+        "选{0}",
+        "{0}、{1}",
+        "({0}) {1}, as one can see",
+    )
+    answer = data.draw(st.sampled_from(forms + more)).format(letter, text)
+    if data.draw(st.booleans()):
+        answer = answer.lower()
+    target = data.draw(st.sampled_from(["{0}", "{0}. {1}", "<answer>{0}</answer>", "\\boxed{{{0}}}"])).format(
+        letter, text
+    )
+    check_target(QuestionType.MULTIPLE_CHOICE, target, options)
+    assert score_answer(answer, target, "multiple choice", options=options) == 1, (answer, target)
+    for other in range(len(texts)):
+        if other != place:
+            wrong = data.draw(st.sampled_from(forms)).format("ABCD"[other], texts[other])
+            assert score_answer(wrong, target, "multiple choice", options=options) == 0, (wrong, target)
+    if len(text) > 1:  # a letter alone is a letter
+        shared = [texts[other] for other in range(len(texts)) if texts[other] == text]
+        assert score_answer(text, target, "multiple choice", options=options) == 1, (text, shared)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "right"),
+    [
+        ("B. A is closer", "B", 0),  # letter and text disagree
+        ("A: B is closer", "B", 0),
+        ("B is closer", "B", 1),
+        ("b is closer.", "B is closer", 1),
+        ("The answer is: B is closer", "B", 1),
+        ("E", "B", 0),
+        ("E. none", "B", 0),
+        ("A or B", "B", 0),
+        ("(A) A is closer (B) B is closer", "A", 0),
+        ("B. B is closer or A", "B", 0),
+        ("B. B is closer, since A is behind it", "B", 1),
+        ("", "B", 0),
+    ],
+)
+def test_letter_and_text_are_compared_with_the_known_options(prediction: str, target: str, right: int) -> None:
+    options = with_letters(["A is closer", "B is closer"])
+    assert score_answer(prediction, target, "multiple choice", options=options) == right
+
+
+def test_options_that_share_a_text_are_one_where_the_text_is_said() -> None:
+    options = with_letters(["left", "right", "left"])
+    for answer, target, right in [
+        ("left", "A", 1),
+        ("left", "C", 1),
+        ("C", "A", 0),
+        ("C", "left", 1),
+        ("left", "B", 0),
+    ]:
+        assert score_answer(answer, target, "multiple choice", options=options) == right, (answer, target)
+
+
+@pytest.mark.parametrize("target", ["E", "2", "up", "B. left", "A and B", "AB"])
+def test_a_target_that_is_none_of_the_options_is_refused(target: str) -> None:
+    with pytest.raises(ScoringError, match=r"none of the options 'A\. left', 'B\. right'"):
+        check_target(QuestionType.MULTIPLE_CHOICE, target, with_letters(["left", "right"]))
+
+
+def test_a_number_is_a_choice_where_it_is_an_options_text() -> None:
+    options = with_letters(["1", "2", "3"])
+    assert score_answer("B", "2", "multiple choice", options=options) == 1
+    assert score_answer("2", "2", "multiple choice", options=options) == 1
+    assert score_answer("A", "2", "multiple choice", options=options) == 0
+
+
+def test_options_of_another_type_of_question_are_refused() -> None:
+    with pytest.raises(ScoringError, match="options belong to a multiple choice, the question type is 'numerical'"):
+        score_answer("3", "3", "numerical", options=("A. 3", "B. 4"))
+
+
+@pytest.mark.parametrize(
+    ("question", "target", "expected"),
+    [
+        ("Which?\n(A) A is closer\n(B) B is closer\nReply with a letter.", "B", ("A. A is closer", "B. B is closer")),
+        ("Which?\nA. left\n\nB. right", "left", ("A. left", "B. right")),
+        ("哪个？\nA、左边\nB、右边", "B", ("A. 左边", "B. 右边")),
+        ("Which? A. left B. right", "B", ()),
+        ("A. left\nC. right", "A", ()),
+        ("A. left\nand then\nB. right", "A", ()),
+        ("A. left\nB. right\nA. up\nB. down", "A", ()),
+        ("Read:\nA. first\nB. second\nWhat follows?", "D", ()),
+    ],
+)
+def test_options_are_found_where_a_question_lists_them_line_by_line(question, target, expected) -> None:
+    assert known_options(None, question, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("left", "options are a str"),
+        (3, "options are a int"),
+        (["left", 3], "option 3 must be a text"),
+        (["left", " "], "must be a text"),
+        (["left"], "one option only"),
+        ({"A": "left", "C": "right"}, "options are named A, C"),
+        (["x"] * 27, "27 options"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(given, message: str) -> None:
+    with pytest.raises(ScoringError, match=message):
+        read_options(given)
+
+
+def test_options_are_read_from_lists_and_objects() -> None:
+    assert read_options({"A": "left", "B": "right"}) == read_options(["left", "right"]) == ("A. left", "B. right")
+    assert read_options(["(A) left", "(B) right"]) == ("(A) left", "(B) right")
+    assert read_options(None) == read_options([]) == ()
 
 
 LONG = 1_000_000
@@ -538,6 +890,13 @@ LONG = 1_000_000
         ("\\boxed{", "{", ""),
         ("", "<answer>", ""),
         ("", "yes", "no"),
+        ("", "\\boxed{", ""),
+        ("", "是", " "),
+        ("", " ", "是"),
+        ("", "选", "B"),
+        ("A. ", "B, ", "C"),
+        ("A. ", "A. ", "B"),
+        ("", "所以", ""),
     ],
 )
 def test_the_cost_of_an_answer_grows_with_its_length_only(before: str, repeated: str, after: str, version: str) -> None:
@@ -672,7 +1031,11 @@ def _earns_nothing(kind: str, data: st.DataObject) -> None:
     targets = TARGETS[kind]
     target = data.draw(st.sampled_from(targets))
     joiner = data.draw(st.sampled_from([" ", ", ", " or ", " and ", "; ", "\n", "/", ". ", " | "]))
-    repeated = joiner.join([target] * data.draw(st.integers(2, 6)))
+    # "C. C" is an option with its text
+    least = 3 if kind == "multiple choice" and joiner in ("\n", ". ") else 2
+    repeated = joiner.join([target] * data.draw(st.integers(least, 6)))
+    if kind == "judgment":  # a word said again is no other word
+        repeated = ""
     others = data.draw(st.permutations(targets))
     everything = joiner.join(others)
     silent = data.draw(st.sampled_from(["", " ", "\n\t", ".", "?!", "()", "**", "<answer></answer>"]))

@@ -11,12 +11,13 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from vilavt_core.drawing import COLOURS
 from vilavt_core.errors import ImageError
 from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Intervention
-from vilavt_core.trace import COLOURS, annotate, draw_conversation, write_html
+from vilavt_core.trace import annotate, draw_conversation, write_html
 from vilavt_hf.chat import VilavtChat
 
 HOSTILE = '<script>alert("x")</script> & </pre>\'"'

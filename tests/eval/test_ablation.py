@@ -73,6 +73,13 @@ def test_parts_taken_away_together_are_all_taken_away():
     assert not hooks.reencode
 
 
+def test_what_cannot_happen_together_is_refused():
+    own = {"left": Intervention(transform_regions=lambda sample, regions, shown: regions)}
+    assert Ablation.parse("left", own).intervention.transform_regions is own["left"].transform_regions
+    with pytest.raises(EvaluationError, match=r"left\+random-box: two of them change the same boxes"):
+        _ = Ablation.parse("random-box+left", own).intervention
+
+
 @given(
     st.tuples(st.integers(28, 600), st.integers(28, 600)),
     st.tuples(*[st.floats(0, 1)] * 4),

@@ -1,13 +1,11 @@
 """Scores of result files: no row stops them, tables, intervals, seeds, reports."""
 
 import json
-import math
 import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +20,7 @@ from vilavt_eval.definition import load_benchmark
 from vilavt_eval.metrics import find_metric
 from vilavt_eval.report import write_report
 from vilavt_eval.scores import Flaw, ScoredFile, score_file
-from vilavt_eval.statistics import percentile_interval, resampled_means, spread
+from vilavt_eval.statistics import wilson
 from vilavt_eval.summary import FigureKind, Summary, settings_of, summarise
 
 
@@ -478,53 +476,18 @@ def test_the_memory_of_a_summary_does_not_grow_with_the_longest_name(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_intervals(tmp_path):
+    files = [
+        score_file(write(tmp_path / f"r.seed_{n}.jsonl", [row(i, "AB"[i % n % 2]) for i in range(50)])) for n in (3, 5)
+    ]
+    assert summarise(files, seed=1).figures == summarise(files, seed=1).figures
+    assert summarise(files, seed=1).figures != summarise(files, seed=2).figures
+
+
+def test_right_or_wrong_answers_of_one_seed_have_wilson_s_interval_overall_and_in_every_category(tmp_path):
+    (figure, *_) = summarise([scored(tmp_path, row(0, "A"))]).figures
+    assert figure.interval == wilson(1, 1)
     file = scored(tmp_path, *(row(i, "AB"[i % 3 % 2]) for i in range(50)))
-    assert summarise([file], seed=1).figures == summarise([file], seed=1).figures
-    assert summarise([file], seed=1).figures != summarise([file], seed=2).figures
-
-
-# ---------------------------------------------------------------------- intervals
-
-
-def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say():
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(400):
-        scores = rng.choice([0.0, 0.3, 1.0], p=[0.4, 0.3, 0.3], size=80)
-        interval = percentile_interval(resampled_means(scores, np.ones(80), rng, 400))
-        hits += interval.low <= 0.39 <= interval.high
-    assert 0.91 <= hits / 400 <= 0.98
-
-
-@pytest.mark.parametrize("distinct", [2, 1000])
-def test_bootstrap_intervals_are_those_of_the_normal_law_for_many_rows(distinct):
-    rng = np.random.default_rng(0)
-    scores = rng.integers(distinct, size=2000) / (distinct - 1)
-    interval = percentile_interval(resampled_means(scores, np.ones(2000), rng, 4000))
-    error = 1.96 * scores.std() / math.sqrt(2000)
-    assert interval.low == pytest.approx(scores.mean() - error, abs=0.05 * error)
-    assert interval.high == pytest.approx(scores.mean() + error, abs=0.05 * error)
-
-
-def test_bootstrap_intervals_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats", reason="scipy comes with the tiny extra")
-    scores = np.random.default_rng(1).choice([0.0, 0.1, 0.9, 1.0], size=300)
-    theirs = stats.bootstrap((scores,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(2))
-    ours = percentile_interval(resampled_means(scores, np.ones(300), np.random.default_rng(3), 9999))
-    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.004)
-    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.004)
-
-
-def test_repeating_every_answer_makes_no_interval_narrower():
-    rng = np.random.default_rng(0)
-    scores = rng.integers(2, size=200).astype(float)
-    once = percentile_interval(resampled_means(scores, np.ones(200), np.random.default_rng(1), 4000))
-    tenfold = percentile_interval(resampled_means(10 * scores, np.full(200, 10), np.random.default_rng(1), 4000))
-    assert (tenfold.low, tenfold.high) == pytest.approx((once.low, once.high), abs=1e-9)
-
-
-def test_the_spread_is_the_sample_standard_deviation():
-    assert spread([1, 2, 4]) == pytest.approx(math.sqrt(7 / 3))
-    assert spread([1]) is None
+    assert {figure.interval for figure in summarise([file]).figures} == {wilson(33, 50)}
 
 
 # ---------------------------------------------------------------------- reports and the command
@@ -665,3 +628,35 @@ def test_a_missing_package_is_named_with_the_smallest_extra_that_brings_it(monke
         with pytest.raises(SystemExit):
             cli.main()
         assert f'pip install "vilavt-hf[{extra}]"' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_options_of_a_row_are_compared_by_letter_and_text(tmp_path):
+    depth = {"question": "Which is closer?", "options": ["A is closer", "B is closer"]}
+    listed = {"question": "Which is closer?\n(A) B is closer\n(B) A is closer"}
+    found = scored(
+        tmp_path,
+        row(1, "(B) B is closer", "B", **depth),
+        row(2, "B is closer", "B", **depth),
+        row(3, "B. A is closer", "B", **depth),
+        row(4, "A is closer", "B", **listed),
+        row(5, "A: B is closer", "A", **listed),
+        row(6, "B. B is closer", "B", **listed),
+        row(7, "(B) B is closer", "B"),
+        row(8, "B", "B", options=7, question=3),  # of anybody's file
+    )
+    assert found.scores("strict") == pytest.approx([1, 1, 0, 1, 1, 0, 1, 1])
+    assert found.problems == ()
+
+
+def test_a_right_answer_that_is_none_of_the_options_is_a_flaw(tmp_path):
+    found = scored(tmp_path, row(1, "E", "E", options=["left", "right"]), row(2, "AB", "AB"))
+    assert found.flaws == {Flaw.BAD_TARGET: 2}
+
+
+def test_a_right_answer_is_read_without_tag_and_box(tmp_path):
+    targets = ["<answer>D</answer>", "\\boxed{D}", "$\\boxed{\\text{D}}$", "<think>so</think><answer>D</answer>"]
+    found = scored(tmp_path, *(row(i, "(D)", target) for i, target in enumerate(targets)))
+    assert found.scores("strict") == pytest.approx([1, 1, 1, 1])

@@ -426,3 +426,20 @@ def test_the_repetition_penalty_lowers_tokens_of_the_stream():
     logits = torch.tensor([[3.0, 2.0, -1.0, -1.5]])
     assert Sampler(Sampling(repetition_penalty=2.0))([row], logits).tolist() == [1]
     assert logits[0, 0] == 3.0  # reported log-probabilities stay the model's own
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_the_repetition_penalty_is_each_row_s_own_and_follows_its_stream(penalty):
+    generator, choose = torch.Generator().manual_seed(0), Sampler(Sampling(repetition_penalty=penalty))
+    rows = [EngineRow(torch.Generator(), tokens=tokens) for tokens in ([5], [1, 1, 2, 7, 7, 7], [0, 3])]
+    for _ in range(40):
+        logits = torch.randn(3, 8, generator=generator)
+        logits[:, 6] = -torch.inf  # banned
+        expected = logits.clone()
+        for b, row in enumerate(rows):
+            for token in set(row.tokens):
+                expected[b, token] *= penalty if expected[b, token] < 0 else 1 / penalty
+        chosen = choose(rows, logits).tolist()
+        assert chosen == expected.argmax(-1).tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            row.tokens += [token, (3 * token + 1) % 6]

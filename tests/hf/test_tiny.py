@@ -8,17 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from vilavt_core.checkpoint import fingerprint as checkpoint_fingerprint
 from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.conversation import Inquiry
 from vilavt_core.data.check import check
 from vilavt_core.data.example import IGNORE, ImageGroup
 from vilavt_core.data.registry import Registry
 from vilavt_core.episode import Episode
+from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, Region, ToolCall, format_turn, parse_turn
 from vilavt_core.regions import Gallery, View
+from vilavt_core.results import Sample
 from vilavt_core.sft_config import SftConfig
+from vilavt_eval.ablation import ABLATIONS, Ablation
+from vilavt_eval.statistics import wilson
+from vilavt_hf.tiny import benchmark as questions
 from vilavt_hf.tiny import build as building
 from vilavt_hf.tiny import evaluate as evaluation
+from vilavt_hf.tiny.benchmark import SceneTask
 from vilavt_hf.tiny.records import REGISTRY, write_new_lesson, write_training_set
 from vilavt_hf.tiny.scenes import (
     CELL,
@@ -177,7 +185,7 @@ def test_the_fast_image_path_gives_the_processor_s_tensors(processor):
 
 def test_a_random_box_is_another_cell_of_the_same_size():
     scene, question, _ = scene_and_question(QuestionKind.PAIR, 5)
-    sample = evaluation.Sample([scene.image], question.text, id="0")
+    sample = Sample([scene.image], question.text, id="0")
     shown = [View(scene.shown(), 0), View(scene.image.resize((CROP, CROP)), 0)]
     (call,) = question.calls()
     nested = ToolCall((Region(1, (0, CELL, CELL, 2 * CELL)),), "q")
@@ -188,7 +196,7 @@ def test_a_random_box_is_another_cell_of_the_same_size():
         assert (moved.box[2] - moved.box[0], moved.box[3] - moved.box[1]) == (CELL, CELL)
 
 
-INTERVENE = evaluation.INTERVENTIONS["random_box"].transform_regions
+INTERVENE = ABLATIONS["random-box"].transform_regions
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -289,18 +297,12 @@ def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch):
     assert again["stages"] == record["stages"]
 
 
-def test_the_wilson_interval_has_its_known_values():
-    low, high = evaluation.Rate(45, 50).interval
-    assert (round(low, 3), round(high, 3)) == (0.786, 0.957)
-    assert evaluation.Rate(0, 0).interval == (0.0, 1.0)
-
-
 def test_the_question_set_is_fixed_and_large_enough():
-    counts = evaluation.COUNTS
+    counts = questions.COUNTS
     assert sum(counts.values()) >= 500
-    few = evaluation.tasks("heldout", 20)
+    few = questions.tasks("heldout", 20)
     assert {t.question.kind for t in few} == set(QuestionKind)
-    assert [t.question for t in few] == [t.question for t in evaluation.tasks("heldout", 20)]
+    assert [t.question for t in few] == [t.question for t in questions.tasks("heldout", 20)]
 
 
 def test_a_plain_classifier_reads_the_crop_but_not_the_first_look():
@@ -309,25 +311,60 @@ def test_a_plain_classifier_reads_the_crop_but_not_the_first_look():
     assert figures["pixel_zoomed"] > 0.75
 
 
-def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for():
-    chat = evaluation.load(SHIPPED)
-    todo = evaluation.tasks("heldout", 60)
-    right = {}
-    for mode in ("full", "no_zoom", "random_box"):
-        results = evaluation.run(chat, todo, mode)
-        assert not [r.error for r in results if r.error]
-        right[mode] = np.mean([r.answer == t.question.answer for r, t in zip(results, todo, strict=True)])
-        if mode == "full":
-            coverage = np.mean([evaluation.covers(r, t) for r, t in zip(results, todo, strict=True)])
-    swaps = [t for t in evaluation.tasks("heldout", 120) if t.other is not None]
-    answers = evaluation.run(chat, swaps, "follows_swap")
-    followed = np.mean([r.answer == str(t.other.digit) for r, t in zip(answers, swaps, strict=True)])
+def test_crops_cover_a_question_if_they_show_its_cards_large_enough():
+    scene, question, _ = scene_and_question(QuestionKind.NESTED, 3)
+    task, calls = SceneTask(scene, question), [format_turn(call) for call in question.calls()]
+    pixels = (1, MAX_PIXELS)
+    assert evaluation.covers([*calls, "<answer>1</answer>"], task, *pixels)
+    assert not evaluation.covers(calls[:1], task, *pixels)  # the whole cell: too small to read
+    assert not evaluation.covers([], task, *pixels)
+    refused = format_turn(ToolCall((Region(7, (0, 0, 28, 28)),), "an image that was never shown"))
+    assert evaluation.covers([refused, *calls], task, *pixels)
+
+
+def test_an_ideal_call_is_forced_and_the_other_card_asked_for():
+    todo = questions.tasks("heldout", 20)
+    number, task = next((i, t) for i, t in enumerate(todo) if t.other is not None)
+    own, sample = evaluation.interventions(todo), Sample([], "", id=str(number))
+    teacher, swap = (own[name] for name in (evaluation.TEACHER_BOXES, evaluation.SWAPPED_QUERY))
+    (call,) = task.question.calls()
+    assert [teacher.forced_turns(sample, turn) for turn in (0, 1)] == [format_turn(call), None]
+    picture = task.scene.shown()
+    (asked,) = swap.transform_inquiry(sample, Inquiry((picture,), call.query, (1,)))
+    assert asked.query == query_for([task.other]) != call.query
+    (first_look,) = swap.transform_inquiry(sample, Inquiry((picture,), "", (0,)))
+    assert first_look.query == ""
+    alone = next(i for i, t in enumerate(todo) if t.other is None)
+    with pytest.raises(EvaluationError, match=f"question {alone}: .*no other card"):
+        swap.transform_inquiry(Sample([], "", id=str(alone)), Inquiry((picture,), "q", (1,)))
+
+
+def test_a_name_of_its_own_is_no_ablation_of_another_benchmark():
+    own = evaluation.interventions([])
+    assert str(Ablation.parse("teacher-boxes+no-query", own)) == "no-query+teacher-boxes"
+    with pytest.raises(EvaluationError, match="no ablation 'teacher-boxes'; known are no-zoom"):
+        Ablation.parse("teacher-boxes")
+
+
+def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for(tmp_path):
+    rows = ("teacher-boxes", "no-zoom", "random-box", "swapped-query")
+    fingerprint, table = evaluation.score_scenes(str(SHIPPED), tmp_path, rows, limit=60)
+    assert fingerprint == checkpoint_fingerprint(SHIPPED)
+    found = {row.name: row for row in table.rows}
+    assert list(found) == ["full", "coverage", "swapped-query", "teacher-boxes", "no-zoom", "random-box"]
+    overall = {name: row.figures[0] for name, row in found.items()}
     # well under the published table, far above what a broken model reaches
-    assert coverage >= 0.8
-    assert right["full"] >= 0.65
-    assert right["full"] - right["no_zoom"] >= 0.3
-    assert right["full"] - right["random_box"] >= 0.25
-    assert followed >= 0.6
+    assert overall["coverage"].score >= 0.8
+    assert overall["full"].score >= 0.65
+    assert found["teacher-boxes"].difference.difference == pytest.approx(0, abs=0.1)
+    assert found["no-zoom"].difference.difference <= -0.3
+    assert found["random-box"].difference.difference <= -0.25
+    assert overall["swapped-query"].score >= 0.6
+    others = sum(task.other is not None for task in questions.tasks("heldout", 60))
+    assert overall["swapped-query"].questions == others
+    assert overall["full"].interval == wilson(round(overall["full"].score * 61), 61)
+    assert f"n={others} |" in table.to_markdown()
+    assert [row.difference is None for row in table.rows] == [True] * 3 + [False] * 3
 
 
 def test_the_shipped_checkpoint_is_small_and_says_where_it_came_from():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from vilavt_rl.data import Row, read_rows
 from vilavt_rl.errors import RowError
+from vilavt_rl.rewards import Message, Trajectory, reward
 
 RECORD = {
     "question": "Which sign is red?",
@@ -68,14 +69,20 @@ def test_parquet_and_json_hold_the_same_rows(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": " "}, "row 2: 'answer' is missing or blank"),
-        ({"question": None}, "row 2: 'question'"),
-        ({"question_type": "essay"}, "row 2: no question type 'essay'"),
-        ({"question_type": "numerical", "answer": "three"}, "row 2: .*'three'"),
-        ({"question_type": "regression", "answer": "about half"}, "row 2: .*'about half'"),
-        ({"question_type": "judgment", "answer": "maybe"}, "row 2: .*'maybe'"),
-        ({"question_type": "box", "answer": "oops"}, "row 2: .*'oops'"),
-        ({"question_type": "free-form", "answer": "the"}, "row 2: .*'the'"),
+        ({"answer": " "}, "row 2 .*: 'answer' is missing or blank"),
+        ({"question": None}, "row 2 .*: 'question'"),
+        ({"question_type": "essay"}, "row 2 .*: no question type 'essay'"),
+        ({"question_type": "numerical", "answer": "three"}, "row 2 .*: .*'three'"),
+        ({"id": "seven", "answer": "AB"}, r"row 2 \(sample seven\): .*'AB'"),
+        ({"answer": "2"}, r"row 2 \(sample rl_data-2\): .*'2'"),
+        ({"answer": "<answer>D"}, "row 2 .*'<answer>D'"),
+        ({"answer": "E", "options": ["left", "right"]}, "row 2 .*'E' is none of the options 'A. left', 'B. right'"),
+        ({"options": "left"}, "row 2 .*options are a str"),
+        ({"options": ["left"]}, "row 2 .*one option only"),
+        ({"question_type": "regression", "answer": "about half"}, "row 2 .*: .*'about half'"),
+        ({"question_type": "judgment", "answer": "maybe"}, "row 2 .*: .*'maybe'"),
+        ({"question_type": "box", "answer": "oops"}, "row 2 .*: .*'oops'"),
+        ({"question_type": "free-form", "answer": "the"}, "row 2 .*: .*'the'"),
         ({"image_path": "street.png"}, "must be a list of files"),
         ({"image_path": ["gone.png"]}, "no image 'gone.png'"),
         ({"max_pixels": "many"}, "'max_pixels' must be a whole number"),
@@ -98,6 +105,38 @@ def test_a_row_with_a_fitting_answer_of_each_type_is_read(folder: Path) -> None:
     }
     records = [RECORD | {"question_type": kind, "answer": answer} for kind, answer in answers.items()]
     assert [row.answer for row in read_rows(write(folder, *records))] == [str(answer) for answer in answers.values()]
+
+
+def test_an_answer_is_kept_without_tag_and_box(folder: Path) -> None:
+    wrapped = [
+        ("multiple choice", "<answer>D</answer>", "D"),
+        ("multiple choice", "\\boxed{D}", "D"),
+        ("multiple choice", "$\\boxed{\\text{D}}$", "\\text{D}"),
+        ("free-form", "<answer>a red bicycle</answer>", "a red bicycle"),
+        ("math", "<answer>\\boxed{\\frac{1}{2}}</answer>", "\\frac{1}{2}"),
+    ]
+    records = [RECORD | {"question_type": kind, "answer": answer} for kind, answer, _ in wrapped]
+    assert [row.answer for row in read_rows(write(folder, *records))] == [bare for *_, bare in wrapped]
+
+
+def test_every_row_that_is_read_can_earn_the_whole_reward(folder: Path) -> None:
+    depth = ["A is closer", "B is closer"]
+    records = [
+        RECORD | {"answer": "<answer>D</answer>"},
+        RECORD | {"answer": "B", "options": depth},
+        RECORD | {"answer": "B is closer", "options": {"A": depth[0], "B": depth[1]}},
+        RECORD | {"answer": "2", "question": "How many?\nA. 1\nB. 2"},
+        RECORD | {"answer": "是", "question_type": "judgment"},
+        RECORD | {"answer": "约3米", "question_type": "numerical"},
+    ]
+    rows = read_rows(write(folder, *records))
+    assert [row.options for row in rows[:4]] == [(), *[("A. A is closer", "B. B is closer")] * 2, ("A. 1", "B. 2")]
+    assert [Row.from_json(json.loads(json.dumps(row.to_json()))) for row in rows] == rows
+    answered = [("D",), *[("B", "(B) B is closer", "B is closer")] * 2, ("B", "2"), ("yes",), ("3 m",)]
+    for row, answers in zip(rows, answered, strict=True):
+        for answer in answers:
+            turn = Message("assistant", f"<think>so</think><answer>{answer}</answer>")
+            assert reward(Trajectory((turn,)), row.task).overall == 1, (row.answer, answer)
 
 
 def test_a_file_that_is_not_there_or_empty_or_not_json_is_named(folder: Path) -> None:

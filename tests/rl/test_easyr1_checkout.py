@@ -160,12 +160,12 @@ def turns(out, row: int) -> list[tuple[int, int]]:
 
 def test_the_checkout_is_recognised_and_has_every_name_that_we_use() -> None:
     from vilavt_rl.compat import flavour, require_easyr1, require_verl
-    from vilavt_rl.easyr1.seams import check
+    from vilavt_rl.easyr1.seams import check_seams
     from vilavt_rl.errors import HostError
 
     assert flavour() == "easyr1"
     require_easyr1()
-    check()
+    check_seams()
     with pytest.raises(HostError, match="the module verl is EasyR1"):
         require_verl()
 

@@ -50,31 +50,31 @@ def test_text_without_images_equals_transformers(engine, tiny, tools):
 
 def test_the_query_and_the_grouping_reach_the_encoder(engine, tools, pictures):
     # Without this, equality elsewhere could hold because conditioning has no effect. The text is the same everywhere.
-    from vilavt_vllm import Inquiry
+    from vilavt_vllm import InquiryItem
 
     prompt = tools.conversation(("the red button", 2))
     first, *regions = pictures[:3]
-    ours = engine.next_logprobs(prompt, [Inquiry((first,)), Inquiry(tuple(regions), "the red button")])
+    ours = engine.next_logprobs(prompt, [InquiryItem((first,)), InquiryItem(tuple(regions), "the red button")])
     others = {
-        "another query": [Inquiry((first,)), Inquiry(tuple(regions), "the blue button")],
-        "no query": [Inquiry((first,)), Inquiry(tuple(regions))],
-        "not grouped": [Inquiry((first,)), *(Inquiry((region,), "the red button") for region in regions)],
+        "another query": [InquiryItem((first,)), InquiryItem(tuple(regions), "the blue button")],
+        "no query": [InquiryItem((first,)), InquiryItem(tuple(regions))],
+        "not grouped": [InquiryItem((first,)), *(InquiryItem((region,), "the red button") for region in regions)],
     }
     for other in others.values():
         assert tools.difference(ours, engine.next_logprobs(prompt, other)) > 10 * EQUAL
 
 
 def test_inquiries_and_plain_images_give_the_same(engine, tools, pictures):
-    from vilavt_core.episode import Inquiry as EpisodeInquiry
-    from vilavt_vllm import Inquiry
+    from vilavt_core.conversation import Inquiry
+    from vilavt_vllm import InquiryItem
 
     prompt, images = tools.conversation(("the red button", 2)), pictures[:3]
     plain = engine.next_logprobs(prompt, images)
     engine.forget()
-    ours = engine.next_logprobs(prompt, [Inquiry((images[0],)), Inquiry(tuple(images[1:]), "the red button")])
+    ours = engine.next_logprobs(prompt, [InquiryItem((images[0],)), InquiryItem(tuple(images[1:]), "the red button")])
     assert np.array_equal(plain, ours)
     engine.forget()
-    theirs = [EpisodeInquiry((images[0],), "", (0,)), EpisodeInquiry(tuple(images[1:]), "the red button", (1, 2))]
+    theirs = [Inquiry((images[0],), "", (0,)), Inquiry(tuple(images[1:]), "the red button", (1, 2))]
     assert np.array_equal(plain, engine.next_logprobs(prompt, theirs))
 
 

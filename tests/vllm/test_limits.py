@@ -2,7 +2,7 @@
 
 import pytest
 
-from vilavt_vllm import CHAT_TEMPLATE, Inquiry
+from vilavt_vllm import CHAT_TEMPLATE, InquiryItem
 
 pytestmark = pytest.mark.engine
 
@@ -43,7 +43,11 @@ def test_an_inquiry_with_too_many_regions_is_refused(engine, tools, pictures):
 def test_too_many_images_are_refused(engine, tools, pictures):
     with pytest.raises(ValueError, match="limit-mm-per-prompt"):
         engine.generate([(tools.conversation(("a", 3), ("b", 3)), pictures[:7])])
-    inquiries = [Inquiry((pictures[0],)), Inquiry(tuple(pictures[1:4]), "a"), Inquiry(tuple(pictures[4:7]), "b")]
+    inquiries = [
+        InquiryItem((pictures[0],)),
+        InquiryItem(tuple(pictures[1:4]), "a"),
+        InquiryItem(tuple(pictures[4:7]), "b"),
+    ]
     with pytest.raises(ValueError, match="limit-mm-per-prompt"):
         engine.generate([(tools.conversation(("a", 3), ("b", 3)), inquiries)])
 

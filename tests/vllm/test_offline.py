@@ -14,8 +14,8 @@ from vilavt_core.driver import Driver
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.results import Sample
 from vilavt_hf.chat import VilavtChat
-from vilavt_hf.tiny.evaluate import tasks
-from vilavt_vllm import Inquiry, VilavtLLM
+from vilavt_hf.tiny.benchmark import tasks
+from vilavt_vllm import InquiryItem, VilavtLLM
 from vilavt_vllm.errors import EngineFailure, LimitError
 from vilavt_vllm.model import take_counts
 
@@ -151,7 +151,7 @@ def test_too_many_regions_in_one_call_end_that_conversation_with_the_flag_that_r
     driver.start()
     picture = driver.request.inquiries[0].images[0]
     prompt = to_prompt(driver.request)
-    prompt["multi_modal_data"]["image"] = [Inquiry((picture,) * 17, "what")]
+    prompt["multi_modal_data"]["image"] = [InquiryItem((picture,) * 17, "what")]
     prompt["prompt_token_ids"] = prompt["prompt_token_ids"] * 17
     with pytest.raises(LimitError, match="vilavt_max_regions"):
         llm.llm.llm_engine.add_request("crowded", prompt, sampling_params(driver))

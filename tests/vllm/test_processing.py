@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vilavt_core.errors import ImageError
-from vilavt_vllm import Inquiry, compat
+from vilavt_vllm import InquiryItem, compat
 from vilavt_vllm.errors import LimitError, PlaceholderError, UnsupportedError
 
 
@@ -130,19 +130,19 @@ def test_identity_of_an_inquiry_is_its_query_and_its_regions_in_order(process, t
 
 
 def test_an_image_of_an_episode_that_would_be_resized_is_refused_with_both_sizes(process, processor, pictures):
-    from vilavt_core.conversation import Inquiry as OfEpisode
+    from vilavt_core.conversation import Inquiry
 
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     large = pictures[0].resize((28 * 20, 28 * 20))
     with pytest.raises(PlaceholderError, match=r"an image of 560x560 pixels would become .* here, where images have"):
-        process(image, [OfEpisode((large,), "", (0,))])
-    assert hashes(process(image, [Inquiry((large,))]))  # nobody has counted its tokens
+        process(image, [InquiryItem((large,), "", (0,))])
+    assert hashes(process(image, [InquiryItem((large,))]))  # nobody has counted its tokens
 
 
 def test_one_group_and_the_same_regions_alone_are_different(process, tools, pictures):
     prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
-    together = hashes(process(prompt, [Inquiry((first,)), Inquiry((a, b), "red")]))
-    apart = hashes(process(prompt, [Inquiry((first,)), Inquiry((a,), "red"), Inquiry((b,), "red")]))
+    together = hashes(process(prompt, [InquiryItem((first,)), InquiryItem((a, b), "red")]))
+    apart = hashes(process(prompt, [InquiryItem((first,)), InquiryItem((a,), "red"), InquiryItem((b,), "red")]))
     assert len({*together, *apart}) == 4  # the original is the same in both
 
 
@@ -156,7 +156,7 @@ def test_a_uuid_does_not_hide_the_query(process, tools, pictures):
 def test_a_uuid_of_an_explicit_inquiry_does_not_hide_the_query(process, tools, pictures):
     prompt = tools.conversation(("red", 1))
     red, blue = (
-        hashes(process(prompt, [Inquiry((pictures[0],)), Inquiry((pictures[1],), q)], uuids=["first", "crop"]))
+        hashes(process(prompt, [InquiryItem((pictures[0],)), InquiryItem((pictures[1],), q)], uuids=["first", "crop"]))
         for q in ("red", "blue")
     )
     assert red[0] == blue[0]
@@ -166,7 +166,7 @@ def test_a_uuid_of_an_explicit_inquiry_does_not_hide_the_query(process, tools, p
 def test_the_query_prefix_is_part_of_the_query(process, processor, tools, pictures):
     prompt = tools.conversation(("red", 1))
     inquiries = [(None, "red"), ("", "red"), ("Query: ", "red"), ("", "Query: red")]
-    results = [process(prompt, [Inquiry((pictures[0],)), Inquiry((pictures[1],), q, p)]) for p, q in inquiries]
+    results = [process(prompt, [InquiryItem((pictures[0],)), InquiryItem((pictures[1],), q, p)]) for p, q in inquiries]
     assert hashes(results[0]) == hashes(results[1])  # the checkpoint's prefix is empty
     assert hashes(results[2]) == hashes(results[3]) != hashes(results[0])
     mask = results[2]["mm_kwargs"]["image"][1]["query_attention_mask"].data
@@ -214,7 +214,7 @@ def test_caps_are_enforced_before_anything_is_encoded(tiny, process, tools, pict
 
 def test_the_images_of_inquiries_are_counted_one_by_one(tiny, process, tools, pictures):
     processor, _ = build(tiny.path, limit_mm_per_prompt={"image": 3})
-    items = [Inquiry((pictures[0],)), Inquiry(tuple(pictures[1:4]), "red")]
+    items = [InquiryItem((pictures[0],)), InquiryItem(tuple(pictures[1:4]), "red")]
     with pytest.raises(
         LimitError, match=r"has 4 images, at most 3 are allowed.*--limit-mm-per-prompt '\{\"image\": 4\}'"
     ):
@@ -289,7 +289,7 @@ def test_an_inquiry_is_hashed_by_what_it_holds_and_not_by_pickle(process, tools,
     monkeypatch.setattr(hasher.logger, "warning", lambda *args, **_: warned.append(args))
     prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
     plain = hashes(process(prompt, [first, a, b]))
-    for item in (Inquiry, Other):
+    for item in (InquiryItem, Other):
         given = [item((first.copy(),), ""), item((a.copy(), b.copy()), "red")]
         assert hashes(process(prompt, given)) == plain
     assert not warned

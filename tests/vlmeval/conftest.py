@@ -124,11 +124,14 @@ def reference():
     """What ``vilavt tiny eval`` says about the same questions: kind and whether it was right, in order."""
     import torch
 
-    from vilavt_hf.tiny.evaluate import load, run, tasks
+    from vilavt_core.results import Sample
+    from vilavt_hf import VilavtChat
+    from vilavt_hf.tiny.benchmark import tasks
 
     torch.set_num_threads(1)
     todo = tasks("heldout", QUESTIONS)
-    results = run(load(TINY), todo, "full")
+    chat = VilavtChat.from_pretrained(TINY, concurrency=64, dtype="float32")
+    results = chat.ask_many([Sample([t.scene.image], t.question.text, id=str(i)) for i, t in enumerate(todo)])
     return [(str(t.question.kind), r.answer == t.question.answer) for t, r in zip(todo, results, strict=True)]
 
 

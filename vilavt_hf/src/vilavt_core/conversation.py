@@ -5,14 +5,13 @@ Requests go to an engine, turns and the result to the user, the record to a trai
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from .drawing import png_url
 from .errors import EpisodeError
 from .presets import Limits
 from .prompts import PromptPart
@@ -326,7 +325,7 @@ class Result:
         for image in self.images:
             entry = {**image.to_json(), "inquiry": inquiry_of.get(image.index)}
             if include_images and self.views:
-                entry["png"] = _png_url(self.views[image.index].image)
+                entry["png"] = png_url(self.views[image.index].image)
             images.append(entry)
         return {
             "sample_id": self.sample_id,
@@ -461,12 +460,6 @@ def encode_text(text: str, tokenizer: Tokenizer, special: SpecialTokens) -> list
     # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that it recognises no special token.
     pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
     return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
-
-
-def _png_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _action_json(action: Action) -> dict[str, Any]:

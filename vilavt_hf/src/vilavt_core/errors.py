@@ -44,6 +44,10 @@ class EngineError(VilavtError):
     """The local engine was set up or driven against its contract."""
 
 
+class AttentionError(VilavtError):
+    """An attention map was asked for that this model, these images or these queries do not have."""
+
+
 class DataError(VilavtError):
     """A training record, or a collection of them, cannot be used; ``kind`` is a short name to count by."""
 

@@ -29,6 +29,13 @@ MAX_TOOL_DEPTH = 32
 MAX_NUMBER_CHARS = 32
 """Longest number literal in a tool JSON that is read; a longer one cannot be an index or a pixel."""
 
+TAGS = (
+    *(THINK_OPEN, THINK_CLOSE, TOOL_OPEN, TOOL_CLOSE),
+    *(ANSWER_OPEN, ANSWER_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE),
+)
+"""All tags of the protocol."""
+_TAG = re.compile("|".join(map(re.escape, TAGS)))
+
 IMAGE_MARK = "<image>"
 """Stands in the text of a question or of a training record where an image belongs."""
 
@@ -59,6 +66,11 @@ class MalformedReason(StrEnum):
     TOOL_AND_ANSWER = "tool_and_answer"
     SEVERAL_TOOL_CALLS = "several_tool_calls"
     SEVERAL_ANSWERS = "several_answers"
+    NESTED_ANSWER = "nested_answer"
+    """An answer opens inside an answer. Under ``strict`` only, as the next two."""
+    THOUGHT_IN_ANSWER = "thought_in_answer"
+    MARKUP_IN_ANSWER = "markup_in_answer"
+    """Another tag of the protocol stands in the answer."""
     TOO_LONG = "too_long"
     TOO_DEEP = "too_deep"
     BAD_JSON = "bad_json"
@@ -177,9 +189,27 @@ def _parse_strict(text: str) -> Action:
         )
     if not closed:
         raise _Refusal(MalformedReason.UNCLOSED_ANSWER, f"{ANSWER_OPEN} is not closed by {ANSWER_CLOSE}")
+    _check_answer(content)
     if ANSWER_OPEN in trailing:
         raise _Refusal(MalformedReason.SEVERAL_ANSWERS, "the turn holds more than one answer")
     return Answer(content.strip(), thought, trailing.strip())
+
+
+def _check_answer(content: str) -> None:
+    """Refuse tags of the protocol inside an answer: which part of it is the answer, they leave open."""
+    if ANSWER_OPEN in content:
+        raise _Refusal(
+            MalformedReason.NESTED_ANSWER,
+            f"{ANSWER_OPEN} stands inside an answer; open it once, and close it once with {ANSWER_CLOSE}",
+        )
+    for tag in (THINK_OPEN, THINK_CLOSE):
+        if tag in content:
+            raise _Refusal(
+                MalformedReason.THOUGHT_IN_ANSWER, f"{tag} stands inside the answer; think before {ANSWER_OPEN}"
+            )
+    for tag in (TOOL_OPEN, TOOL_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE):
+        if tag in content:
+            raise _Refusal(MalformedReason.MARKUP_IN_ANSWER, f"{tag} stands inside the answer; leave it out")
 
 
 def _parse_published(text: str) -> Action:
@@ -387,6 +417,11 @@ def format_tool_call(call: ToolCall) -> str:
     body = json.dumps({"region": region, "query": _clean(call.query)}, ensure_ascii=False, separators=(",", ":"))
     # "<\/tool>" is the same JSON string as "</tool>" and cannot close the tag early.
     return f"{TOOL_OPEN}{body.replace('</', '<' + chr(92) + '/')}{TOOL_CLOSE}"
+
+
+def without_tags(text: str) -> str:
+    """Text without the protocol's tags, so that it can stand in a turn as the answer of somebody who knows none."""
+    return _TAG.sub("", text)
 
 
 def format_answer(text: str) -> str:

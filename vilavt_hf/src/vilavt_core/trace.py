@@ -13,24 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from .drawing import INK, LINE, PAPER, SOFT, Font, colour, load_font, wrap
 from .episode import Turn
 from .errors import ImageError
 from .pages import render
 from .protocol import Action, Answer, Malformed, NoAction, ToolCall
 from .regions import FACTOR, View
 from .results import ChatResult
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-COLOURS = ("#e4572e", "#2e86ab", "#3a9d5d", "#b5539c", "#d99a00", "#5b5fc7", "#008b8b", "#a0522d")
-"""Of regions and crops, in order of appearance; readable on light and dark."""
-
-
-def colour(index: int) -> str:
-    """Colour of shown image number `index`."""
-    return COLOURS[(index - 1) % len(COLOURS)]
 
 
 def write_html(
@@ -56,7 +47,7 @@ def annotate(views: Sequence[View], index: int) -> Image.Image:
     canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST if scale > 1 else None)
     draw = ImageDraw.Draw(canvas)
     width = max(2, canvas.width // 160)
-    font = _font(max(12, canvas.width // 26))
+    font = load_font(max(12, canvas.width // 26))
     for child, view in enumerate(views):
         if view.parent != index or view.box is None:
             continue
@@ -173,7 +164,6 @@ def _data_url(image: Image.Image) -> str:
 
 # ---------------------------------------------------------------------- one picture
 
-_INK, _SOFT, _PAPER, _LINE = "#1d2430", "#5d6b7e", "#fbfbfc", "#d9dfe7"
 _GAP = 28
 _ROOM = 300
 """Pixels that the longest side of a picture gets."""
@@ -201,18 +191,18 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
             steps.append((turn.action.query, list(turn.image_indices)))
     columns = [_column(views, indices, scale) for _, indices in steps]
     arrow, gap, margin = round(150 * scale), round(_GAP * scale), round(30 * scale)
-    title, text = _font(round(19 * scale)), _font(round(14 * scale))
-    answer = _font(round(34 * scale), bold=True)
-    lines = _wrap(result.answer or f"({result.finish})", answer, round(240 * scale))
+    title, text = load_font(round(19 * scale)), load_font(round(14 * scale))
+    answer = load_font(round(34 * scale), bold=True)
+    lines = wrap(result.answer or f"({result.finish})", answer, round(240 * scale))
     answer_width = max(round(30 * scale), *(round(answer.getlength(line)) for line in lines))
     width = 2 * margin + sum(c.width for c in columns) + (len(columns) - 1) * arrow + arrow + answer_width
-    question = _wrap(result.question, title, width - 2 * margin)
+    question = wrap(result.question, title, width - 2 * margin)
     head = margin + round(30 * scale) * len(question) + gap
     height = head + max(c.height for c in columns) + margin
-    canvas = Image.new("RGB", (width, height), _PAPER)
+    canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     for n, line in enumerate(question):
-        draw.text((margin, margin + n * round(30 * scale)), line, font=title, fill=_INK)
+        draw.text((margin, margin + n * round(30 * scale)), line, font=title, fill=INK)
     middle = head + (height - margin - head) // 2
     x = margin
     for n, column in enumerate(columns):
@@ -225,7 +215,7 @@ def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
     step = round(42 * scale)
     for n, line in enumerate(lines):
         at = middle - step * len(lines) // 2 + n * step + step // 2
-        draw.text((x + arrow, at), line, font=answer, fill=_INK, anchor="lm")
+        draw.text((x + arrow, at), line, font=answer, fill=INK, anchor="lm")
     return canvas
 
 
@@ -238,16 +228,16 @@ def _column(views: Sequence[View], indices: Sequence[int], scale: float) -> Imag
         image = annotate(views, index)
         ratio = room / max(image.size)
         image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.LANCZOS)
-        framed = Image.new("RGB", (image.width + 2 * border, image.height + 2 * border), _LINE)
+        framed = Image.new("RGB", (image.width + 2 * border, image.height + 2 * border), LINE)
         if views[index].parent is not None:
             framed.paste(colour(index), (0, 0, *framed.size))
         framed.paste(image, (border, border))
         pictures.append(framed)
     if not pictures:
-        return Image.new("RGB", (1, 1), _PAPER)
+        return Image.new("RGB", (1, 1), PAPER)
     width = max(p.width for p in pictures)
     height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
-    column, y = Image.new("RGB", (width, height), _PAPER), 0
+    column, y = Image.new("RGB", (width, height), PAPER), 0
     for picture in pictures:
         column.paste(picture, ((width - picture.width) // 2, y))
         y += picture.height + gap
@@ -257,42 +247,9 @@ def _column(views: Sequence[View], indices: Sequence[int], scale: float) -> Imag
 def _arrow(draw: ImageDraw.ImageDraw, x: int, y: int, length: int, label: str, font: Font, scale: float) -> None:
     pad, head = round(14 * scale), round(7 * scale)
     start, end = x + pad, x + length - pad
-    draw.line((start, y, end - head, y), fill=_SOFT, width=max(1, round(2 * scale)))
-    draw.polygon([(end, y), (end - 2 * head, y - head), (end - 2 * head, y + head)], fill=_SOFT)
-    lines = _wrap(label, font, end - start) if label else []
+    draw.line((start, y, end - head, y), fill=SOFT, width=max(1, round(2 * scale)))
+    draw.polygon([(end, y), (end - 2 * head, y - head), (end - 2 * head, y + head)], fill=SOFT)
+    lines = wrap(label, font, end - start) if label else []
     step = round(19 * scale)
     for n, line in enumerate(lines):
-        draw.text(((start + end) // 2, y - pad - (len(lines) - 1 - n) * step), line, font=font, fill=_INK, anchor="ms")
-
-
-def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """Lines no wider than `width`; at most six, a longer text ends in an ellipsis."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    for n, line in enumerate(lines):
-        while len(line) > 1 and font.getlength(line) > width:
-            line = line[:-2] + "…"
-        lines[n] = line
-    return [*lines[:5], lines[5] + " …"] if len(lines) > 6 else lines or [""]
-
-
-def _font(size: int, *, bold: bool = False) -> Font:
-    """DejaVu Sans where the system or matplotlib has it, else the font that PIL carries."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    candidates = [name]
-    try:
-        from matplotlib import get_data_path
-
-        candidates.append(str(Path(get_data_path()) / "fonts" / "ttf" / name))
-    except ImportError:
-        pass
-    for candidate in candidates:
-        try:
-            return ImageFont.truetype(candidate, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
+        draw.text(((start + end) // 2, y - pad - (len(lines) - 1 - n) * step), line, font=font, fill=INK, anchor="ms")

@@ -8,8 +8,8 @@ limit of one turn, which every backend can set.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import EvaluationError
@@ -90,18 +90,24 @@ class Ablation:
     """One or several parts taken away at once; none: the method as it is."""
 
     parts: tuple[str, ...] = ()
+    own: Mapping[str, Intervention] = field(default_factory=dict, compare=False, repr=False)
+    """Interventions beside `ABLATIONS`, by name: those that know the questions of one benchmark."""
 
     def __post_init__(self) -> None:
-        if unknown := [part for part in self.parts if part not in ABLATIONS]:
+        if unknown := [part for part in self.parts if part not in self._known]:
             raise EvaluationError(
-                f"no ablation {', '.join(map(repr, unknown))}; known are {', '.join(ABLATIONS)}; join those that shall "
-                "happen together with +"
+                f"no ablation {', '.join(map(repr, unknown))}; known are {', '.join(self._known)}; join those that "
+                "shall happen together with +"
             )
 
     @classmethod
-    def parse(cls, text: str) -> Ablation:
+    def parse(cls, text: str, own: Mapping[str, Intervention] | None = None) -> Ablation:
         """``no-query``, or ``no-query+no-joint`` for both in one run; blank is the method as it is."""
-        return cls(tuple(sorted(dict.fromkeys(part for part in text.split("+") if part))))
+        return cls(tuple(sorted(dict.fromkeys(part for part in text.split("+") if part))), own or {})
+
+    @property
+    def _known(self) -> Mapping[str, Intervention]:
+        return {**ABLATIONS, **self.own}
 
     def __str__(self) -> str:
         return "+".join(self.parts) or "full"
@@ -113,14 +119,18 @@ class Ablation:
     @property
     def intervention(self) -> Intervention | None:
         """What the backend shall change, if anything."""
-        found = [ABLATIONS[part] for part in self.parts if part != NO_ZOOM]
+        found = [self._known[part] for part in self.parts if part != NO_ZOOM]
         if not found:
             return None
         inquiries = [i.transform_inquiry for i in found if i.transform_inquiry is not None]
         boxes = [i.transform_regions for i in found if i.transform_regions is not None]
+        turns = [i.forced_turns for i in found if i.forced_turns is not None]
+        if len(boxes) > 1 or len(turns) > 1:
+            raise EvaluationError(f"{self}: two of them change the same boxes or turns; run them one by one")
         return Intervention(
             transform_regions=boxes[0] if boxes else None,
             transform_inquiry=_one_after_another(inquiries) if inquiries else None,
+            forced_turns=turns[0] if turns else None,
             reencode=all(i.reencode for i in found),
         )
 

@@ -21,7 +21,7 @@ class AblationRow:
     figures: tuple[Figure, ...]
     """The overall score first, then categories."""
     difference: Contrast | None
-    """To the method as it is, over the same questions; None for that itself."""
+    """To the method as it is, over the same questions; None for that itself, and for what is no answer to them."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,25 @@ class AblationTable:
 
     def to_markdown(self) -> str:
         """A table in percent, one row per ablation; intervals are 95 %."""
-        names = list(dict.fromkeys(figure.name for row in self.rows for figure in row.figures))
-        counts = {figure.name: figure.questions for row in self.rows for figure in row.figures}
+        counts: dict[str, int] = {}
+        for figure in (figure for row in self.rows for figure in row.figures):
+            counts.setdefault(figure.name, figure.questions)
+        names = list(counts)
         head = ["", *(f"{name} (n={counts[name]})" for name in names), "difference", "p"]
         lines = []
         for row in self.rows:
             found = {figure.name: figure for figure in row.figures}
-            cells = [_figure(found[name]) if name in found else "" for name in names]
+            cells = [_figure(found[name], counts[name]) if name in found else "" for name in names]
             lines.append([row.name, *cells, *_difference(row.difference)])
         return markdown_table(head, lines) + "\n"
 
 
 def ablation_table(
-    full: Sequence[ScoredFile], ablated: Mapping[str, Sequence[ScoredFile]], scorer: Scorer = "strict"
+    full: Sequence[ScoredFile],
+    ablated: Mapping[str, Sequence[ScoredFile]],
+    scorer: Scorer = "strict",
+    *,
+    alone: Mapping[str, Sequence[ScoredFile]] | None = None,
 ) -> AblationTable:
     """Put runs side by side.
 
@@ -58,8 +64,11 @@ def ablation_table(
         full: the method as it is; one file per seed.
         ablated: name -> files of the same seeds.
         scorer: whose scores.
+        alone: further rows without a difference, below the method as it is: name -> files of other questions, or that
+            score something else than the answer.
     """
     rows = [AblationRow("full", _figures(full, scorer), None)]
+    rows += [AblationRow(name, _figures(files, scorer), None) for name, files in (alone or {}).items()]
     for name, files in ablated.items():
         rows.append(AblationRow(name, _figures(files, scorer), compare(full, files, scorer).overall))
     return AblationTable(summarise(full, scorer).benchmark or "", scorer, tuple(rows))
@@ -70,9 +79,11 @@ def _figures(files: Sequence[ScoredFile], scorer: Scorer) -> tuple[Figure, ...]:
     return tuple(figure for figure in summarise(files, scorer).figures if figure.kind in shown)
 
 
-def _figure(figure: Figure) -> str:
+def _figure(figure: Figure, usual: int) -> str:
+    """Score and interval; the number of questions where it is not that of the column's head."""
     low, high = figure.interval.low, figure.interval.high
-    return f"{100 * figure.score:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    cell = f"{100 * figure.score:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return cell if figure.questions == usual else f"{cell}, n={figure.questions}"
 
 
 def _difference(contrast: Contrast | None) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from vilavt_core.trace import shown_turn
 
 from .definition import Report
 from .scores import ScoredFile, ScoredRow, Scorer, response_of
-from .statistics import RESAMPLES, Interval, mcnemar, percentile_interval, resampled_means, sign_flip
+from .statistics import RESAMPLES, Interval, difference_interval, mcnemar, mean_of_means, sign_flip
 from .summary import name_of, place_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +36,7 @@ class Contrast:
     second: float
     difference: float
     interval: Interval
-    """Paired bootstrap over questions, 95 %."""
+    """95 %, paired over questions; see `vilavt_eval.statistics`."""
     better: int
     """Questions that the second scores higher on."""
     worse: int
@@ -177,14 +177,15 @@ def _contrasts(pairs: Sequence[_Pair], rules: Report, rng: np.random.Generator, 
 
 def _contrast(name: str, parts: Sequence[Sequence[_Pair]], rng: np.random.Generator, resamples: int) -> Contrast:
     """Of the mean of the parts' means."""
-    means = [[np.mean([getattr(pair, side) for pair in part]) for part in parts] for side in ("first", "second")]
-    replicates, weighted = [], []
+    means = [[float(np.mean([getattr(pair, side) for pair in part])) for part in parts] for side in ("first", "second")]
+    intervals, weighted = [], []
     for part in parts:
         places: dict[Any, int] = {}
         units = np.array([places.setdefault(pair.unit, len(places)) for pair in part])
         sums = np.bincount(units, weights=[pair.second - pair.first for pair in part])
-        replicates.append(resampled_means(sums, np.bincount(units), rng, resamples))
+        intervals.append(difference_interval(sums, np.bincount(units), rng, resamples))
         weighted.append(sums / (len(part) * len(parts)))
+    differences = [second - first for first, second in zip(*means, strict=True)]
     pairs = [pair for part in parts for pair in part]
     better = sum(pair.second > pair.first + 1e-9 for pair in pairs)
     worse = sum(pair.first > pair.second + 1e-9 for pair in pairs)
@@ -199,7 +200,7 @@ def _contrast(name: str, parts: Sequence[Sequence[_Pair]], rng: np.random.Genera
         first=float(np.mean(means[0])),
         second=float(np.mean(means[1])),
         difference=float(np.mean(means[1]) - np.mean(means[0])),
-        interval=percentile_interval(np.mean(replicates, axis=0)),
+        interval=mean_of_means(differences, intervals),
         better=better,
         worse=worse,
         test=test,

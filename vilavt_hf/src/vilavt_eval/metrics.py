@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vilavt_core.errors import BenchmarkError, ScoringError
 from vilavt_core.scoring import QuestionType, score_answer
 
-Metric = Callable[[str, str], float]
-"""(prediction, target) -> 0 to 1. Raises `ScoringError` for a target that it cannot read, for a prediction never."""
+Metric = Callable[..., float]
+"""(prediction, target) -> 0 to 1; that of a multiple choice may also get the options, with their letters. Raises
+`ScoringError` for a target that it cannot read, for a prediction never."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -21,6 +22,11 @@ def type_metric(name: str) -> Metric:
         ScoringError: unknown type.
     """
     return functools.partial(_score, QuestionType.read(name))
+
+
+def is_choice(name: str) -> bool:
+    """Whether a metric compares options, which are then its third argument."""
+    return not is_function(name) and QuestionType.read(name) is QuestionType.MULTIPLE_CHOICE
 
 
 def is_function(name: str) -> bool:
@@ -59,5 +65,5 @@ def find_metric(name: str) -> Metric:
     return metric
 
 
-def _score(kind: QuestionType, prediction: str, target: str) -> float:
-    return score_answer(prediction, target, kind)
+def _score(kind: QuestionType, prediction: str, target: str, options: Sequence[str] = ()) -> float:
+    return score_answer(prediction, target, kind, options=options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,20 @@ from typing import Any
 from vilavt_core.data.annotations import Annotations
 from vilavt_core.errors import BenchmarkError, DataError, ScoringError
 from vilavt_core.protocol import IMAGE_MARK
-from vilavt_core.scoring import QuestionType
+from vilavt_core.scoring import (
+    QuestionType,
+    bare_option,
+    check_target,
+    unwrapped_target,
+    with_letters,
+    without_delimiters,
+)
 
 from .definition import Benchmark, TypeRule
-from .metrics import find_metric
+from .metrics import find_metric, is_choice, is_function
 
 FIRST_MISSING = 3
 """Missing images that are named."""
-
-_OWN_LETTER = re.compile(r"^\s*[(\[]?(?P<letter>[A-Za-z])[)\].:]")
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,11 @@ class Questions(Sequence[Question]):
         text = self._text(i, record, keys.question)
         target = self._text(i, record, keys.answer)
         paths = self._images(i, record)
-        choice = rule.metric == QuestionType.MULTIPLE_CHOICE
-        options = self._options(i, record) if choice else ()
-        target = self._target(i, rule, target, options)
+        options = self._options(i, record) if is_choice(rule.metric) else ()
+        try:
+            target = self._target(rule, target, options)
+        except ScoringError as error:
+            raise self._wrong(i, keys.answer, f"{error} (question {self._id(i, record)!r})") from None
         if benchmark.image_marks == "removed":
             text = text.replace(IMAGE_MARK, "").strip()
         elif (marks := text.count(IMAGE_MARK)) != len(paths):
@@ -231,35 +237,35 @@ class Questions(Sequence[Question]):
             raise self._wrong(
                 i, str(key), f"it lists {len(value)} options, there are {len(string.ascii_uppercase)} letters"
             )
-        letters = string.ascii_uppercase[: len(value)]
-        own = [match["letter"].upper() if (match := _OWN_LETTER.match(option)) else None for option in value]
-        if own == list(letters):
-            return tuple(value)
-        return tuple(f"{letter}. {option}" for letter, option in zip(letters, value, strict=True))
+        return with_letters(value)
 
-    def _target(self, i: int, rule: TypeRule, target: str, options: Sequence[str]) -> str:
-        """The right answer, checked; an option's text as it is shown, with its letter."""
-        key = self.benchmark.keys.answer
-        if rule.metric != QuestionType.MULTIPLE_CHOICE:
-            try:
-                find_metric(rule.metric)("", target)
-            except ScoringError as error:
-                raise self._wrong(i, key, str(error)) from None
+    def _target(self, rule: TypeRule, target: str, options: Sequence[str]) -> str:
+        """The right answer, checked, without a tag or box around it; an option's text as it is shown, with its
+        letter.
+
+        Raises:
+            ScoringError: no answer could meet it.
+        """
+        if is_function(rule.metric):
+            find_metric(rule.metric)("", target)
             return target
+        if not is_choice(rule.metric):
+            find_metric(rule.metric)("", target)  # a package may be missing
+            return check_target(QuestionType.read(rule.metric), target)
+        target = unwrapped_target(target)
         if self.benchmark.answers == "letter":
             letters = string.ascii_uppercase[: len(options) or None]
-            if len(target.strip()) != 1 or target.strip().upper() not in letters:
-                raise self._wrong(
-                    i,
-                    key,
+            letter = without_delimiters(target).upper()
+            if len(letter) != 1 or letter not in letters:
+                raise ScoringError(
                     f"{target!r} is none of the letters {letters[0]} to {letters[-1]}; if answers are the options' "
-                    "texts, set answers: option",
+                    "texts, set answers: option"
                 )
             return target
         shown = next((option for option in options if _same(target, option)), None)
         if options and shown is None:
-            raise self._wrong(
-                i, key, f"{target!r} is none of its {len(options)} options; if it is a letter, set answers: letter"
+            raise ScoringError(
+                f"{target!r} is none of its {len(options)} options; if it is a letter, set answers: letter"
             )
         return target if shown is None else shown
 
@@ -280,12 +286,6 @@ class Selection(Sequence[Question]):
         if isinstance(i, slice):
             return Selection(self.questions, self.places[i])
         return self.questions[self.places[i]]
-
-
-def bare_option(option: str) -> str:
-    """An option without the letter before it: ``left`` for ``B. left`` and ``(B) left``."""
-    match = _OWN_LETTER.match(option)
-    return (option[match.end() :] if match else option).strip()
 
 
 def _paths(value: Any) -> tuple[Any, ...]:

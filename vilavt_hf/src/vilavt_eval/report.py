@@ -157,7 +157,7 @@ def _section(summary: Summary, files: Sequence[ScoredFile]) -> str:
     lines = [
         f"## {_cell(summary.benchmark or 'no benchmark named')}: {_cell(summary.name)}",
         f"Scorer {summary.scorer}; {summary.rows:,} rows of {len(files)} file{'s' * (len(files) > 1)}; seeds {seeds}. "
-        "Percent; intervals are 95 %, bootstrap over questions."
+        "Percent; intervals are 95 %, over questions: Wilson's where each has one score of 0 or 1, else a bootstrap's."
         + (" After ± stands the standard deviation over seeds." if len(files) > 1 else ""),
         _table(
             ("", "questions", "score", "interval", other_scorer(summary.scorer)),

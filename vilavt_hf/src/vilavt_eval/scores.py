@@ -23,12 +23,11 @@ from typing import Any, Literal
 import numpy as np
 
 from vilavt_core.errors import BenchmarkError, ScoringError
-from vilavt_core.protocol import ANSWER_OPEN
-from vilavt_core.scoring.published import evaluation_score, tagged_answer
+from vilavt_core.scoring import bare_option, known_options, unwrapped
+from vilavt_core.scoring.published import evaluation_score
 
-from .definition import Benchmark, TypeRule, known_benchmarks, read_benchmark, shipped_benchmark
-from .metrics import find_metric, type_metric
-from .questions import bare_option
+from .definition import Benchmark, Keys, TypeRule, known_benchmarks, read_benchmark, shipped_benchmark
+from .metrics import find_metric, is_choice, type_metric
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +300,7 @@ def _score(found: _Collector, line: int, question_id: str, row: Mapping[str, Any
     kind, rule = _kind(row, benchmark)
     response, target = response_of(row), row.get("answer")
     target = str(target) if isinstance(target, int | float) and not isinstance(target, bool) else target
-    flaw, detail, strict = _strict(row, response, target, kind, rule)
+    flaw, detail, strict = _strict(row, response, target, kind, rule, Keys() if benchmark is None else benchmark.keys)
     # Where the published program would have ended, there is no score.
     readable = isinstance(response, str) and isinstance(target, str)
     upstream = evaluation_score(str(response), str(target), kind) if readable else None
@@ -341,7 +340,7 @@ def _kind(row: Mapping[str, Any], benchmark: Benchmark | None) -> tuple[str, Typ
 
 
 def _strict(
-    row: Mapping[str, Any], response: Any, target: Any, kind: str, rule: TypeRule | None
+    row: Mapping[str, Any], response: Any, target: Any, kind: str, rule: TypeRule | None, keys: Keys
 ) -> tuple[Flaw | None, str, float]:
     """What is wrong with a row, in words, and its strict score."""
     if row.get("error") is not None:
@@ -350,15 +349,19 @@ def _strict(
         return Flaw.NO_RESPONSE, f"its response is {_found(response)}, not a text", 0.0
     if not isinstance(target, str) or not target.strip():
         return Flaw.NO_TARGET, f"its answer is {_found(target)}, not a text", 0.0
-    prediction = tagged_answer(response) if response.count(ANSWER_OPEN) == 1 else response
-    if not prediction.strip():
+    prediction, wanted = unwrapped(response), unwrapped(target)
+    if prediction == "":
         return Flaw.EMPTY, "", 0.0
+    # What leaves open where its answer is goes to the metric as it is.
+    sides: list[Any] = [text if bare is None else bare for text, bare in ((response, prediction), (target, wanted))]
     try:
         measure = type_metric(kind) if rule is None else find_metric(rule.metric)
     except (BenchmarkError, ScoringError) as error:
         return Flaw.BAD_TYPE, str(error), 0.0
     try:
-        score = float(measure(prediction, tagged_answer(target)))
+        if is_choice(kind if rule is None else rule.metric):
+            sides.append(_options(row, keys, target))
+        score = float(measure(*sides))
     except ScoringError as error:
         return Flaw.BAD_TARGET, str(error), 0.0
     except Exception as error:  # a metric of the user's own may do anything, and one row must not lose the others
@@ -366,6 +369,15 @@ def _strict(
     if not 0 <= score <= 1:
         return Flaw.BAD_METRIC, f"it gave {score}; scores are 0 to 1", 0.0
     return None, "", score
+
+
+def _options(row: Mapping[str, Any], keys: Keys, target: str) -> tuple[str, ...]:
+    """The options of a row's question; none if the row holds something else under their key."""
+    given, question = row.get(keys.options or ""), str(row.get(keys.question, ""))
+    try:
+        return known_options(given, question, target)
+    except ScoringError:
+        return known_options(None, question, target)
 
 
 def _rotation(

@@ -16,7 +16,7 @@ from vilavt_core.errors import BenchmarkError
 from .definition import Report
 from .result_file import differences
 from .scores import SEED_IN_NAME, ScoredFile, Scorer
-from .statistics import RESAMPLES, Interval, percentile_interval, resampled_means, spread
+from .statistics import RESAMPLES, Interval, mean_interval, mean_of_means, spread
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Figure:
     score: float
     """Mean of the seeds' means."""
     interval: Interval
-    """Bootstrap over questions, 95 %."""
+    """95 %, over questions; see `vilavt_eval.statistics`."""
     per_seed: tuple[float, ...]
     spread: float | None
     """Standard deviation over the seeds; None for one seed."""
@@ -125,7 +125,7 @@ class Rows:
         )
 
     def units(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sum and number of the scores of each unit that there is, as `resampled_means` takes them."""
+        """Sum and number of the scores of each unit that there is, as `mean_interval` takes them."""
         sizes = np.bincount(self.unit)
         sums = np.bincount(self.unit, weights=self.scores)
         return sums[sizes > 0], sizes[sizes > 0]
@@ -279,10 +279,10 @@ def _figures(
     resamples: int,
 ) -> Iterator[Figure]:
     def figure(kind: FigureKind, name: str, part: Rows, counted: bool = True) -> Figure:
-        replicates = resampled_means(*part.units(), rng, resamples)
+        interval = mean_interval(*part.units(), rng, resamples)
         per_seed = tuple(float(seed.scores.mean()) for seed in part.seeds())
         other = float(np.mean([seed.other.mean() for seed in part.seeds()]))
-        return _figure(kind, name, part, per_seed, replicates, other, counted)
+        return _figure(kind, name, part, per_seed, interval, other, counted)
 
     counted = rows.select(counted_rows(rows, rules))
     if rules.overall == "categories" and len(counted.scores):
@@ -324,10 +324,11 @@ def macro_mean(rows: Rows, scores: np.ndarray) -> float:
 
 def _macro(rows: Rows, rng: np.random.Generator, resamples: int) -> Figure:
     parts = [rows.select(rows.category == number) for number in np.unique(rows.category)]
-    replicates = np.mean([resampled_means(*part.units(), rng, resamples) for part in parts], axis=0)
+    means = [float(part.scores.mean()) for part in parts]
+    interval = mean_of_means(means, [mean_interval(*part.units(), rng, resamples) for part in parts])
     per_seed = tuple(macro_mean(seed, seed.scores) for seed in rows.seeds())
     other = float(np.mean([macro_mean(seed, seed.other) for seed in rows.seeds()]))
-    return _figure(FigureKind.OVERALL, "overall", rows, per_seed, replicates, other, True)
+    return _figure(FigureKind.OVERALL, "overall", rows, per_seed, interval, other, True)
 
 
 def _figure(
@@ -335,7 +336,7 @@ def _figure(
     name: str,
     rows: Rows,
     per_seed: tuple[float, ...],
-    replicates: np.ndarray,
+    interval: Interval,
     other: float,
     counted: bool,
 ) -> Figure:
@@ -344,7 +345,7 @@ def _figure(
         name=name,
         questions=len(np.unique(rows.unit)),
         score=float(np.mean(per_seed)),
-        interval=percentile_interval(replicates),
+        interval=interval,
         per_seed=per_seed,
         spread=spread(per_seed),
         other=other,

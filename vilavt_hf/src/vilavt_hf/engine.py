@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import EngineError
@@ -125,6 +126,15 @@ class EngineRow:
     images: set[int] = field(default_factory=set)
     """Indices of the images that were encoded."""
     closed: bool = False
+    _distinct: set[int] = field(default_factory=set, repr=False)
+    _counted: int = 0
+    """Tokens that `_distinct` has taken in."""
+
+    def distinct_tokens(self) -> set[int]:
+        """Every token of the stream, once. Looks only at those that came since it was last asked: a stream grows."""
+        self._distinct.update(self.tokens[self._counted :])
+        self._counted = len(self.tokens)
+        return self._distinct
 
 
 class Choose(Protocol):
@@ -138,6 +148,10 @@ class Choose(Protocol):
 class Sampler:
     """Greedy, or repetition penalty / temperature / top-k / top-p with one uniform number per token from the row's own
     generator.
+
+    The penalty is transformers' `RepetitionPenaltyLogitsProcessor`, which does the same as vLLM's. Its temperature,
+    top-k and top-p processors only mask; they neither draw per row nor keep ties in a fixed order, so the rest is done
+    here.
 
     A row draws from its generator only, and exactly once per token, so what else is in the batch does not change its
     samples.
@@ -159,6 +173,7 @@ class Sampler:
                 "repetition_penalty above 0, top_p above 0 and at most 1"
             )
         self.sampling = sampling
+        self._penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
 
     def __call__(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         """See :class:`Choose`."""
@@ -182,14 +197,13 @@ class Sampler:
         return index.gather(-1, torch.minimum(place, last))[:, 0]
 
     def _penalised(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
-        """Logits of tokens already in the stream, divided (above 0) or multiplied (below), as in CTRL and
-        transformers.
-        """
-        logits, penalty = logits.clone(), self.sampling.repetition_penalty
-        for b, row in enumerate(rows):
-            seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
-            logits[b, seen] = torch.where(logits[b, seen] > 0, logits[b, seen] / penalty, logits[b, seen] * penalty)
-        return logits
+        """Logits after the repetition penalty over each row's whole stream, prompt included, as vLLM counts it."""
+        seen = [list(row.distinct_tokens()) for row in rows]
+        longest = max(map(len, seen))
+        # transformers takes a rectangle; naming a token twice changes nothing
+        ids = torch.tensor([tokens + tokens[:1] * (longest - len(tokens)) for tokens in seen], device=logits.device)
+        penalised: torch.Tensor = self._penalty(ids, logits)
+        return penalised
 
 
 class GrowingLayer(DynamicLayer):

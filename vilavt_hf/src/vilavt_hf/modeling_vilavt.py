@@ -42,15 +42,23 @@ class VilavtVisionAttention(qwen.Qwen2_5_VLVisionAttention):
             self.instruct_key_proj = nn.Linear(self.dim, self.dim)
             self.instruct_value_proj = nn.Linear(self.dim, self.dim)
 
-    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, layout: VisionLayout, kind: str) -> torch.Tensor:
-        """(N, C) patches and (M, C) query tokens -> (N, C)."""
+    def project(
+        self, hidden_states: torch.Tensor, text: torch.Tensor, layout: VisionLayout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, C) patches and (M, C) query tokens -> queries (N, H, D), keys and values (N + M, H, D), rotated.
+
+        Without query tokens, or in a block that is not query-aware, keys and values are those of the N patches.
+        """
         n = len(hidden_states)
         q, k, v = self.qkv(hidden_states).view(n, 3, self.num_heads, -1).unbind(1)
         if self.query_aware and len(text):
             k = torch.cat([k, self.instruct_key_proj(text).unflatten(1, (self.num_heads, -1))])
             v = torch.cat([v, self.instruct_value_proj(text).unflatten(1, (self.num_heads, -1))])
-        q, k = rotate(q, layout.cos[:n], layout.sin[:n]), rotate(k, layout.cos[: len(k)], layout.sin[: len(k)])
-        return self.proj(layout.segments[kind].attend(self, q, k, v))
+        return rotate(q, layout.cos[:n], layout.sin[:n]), rotate(k, layout.cos[: len(k)], layout.sin[: len(k)]), v
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, layout: VisionLayout, kind: str) -> torch.Tensor:
+        """(N, C) patches and (M, C) query tokens -> (N, C)."""
+        return self.proj(layout.segments[kind].attend(self, *self.project(hidden_states, text, layout)))
 
 
 class VilavtVisionBlock(qwen.Qwen2_5_VLVisionBlock):

@@ -42,17 +42,16 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
 
 
 @app.command("verl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def verl_command(
+def train_command(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file, or a recipe: tiny_cpu, tiny_cpu_vllm, vilavt_7b_grpo.")],
     show: Annotated[bool, typer.Option("--show", help="Print the command instead of running it.")] = False,
 ) -> None:
     """Train with verl: its own entry point, configured by CONFIG and key=value overrides after it."""
-    from .launch import run_verl
-    from .launch import verl_command as command_of
+    from .launch import run_verl, verl_command
 
     if show:
-        command, environment = command_of(config, context.args)
+        command, environment = verl_command(config, context.args)
         typer.echo(
             " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vilavt_core.errors import ScoringError
-from vilavt_core.scoring import QuestionType, check_target
+from vilavt_core.scoring import QuestionType, check_target, known_options
 
 from .errors import RowError
 from .rewards import Task
@@ -21,6 +21,7 @@ class Row:
 
     question: str
     answer: str
+    """Without an answer tag or a box around it."""
     images: tuple[str, ...]
     """Files; also the sources of every crop, so every rollout worker must be able to read them."""
     question_type: str
@@ -32,20 +33,22 @@ class Row:
     max_pixels: int | None = None
     """Of each image and crop, at most the run's setting; None: that setting."""
     id: str = ""
+    options: tuple[str, ...] = ()
+    """Of a multiple choice, with their letters: those of the key ``options``, else those that the question lists."""
 
     @property
     def task(self) -> Task:
         """What a reward needs of it."""
-        return Task(self.answer, self.question_type, self.data_type)
+        return Task(self.answer, self.question_type, self.data_type, self.options)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the way between processes."""
-        return asdict(self) | {"images": list(self.images)}
+        return asdict(self) | {"images": list(self.images), "options": list(self.options)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """Inverse of :meth:`to_json`."""
-        return cls(**{**data, "images": tuple(data["images"])})
+        return cls(**{**data, "images": tuple(data["images"]), "options": tuple(data.get("options", ()))})
 
 
 def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
@@ -54,7 +57,7 @@ def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
 
     Keys: ``question``, ``answer``, ``image_path`` (a list; a path that does not exist as it is counts from the file's
     folder), ``question_type``, and optionally ``data_type``, ``max_num_steps`` (0 or null: not set), ``max_pixels``,
-    ``id``.
+    ``id``, ``options`` (of a multiple choice: a list of texts, or an object from A, B, … to texts).
 
     Raises:
         DataError: a file cannot be read, there is no row, or a row lacks something; names file, row and remedy.
@@ -94,25 +97,32 @@ def _row(record: Any, path: Path, number: int) -> Row:
     where = f"{path}, row {number}"
     if not isinstance(record, dict):
         raise RowError(f"{where}: it is {type(record).__name__}, it must be an object")
+    sample_id = str(record.get("id") or f"{path.stem}-{number}")
+    where += f" (sample {sample_id})"
     for key in ("question", "answer", "question_type"):
         if record.get(key) is None or not str(record[key]).strip():
             raise RowError(f"{where}: {key!r} is missing or blank")
+    question = str(record["question"])
     try:
-        check_target(QuestionType.read(str(record["question_type"])), str(record["answer"]))
+        kind, answer = QuestionType.read(str(record["question_type"])), str(record["answer"])
+        choice = kind is QuestionType.MULTIPLE_CHOICE
+        options = known_options(record.get("options"), question, answer) if choice else ()
+        answer = check_target(kind, answer, options)
     except ScoringError as error:
         raise RowError(f"{where}: {error}") from None
     images = record.get("image_path")
     if isinstance(images, str) or not isinstance(images, list | tuple):
         raise RowError(f"{where}: 'image_path' must be a list of files, it is {type(images).__name__}")
     return Row(
-        question=str(record["question"]),
-        answer=str(record["answer"]),
+        question=question,
+        answer=answer,
         images=tuple(_image(str(image), path, where) for image in images),
         question_type=str(record["question_type"]),
         data_type=str(record.get("data_type") or ""),
         max_turns=_whole(record, "max_num_steps", where),
         max_pixels=_whole(record, "max_pixels", where),
-        id=str(record.get("id") or f"{path.stem}-{number}"),
+        id=sample_id,
+        options=options,
     )
 
 

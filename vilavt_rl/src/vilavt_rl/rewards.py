@@ -97,6 +97,8 @@ class Task:
     question_type: str
     data_type: str = ""
     """Prefix of metrics."""
+    options: tuple[str, ...] = ()
+    """Of a multiple choice, all of them with their letters; empty: not known. ``strict`` only."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def accuracy(trajectory: Trajectory, task: Task, version: ScorerVersion = "stric
         )
     action = parse_turn(last.text) if last.role == "assistant" else None
     found = action.text if isinstance(action, Answer) and last.problem is None else None
-    return score_answer(found, str(task.answer), task.question_type)
+    return score_answer(found, str(task.answer), task.question_type, options=task.options)
 
 
 def format_score(trajectory: Trajectory, version: ScorerVersion = "strict") -> float:

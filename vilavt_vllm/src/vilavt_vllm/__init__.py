@@ -13,14 +13,14 @@ from .registration import register
 if TYPE_CHECKING:
     from .offline import VilavtLLM
     from .online import AsyncVilavtLLM
-    from .processing import Inquiry
+    from .processing import InquiryItem
 
 __version__ = version("vilavt-vllm")
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 """For ``--chat-template``: ChatML that refuses structural tokens in the text of a message (status 400)."""
 
-_LAZY = {"AsyncVilavtLLM": "online", "Inquiry": "processing", "VilavtLLM": "offline"}
+_LAZY = {"AsyncVilavtLLM": "online", "InquiryItem": "processing", "VilavtLLM": "offline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +29,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
 
 
-__all__ = ["CHAT_TEMPLATE", "AsyncVilavtLLM", "Inquiry", "VilavtLLM", "__version__", "register"]
+__all__ = ["CHAT_TEMPLATE", "AsyncVilavtLLM", "InquiryItem", "VilavtLLM", "__version__", "register"]

@@ -39,7 +39,7 @@ def require_server() -> None:
         raise UnsupportedError(problem)
 
 
-def vilavt_config(model_config: Any) -> VilavtConfig:
+def config_of(model_config: Any) -> VilavtConfig:
     """The model's configuration as a ViLaVT's.
 
     `AutoConfig` takes the published SFT flavour for a stock Qwen2.5-VL; such a checkpoint is served with

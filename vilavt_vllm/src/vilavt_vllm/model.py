@@ -86,7 +86,7 @@ class VilavtForConditionalGeneration(
         super().__init__()
         compat.check_version()
         compat.refuse_unsupported(vllm_config)
-        self.config = compat.vilavt_config(vllm_config.model_config)
+        self.config = compat.config_of(vllm_config.model_config)
         self.counts = EncoderCounts()
         self._strict = vllm_config.load_config.load_format != "dummy" and self.quant_config is None
         encoder: Any = self.config.text_encoder_config

@@ -43,12 +43,12 @@ _IMAGE_SETTINGS = ("min_pixels", "max_pixels", "size")
 
 
 @dataclass(frozen=True, eq=False)
-class Inquiry:
+class InquiryItem:
     """Regions encoded together under one query, as an item of ``multi_modal_data["image"]`` (offline API).
 
-    Anything else with ``images`` and ``query`` (and perhaps ``query_prefix``), such as `vilavt_core.episode.Inquiry`,
-    is accepted in its place. With explicit inquiries nothing is read off the prompt; its placeholders must add up to
-    the images.
+    Anything else with ``images`` and ``query`` (and perhaps ``query_prefix``) is accepted in its place, such as the
+    `vilavt_core.conversation.Inquiry` of an episode. With explicit inquiries nothing is read off the prompt; its
+    placeholders must add up to the images.
     """
 
     images: tuple[Any, ...]
@@ -64,10 +64,10 @@ class Inquiry:
     images of an episode's inquiries do, and its token stream counts on it."""
 
 
-class InquiryItems(ProcessorBatchItems[Inquiry]):
+class InquiryItems(ProcessorBatchItems[InquiryItem]):
     """The inquiries of one prompt, of modality ``image`` to everything in vLLM."""
 
-    def __init__(self, inquiries: Sequence[Inquiry]):
+    def __init__(self, inquiries: Sequence[InquiryItem]):
         super().__init__(inquiries, "image")
 
     def get_item_for_hash(self, index: int) -> object:
@@ -97,14 +97,14 @@ class InquiryParser(MultiModalDataParser):
             return super()._parse_image_data(data)
         return InquiryItems([self._inquiry(item) for item in data])
 
-    def _inquiry(self, item: Any) -> Inquiry:
+    def _inquiry(self, item: Any) -> InquiryItem:
         if not _is_inquiry(item):
-            item = Inquiry((item,))
-        elif not isinstance(item, Inquiry):
-            item = Inquiry(tuple(item.images), item.query, getattr(item, "query_prefix", None), final=True)
+            item = InquiryItem((item,))
+        elif not isinstance(item, InquiryItem):
+            item = InquiryItem(tuple(item.images), item.query, getattr(item, "query_prefix", None), final=True)
         parsed = super()._parse_image_data(list(item.images))
         if not isinstance(parsed, ImageProcessorItems):
-            raise UnsupportedError("an Inquiry takes images, not embeddings: what is encoded depends on its query")
+            raise UnsupportedError("an InquiryItem takes images, not embeddings: what is encoded depends on its query")
         return replace(item, images=tuple(parsed.data))
 
 
@@ -126,7 +126,7 @@ class VilavtProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def _config(self) -> VilavtConfig:
-        return compat.vilavt_config(self.ctx.model_config)
+        return compat.config_of(self.ctx.model_config)
 
     def get_hf_processor(self, **kwargs: object) -> VilavtProcessor:
         """The checkpoint's processor with its PIL backend; settings of a request are applied per call."""
@@ -224,7 +224,7 @@ class VilavtDummyInputsBuilder(BaseDummyInputsBuilder[VilavtProcessingInfo]):
         for width, height in self.info.largest_group():
             images += self._get_dummy_images(width=width, height=height, num_images=1, overrides=overrides)
         query = "zoom " * self.info.get_hf_processor().max_query_length
-        return {"image": [Inquiry(tuple(images), query) for _ in range(mm_counts.get("image", 0))]}
+        return {"image": [InquiryItem(tuple(images), query) for _ in range(mm_counts.get("image", 0))]}
 
 
 class RegionTokens(PromptUpdateDetails):
@@ -281,7 +281,7 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             self._refuse_runs(result["prompt_token_ids"], lengths)
         return result
 
-    def _check_sizes(self, inquiries: Sequence[Inquiry], bounds: tuple[int, int]) -> None:
+    def _check_sizes(self, inquiries: Sequence[InquiryItem], bounds: tuple[int, int]) -> None:
         for number, inquiry in enumerate(inquiries):
             images = [_size(image) for image in inquiry.images if image is not None]
             sizes = [smart_resize(h, w, min_pixels=bounds[0], max_pixels=bounds[1]) for h, w in images]
@@ -320,7 +320,7 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         encoded = self._encode(inquiries, settings) if inquiries else BatchFeature()
         return encoded if prompt is None else (prompt, encoded, False)
 
-    def _encode(self, inquiries: Sequence[Inquiry], settings: Mapping[str, object]) -> BatchFeature:
+    def _encode(self, inquiries: Sequence[InquiryItem], settings: Mapping[str, object]) -> BatchFeature:
         """Encoder inputs, at the pixel bounds that the request's settings ask for."""
         processor = self.info.get_hf_processor()
         low, high = self.info.pixel_bounds(settings)
@@ -396,7 +396,7 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         return out + token_ids[source:], {"image": places} if places else {}
 
 
-def _with_uuids(inquiries: Sequence[Inquiry], uuids: Sequence[str | None] | None) -> list[Inquiry]:
+def _with_uuids(inquiries: Sequence[InquiryItem], uuids: Sequence[str | None] | None) -> list[InquiryItem]:
     """A uuid given for an inquiry as a whole stands for its images; the query stays part of the identity."""
     if uuids is None:
         return list(inquiries)
@@ -409,12 +409,12 @@ def _with_uuids(inquiries: Sequence[Inquiry], uuids: Sequence[str | None] | None
 
 def _grouped(
     images: Sequence[Any], uuids: Sequence[str | None] | None, groups: Sequence[tuple[str, int]]
-) -> list[Inquiry]:
+) -> list[InquiryItem]:
     uuids = uuids or [None] * len(images)
     out, start = [], 0
     for query, count in groups:
         end = start + count
-        out.append(Inquiry(tuple(images[start:end]), query, uuids=tuple(uuids[start:end])))
+        out.append(InquiryItem(tuple(images[start:end]), query, uuids=tuple(uuids[start:end])))
         start = end
     return out
 

@@ -65,7 +65,7 @@ def install() -> None:
         sys.meta_path.insert(0, VilavtVlmeval())
 
 
-def installed() -> bool:
+def hook_installed() -> bool:
     """Whether a hook is waiting, the ``.pth`` file's or ours."""
     return any(type(finder).__name__ == VilavtVlmeval.__name__ for finder in sys.meta_path)
 

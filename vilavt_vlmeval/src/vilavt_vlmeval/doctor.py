@@ -23,7 +23,7 @@ def _hook() -> Check:
     remedy = "start evaluations with `python -m vilavt_vlmeval`"
     if not _autoload.switched_on():
         return Check("vlmeval names", Status.NOTE, f"{_autoload.SWITCH}=0", remedy)
-    if _autoload.installed() or _autoload.TARGET in sys.modules:
+    if _autoload.hook_installed() or _autoload.TARGET in sys.modules:
         return Check("vlmeval names", Status.OK, "registered when vlmeval is imported")
     return Check(
         "vlmeval names", Status.NOTE, "vilavt_vlmeval.pth was not run at the start of this interpreter", remedy

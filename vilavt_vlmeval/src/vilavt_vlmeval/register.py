@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """Name -> settings that the name stands for; everything else comes from the environment (see `settings`)."""
 
 
-def build(name: str = "", verbose: bool = False, **settings: Any) -> Any:
+def build_adapter(name: str = "", verbose: bool = False, **settings: Any) -> Any:
     """The adapter; imported here, because the table of models is read by everybody.
 
     Args:
@@ -49,8 +49,8 @@ def register(supported: MutableMapping[str, Callable[..., Any]]) -> None:
     import vlmeval.vlm
 
     for name, settings in MODELS.items():
-        entry = supported.setdefault(name, partial(build, name=name, verbose=False, **settings))
-        if getattr(entry, "func", None) is not build:
+        entry = supported.setdefault(name, partial(build_adapter, name=name, verbose=False, **settings))
+        if getattr(entry, "func", None) is not build_adapter:
             logger.warning("this VLMEvalKit has a model %s of its own; it is left alone", name)
     if not hasattr(vlmeval.vlm, CLASS):
-        setattr(vlmeval.vlm, CLASS, build)
+        setattr(vlmeval.vlm, CLASS, build_adapter)

@@ -37,7 +37,7 @@ def write(folder: Path, limit: int | None = None) -> Path:
     Returns:
         Path of the table.
     """
-    from vilavt_hf.tiny.evaluate import tasks
+    from vilavt_hf.tiny.benchmark import tasks
 
     pictures = folder.absolute() / "images" / TINY_BENCHMARK
     pictures.mkdir(parents=True, exist_ok=True)

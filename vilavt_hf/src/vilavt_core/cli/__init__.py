@@ -44,6 +44,10 @@ SUBCOMMANDS = {
         "vilavt_hf.cli.chat:demo",
         "Watch a real, tiny ViLaVT answer three questions it was not trained on.",
     ),
+    "attention": Subcommand(
+        "vilavt_hf.cli.attention:attention",
+        "Draw where regions look inside the vision encoder, and what the query changes.",
+    ),
     "eval": Subcommand(
         "vilavt_eval.cli.eval:evaluate",
         "Ask a checkpoint or a server the questions of benchmarks, and score the answers.",

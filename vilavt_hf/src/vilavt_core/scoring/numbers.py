@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import re
 import struct
+import unicodedata
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..errors import ScoringError
+from .chinese import plain_number_words
 
 _NUMBER = re.compile(
     r"""(?<![\w.,^/-])(?P<sign>[-+]?)(?P<gap>\s?)(?P<currency>[$€£¥]?)\s?(?:(?P<whole>\d+)\s(?=\d+\s?/\s?\d))?
@@ -61,7 +64,33 @@ NUMBER_WORD = re.compile(
     re.IGNORECASE,
 )
 """A number in words, or a sign: beside digits it makes another number of them, or is a second one."""
+_FRACTIONS = {
+    chr(code): "/".join(map(str, Fraction(unicodedata.numeric(chr(code))).limit_denominator(10).as_integer_ratio()))
+    for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
+}
+"""½ and its like -> 1/2."""
+_GROUPS = re.compile(
+    r"(?<![\w.,/^])(\d{1,3})((?:[ \u00a0\u2007\u2009\u202f]\d{3})+)(?![\d/]|\s?/|,\d|[ \u00a0\u2007\u2009\u202f]\d)"
+)
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORD_VALUES = (
+    {word: value for value, word in enumerate((_ONES + " eighteen nineteen").split())}
+    | {word: 10 * tens for tens, word in enumerate(_TENS.split(), 2)}
+    | {word: value for value, word in enumerate("零一二三四五六七八九十")}
+    | {"两": 2}
+)
+_TWICE = re.compile(
+    r"(?<![\d.,])(?P<digits>\d+) ?\( ?(?P<gloss>[^\W\d_]+(?:[- ][a-z]+)?) ?\)"
+    r"|(?<![^\W\d_])(?P<word>[^\W\d_]+(?:-[a-z]+)?) ?\( ?(?P<after>\d+) ?\)",
+    re.IGNORECASE,
+)
 _SPELLINGS = (
+    (re.compile(f"\\s?([{''.join(_FRACTIONS)}])"), lambda match: f" {_FRACTIONS[match[1]]}"),
+    (re.compile(r"(?<=\d)\u2044(?=\d)"), "/"),
+    (_GROUPS, lambda match: match[1] + re.sub(r"\s", ",", match[2])),
     (re.compile(r"[−–—]"), "-"),
     (re.compile("²"), "^2"),
     (re.compile("³"), "^3"),
@@ -97,14 +126,18 @@ def parse_number(text: str) -> Number | None:
     """The one number in an answer, or None if there is none, or more than one.
 
     Read are signs (``minus`` too), thousands separators (``1,234``), decimals, fractions (``3/4``, ``1 1/2``,
-    ``\\frac{3}{4}``), ``1.5e3`` and ``1.5 × 10^3``, currencies, percent signs and units. ``3-4``, ``3 or 4``, ``3 or
-    four`` and ``3,4`` are two numbers; what has to be calculated (``2^3``, ``√9``) is none.
+    ``2½``, ``\\frac{3}{4}``), ``1.5e3`` and ``1.5 × 10^3``, currencies, percent signs and units, in English and in
+    Chinese (``约3米``, ``百分之50``). Blanks between groups of three digits separate thousands (``1 234``). A number
+    may be repeated in words, in brackets (``3 (three)``). ``3-4``, ``3 or 4``, ``3 or four``, ``3 (four)`` and ``3,4``
+    are two numbers; what has to be calculated (``2^3``, ``√9``) is none.
     """
     text = text.strip()
     if len(text) > MAX_CHARS:
         return None
+    text = plain_number_words(text)
     for pattern, plain in _SPELLINGS:
         text = pattern.sub(plain, text).strip()
+    text = _TWICE.sub(_once, text)
     match = _NUMBER.search(text)
     if match is None:
         return None
@@ -125,6 +158,15 @@ def parse_number(text: str) -> Number | None:
     if not math.isfinite(value):
         return None
     return Number(-value if match["sign"] == "-" else value, decimals, unit)
+
+
+def _once(match: re.Match[str]) -> str:
+    """A number that is said in digits and in words, in digits; as it is if both differ."""
+    digits, words = match["digits"] or match["after"], match["gloss"] or match["word"]
+    values = [_WORD_VALUES.get(part, -1) for part in re.split("[- ]", words.lower())]
+    if min(values) < 0 or (len(values) == 2 and not (values[0] % 10 == 0 < values[1] < 10 < values[0])):
+        return match[0]
+    return digits if sum(values) == int(digits) else match[0]
 
 
 def _value(match: re.Match[str]) -> tuple[float, int]:

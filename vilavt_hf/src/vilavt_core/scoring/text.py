@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 
 from ..errors import ScoringError
+from .chinese import HAN, half_width
 
 MAX_WORDS = 2_000
 """Words of an answer that are compared; the cost grows with the product of both lengths."""
 
+_TOKEN = re.compile(rf"[{HAN}]|[^\W{HAN}]+")
+"""What is compared: a word, or one Chinese character."""
 _CORE = re.compile(r"\w(?:.*\w)?", re.DOTALL)
 """From the first letter or digit of a word to its last."""
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation at word ends, articles, and repeated blanks (as SQuAD compares answers)."""
-    cores = (_CORE.search(word) for word in text.lower().split())
+    """Lower case and half width, without punctuation at word ends, articles, and repeated blanks (as SQuAD compares
+    answers)."""
+    cores = (_CORE.search(word) for word in half_width(text).lower().split())
     return " ".join(core[0] for core in cores if core and core[0] not in ("a", "an", "the"))
 
 
@@ -31,8 +35,9 @@ def _longest_common(a: list[str], b: list[str]) -> int:
 
 
 def rouge_l(prediction: str, target: str) -> tuple[float, float, float]:
-    """Precision, recall and F1 of the longest common subsequence of words (Lin 2004, equally weighted)."""
-    a, b = (re.findall(r"\w+", normalise(text))[:MAX_WORDS] for text in (prediction, target))
+    """Precision, recall and F1 of the longest common subsequence of words (Lin 2004, equally weighted); a Chinese
+    character is a word."""
+    a, b = (_TOKEN.findall(normalise(text))[:MAX_WORDS] for text in (prediction, target))
     common = _longest_common(a, b) if a and b else 0
     if not common:
         return 0.0, 0.0, 0.0

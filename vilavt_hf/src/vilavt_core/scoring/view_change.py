@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 from ..errors import ScoringError
+from .chinese import half_width
 from .numbers import mean_relative_accuracy
 
 AXES = (
@@ -24,12 +26,12 @@ _KNOWN = {name for axis in AXES for name in axis}
 def parse_view_change(text: str) -> dict[str, float] | None:
     """Direction -> amount, or None if the text is anything but such pairs, or names a direction twice."""
     found: dict[str, float] = {}
-    for part in text.strip().rstrip(".").split(","):
+    for part in half_width(text).strip().rstrip(".。").split(","):
         match = _PAIR.fullmatch(part)
         if match is None or match["key"].lower() not in _KNOWN or match["key"].lower() in found:
             return None
         found[match["key"].lower()] = float(match["value"])
-    return found
+    return found if all(map(math.isfinite, found.values())) else None
 
 
 def axes_score(prediction: Mapping[str, float], target: Mapping[str, float]) -> float:

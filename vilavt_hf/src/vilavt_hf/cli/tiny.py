@@ -1,6 +1,9 @@
 """`vilavt tiny`: build, evaluate and draw scenes for the tiny example model."""
 
+import contextlib
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,36 +38,41 @@ def build_command(
 def eval_command(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder; default: the shipped one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask only that many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only that many questions.")] = None,
     split: Annotated[str, typer.Option(help="heldout, or dev while developing.")] = "heldout",
-    batch: Annotated[int, typer.Option(help="Conversations side by side.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Conversations side by side.")] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep questions, pictures and results in this folder, where the same command goes on after an "
+            "interruption; default: nowhere."
+        ),
+    ] = None,
 ) -> None:
     """Held-out accuracy per question kind: whole conversations and every ablation, with 95% intervals."""
     if split not in ("heldout", "dev", "train"):
         raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
     from vilavt_core.shipped import shipped
 
-    from ..tiny.evaluate import evaluate, load, table
+    from ..tiny.evaluate import evaluate_tiny
 
-    chat = load(checkpoint or shipped("vilavt-tiny"), batch)
-    report = evaluate(
-        chat,
-        split,  # type: ignore[arg-type]
-        limit,
-        lambda mode, seconds: typer.echo(f"{mode}: {seconds:.0f} s", err=True),
-    )
-    report = {
-        "checkpoint": str(checkpoint or "examples/vilavt-tiny"),
-        "fingerprint": chat.settings.fingerprint,
-        **report,
-    }
-    typer.echo(table(report))
+    with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
+        report = evaluate_tiny(
+            str(checkpoint or shipped("vilavt-tiny")),
+            Path(folder),
+            split=split,  # type: ignore[arg-type]
+            limit=limit,
+            concurrency=batch,
+            progress=True,
+        )
+    report = replace(report, checkpoint=str(checkpoint or "examples/vilavt-tiny"))
+    typer.echo(report.table.to_markdown())
     typer.echo(
-        f"\npercent right (95% interval); plain pixel classifier, told where the card is: "
-        f"{100 * report['pixel_first_look']:.1f} from the first look, {100 * report['pixel_zoomed']:.1f} from the crop"
+        f"percent right (95% interval), difference to full in points; plain pixel classifier, told where the card is: "
+        f"{100 * report.pixel_first_look:.1f} from the first look, {100 * report.pixel_zoomed:.1f} from the crop"
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 @tiny_app.command("benchmark")

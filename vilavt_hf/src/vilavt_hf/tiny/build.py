@@ -416,11 +416,11 @@ def publish(
         "cpu_threads": torch.get_num_threads(),
     }
     (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plot_curves(curves, out / "training.png")
+    plot_stages(curves, out / "training.png")
     return record
 
 
-def plot_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_stages(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw reading accuracy, supervised attention and whole turns right over the seconds of all stages."""
     import matplotlib
 

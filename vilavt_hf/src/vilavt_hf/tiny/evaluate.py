@@ -1,201 +1,197 @@
-"""The held-out evaluation of the tiny model: every ablation through the public engine, on digit scans it never saw."""
+"""The held-out evaluation of the tiny model: `vilavt_eval` on its scenes, with two interventions of their own."""
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vilavt_core.markdown import markdown_table
-from vilavt_core.protocol import format_turn
-from vilavt_core.results import ChatResult, Intervention, Sample
-from vilavt_eval.ablation import ABLATIONS, with_query
+from vilavt_core.errors import EvaluationError, RegionError
+from vilavt_core.protocol import ToolCall, format_turn, parse_turn
+from vilavt_core.regions import Gallery
+from vilavt_core.results import Intervention, Sample
+from vilavt_eval.ablation import ABLATIONS, Ablation, with_query
+from vilavt_eval.ablation_table import AblationTable, ablation_table
+from vilavt_eval.definition import load_benchmark
+from vilavt_eval.evaluation_preset import EvaluationPreset
+from vilavt_eval.questions import Questions
+from vilavt_eval.runner import Outcome, Setting, asking, run
+from vilavt_eval.scores import ScoredFile, score_file
 
-from ..chat import VilavtChat
-from .scenes import CELL, Card, QuestionKind, Scene, SceneQuestion, Split, examples, make_scene, query_for
+from .benchmark import SEED, SceneTask, tasks, write_benchmark, write_swapped
+from .scenes import CELL, Card, Split, make_scene, query_for
 
-COUNTS = {
-    QuestionKind.ONE: 110,
-    QuestionKind.PAIR: 150,
-    QuestionKind.NESTED: 110,
-    QuestionKind.SUM: 110,
-    QuestionKind.LARGER: 80,
-}
-"""Questions of each kind in the full evaluation: 560."""
+TEACHER_BOXES = "teacher-boxes"
+SWAPPED_QUERY = "swapped-query"
 
-SEED = 2024
-
-MODES = ("full", "teacher_boxes", "no_zoom", "random_box", "no_query", "no_joint")
-"""Ways to run every question; ``follows_swap`` runs on the pair questions with two different digits."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its count and 95% Wilson interval."""
-
-    right: int
-    count: int
-
-    @property
-    def share(self) -> float:
-        """0 to 1; 0 of nothing is 0."""
-        return self.right / self.count if self.count else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson, 95%."""
-        from scipy.stats import binomtest  # comes with scikit-learn, whose digits are on the cards
-
-        if not self.count:
-            return 0.0, 1.0
-        found = binomtest(self.right, self.count).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
-
-    def to_json(self) -> dict[str, Any]:
-        """Share, counts and interval."""
-        low, high = self.interval
-        return {
-            "share": round(self.share, 4),
-            "right": self.right,
-            "count": self.count,
-            "low": round(low, 4),
-            "high": round(high, 4),
-        }
+ROWS = (TEACHER_BOXES, *ABLATIONS, SWAPPED_QUERY)
+"""What is run beside the method as it is; ``swapped-query`` on the pair questions with two different digits."""
 
 
-@dataclass(frozen=True)
-class SceneTask:
-    """One question, with what the hooks and the scoring need."""
+def interventions(todo: Sequence[SceneTask]) -> dict[str, Intervention]:
+    """The two that only these scenes can have.
 
-    scene: Scene
-    question: SceneQuestion
-    other: Card | None = None
-    """Pair questions whose digits differ: the other card of the cell."""
-
-
-def tasks(split: Split = "heldout", limit: int | None = None) -> list[SceneTask]:
-    """The fixed question set of a split, kinds interleaved; `limit` keeps that many, in the same proportions."""
-    counts = dict(COUNTS)
-    if limit is not None:
-        total = sum(COUNTS.values())
-        counts = {kind: max(1, round(n * limit / total)) for kind, n in COUNTS.items()}
-    out = []
-    for scene, question in examples(SEED, split, counts):
-        other = None
-        if question.kind is QuestionKind.PAIR:
-            (card,) = question.targets
-            other = next(c for c in scene.in_cell(card) if c is not card)
-            other = other if other.digit != card.digit else None
-        out.append(SceneTask(scene, question, other))
-    order = np.random.default_rng(SEED).permutation(len(out))
-    return [out[i] for i in order]
-
-
-# ---------------------------------------------------------------------------------------------------- modes
-
-
-def _teacher(sample: Sample, turn: int) -> str | None:
-    calls = sample.data.question.calls()
-    return format_turn(calls[turn]) if turn < len(calls) else None
-
-
-def _swapped(sample: Sample) -> str:
-    return query_for([sample.data.other])
-
-
-INTERVENTIONS: dict[str, Intervention] = {
-    "full": Intervention(),
-    "no_zoom": Intervention(),
-    "teacher_boxes": Intervention(forced_turns=_teacher),
-    "random_box": ABLATIONS["random-box"],
-    "no_query": ABLATIONS["no-query"],
-    "no_joint": ABLATIONS["no-joint"],
-    "follows_swap": Intervention(transform_inquiry=with_query(_swapped)),
-}
-"""What each mode changes behind the back of the text; ``no_zoom`` is a limit of one turn."""
-
-
-def run(chat: VilavtChat, todo: Sequence[SceneTask], mode: str) -> list[ChatResult]:
-    """Ask all questions in one mode."""
-    limits = replace(chat.settings.limits, max_turns=1) if mode == "no_zoom" else None
-    samples = [
-        Sample([task.scene.image], task.question.text, id=str(i), limits=limits, data=task)
-        for i, task in enumerate(todo)
-    ]
-    return chat.ask_many(samples, intervention=INTERVENTIONS[mode])
-
-
-# ---------------------------------------------------------------------------------------------------- scoring
-
-
-def covers(result: ChatResult, task: SceneTask) -> bool:
-    """Whether the last crops show every wanted card to at least 90% of its area, at the scale it can be read."""
-    crops = [view for view in result.views if view.kind == "crop"]
-    shown = 0
-    for card in task.question.targets:
-        x1, y1, x2, y2 = card.box
-        for view in crops:
-            a, b, c, d = (v * task.scene.image.width for v in view.region)
-            width, height = min(x2, c) - max(x1, a), min(y2, d) - max(y1, b)
-            big_enough = view.image.width / (c - a) >= (1.0 if card.small else 0.5) - 1e-6
-            if width > 0 and height > 0 and width * height >= 0.9 * (x2 - x1) * (y2 - y1) and big_enough:
-                shown += 1
-                break
-    return shown == len(task.question.targets)
-
-
-def evaluate(
-    chat: VilavtChat,
-    split: Split = "heldout",
-    limit: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
-) -> dict[str, Any]:
-    """Run every mode and score it.
+    ``teacher-boxes`` forces the ideal calls, the answer is the model's own. ``swapped-query`` encodes crops under the
+    query of the other card of the cell, whatever the model wrote.
 
     Args:
-        chat: the model.
-        split: whose scans; everything but ``heldout`` is for development.
-        limit: number of questions; None is the full set (`COUNTS`).
-        progress: called with each finished mode and its seconds.
-
-    Returns:
-        Top level: ``full, teacher_boxes, no_zoom, no_query, no_joint, random_box, follows_swap, coverage`` (0 to 1) and
-        ``pixel_first_look, pixel_zoomed`` (a plain classifier); ``kinds``: mode -> kind -> share, counts, interval.
+        todo: question i has the id i.
     """
+    by_id: dict[str | None, SceneTask] = {str(number): task for number, task in enumerate(todo)}
+
+    def teacher(sample: Sample, turn: int) -> str | None:
+        calls = by_id[sample.id].question.calls()
+        return format_turn(calls[turn]) if turn < len(calls) else None
+
+    def other_card(sample: Sample) -> str:
+        other = by_id[sample.id].other
+        if other is None:
+            raise EvaluationError(f"question {sample.id}: its cell has no other card with another digit to ask for")
+        return query_for([other])
+
+    return {
+        TEACHER_BOXES: Intervention(forced_turns=teacher),
+        SWAPPED_QUERY: Intervention(transform_inquiry=with_query(other_card)),
+    }
+
+
+@dataclass(frozen=True)
+class TinyReport:
+    """What the tiny model scores."""
+
+    checkpoint: str
+    fingerprint: str | None
+    questions: int
+    split: Split
+    seed: int
+    """Of the questions."""
+    table: AblationTable
+    """The method as it is; how often its crops hold all that was asked for (``coverage``) and how often its answers
+    follow a swapped query, without a difference; then the ablations.
+    """
+    pixel_first_look: float
+    """Accuracy of a plain classifier, see `pixel_classifier`."""
+    pixel_zoomed: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {**vars(self), "table": self.table.to_json()}
+
+
+def evaluate_tiny(
+    checkpoint: str,
+    folder: Path,
+    *,
+    split: Split = "heldout",
+    limit: int | None = None,
+    concurrency: int = 64,
+    progress: bool = False,
+) -> TinyReport:
+    """Run and score everything; after an interruption the same call goes on.
+
+    Args:
+        checkpoint: folder or hub id.
+        folder: for questions, pictures and one file of results per run.
+        split: whose scans; everything but ``heldout`` is for development.
+        limit: number of questions; None is the full set (`benchmark.COUNTS`).
+        concurrency: conversations side by side.
+        progress: show a bar per run.
+
+    Raises:
+        EvaluationError: a question ended in an error.
+    """
+    fingerprint, table = score_scenes(
+        checkpoint, folder, ROWS, split=split, limit=limit, concurrency=concurrency, progress=progress
+    )
+    count = len(tasks(split, limit))
+    return TinyReport(checkpoint, fingerprint, count, split, SEED, table, **pixel_classifier(split))
+
+
+def score_scenes(
+    checkpoint: str,
+    folder: Path,
+    rows: Sequence[str],
+    *,
+    split: Split = "heldout",
+    limit: int | None = None,
+    concurrency: int = 64,
+    progress: bool = False,
+) -> tuple[str | None, AblationTable]:
+    """The checkpoint's fingerprint, and the method as it is beside some of `ROWS`; see `evaluate_tiny`."""
     todo = tasks(split, limit)
-    rates: dict[str, dict[str, Rate]] = {}
-    for mode in (*MODES, "follows_swap"):
-        start = time.time()
-        asked = [t for t in todo if t.other is not None] if mode == "follows_swap" else todo
-        results = run(chat, asked, mode)
-        if mode == "follows_swap":
-            right = [r.answer == str(t.other.digit) for r, t in zip(results, asked, strict=True) if t.other]
-        else:
-            right = [r.answer == t.question.answer for r, t in zip(results, asked, strict=True)]
-        rates[mode] = _by_kind([t.question.kind for t in asked], right)
-        if mode == "full":
-            rates["coverage"] = _by_kind(
-                [t.question.kind for t in asked], [covers(r, t) for r, t in zip(results, asked, strict=True)]
-            )
-        if progress is not None:
-            progress(mode, time.time() - start)
-    out: dict[str, Any] = {mode: round(by_kind["all"].share, 4) for mode, by_kind in rates.items()}
-    out |= {"questions": len(todo), "split": split, "seed": SEED}
-    out |= pixel_classifier(split)
-    out["kinds"] = {mode: {kind: rate.to_json() for kind, rate in by_kind.items()} for mode, by_kind in rates.items()}
-    return out
+    own = interventions(todo)
+    questions = Questions(load_benchmark(write_benchmark(folder, limit, split)), folder)
+    swapped = Questions(load_benchmark(write_swapped(folder, limit, split)), folder)
+    preset = EvaluationPreset.load("default", {"precision": "float32"})
+    setting = Setting(checkpoint, "hf", preset, concurrency=concurrency)
+    backend = setting.open()
+    provenance = backend.provenance(0)
+
+    def scored(name: str, asked: Questions) -> ScoredFile:
+        this = replace(setting, ablation=Ablation.parse(name, own))
+        outcome = run(
+            this, asked, folder / "results", provenance=provenance, ask=asking(backend, this, 0), progress=progress
+        )
+        _refuse_failures(outcome)
+        return score_file(outcome.path, asked.benchmark)
+
+    full = scored("", questions)
+    alone = {"coverage": _coverage(full, todo, provenance.limits.min_pixels, provenance.limits.max_pixels)}
+    if SWAPPED_QUERY in rows:
+        alone[SWAPPED_QUERY] = scored(SWAPPED_QUERY, swapped)
+    ablated = {name: [scored(name, questions)] for name in rows if name != SWAPPED_QUERY}
+    table = ablation_table([full], ablated, alone={name: [file] for name, file in alone.items()})
+    return provenance.fingerprint, table
 
 
-def _by_kind(kinds: Sequence[QuestionKind], right: Sequence[bool]) -> dict[str, Rate]:
-    counts: dict[str, list[bool]] = defaultdict(list)
-    for kind, ok in zip(kinds, right, strict=True):
-        counts["all"].append(ok)
-        counts[str(kind)].append(ok)
-    order = ["all", *(str(k) for k in QuestionKind)]
-    return {kind: Rate(sum(counts[kind]), len(counts[kind])) for kind in order if kind in counts}
+def _refuse_failures(outcome: Outcome) -> None:
+    if outcome.failed:
+        raise EvaluationError(
+            f"{outcome.failed} of {outcome.asked} questions ended in an error, see `error` in the rows of "
+            f"{outcome.path}; the same command asks them again"
+        )
+
+
+def _coverage(file: ScoredFile, todo: Sequence[SceneTask], min_pixels: float, max_pixels: float) -> ScoredFile:
+    """The file with 1 for every conversation whose crops hold all that was asked for, else 0, in place of scores."""
+    covered = {}
+    with file.path.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if "run" not in row:
+                number = row["question_id"]
+                covered[str(number)] = float(covers(row["turns"], todo[number], min_pixels, max_pixels))
+    rows = [replace(row, strict=covered[row.question_id], published=covered[row.question_id]) for row in file.rows]
+    return replace(file, rows=tuple(rows))
+
+
+def covers(turns: Sequence[str], task: SceneTask, min_pixels: float, max_pixels: float) -> bool:
+    """Whether crops show every wanted card to at least 90 % of its area, at the scale it can be read.
+
+    Args:
+        turns: what the model wrote; its calls are carried out again, without it.
+        task: what it was asked.
+        min_pixels: of a crop, as in the run.
+        max_pixels: of the first look and of a crop, as in the run.
+    """
+    gallery = Gallery(min_pixels=min_pixels)
+    gallery.add_original(task.scene.image, max_pixels)
+    for action in map(parse_turn, turns):
+        if isinstance(action, ToolCall):
+            with contextlib.suppress(RegionError):  # the model was told so, and shown nothing
+                gallery.crop(action, max_pixels)
+    width = task.scene.image.width
+    crops = [([v * width for v in view.region], view.image.width) for view in gallery.views if view.kind == "crop"]
+    return all(any(_shows(card, region, shown) for region, shown in crops) for card in task.question.targets)
+
+
+def _shows(card: Card, region: Sequence[float], width: int) -> bool:
+    (x1, y1, x2, y2), (left, top, right, bottom) = card.box, region
+    across, down = min(x2, right) - max(x1, left), min(y2, bottom) - max(y1, top)
+    legible = width / (right - left) >= (1.0 if card.small else 0.5) - 1e-6
+    return across > 0 and down > 0 and across * down >= 0.9 * (x2 - x1) * (y2 - y1) and legible
 
 
 def pixel_classifier(split: Split = "heldout", scenes: int = 900) -> dict[str, float]:
@@ -236,27 +232,3 @@ def pixel_classifier(split: Split = "heldout", scenes: int = 900) -> dict[str, f
             model.fit(x, digits)
         out[name] = round(float(model.score(test, test_digits)), 4)
     return out
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table: one row per mode, one column per kind."""
-    kinds = ["all", *(str(k) for k in QuestionKind)]
-    counts = report["kinds"]["full"]
-    head = ["", *(f"{k} (n={counts[k]['count']})" if k in counts else k for k in kinds)]
-    lines = []
-    for mode, by_kind in report["kinds"].items():
-        cells = []
-        for kind in kinds:
-            rate = by_kind.get(kind)
-            if rate is None:
-                cells.append("")
-                continue
-            cell = f"{100 * rate['share']:.1f} ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
-            cells.append(cell + (f", n={rate['count']}" if rate["count"] != counts[kind]["count"] else ""))
-        lines.append([mode, *cells])
-    return markdown_table(head, lines)
-
-
-def load(path: str | Path, batch_size: int = 64) -> VilavtChat:
-    """The checkpoint, ready to evaluate."""
-    return VilavtChat.from_pretrained(path, concurrency=batch_size, dtype="float32")

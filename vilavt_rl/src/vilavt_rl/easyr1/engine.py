@@ -328,7 +328,7 @@ def _flash_attention() -> Check | str:
 def _seams() -> str:
     from . import seams
 
-    seams.check()
+    seams.check_seams()
     return (
         f"{len(seams.SEAMS)} names that we subclass or call are there, and {len(VLLM_SEAMS)} that EasyR1 uses of vLLM"
     )

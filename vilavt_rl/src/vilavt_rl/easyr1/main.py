@@ -153,7 +153,7 @@ def dataloaders(config: Any, episodes: ConversationSettings) -> tuple[Any, Any]:
     )
 
 
-def run(config: Any) -> None:
+def train(config: Any) -> None:
     """Train, inside a Ray task."""
     import ray
     from verl.single_controller.ray import RayWorkerGroup
@@ -199,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_easyr1()
     engine.prepare()
     engine.fitting(engine.vllm_version())  # before anything imports it
-    from .seams import check
+    from .seams import check_seams
 
-    check()
+    check_seams()
     import ray
 
     config, settings = read_config(sys.argv[1:] if arguments is None else arguments)
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "worker_process_setup_hook": engine.PREPARE,
             }
         )
-    ray.get(ray.remote(num_cpus=1)(run).remote(config))
+    ray.get(ray.remote(num_cpus=1)(train).remote(config))
 
 
 if __name__ == "__main__":

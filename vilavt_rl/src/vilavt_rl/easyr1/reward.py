@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vilavt_core.scoring import read_options
+from vilavt_rl import equal_rewards
 from vilavt_rl.data import Row
 from vilavt_rl.replay import Rollout, write_rollouts
 from vilavt_rl.rewards import Reward, RewardSettings, Task, Trajectory, reward
@@ -28,7 +30,7 @@ def compute_score(reward_inputs: Sequence[dict[str, Any]], **settings: Any) -> l
 
     Args:
         reward_inputs: ``response`` (decode with ``skip_special_tokens=false``), ``response_length``, and
-            ``ground_truth``: the answer, or JSON with ``answer``, ``question_type`` and ``data_type``.
+            ``ground_truth``: the answer, or JSON with ``answer``, ``question_type``, ``data_type`` and ``options``.
         settings: fields of :class:`vilavt_rl.rewards.RewardSettings` (``worker.reward.reward_function_kwargs``).
 
     Returns:
@@ -40,6 +42,7 @@ def compute_score(reward_inputs: Sequence[dict[str, Any]], **settings: Any) -> l
         task = _task(given["ground_truth"])
         trajectory = Trajectory.read(given["response"], sampled_tokens=int(given.get("response_length") or 0))
         out.append(reward(trajectory, task, how).metrics(task.data_type))
+    equal_rewards.seen.see([found["overall"] for found in out], object())
     return out
 
 
@@ -49,7 +52,12 @@ def _task(ground_truth: Any) -> Task:
     except (TypeError, ValueError):
         found = None
     if isinstance(found, dict) and "answer" in found:
-        return Task(found["answer"], str(found.get("question_type", "free-form")), str(found.get("data_type", "")))
+        return Task(
+            found["answer"],
+            str(found.get("question_type", "free-form")),
+            str(found.get("data_type", "")),
+            read_options(found.get("options")),
+        )
     return Task(ground_truth, "free-form")
 
 
@@ -66,6 +74,7 @@ class VilavtRewardManager:
     def __init__(self, config: Any, trace_every: int = 0, run: str = "") -> None:
         self.settings = RewardSettings(**dict(config.reward_function_kwargs))
         self.trace_every, self.run, self.batches = trace_every, run, 0
+        self.equal = equal_rewards.EqualRewards()
 
     def compute_reward(self, data: Any) -> tuple[torch.Tensor, dict[str, list[float]]]:
         """EasyR1's signature: (B, R) rewards, each on the last sampled token, and lists of metrics."""
@@ -84,6 +93,7 @@ class VilavtRewardManager:
             for name, value in earned.metrics(task.data_type).items():
                 metrics[name].append(value)
         self.batches += 1
+        self.equal.see([earned.overall for earned in rewards], self.batches)
         if self.trace_every and self.batches % self.trace_every == 0:
             columns = (data.non_tensor_batch[name] for name in ("rollout", "uid"))
             write_rollouts(

@@ -51,7 +51,7 @@ SEAMS: tuple[Seam, ...] = (
 """See `vilavt_rl.seams`."""
 
 
-def check() -> None:
+def check_seams() -> None:
     """Look every seam up, and what EasyR1 itself uses of vLLM: without that nothing of it can be imported.
 
     Raises:

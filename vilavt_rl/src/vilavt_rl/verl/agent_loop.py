@@ -19,6 +19,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 
 from vilavt_core.episode import Episode, Request
 
+from .. import equal_rewards
 from ..data import Row
 from ..errors import HostError, RolloutError
 from ..replay import Rollout, write_rollouts
@@ -137,8 +138,10 @@ class VilavtAgentLoop(AgentLoopBase):
             earned = await self.loop.run_in_executor(None, partial(reward, trajectory, row.task, self.reward))
             metrics.compute_score = time.perf_counter() - began
             extra["reward_extra_info"] = score_fields(earned)
+            equal_rewards.seen.see([earned.overall], fields.get("global_steps"))
         else:
             extra |= {"messages": trajectory.to_json(), "sampled_tokens": trajectory.sampled_tokens}
+            extra["reward_step"] = int(fields.get("global_steps") or 0)
         if self.trace_every and (step := int(fields.get("global_steps") or 0)) % self.trace_every == 0:
             group = str(fields.get("uid", ""))
             rollout = Rollout.of(row, episode, temperature=temperature, step=step, group=group, reward=earned)

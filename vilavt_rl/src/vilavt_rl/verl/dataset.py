@@ -59,7 +59,12 @@ class VilavtDataset(Dataset):
             "index": index,
             "data_source": row.data_type or "vilavt",
             "reward_model": {"style": "rule", "ground_truth": row.answer},
-            "extra_info": {"index": index, "question_type": row.question_type, "data_type": row.data_type},
+            "extra_info": {
+                "index": index,
+                "question_type": row.question_type,
+                "data_type": row.data_type,
+                "options": list(row.options),
+            },
             "row": row.to_json(),
         }
 

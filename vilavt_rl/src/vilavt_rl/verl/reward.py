@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vilavt_core.scoring import read_options
+
+from .. import equal_rewards
 from ..rewards import Reward, RewardSettings, Task, Trajectory, reward
 
 
@@ -25,7 +28,8 @@ def compute_score(
         data_source: prefix of metrics.
         solution_str: the decoded response; read only if `extra_info` has no ``messages``.
         ground_truth: the right answer.
-        extra_info: ``question_type``; and from our agent loop ``messages`` and ``sampled_tokens``.
+        extra_info: ``question_type``; of a multiple choice ``options`` if they are known; and from our agent loop
+            ``messages``, ``sampled_tokens`` and ``reward_step``.
         settings: fields of :class:`vilavt_rl.rewards.RewardSettings` (``reward.custom_reward_function.reward_kwargs``).
 
     Returns:
@@ -37,8 +41,11 @@ def compute_score(
         trajectory = Trajectory.from_json(info["messages"], sampled_tokens=tokens)
     else:
         trajectory = Trajectory.read(solution_str, sampled_tokens=tokens)
-    task = Task(ground_truth, str(info.get("question_type") or "free-form"), data_source)
+    given = info.get("options")  # a list, or an array once verl has collated it
+    options = read_options(None if given is None else list(given))
+    task = Task(ground_truth, str(info.get("question_type") or "free-form"), data_source, options)
     found = reward(trajectory, task, RewardSettings(**settings))
+    equal_rewards.seen.see([found.overall], info.get("reward_step"))
     return {"score": found.overall, **score_fields(found)}
 
 

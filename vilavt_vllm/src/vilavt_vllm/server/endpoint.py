@@ -24,7 +24,7 @@ from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
-from vilavt_core.protocol import Answer, format_turn
+from vilavt_core.protocol import Answer, format_turn, without_tags
 from vilavt_core.results import ChatResult, Event, Finished, Sample
 from vilavt_core.validation import dotted, problems
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
@@ -149,7 +149,7 @@ class Loop:
         driver = Driver(sample, settings, name="request") if before is None else before.follow_up(sample)
         driver.start()
         if driver.request is not None:
-            driver.take_text(format_turn(Answer(exchange.answer or "")))
+            driver.take_text(format_turn(Answer(without_tags(exchange.answer or ""))))
         if driver.result.error is not None:
             raise driver.result.error
         if not driver.result.turns:
