@@ -444,6 +444,15 @@ def _upright_size(frame: VideoFrame) -> tuple[int, int]:
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 
+def require_reader() -> None:
+    """Make sure that videos can be read here.
+
+    Raises:
+        ImageError: the package av is missing; names the extra.
+    """
+    _av()
+
+
 def _av() -> Any:
     try:
         import av
@@ -453,4 +462,4 @@ def _av() -> Any:
     return av
 
 
-__all__ = ["FrameTimes", "VideoInfo", "VideoLimits", "frame_times", "is_video_path", "read_frames", "video_info"]
+__all__ = ["FrameTimes", "VideoInfo", "VideoLimits", "frame_times", "is_video_path", "read_frames", "require_reader", "video_info"]
