@@ -67,7 +67,9 @@ def test_vsi_bench_as_parquet(downloaded):
 
 def test_a_missing_video_is_told_before_a_model_is_loaded(downloaded):
     (downloaded / "scannet" / "scene0011_00.mp4").unlink()
-    with pytest.raises(BenchmarkError, match=r"of 1 of 2 questions are missing, first .*scene0011_00\.mp4 \(question 1"):
+    with pytest.raises(
+        BenchmarkError, match=r"of 1 of 2 questions are missing, first .*scene0011_00\.mp4 \(question 1"
+    ):
         Questions(load_benchmark("VSI-Bench-video"), downloaded).require_images()
 
 

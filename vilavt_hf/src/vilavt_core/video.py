@@ -462,4 +462,13 @@ def _av() -> Any:
     return av
 
 
-__all__ = ["FrameTimes", "VideoInfo", "VideoLimits", "frame_times", "is_video_path", "read_frames", "require_reader", "video_info"]
+__all__ = [
+    "FrameTimes",
+    "VideoInfo",
+    "VideoLimits",
+    "frame_times",
+    "is_video_path",
+    "read_frames",
+    "require_reader",
+    "video_info",
+]

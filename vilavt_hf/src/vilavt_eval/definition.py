@@ -47,7 +47,9 @@ class Videos(_Part):
         description="from the folder of images, with keys of the record in braces: {dataset}/{scene_name}.mp4; a key "
         "alone, as {videos}, may hold a list"
     )
-    frames: int | None = Field(default=None, ge=1, description="frames, uniform in time; default: 32, unless fps is set")
+    frames: int | None = Field(
+        default=None, ge=1, description="frames, uniform in time; default: 32, unless fps is set"
+    )
     fps: float | None = Field(default=None, gt=0, description="instead, frames per second")
     rule: Rule = Field(default="ends", description="ends: the first and the last frame are among them; centres: not")
 
