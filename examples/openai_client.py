@@ -2,8 +2,7 @@
 
     python examples/openai_client.py http://127.0.0.1:8000/v1 CHECKPOINT PICTURE "question"
 
-(vilavt-serve: http://127.0.0.1:8000/v1/raw.) Assistant turns go back exactly as they came, so that vLLM's prefix cache
-holds all but the new crops. A key is read from OPENAI_API_KEY.
+(vilavt-serve: http://127.0.0.1:8000/v1/raw; key: OPENAI_API_KEY.) Turns go back as they came, so vLLM caches them.
 """
 
 import base64
@@ -56,4 +55,5 @@ def converse(client: OpenAI, model: str, checkpoint: str, picture: str, question
 if __name__ == "__main__":
     openai = OpenAI(base_url=sys.argv[1], api_key=os.environ.get("OPENAI_API_KEY", "none"))
     for text, usage in converse(openai, openai.models.list().data[0].id, *sys.argv[2:]):
-        print(f"{text}\n[{usage.prompt_tokens_details.cached_tokens} of {usage.prompt_tokens} prompt tokens cached]")
+        cached = getattr(usage.prompt_tokens_details, "cached_tokens", "?")  # ? without --enable-prompt-tokens-details
+        print(text, f"[{cached} of {usage.prompt_tokens} prompt tokens cached]", sep="\n")

@@ -528,8 +528,8 @@ def test_the_configuration_of_another_query_encoder_is_refused(sft, tmp_path, qu
 
 def test_a_folder_without_config_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", tmp_path / "out", r"config\.json does not exist")
-    refuse(tmp_path / "nowhere", tmp_path / "out", "is not a folder")
+    refuse(tmp_path / "empty", tmp_path / "out", r"empty is empty, it has no config\.json")
+    refuse(tmp_path / "nowhere", tmp_path / "out", "no such folder")
 
 
 # ---------------------------------------------------------------------- interruption

@@ -8,10 +8,12 @@ from PIL import Image
 
 from vilavt_core.conversation import Result
 from vilavt_core.episode import Episode, SpecialTokens
-from vilavt_core.errors import EpisodeError, ImageError
+from vilavt_core.errors import EngineError, EpisodeError, ImageError
 from vilavt_core.presets import PRESETS, Limits
 from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Answer, FinishReason, Malformed, MalformedReason, NoAction, ToolCall
+from vilavt_core.regions import Picture, PixelBounds
+from vilavt_core.results import Sample
 
 SMALL = Limits(max_turns=4, max_images=6, max_new_tokens_per_turn=200, max_pixels=64 * 784)
 TINY = PromptSet.load("tiny")
@@ -465,6 +467,52 @@ def test_a_follow_up_goes_on_in_the_same_stream_with_the_same_images(begin, toke
     assert len(first.views) == 2
     mask = second.record.loss_mask
     assert mask[: len(before.loss_mask)] == before.loss_mask
+
+
+def bounded(images: list[Image.Image], bounds: list[PixelBounds]) -> list[Picture]:
+    return [Picture(image, bounds=bound) for image, bound in zip(images, bounds, strict=True)]
+
+
+def test_bounds_of_one_picture_hold_for_it_alone_and_within_the_limits(begin, tokenizer):
+    plain, images = begin(count=3), [Image.new("RGB", (640, 480))] * 3
+    bounds = [PixelBounds(max_pixels=20 * 784), PixelBounds(), PixelBounds(min_pixels=1e9, max_pixels=1e9)]
+    episode = Episode.start(bounded(images, bounds), "What?", tokenizer=tokenizer, prompts=TINY, limits=SMALL)
+    small, ordinary, large = (view.image.size for view in episode.views)
+    assert small[0] * small[1] <= 20 * 784 < ordinary[0] * ordinary[1]
+    assert ordinary == plain.views[1].image.size
+    assert large[0] * large[1] <= SMALL.max_pixels
+    say(episode, zoom((0, [0, 0, 84, 84])))
+    assert episode.views[3].image.width * episode.views[3].image.height > 20 * 784  # the crop's limit is the episode's
+
+    say(episode, ANSWER)
+    after = episode.follow_up("And this?", bounded(images[:1], bounds[:1]))
+    assert after.views[4].image.size == small
+    assert episode.follow_up("And this?", images[:1]).views[4].image.size == ordinary
+
+
+def test_a_small_picture_is_enlarged_to_its_own_lower_bound(tokenizer):
+    images = [Image.new("RGB", (56, 56))] * 2
+    bounds = [PixelBounds(min_pixels=30 * 784), PixelBounds()]
+    episode = Episode.start(bounded(images, bounds), "What?", tokenizer=tokenizer, prompts=TINY, limits=SMALL)
+    assert [view.image.size for view in episode.views] == [(168, 168), (56, 56)]
+
+
+def test_the_forced_answer_shows_the_pictures_within_their_own_bounds(tokenizer):
+    episode = Episode.start(
+        bounded([Image.new("RGB", (640, 480))], [PixelBounds(max_pixels=20 * 784)]),
+        "What?",
+        tokenizer=tokenizer,
+        preset="eval-hf",
+        limits=replace(SMALL, max_turns=1),
+    )
+    say(episode, "no answer")
+    fallback = episode.fallback()
+    assert fallback.views[0].image.size == episode.views[0].image.size == (140, 84)
+
+
+def test_bounds_must_be_as_many_as_the_pictures():
+    with pytest.raises(EngineError, match="2 bounds for 1 images"):
+        Sample(Image.new("RGB", (56, 56)), "What?", bounds=[PixelBounds()] * 2)
 
 
 def test_a_follow_up_may_bring_more_images(begin, tokenizer):

@@ -213,6 +213,83 @@ def test_what_is_no_sample_is_named(entry, says):
         Sample.of(entry)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: text + "\n",
+        lambda text: "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: text.rstrip("="),
+        lambda text: text.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D"),
+        lambda text: f" {text}%0A",
+    ],
+    ids=["newline", "wrapped", "url-safe", "unpadded", "percent", "blanks around"],
+)
+def test_base64_is_read_however_it_is_written(write):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    data = encoded(noise)
+    plain = base64.b64encode(data + b"\0" * (1 + -len(data) % 3)).decode()  # padded
+    assert all(sign in plain for sign in "+/=")
+    assert load_image("data:image/png;base64," + write(plain)).tobytes() == noise.tobytes()
+    assert image_size("data:image/png;base64," + write(plain)) == (40, 20)
+
+
+@pytest.mark.parametrize("broken", ["!!!", "AA AA", "AAAA=AAA", "A", "ä", "%41%41"])
+def test_what_is_no_base64_is_refused(broken):
+    with pytest.raises(ImageError, match="its base64 data cannot be read"):
+        load_image("data:image/png;base64," + broken)
+
+
+def test_the_cap_on_bytes_does_not_count_line_breaks(upright):
+    data = encoded(upright)
+    wrapped = "data:image/png;base64," + "\n".join(base64.b64encode(data).decode()) + "\n"
+    limits = ImageLimits(max_bytes=len(data) + 2)
+    assert load_image(wrapped, limits).size == (40, 20)
+    with pytest.raises(ImageError, match=f"at most {len(data) - 3} are allowed"):
+        load_image(wrapped, ImageLimits(max_bytes=len(data) - 3))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+LARGE = b"a" * 3_000_000
+NOTES = {
+    "profile": chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(LARGE)),
+    "packed text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(LARGE)),
+    "international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(LARGE)),
+    "xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LARGE)),
+    "plain text": chunk(b"tEXt", b"Comment\0" + LARGE) * 23,
+}
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind the pixels"])
+@pytest.mark.parametrize("kind", NOTES)
+def test_a_png_with_a_large_profile_or_text_is_a_picture(kind, behind, upright, tmp_path):
+    if kind == "profile" and behind:
+        pytest.skip("a profile stands before the pixels")
+    data = encoded(upright)
+    at = data.index(b"IEND") - 4 if behind else data.index(b"IDAT") - 4
+    data = data[:at] + NOTES[kind] + data[at:]
+    (tmp_path / "a.png").write_bytes(data)
+    limits = ImageLimits(max_bytes=100_000_000)
+    with pytest.raises(ValueError, match=r"too large|Too much memory"), Image.open(io.BytesIO(data)) as refused:
+        refused.load()
+    assert load_image(data, limits).tobytes() == upright.tobytes()
+    assert load_image(tmp_path / "a.png", limits).tobytes() == upright.tobytes()
+    assert image_size(tmp_path / "a.png", limits) == image_size(data, limits) == (40, 20)
+
+
+def test_a_text_that_states_the_orientation_of_a_png_still_counts(upright):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(upright)
+    at = data.index(b"IDAT") - 4
+    for text in (b"XML:com.adobe.xmp\0\0\0\0\0" + xmp, b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)):
+        turned = data[:at] + chunk(b"iTXt", text) + NOTES["profile"] + data[at:]
+        assert load_image(turned).size == (20, 40)
+        assert image_size(turned) == (20, 40)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_common_formats_are_read(kind, upright):
     image = load_image(encoded(upright, kind))

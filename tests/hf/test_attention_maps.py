@@ -19,7 +19,7 @@ from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import AttentionError
 from vilavt_core.protocol import Region
 from vilavt_hf import attention_maps, compat
-from vilavt_hf.attention_maps import Patch, attention_of, compare, look, picture_of, words_of, zoom
+from vilavt_hf.attention_maps import Patch, attention_of, compare_queries, look, picture_of, words_of, zoom
 from vilavt_hf.chat import VilavtChat
 
 ATOL = 2e-5  # fp32 softmax, two summation orders, four blocks of peaked attention
@@ -257,7 +257,7 @@ def test_the_same_query_changes_nothing_and_another_one_features_and_attention(t
     assert abs(other.features.values(0) - expected).max() <= other.features.scale / 255
     one = look(tiny_model, processor.encode_inquiries([inquiry]), blocks=[3])[0]
     with pytest.raises(AttentionError, match="change the query only"):
-        compare(one, b, (other.before, other.after))
+        compare_queries(one, b, (other.before, other.after))
 
 
 def test_json_gives_the_same_figure(tiny_model, processor, inquiry):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from vilavt_core import shipped
 from vilavt_core.cli import app, main
-from vilavt_hf.cli import chat as commands
+from vilavt_core.cli import chat as commands
 
 runner = CliRunner()
 
@@ -90,6 +90,37 @@ def test_mistakes_are_one_line_and_exit_code_1(tiny_checkpoint, photo, monkeypat
     assert code == 1
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "there is no device 'gpu'"),
+        (["--device", "cuda:99"], "EngineError"),
+        (["--device", "meta"], "device meta cannot be used here"),
+        (["--attention", "spda"], "there is no attention 'spda'; choose"),
+        (["--attention", "flash_attention_3"], "needs the package flash_attn_interface, which is not installed"),
+    ],
+)
+def test_device_and_attention_are_checked_before_the_weights_are_loaded(
+    tiny_checkpoint, photo, monkeypatch, capsys, arguments, message
+):
+    def load(*_, **__):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("vilavt_hf.modeling_vilavt.VilavtForConditionalGeneration.from_pretrained", load)
+    given = ["--model", str(tiny_checkpoint), "--image", str(photo)]
+    assert run_main(monkeypatch, "ask", *given, *arguments, "what?") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_an_option_that_the_engine_does_not_take_is_one_line(tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    from vilavt_core.backends import BackendOptions, open_backend
+    from vilavt_core.errors import EngineError
+
+    with pytest.raises(EngineError, match=r"there is no option 'nonsense'; take it out of --engine"):
+        open_backend(str(tiny_checkpoint), "hf", BackendOptions(engine={"nonsense": 1}, device="cpu"))
 
 
 def test_wrong_options_are_exit_code_2(ask, monkeypatch):

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_core.cli import app
 from vilavt_core.data.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
-from vilavt_core.errors import DataError, TrainingError
+from vilavt_core.errors import CheckpointError, DataError, TrainingError
 from vilavt_core.prompts import PromptSet
 from vilavt_core.sft_config import SftConfig, describe
 from vilavt_core.shipped import recipe_names
@@ -322,7 +322,7 @@ def test_checkpoints_of_a_model_from_the_hub_are_complete(hub, configure, base, 
 
 def test_a_model_that_is_nowhere_is_an_error_that_names_it(hub, configure, tmp_path):
     for path in ("someone/else", str(tmp_path / "gone")):
-        with pytest.raises(TrainingError, match=f"{path}: no such folder, and no checkpoint under that hub id"):
+        with pytest.raises(CheckpointError, match=f"{path}: no such folder, and no"):
             Run(configure(tmp_path / "run", **{"model.path": path}))
 
 

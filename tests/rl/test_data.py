@@ -1,14 +1,19 @@
 """Rows of RL data: the published jsonl as it is, JSON, Parquet, and what is refused."""
 
+import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from vilavt_core.errors import ImageError
+from vilavt_core.images import load_image
 from vilavt_rl.data import Row, read_rows
 from vilavt_rl.errors import RowError
 from vilavt_rl.rewards import Message, Trajectory, reward
+from vilavt_rl.rollout import settings_of_checkpoint, start_row
 
 RECORD = {
     "question": "Which sign is red?",
@@ -64,6 +69,103 @@ def test_parquet_and_json_hold_the_same_rows(folder: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([RECORD, RECORD]), folder / "rl_data.parquet")
     assert read_rows(folder / "rl_data.json") == expected
     assert read_rows([folder / "rl_data.parquet"]) == expected
+
+
+@pytest.mark.parametrize("name", ["rl_data.jsonl", "rl_data.json"])
+def test_a_byte_order_mark_does_not_matter(folder: Path, name: str) -> None:
+    text = json.dumps(RECORD) if name.endswith("l") else json.dumps([RECORD])
+    (folder / name).write_text(text, encoding="utf-8")
+    expected = read_rows(folder / name)
+    (folder / name).write_text(text, encoding="utf-8-sig")
+    assert read_rows(folder / name) == expected
+
+
+def test_a_file_of_a_byte_order_mark_alone_has_no_rows(folder: Path) -> None:
+    (folder / "empty.jsonl").write_text("\n", encoding="utf-8-sig")
+    with pytest.raises(RowError, match="there are no rows"):
+        read_rows(folder / "empty.jsonl")
+
+
+def embedded(folder: Path) -> tuple[bytes, str]:
+    data = (folder / "street.png").read_bytes()
+    return data, f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def test_a_row_may_hold_its_pictures(folder: Path) -> None:
+    """As data URLs, or in Parquet as bytes, or as `datasets` writes a picture; under both names of the column."""
+    pytest.importorskip("pyarrow", reason="only verl brings it")
+    import pyarrow
+    import pyarrow.parquet
+
+    data, url = embedded(folder)
+    other = {key: value for key, value in RECORD.items() if key != "image_path"}
+    (row,) = read_rows(write(folder, RECORD | {"image_path": [url, "street.png"]}))
+    assert row.images == (url, str(folder / "street.png"))
+    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+    for images in ([data, data], [{"bytes": data, "path": None}, {"bytes": data, "path": "gone.png"}]):
+        table = pyarrow.Table.from_pylist([other | {"images": images}])
+        pyarrow.parquet.write_table(table, folder / "rl_data.parquet")
+        (row,) = read_rows(folder / "rl_data.parquet")
+        assert [load_image(image).size for image in row.images] == [(56, 56)] * 2
+    table = pyarrow.Table.from_pylist([other | {"images": [{"bytes": None, "path": "street.png"}]}])
+    pyarrow.parquet.write_table(table, folder / "rl_data.parquet")
+    assert read_rows(folder / "rl_data.parquet")[0].images == (str(folder / "street.png"),)
+
+
+@pytest.mark.parametrize("name", ["verl", "easyr1"])
+def test_the_trainers_datasets_hand_out_rows_that_hold_their_pictures(folder: Path, name: str) -> None:
+    pytest.importorskip("torch")
+    _, url = embedded(folder)
+    path = write(folder, RECORD | {"image_path": [url], "max_pixels": None})
+    checkpoint = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+    if name == "verl":
+        from vilavt_rl.verl.dataset import VilavtDataset
+
+        config = {"filter_overlong_prompts": True, "max_prompt_length": 2000}
+        config = type("Config", (dict,), {"max_prompt_length": 2000})(config)
+        data = VilavtDataset(str(path), SimpleNamespace(name_or_path=str(checkpoint)), config)
+    else:
+        from vilavt_rl.easyr1.dataset import EasyR1Dataset
+
+        config = SimpleNamespace(filter_overlong_prompts=True, max_prompt_length=2000)
+        data = EasyR1Dataset(str(path), config, settings_of_checkpoint(checkpoint))
+    row = Row.from_json(data[0]["row"])
+    assert row.images == (url,)
+    driver = start_row(row, settings_of_checkpoint(checkpoint), max_prompt=2000, max_response=100)
+    assert [view.image.size for view in driver.conversation.views] == [(56, 56)]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (["data:image/png;base64,AAAA"], "row 1, image 0: the picture in it: not a picture in a format we read"),
+        (["data:image/png;base64,!"], "row 1, image 0: the picture in it: its base64 data cannot be read"),
+        (["street.png", "x" * 400_000], "row 1, image 1: no image 'xxx"),
+        (["street.png", "a\0b"], "row 1, image 1: no image"),
+        ([{"bytes": None, "path": None}], "row 1, image 0: it is NoneType, it must be a file, a data URL, or bytes"),
+        ([{"url": "x"}], "row 1, image 0: it has the keys url; a picture has bytes, path, or both"),
+        ([5], "row 1, image 0: it is int"),
+    ],
+)
+def test_a_picture_of_a_row_that_is_none_is_named_in_a_short_message(folder: Path, images: list, message: str) -> None:
+    with pytest.raises(RowError) as raised:
+        read_rows(write(folder, RECORD | {"image_path": images}))
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+def test_a_damaged_picture_of_a_row_is_named_by_its_sample(folder: Path) -> None:
+    data, _ = embedded(folder)
+    cut = base64.b64encode(data[: len(data) // 2]).decode()
+    (row,) = read_rows(write(folder, RECORD | {"image_path": [f"data:image/png;base64,{cut}"]}))
+    checkpoint = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
+    with pytest.raises(ImageError, match="sample rl_data-1: the data URL: the picture is damaged or cut short"):
+        start_row(row, settings_of_checkpoint(checkpoint), max_prompt=2000, max_response=100)
+
+
+def test_two_columns_of_pictures_are_refused(folder: Path) -> None:
+    with pytest.raises(RowError, match="it has both 'image_path' and 'images'"):
+        read_rows(write(folder, RECORD | {"images": ["street.png"]}))
 
 
 @pytest.mark.parametrize(
@@ -146,5 +248,5 @@ def test_a_file_that_is_not_there_or_empty_or_not_json_is_named(folder: Path) ->
     with pytest.raises(RowError, match=r"empty\.jsonl: there are no rows"):
         read_rows(folder / "empty.jsonl")
     (folder / "bad.jsonl").write_text("{", encoding="utf-8")
-    with pytest.raises(RowError, match="cannot be read"):
+    with pytest.raises(RowError, match=r"bad\.jsonl, record 0: not JSON"):
         read_rows(folder / "bad.jsonl")

@@ -20,7 +20,7 @@ from vilavt_core.errors import VilavtError
 from vilavt_core.yaml_config import merged
 from vilavt_rl import compat, launch
 from vilavt_rl.easyr1.block import Settings
-from vilavt_rl.easyr1.main import check_run
+from vilavt_rl.easyr1.main import check_easyr1
 from vilavt_rl.easyr1.main import merged as easyr1_merged
 from vilavt_rl.errors import HostError, RowError
 from vilavt_rl.launch import AGENT_LOOP, RECIPES, verl_command
@@ -362,7 +362,7 @@ def test_files_of_an_easyr1_run_are_checked(rows: Path, tiny: Path, tmp_path: Pa
         data = SimpleNamespace(train_files=str(train), val_files=str(rows))
         trainer = SimpleNamespace(save_checkpoint_path=str(tmp_path / "run"))
         config = SimpleNamespace(worker=SimpleNamespace(actor=actor), data=data, trainer=trainer)
-        check_run(config, Settings.read(block))
+        check_easyr1(config, Settings.read(block))
 
     run()
     with pytest.raises(HostError, match=r"worker\.actor\.model\.model_path: gone: no such folder"):

@@ -201,19 +201,14 @@ def start():
         running.pop().stop()
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
+@contextlib.contextmanager
+def serving(log: Path, *flags: str, key: str = "none"):
     """One ``vilavt-serve`` for vilavt-tiny with processes of its own: `.url`, `.base`, `.key`, `.pid`, `.metric(…)`."""
-    key = "secret"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vilavt_vllm.server.command", str(EXAMPLES / "vilavt-tiny"), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--api-key", key]
-    command += ["--enable-prompt-tokens-details", "--allowed-local-media-path", str(EXAMPLES / "pictures")]
-    # Caches small enough for the load test's first round to fill: what grows after it is no cache.
-    command += ["--num-gpu-blocks-override", "1024", "--mm-processor-cache-gb", "0.05"]
-    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vilavt_vllm.server.command", str(EXAMPLES / "vilavt-tiny"), *flags]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     settings = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS")}
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
@@ -239,6 +234,25 @@ def server(tmp_path_factory):
         if process.poll() is None:
             process.kill()
             process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server for most tests; see `serving`."""
+    key = "secret"
+    flags = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--api-key", key]
+    flags += ["--enable-prompt-tokens-details", "--allowed-local-media-path", str(EXAMPLES / "pictures")]
+    # Caches small enough for the load test's first round to fill: what grows after it is no cache.
+    flags += ["--num-gpu-blocks-override", "1024", "--mm-processor-cache-gb", "0.05"]
+    with serving(tmp_path_factory.mktemp("server") / "log", *flags, key=key) as running:
+        yield running
+
+
+@pytest.fixture
+def server_with_defaults(tmp_path):
+    """A server that was told nothing but its address."""
+    with serving(tmp_path / "log") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,6 @@ def test_identity_of_an_inquiry_is_its_query_and_its_regions_in_order(process, t
 
 
 def test_an_image_of_an_episode_that_would_be_resized_is_refused_with_both_sizes(process, processor, pictures):
-    from vilavt_core.conversation import Inquiry
 
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     large = pictures[0].resize((28 * 20, 28 * 20))

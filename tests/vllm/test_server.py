@@ -228,6 +228,31 @@ def test_a_plain_client_that_loops_itself_computes_only_what_is_new(server):
         assert known - 32 <= usage.prompt_tokens_details.cached_tokens + 1 <= usage.prompt_tokens
 
 
+def test_fields_without_effect_are_told_and_a_pictures_own_bounds_hold(client):
+    picture, text = question(0)[0]["content"]
+    parts = [{**picture, "max_pixels": 20_000}, {**text, "cache_control": {"type": "ephemeral"}}]
+    reply = ask(client, [{"role": "user", "content": parts}], user="me", extra_body={"min_p": 0}, max_tokens=4)
+    assert reply.vilavt["ignored"] == ["user", "messages[0].content[1].cache_control"]
+    shown, ordinary = (
+        one.vilavt["conversation"]["images"][0] for one in (reply, ask(client, question(0), max_tokens=4))
+    )
+    assert shown["width"] * shown["height"] <= 20_000 < ordinary["width"] * ordinary["height"]
+
+
+def test_the_examples_and_the_readmes_client_run_on_a_server_with_default_flags(server_with_defaults):
+    """Every script in examples/, as its docstring says to start it; the request of the README through the loop."""
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert scripts == {"openai_client.py"}, "a new example needs its own run here"
+    url, asked = server_with_defaults.url, ASKED[0]
+    command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{url}/raw", MODEL]
+    command += [str(PICTURES / asked["image"]), asked["question"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"<answer>{asked['answer']}</answer>" in done.stdout
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        assert ask(client, question(0)).choices[0].message.content == asked["answer"]
+
+
 def test_metrics_count_what_the_loop_did_beside_vllms_own(client, server):
     names = ("episodes", "turns", "crops", "prompt_tokens", "cached_tokens", "sampled_tokens")
     before = {name: server.metric(f"vilavt_{name}_total") for name in names}

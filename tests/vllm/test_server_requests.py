@@ -7,6 +7,7 @@ import io
 import json
 import os
 from argparse import Namespace
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from vilavt_core.conversation import Thoughts
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.protocol import FinishReason
+from vilavt_core.regions import PixelBounds
 from vilavt_core.results import BilledTokens, TextDelta
 from vilavt_core.wire import Reply, finish_reason
 from vilavt_vllm import register, support
@@ -38,7 +40,7 @@ from vilavt_vllm.server.endpoint import VilavtEndpoint
 from vilavt_vllm.server.history import History
 from vilavt_vllm.server.media import Pictures
 from vilavt_vllm.server.options import ServerOptions, flags, options_of
-from vilavt_vllm.server.requests import ChatRequest, Exchange, exchanges
+from vilavt_vllm.server.requests import ChatRequest, Exchange, SentPicture, exchanges
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = str(EXAMPLES / "vilavt-tiny")
@@ -68,7 +70,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def test_messages_become_questions_and_answers_with_the_system_message_in_front_of_the_first_question():
-    image = {"type": "image_url", "image_url": {"url": "u", "detail": "high"}}
+    image = {"type": "image_url", "image_url": {"url": "u", "detail": "high"}, "max_pixels": 5000}
     talk = exchanges(
         messages(
             ("system", "Be brief."),
@@ -77,17 +79,64 @@ def test_messages_become_questions_and_answers_with_the_system_message_in_front_
             ("user", "Two?"),
         )
     )
-    assert talk == [Exchange(("u",), "Be brief.\n\nOne?\nNow.", "1"), Exchange((), "Two?")]
+    shown = SentPicture("u", PixelBounds(max_pixels=5000))
+    assert talk == [Exchange((shown,), "Be brief.\n\nOne?\nNow.", "1"), Exchange((), "Two?")]
+
+
+@pytest.mark.parametrize(
+    "pairs, expected",
+    [
+        ([("user", "a"), ("user", "b")], [("a\n\nb", None)]),
+        ([("developer", "d"), ("system", "s"), ("user", "a")], [("d\n\ns\n\na", None)]),
+        ([("user", "a"), ("system", "s")], [("a\n\ns", None)]),
+        ([("user", "a"), ("system", "s"), ("user", "b")], [("a\n\ns\n\nb", None)]),
+        ([("user", "a"), ("assistant", None), ("user", "b")], [("a", ""), ("b", None)]),
+        ([("user", "a"), ("assistant", "1"), ("assistant", "2"), ("user", "b")], [("a", "1\n\n2"), ("b", None)]),
+        (
+            [("user", "a"), ("assistant", "1"), ("developer", "d"), ("user", "b")],
+            [("a", "1"), ("d\n\nb", None)],
+        ),
+        ([("user", ""), ("user", "b")], [("b", None)]),
+    ],
+)
+def test_messages_in_a_row_of_one_side_are_joined(pairs, expected):
+    assert [(one.question, one.answer) for one in exchanges(messages(*pairs))] == expected
+
+
+def test_joining_loses_no_text_and_changes_no_order():
+    """Every order of roles in up to five messages, if it is a conversation."""
+    conversations = 0
+    for roles in chain.from_iterable(
+        product(("system", "developer", "user", "assistant"), repeat=n) for n in range(1, 6)
+    ):
+        texts = [f"text {number}" for number in range(len(roles))]
+        try:
+            talk = exchanges(messages(*zip(roles, texts, strict=True)))
+        except RequestError:
+            continue
+        conversations += 1
+        said = [text for one in talk for text in (one.question, one.answer) if text is not None]
+        assert "\n\n".join(said).split("\n\n") == texts
+        assert roles[-1] != "assistant"
+    assert conversations > 200
+
+
+def test_pictures_of_joined_messages_stay_in_order():
+    def picture(url):
+        return [{"type": "image_url", "image_url": url}]
+
+    (talk,) = exchanges(messages(("user", picture("1")), ("user", picture("2")), ("user", "Which?")))
+    assert talk == Exchange((SentPicture("1"), SentPicture("2")), "Which?")
 
 
 @pytest.mark.parametrize(
     "pairs, message",
     [
-        ([("assistant", "1")], "message 0 has role 'assistant', expected 'user'"),
-        ([("user", "a"), ("user", "b")], "message 1 has role 'user', expected 'assistant'"),
-        ([("system", "s"), ("user", "a"), ("system", "b")], "message 2 has role 'system', expected 'assistant'"),
-        ([("user", "a"), ("assistant", "b")], "the last message must be the user's"),
-        ([("system", "s")], "the last message must be the user's"),
+        ([("assistant", "1")], r"messages\[0\] has the role 'assistant', the first question is the user's"),
+        ([("system", "s"), ("assistant", "1")], r"messages\[0\] has the role 'system', a message of the user must"),
+        ([("user", "a"), ("assistant", "b")], "the last message is the assistant's, it must be the user's"),
+        ([("system", "s")], r"messages\[0\] has the role 'system', a message of the user must be beside it"),
+        ([("user", "a"), ("assistant", "b"), ("developer", "d")], r"messages\[2\] has the role 'developer'"),
     ],
 )
 def test_messages_out_of_turn_are_refused_by_number(pairs, message):
@@ -97,7 +146,7 @@ def test_messages_out_of_turn_are_refused_by_number(pairs, message):
 
 def test_an_assistant_message_cannot_bring_an_image():
     image = [{"type": "image_url", "image_url": {"url": "u"}}]
-    with pytest.raises(RequestError, match="message 1: an assistant message holds no image"):
+    with pytest.raises(RequestError, match=r"messages\[1\]: a message of the role assistant holds no image"):
         exchanges(messages(("user", "a"), ("assistant", image), ("user", "b")))
 
 
@@ -110,12 +159,26 @@ class Kept:
 
 def test_a_conversation_is_found_by_exactly_what_was_said_and_shown():
     history, run = History(8, 100), Kept(10)
-    said = [Exchange(("picture",), "One?", "1")]
+    said = [Exchange((SentPicture("picture"),), "One?", "1")]
     history.keep(said, run)
     assert history.find(said) is run
-    for other in (Exchange(("other",), "One?", "1"), Exchange(("picture",), "One", "1"), Exchange((), "One?", "1")):
-        assert history.find([other]) is None
+    smaller = SentPicture("picture", PixelBounds(max_pixels=5000))
+    for pictures, question in (
+        ((SentPicture("other"),), "One?"),
+        ((smaller,), "One?"),
+        ((SentPicture("picture"),), "One"),
+        ((), "One?"),
+    ):
+        assert history.find([Exchange(pictures, question, "1")]) is None
     assert history.find([*said, Exchange((), "Two?", "2")]) is None
+
+
+@pytest.mark.parametrize("returned", [" two  words\n", "two words", "two\r\nwords", "two\nwords\n\n"])
+def test_blanks_of_a_returned_answer_do_not_lose_the_conversation(returned):
+    history, run = History(8, 100), Kept(10)
+    history.keep([Exchange((), "One?", "two\nwords ")], run)
+    assert history.find([Exchange((), "One?", returned)]) is run
+    assert history.find([Exchange((), "One?", "twowords")]) is None
 
 
 def test_the_conversation_used_longest_ago_is_forgotten_first_by_number_and_by_bytes():
@@ -135,19 +198,6 @@ def test_the_conversation_used_longest_ago_is_forgotten_first_by_number_and_by_b
 
 
 # Requests
-
-
-def test_fields_that_would_change_the_answer_and_cannot_be_honoured_are_refused_by_name():
-    for name, value in {
-        "n": 2,
-        "tools": [{}],
-        "stop": ["x"],
-        "logprobs": True,
-        "response_format": {"type": "json"},
-    }.items():
-        with pytest.raises(RequestError, match=f"{name}=.* is not supported here"):
-            request(**{name: value}).refuse_unknown()
-    request(n=1, tools=None, stop=[], user="me", store=True, response_format={"type": "text"}).refuse_unknown()
 
 
 def test_a_request_may_tighten_the_servers_limits_and_not_loosen_them():

@@ -14,6 +14,7 @@ from vilavt_vllm import compat, support
 from vilavt_vllm.errors import UnsupportedError
 
 README = Path(__file__).parents[2] / "vilavt_vllm" / "README.md"
+TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 
 
 def settings(graphs=False, tower_lora=None):
@@ -122,20 +123,23 @@ def test_the_matrix_costs_neither_torch_nor_vllm():
 
 
 def test_the_server_refuses_an_old_vllm_with_the_reason_before_its_modules_are_imported():
+    """Of its own only the flags' are, which know no vLLM: the checkpoint is judged before."""
     version = "0.31.2"
     code = f"""
 import sys, vllm
 vllm.__version__ = {version!r}
 from vilavt_vllm.server.command import main
 try:
-    main(["CHECKPOINT"])
+    main([{str(TINY)!r}])
 finally:
     print([name for name in sys.modules if name.startswith("vilavt_vllm.server.") and not name.endswith(".command")])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
-    assert result.stdout.splitlines()[-1] == "[]"
-    assert f"vilavt-serve: this is vLLM {version}, and vilavt-serve needs 0.32 or newer" in result.stderr
+    assert result.stdout.splitlines()[-1] == "['vilavt_vllm.server.options']"
+    assert (
+        f"vilavt-serve: UnsupportedError: this is vLLM {version}, and vilavt-serve needs 0.32 or newer" in result.stderr
+    )
     assert "`vllm serve CHECKPOINT` offers the raw model" in result.stderr
     assert "VilavtLLM" in result.stderr
     assert "Traceback" not in result.stderr

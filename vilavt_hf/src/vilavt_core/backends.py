@@ -20,6 +20,7 @@ from .prompts import PromptSet
 from .results import ChatResult, Event, Intervention, Provenance, Sample, Timings
 from .settings import preset_of
 from .sources import ImageSource
+from .spelling import did_you_mean, meant
 from .video import VideoLimits
 
 GROUP = "vilavt.backends"
@@ -255,7 +256,9 @@ class BackendOptions:
         for name, known in (("limits", Limits), ("sampling", Sampling)):
             names = {f.name for f in fields(known)}
             if unknown := sorted(set(getattr(self, name)) - names):
-                raise EngineError(f"unknown {name} {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+                raise EngineError(
+                    f"unknown {name} {', '.join(unknown)}; known are {', '.join(sorted(names))}{meant(unknown, names)}"
+                )
 
     def preset_for(self, model: str) -> Preset:
         """The preset for a checkpoint: the one named here, else the one it asks for; with the limits it asks for.
@@ -296,7 +299,7 @@ def backends() -> dict[str, metadata.EntryPoint]:
     return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
 
 
-def is_url(model: str) -> bool:
+def names_server(model: str) -> bool:
     """Whether a model is named by the URL of a server."""
     return model.startswith(("http://", "https://"))
 
@@ -313,12 +316,14 @@ def open_backend(model: str, name: str | None = None, options: BackendOptions = 
         EngineError: no such backend, an option it cannot heed, or the server does not answer.
         VilavtError: the checkpoint cannot be loaded.
     """
-    name = name or ("server" if is_url(model) else "hf")
+    name = name or ("server" if names_server(model) else "hf")
     found = backends()
     if name not in found:
         hint = "; pip install vilavt-vllm brings it" if name == "vllm" else ""
-        raise EngineError(f"no backend {name!r} is installed, there are {', '.join(sorted(found))}{hint}")
-    if (name == "server") != is_url(model):
+        raise EngineError(
+            f"no backend {name!r} is installed, there are {', '.join(sorted(found))}{hint or did_you_mean(name, found)}"
+        )
+    if (name == "server") != names_server(model):
         raise EngineError(
             f"model {model!r} does not fit the backend {name!r}: `server` takes the URL of a running vilavt-serve, the "
             "others a checkpoint folder or hub id"

@@ -7,6 +7,7 @@ depends on how it was started; it says so under ``/v1/vilavt``, and results repe
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from .backends import BackendOptions
 from .errors import EngineError, VilavtError
 from .images import image_file
 from .presets import Limits, Sampling, get_preset
+from .regions import PixelBounds
 from .results import (
     ChatResult,
     Event,
@@ -31,6 +33,8 @@ from .results import (
     Work,
 )
 from .sources import ImageSource, image_list
+
+logger = logging.getLogger(__name__)
 
 PER_REQUEST = Limits.per_request()
 """Fields of `Limits` that a request may tighten."""
@@ -191,6 +195,8 @@ class ServerClient(AskingBackend):
     def _result(self, sample: Sample, data: Mapping[str, Any]) -> ChatResult:
         """What the server told, under the sample's id."""
         found = wire.with_checkpoint(wire.read_told(data), self._server.checkpoint)
+        if found.ignored:
+            logger.warning("%s: the server made no use of %s", self.url, ", ".join(found.ignored))
         return replace(found, question=sample.question, sample_id=sample.id)
 
     def _failure(self, sample: Sample, error: Exception) -> EngineError:
@@ -200,7 +206,8 @@ class ServerClient(AskingBackend):
     def message(self, sample: Sample) -> dict[str, Any]:
         """A question as a message."""
         parts: list[Any] = [
-            {"type": "image_url", "image_url": {"url": self._data_url(image)}} for image in sample.images
+            {"type": "image_url", "image_url": {"url": self._data_url(image)}, **_said(bounds)}
+            for image, bounds in zip(sample.images, sample.bounds or [PixelBounds()] * len(sample.images), strict=True)
         ]
         return {"role": "user", "content": [*parts, {"type": "text", "text": sample.question}]}
 
@@ -273,3 +280,7 @@ def open_server(url: str, options: BackendOptions) -> ServerClient:
 def _done(places: dict[Future[ChatResult], int]) -> Iterator[tuple[int, ChatResult]]:
     for future in wait(places, return_when=FIRST_COMPLETED).done:
         yield places.pop(future), future.result()
+
+
+def _said(bounds: PixelBounds) -> dict[str, float]:
+    return {name: value for name, value in asdict(bounds).items() if value is not None}

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from .versions import OURS, installed
+from .versions import OURS, installed, version_of
 
 GROUP, CHECKPOINT_GROUP = "vilavt.checks", "vilavt.checkpoint_checks"
 TRANSFORMERS = ((4, 57), (6, 0))
@@ -71,9 +72,13 @@ def examine(checkpoint: str | Path | None = None, *, load: bool = False) -> Iter
     folder = None if checkpoint is None else Path(checkpoint)
     yield _versions()
     yield guarded("transformers", _transformers)
+    yield guarded("extras", _extras)
     entries = list(metadata.entry_points(group=GROUP))
     if folder is not None:
-        yield guarded("checkpoint", lambda: _checkpoint(folder), f"vilavt inspect {folder} says more")
+        judged = guarded("checkpoint", partial(_checkpoint, folder), f"vilavt inspect {folder} says more")
+        yield judged
+        if judged.status is Status.FAILED:
+            folder = None  # what every command refuses needs no second opinion
         entries += metadata.entry_points(group=CHECKPOINT_GROUP)
     for entry in sorted(entries, key=lambda entry: entry.name):
         try:
@@ -97,12 +102,46 @@ def _transformers() -> Check:
 
 
 def _checkpoint(folder: Path) -> Check:
-    from .checkpoint import inspect_checkpoint
+    from .checkpoint import inspect_checkpoint, judge_checkpoint
 
+    if (verdict := judge_checkpoint(folder)) is not None:
+        return Check("checkpoint", Status.FAILED, verdict.problem, verdict.remedy)
     found = inspect_checkpoint(folder)
     detail = f"{folder}: {found.flavour.value}, {found.parameters / 1e6:.1f} M parameters"
-    wrong = [*found.problems, *(f"{missing.name} is missing" for missing in found.missing)]
-    remedies = [missing.remedy for missing in found.missing] or [f"vilavt inspect {folder} says more"]
-    if wrong:
-        return Check("checkpoint", Status.FAILED, f"{detail}; {'; '.join(wrong)}", "; ".join(remedies))
+    if found.missing:
+        lacks = ", ".join(missing.name for missing in found.missing)
+        remedies = "; ".join(missing.remedy for missing in found.missing)
+        return Check("checkpoint", Status.NOTE, f"{detail}; {lacks} is missing", remedies)
     return Check("checkpoint", Status.OK, detail)
+
+
+def _extras() -> Check:
+    """Which extras of our installed packages lack something, and the command that brings it."""
+    lacking = {
+        f"{package}[{extra}]": missing
+        for package in installed(OURS)
+        for extra in metadata.metadata(package).get_all("Provides-Extra") or ()
+        if (missing := _missing(package, extra))
+    }
+    if not lacking:
+        return Check("extras", Status.OK, "all are installed")
+    detail = "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in lacking.items())
+    wanted = " ".join(f'"{name}"' for name in lacking)
+    return Check("extras", Status.NOTE, detail, f"what you need of: pip install {wanted}")
+
+
+def _missing(package: str, extra: str) -> list[str]:
+    """Distributions of an extra that are not installed, or in another version than it asks for."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for text in metadata.requires(package) or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.marker.evaluate({"extra": ""}) or requirement.name in OURS:
+            continue  # a requirement of the package itself, or one of our extras, which is told on its own
+        version = version_of(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            found.append(str(requirement).partition(";")[0].strip())
+    return found

@@ -30,7 +30,7 @@ from .images import ImageLimits, load_image
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
 from .protocol import Region
-from .regions import CropPlan, Gallery, Picture
+from .regions import CropPlan, Gallery, Picture, PixelBounds
 from .results import (
     BilledTokens,
     ChatResult,
@@ -133,19 +133,24 @@ class ConversationSettings:
             versions=versions(*self.packages),
         )
 
-    def load(self, images: Iterable[ImageSource]) -> list[Picture]:
+    def load(self, images: Sequence[ImageSource], bounds: Sequence[PixelBounds] = ()) -> list[Picture]:
         """Pictures, decoded as the preset says, and the frames of videos.
+
+        Args:
+            images: pictures and videos.
+            bounds: on the pixels of each, of a video's every frame; empty: none.
 
         Raises:
             ImageError: one cannot be loaded.
         """
         pictures: list[Picture] = []
-        for source in images:
+        for source, bound in zip(images, bounds or [PixelBounds()] * len(images), strict=True):
             if isinstance(source, Video):
-                pictures += read_frames(source, self.video_limits, allow_urls=self.allow_urls)
+                frames = read_frames(source, self.video_limits, allow_urls=self.allow_urls)
+                pictures += [replace(frame, bounds=bound) for frame in frames]
             else:
                 image = load_image(source, self.image_limits, allow_urls=self.allow_urls, rules=self.preset.rules)
-                pictures.append(Picture(image, source_name(source)))
+                pictures.append(Picture(image, source_name(source), bounds=bound))
         return pictures
 
     def episode(
@@ -265,7 +270,7 @@ class Driver:
         before = self.conversation
         if before is None:
             raise EngineError(f"sample {self.name}: its first question never began, there is nothing to continue")
-        images = self.settings.load(sample.images)
+        images = self.settings.load(sample.images, sample.bounds)
         again = Driver(sample, self.settings, name=self.name, stream=stream, sampling=sampling)
         again.crops_before = sum(view.kind == "crop" for view in before.views)
         again.episode = before.follow_up(sample.question, images, limits=sample.limits)
@@ -327,7 +332,7 @@ class Driver:
             settings, change = self.settings, self.intervention.transform_regions
             limits = self.sample.limits or settings.limits
             self.episode = settings.episode(
-                settings.load(self.sample.images),
+                settings.load(self.sample.images, self.sample.bounds),
                 self.sample.question,
                 limits=limits,
                 sample_id=self.name or None,

@@ -105,7 +105,7 @@ class Episode:
 
         Args:
             images: source pictures, RGB, at full resolution (:func:`vilavt_core.images.load_image` makes them), alone
-                or with their names and times.
+                or with their names, times, and bounds on their pixels within the limits.
             question: the user's text; special tokens in it stay text.
             tokenizer: has Qwen's special tokens.
             prompts: wording; None: the built-in ``default``.
@@ -413,14 +413,14 @@ class Episode:
         pictures = tuple(replace(picture, image=to_rgb(picture.image)) for picture in map(Picture.of, images))
         self._question, self._originals = question, pictures
         cap = self._rules.image_budget(limits.max_pixels, len(pictures))
+        areas = [picture.bounds.within(limits.min_pixels, cap) for picture in pictures]
         first = len(gallery)
         self._rules.times = {first + i: one.time for i, one in enumerate(pictures) if one.time is not None}
         sizes = {i: view.image.size for i, view in enumerate(gallery.views)}
-        for i, picture in enumerate(pictures):
+        for i, (picture, (low, high)) in enumerate(zip(pictures, areas, strict=True)):
+            image = picture.image
             try:
-                height, width = smart_resize(
-                    picture.image.height, picture.image.width, min_pixels=min(limits.min_pixels, cap), max_pixels=cap
-                )
+                height, width = smart_resize(image.height, image.width, min_pixels=low, max_pixels=high)
             except ImageError as error:
                 raise ImageError(f"{self._name}, image {i}: {error}") from None
             sizes[first + i] = (width, height)
@@ -440,8 +440,8 @@ class Episode:
         if problem := self._context_problem(chunk):
             self._end(FinishReason.CONTEXT_LIMIT, problem)
             return
-        gallery.min_pixels = min(limits.min_pixels, cap)
-        views = [gallery.add_original(picture, cap) for picture in pictures]
+        pairs = zip(pictures, areas, strict=True)
+        views = [gallery.add_original(picture, high, low) for picture, (low, high) in pairs]
         gallery.min_pixels = limits.min_pixels
         numbers = {}
         for index, view in zip(indices, views, strict=True):

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import glob
 import io
 import ipaddress
 import logging
+import mimetypes
 import os
 import re
 import socket
@@ -15,6 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +50,15 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JP
 """Formats that are tried. Left out are those that hand the data to another program, such as EPS."""
 
 _EXIF_ORIENTATION = 0x0112
+_LINE_BREAKS = b"\r\n\t"
+_PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_PERCENT = {"%2B": "+", "%2F": "/", "%3D": "=", "%2D": "-", "%5F": "_", "%0A": "\n", "%0D": "\r", "%20": " "}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTED_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
+"""Text of a PNG that may state its orientation."""
+_MAX_TEXT = 1024 * 1024
+"""Bytes of a text or profile in a PNG, unpacked, above which Pillow refuses the picture."""
+_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://")
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,11 @@ def image_file(
     return stored(source, limits, name, False, True, UrlPolicy())[0]
 
 
+def is_url(source: str) -> bool:
+    """Whether :func:`load_image` takes it for a URL; a ``data:`` URL holds the picture itself and is none."""
+    return source[:5].lower() != "data:" and _URL.match(source) is not None
+
+
 def image_size(
     source: ImageSource, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
 ) -> tuple[int, int]:
@@ -162,16 +179,22 @@ def image_size(
         _check_file(Path(source), limits, label)
     else:
         data, label = stored(source, limits, name, False, True, UrlPolicy())
-        file = io.BytesIO(data)
+        file = io.BytesIO(_without_notes(data))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=[f for f in FORMATS if f in _registered()]) as image:
-                return _header(image, limits, label, rules)
+        try:
+            return _file_header(file, limits, label, rules)
+        except ImageError:
+            raise
+        except ValueError:
+            if isinstance(file, io.BytesIO):
+                raise
+            data = _read_file(file, limits, label)  # only a PNG with a large profile or text has to be read for it
+            return _file_header(io.BytesIO(_without_notes(data)), limits, label, rules)
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"{label}: not a picture in a format we read: {_short(error)}{_or_video(label)}") from None
+        plain = f"not a picture in a format we read: {_short(error)}"
+        raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
 
 
 def _header(image: Image.Image, limits: ImageLimits, label: str, rules: Rules) -> tuple[int, int]:
@@ -179,6 +202,13 @@ def _header(image: Image.Image, limits: ImageLimits, label: str, rules: Rules) -
     _check_size(image.size, limits, label)
     turned = rules == "strict" and _orientation(partial(Image.Image.getexif, image), label) >= 5  # a PNG's own decodes
     return (image.height, image.width) if turned else image.size
+
+
+def _file_header(file: Path | str | io.BytesIO, limits: ImageLimits, label: str, rules: Rules) -> tuple[int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=[f for f in FORMATS if f in _registered()]) as image:
+            return _header(image, limits, label, rules)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -233,7 +263,7 @@ def stored(
     elif isinstance(source, str) and source[:5].lower() == "data:":
         label = name or "the data URL"
         data = _read_data_url(source, limits, label)
-    elif isinstance(source, str) and (match := re.match(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://", source)):
+    elif isinstance(source, str) and (match := _URL.match(source)):
         label = name or _shown(source)
         if not allow_urls:
             raise ImageError(
@@ -260,20 +290,64 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
         with warnings.catch_warnings():
             # Our own cap below decides; PIL's warning would only repeat it.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in _registered()])
+            image = Image.open(io.BytesIO(_without_notes(data)), formats=[f for f in FORMATS if f in _registered()])
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{label}: too many pixels to decode ({error}); at most {limits.max_pixels} are allowed, shrink it"
         ) from None
     except Exception as error:
         kinds = ", ".join(FORMATS)
-        raise ImageError(
-            f"{label}: {len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
-            f"{_or_video(label)}"
-        ) from None
+        plain = f"{len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
+        raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
     with image:
         _check_size(image.size, limits, label)
         return _decode(image, label, rules)
+
+
+def _without_notes(data: bytes) -> bytes:
+    """A file without what Pillow may refuse it for and we do not use: colour profile and texts of a PNG."""
+    if not data.startswith(_PNG):
+        return data
+    kept, start, at = [], 0, len(_PNG)
+    while at + 8 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt") and not _states_orientation(kind, data[at + 8 : end - 4]):
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
+
+
+def _states_orientation(kind: bytes, text: bytes) -> bool:
+    """Whether a text chunk may hold an orientation, and is small enough for Pillow."""
+    if not text.startswith(_ORIENTED_TEXT):
+        return False
+    body = text.partition(b"\0")[2]
+    if kind == b"zTXt":
+        body = body[1:]
+    elif kind == b"iTXt":
+        packed, body = body[:1] != b"\0", body[2:].partition(b"\0")[2].partition(b"\0")[2]
+        if not packed:
+            return True
+    else:
+        return True
+    unpacking = zlib.decompressobj()
+    try:
+        unpacking.decompress(body, _MAX_TEXT)
+    except zlib.error:
+        return True
+    return not unpacking.unconsumed_tail
+
+
+def _other_kind(label: str) -> str | None:
+    """What a file is, by its name, that is no picture but often taken for one; with the remedy."""
+    kind = mimetypes.guess_type(label)[0] or ""
+    if kind.startswith("video/") or is_video_path(label):
+        return "it is a video; give it as one: `--video` on the command line, `Video(…)` in Python"
+    if kind == "application/pdf":
+        return "it is a PDF; save its pages as pictures and give those"
+    return None
 
 
 def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
@@ -352,7 +426,12 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
 def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
     if not os.path.isfile(path):  # Path.is_file raises for a very long name
         kind = "there is no such file" if not os.path.exists(path) else "it is not a regular file"
-        raise ImageError(f"{label}: {kind}; check the path")
+        remedy = "check the path"
+        if os.path.isdir(path):
+            kind, remedy = "it is a folder, not a regular file", "name the pictures in it"
+        elif glob.has_magic(str(path)):
+            remedy = "patterns are not expanded here, name each picture"
+        raise ImageError(f"{label}: {kind}; {remedy}")
     _check_bytes(path.stat().st_size, limits, label)
 
 
@@ -360,11 +439,27 @@ def _read_data_url(source: str, limits: ImageLimits, label: str) -> bytes:
     head, comma, body = source.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ImageError(f"{label}: a data URL must read data:<type>;base64,<data>")
-    _check_bytes(len(body) * 3 // 4, limits, label)
     try:
-        return base64.b64decode(urllib.parse.unquote(body), validate=True)
+        plain = plain_base64(body)
+        _check_bytes(len(plain) * 3 // 4, limits, label)
+        return base64.b64decode(plain, validate=True)
+    except ImageError:
+        raise
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"{label}: its base64 data cannot be read: {_short(error)}") from None
+
+
+def plain_base64(text: str) -> bytes:
+    """Base64 as it is found in data URLs, in its plain form: padded, without line breaks, percent codes and the
+    alphabet of URLs.
+
+    Raises:
+        ValueError: it holds characters that no base64 has.
+    """
+    for code, character in _PERCENT.items():  # not `unquote`, which takes two hundred times the text's memory
+        text = text.replace(code, character).replace(code.lower(), character)
+    plain = text.strip().encode("ascii").translate(_PLAIN_ALPHABET, _LINE_BREAKS).rstrip(b"=")
+    return plain + b"=" * (-len(plain) % 4)
 
 
 def _download(url: str, limits: ImageLimits, policy: UrlPolicy, label: str) -> bytes:
@@ -449,13 +544,18 @@ def _shown(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
 
 
-def _or_video(label: str) -> str:
-    """What else a file may be that is no picture."""
-    return "; a video is given as a Video, or with --video" if is_video_path(label) else ""
-
-
 def _short(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:200]
 
 
-__all__ = ["FORMATS", "ImageLimits", "UrlPolicy", "image_file", "image_size", "load_image", "to_rgb"]
+__all__ = [
+    "FORMATS",
+    "ImageLimits",
+    "UrlPolicy",
+    "image_file",
+    "image_size",
+    "load_image",
+    "plain_base64",
+    "stored",
+    "to_rgb",
+]

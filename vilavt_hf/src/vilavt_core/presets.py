@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from .errors import EpisodeError
 from .protocol import Rules
 from .regions import MIN_PIXELS
+from .spelling import did_you_mean, meant
 
 FULL_PIXELS = 8192 * 28 * 28
 """6 422 528: the pixel budget that the published training and evaluation scripts pass."""
@@ -168,7 +169,9 @@ class Preset:
         """
         known = [f.name for f in fields(Limits)]
         if unknown := sorted(set(changes) - set(known)):
-            raise EpisodeError(f"unknown limits {', '.join(unknown)}; known are {', '.join(known)}")
+            raise EpisodeError(
+                f"unknown limits {', '.join(unknown)}; known are {', '.join(known)}{meant(unknown, known)}"
+            )
         return replace(self, limits=replace(self.limits, **changes))
 
 
@@ -267,7 +270,7 @@ def get_preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
-        raise EpisodeError(f"no preset {preset!r}; known are {', '.join(PRESETS)}")
+        raise EpisodeError(f"no preset {preset!r}; known are {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}")
     return PRESETS[preset]
 
 

@@ -104,6 +104,20 @@ def fit(image: Image.Image, *, min_pixels: float = MIN_PIXELS, max_pixels: float
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+@dataclass(frozen=True)
+class PixelBounds:
+    """Bounds on the area of one original as the encoder sees it, in pixels, tighter than those of its conversation."""
+
+    min_pixels: float | None = None
+    max_pixels: float | None = None
+
+    def within(self, min_pixels: float, max_pixels: float) -> tuple[float, float]:
+        """Lower and upper bound where the conversation's are these; the upper one wins."""
+        high = max_pixels if self.max_pixels is None else min(self.max_pixels, max_pixels)
+        low = min_pixels if self.min_pixels is None else max(self.min_pixels, min_pixels)
+        return min(low, high), high
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A source picture, decoded, and what is known of it."""
@@ -114,6 +128,7 @@ class Picture:
     """Of its file, for people; empty: unknown."""
     time: float | None = None
     """Seconds after the first frame of its video; None: it is no frame of a video."""
+    bounds: PixelBounds = PixelBounds()
 
     @classmethod
     def of(cls, image: Image.Image | Picture) -> Picture:
@@ -182,14 +197,17 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.views)
 
-    def add_original(self, image: Image.Image | Picture, max_pixels: float = MAX_PIXELS) -> View:
-        """Show a whole source picture, at most ``max_pixels`` large.
+    def add_original(
+        self, image: Image.Image | Picture, max_pixels: float = MAX_PIXELS, min_pixels: float | None = None
+    ) -> View:
+        """Show a whole source picture, at most ``max_pixels`` and at least ``min_pixels`` large (None: the gallery's).
 
         Raises:
             ImageError: the picture's shape is refused; nothing is added.
         """
         picture = Picture.of(image)
-        shown = fit(picture.image, min_pixels=self.min_pixels, max_pixels=max_pixels)
+        low = self.min_pixels if min_pixels is None else min_pixels
+        shown = fit(picture.image, min_pixels=low, max_pixels=max_pixels)
         view = View(shown, source=len(self.sources), name=picture.name, time=picture.time)
         self.sources.append(picture.image)
         self.views.append(view)

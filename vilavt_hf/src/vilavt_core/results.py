@@ -11,7 +11,7 @@ from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
 from .errors import EngineError
 from .presets import Limits, Sampling
 from .protocol import Answer, Region, ToolCall
-from .regions import View
+from .regions import PixelBounds, View
 from .sources import ImageSource, image_list, type_name
 
 
@@ -28,6 +28,8 @@ class Sample:
     """Drives this sample's sampling alone; None: made from the chat's seed and `id`."""
     limits: Limits | None = None
     """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
+    bounds: Sequence[PixelBounds] = ()
+    """Of each image, on its pixels as the encoder sees it, within the limits; empty: the limits alone."""
     data: Any = None
     """Anything; not read here, handed to the hooks of an `Intervention`."""
 
@@ -36,12 +38,16 @@ class Sample:
 
         Raises:
             ImageError: `images` is neither a picture nor a list of pictures.
-            EngineError: the question is no text.
+            EngineError: the question is no text, or there are bounds for some images only.
         """
         where = "" if self.id is None else f"sample {self.id}: "
         if not isinstance(self.question, str):
             raise EngineError(f"{where}the question is a {type_name(self.question)}, it must be text; check the order")
         object.__setattr__(self, "images", image_list(self.images))
+        if self.bounds and len(self.bounds) != len(self.images):
+            raise EngineError(
+                f"{where}{len(self.bounds)} bounds for {len(self.images)} images; give one for each, or none"
+            )
 
     @classmethod
     def of(cls, entry: Sample | tuple[Any, str]) -> Sample:
@@ -206,6 +212,8 @@ class ChatResult:
     error: Exception | None = None
     fallback: Result | None = None
     """The forced-answer conversation of presets that have one."""
+    ignored: tuple[str, ...] = ()
+    """Fields of the request that a server accepted and did not use."""
 
     @property
     def answer(self) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import CheckpointError, EpisodeError
 from .presets import Limits, Preset, get_preset
 from .regions import MAX_PIXELS
+from .spelling import meant
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def read_chat_settings(checkpoint: str | Path, *, hub: Mapping[str, Any] | None 
     if path is None:
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     return _checked(data, path)
@@ -158,7 +159,9 @@ def _checked(data: Any, path: Path) -> ChatSettings:
         raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}}}')
     limits = data.get("limits", {})
     if unknown := sorted(set(limits) - known):
-        raise CheckpointError(f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise CheckpointError(
+            f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}{meant(unknown, known)}"
+        )
     settings = ChatSettings(str(data.get("preset", "default")), limits)
     try:
         settings.apply()

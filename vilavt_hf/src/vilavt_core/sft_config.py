@@ -16,6 +16,7 @@ from .protocol import Rules
 from .regions import MIN_PIXELS
 from .settings import ChatSettings
 from .shipped import find_recipe, recipe_names
+from .spelling import did_you_mean
 from .validation import problems
 from .yaml_config import parse_change, read_keys, set_key
 
@@ -241,7 +242,8 @@ class SftConfig(_Section):
         found = find_recipe(path) or Path(path)
         if not found.is_file():
             known = ", ".join(recipe_names())
-            raise TrainingError(f"{found}: there is no such file; check the path, or name a recipe: {known}")
+            hint = did_you_mean(found, recipe_names())
+            raise TrainingError(f"{found}: there is no such file; check the path, or name a recipe: {known}{hint}")
         path = found
         values = read_keys(path, TrainingError)
         for override in overrides:
@@ -250,7 +252,8 @@ class SftConfig(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise TrainingError(f"{path}: {problems(error)}; `vilavt sft --keys` lists all keys") from None
+            found_problems = problems(error, known=[*cls.model_fields, *(key for key, _, _ in describe())])
+            raise TrainingError(f"{path}: {found_problems}; `vilavt sft --keys` lists all keys") from None
 
     @model_validator(mode="after")
     def _heeded(self) -> Self:

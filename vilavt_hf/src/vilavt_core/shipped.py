@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import CheckpointError, TrainingError
+from .spelling import did_you_mean
 
 RECIPES = Path(__file__).with_name("recipes")
 """Those of fine-tuning. A recipe is a complete configuration: run by its name, or printed, copied and edited."""
@@ -56,5 +57,7 @@ def recipe_text(name: str | None, folder: Path = RECIPES) -> str:
         return "".join(f"{one}\n" for one in recipe_names(folder))
     stem = name.removesuffix(".yaml")
     if stem not in recipe_names(folder):
-        raise TrainingError(f"no recipe {name!r}; there are {', '.join(recipe_names(folder))}")
+        raise TrainingError(
+            f"no recipe {name!r}; there are {', '.join(recipe_names(folder))}{did_you_mean(stem, recipe_names(folder))}"
+        )
     return (folder / f"{stem}.yaml").read_text(encoding="utf-8")

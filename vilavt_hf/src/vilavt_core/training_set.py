@@ -1,34 +1,19 @@
 """The data set that a run's configuration or a command line names, with the tokenizer and prompts of a checkpoint."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint.companions import PROMPTS
+from .checkpoint.companions import PROMPTS, has_tokenizer
+from .checkpoint.hub import checkpoint_folder
+from .checkpoint.layout import CONFIG, no_checkpoint
 from .conversation import Tokenizer
 from .data.dataset import SftDataset
 from .data.rendering import Renderer, RenderSettings
-from .errors import TrainingError
+from .errors import CheckpointError
 from .prompts import PromptSet
 from .settings import preset_of
 from .sft_config import SftConfig, find_sources
 from .tokenizer import FileTokenizer
-
-
-def checkpoint_folder(model: str) -> Path:
-    """The folder of a checkpoint, for what no loader of transformers reads; a hub id is fetched, or found in the cache.
-
-    Raises:
-        TrainingError: there is no such folder, and nothing to be had under that id.
-    """
-    if os.path.isdir(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, ignore_patterns=["*.pt", "*.pth"]))  # states of an optimiser
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{model}: no such folder, and no checkpoint under that hub id: {error}") from None
 
 
 def make_renderer(
@@ -42,7 +27,9 @@ def make_renderer(
         preset: how episode records run; None: what the checkpoint asks for.
         tokenizer: the checkpoint's, if it is loaded already.
     """
-    folder = checkpoint_folder(str(model))
+    folder = checkpoint_folder(model)
+    if tokenizer is None and not has_tokenizer(folder) and not (folder / CONFIG).is_file():
+        raise CheckpointError(no_checkpoint(folder))
     own = folder / PROMPTS
     prompts = PromptSet.load(own if own.is_dir() else "default")
     return Renderer(tokenizer or FileTokenizer(folder), prompts, settings, preset_of(folder, preset))

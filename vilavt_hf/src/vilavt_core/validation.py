@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
+
+from .spelling import did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -21,6 +22,7 @@ def problems(
     name: Callable[[tuple[Any, ...]], str] = dotted,
     values: bool = False,
     most: int | None = None,
+    known: Collection[str] = (),
 ) -> str:
     """One line: every value with what is wrong with it.
 
@@ -29,18 +31,15 @@ def problems(
         name: what a value is called, by its location; empty: the problem stands without a name.
         values: whether to show the value. Not of a stranger's request.
         most: of several problems, how many are told.
+        known: names of values that there may be, dotted or not: what an unknown one may have meant.
     """
     lines = []
     for found in error.errors(include_url=False, include_input=values)[:most]:
         text = found["msg"].removeprefix("Value error, ")
         label = name(found["loc"])
+        if found["type"] == "extra_forbidden":
+            text += did_you_mean(dotted(found["loc"]), known) or did_you_mean(found["loc"][-1], known)
         if label and values:
             label += f" is {found['input']!r}"
         lines.append(f"{label}: {text}" if label else text)
     return "; ".join(lines)
-
-
-def closest(name: str, names: Iterable[str]) -> str | None:
-    """The one of some names that was probably meant; None: none is like it."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return found[0] if found else None

@@ -1,8 +1,9 @@
 """What a server and its client say to each other beside OpenAI's chat completions: one module for both ends.
 
 A request is an ordinary chat completion whose field ``vilavt`` holds tighter limits. A response is an ordinary one with
-a field ``vilavt``: how the conversation ended, its zooms as events, and the whole conversation as
-`ChatResult.to_json` writes it. A streamed response has the same events, one per chunk, while they happen.
+a field ``vilavt``: how the conversation ended, its zooms as events, the fields of the request that had no effect, and
+the whole conversation as `ChatResult.to_json` writes it. A streamed response has the same events, one per chunk, while
+they happen.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,8 +57,8 @@ def event_json(event: Event) -> dict[str, Any] | None:
     return None
 
 
-def told(result: ChatResult) -> dict[str, Any]:
-    """The field ``vilavt`` of a response."""
+def told(result: ChatResult, ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """The field ``vilavt`` of a response; `ignored` are fields of the request that had no effect."""
     events = [data for turn in result.turns for event in turn_events(turn) if (data := event_json(event)) is not None]
     conversation = result.to_json()
     return {
@@ -66,6 +67,7 @@ def told(result: ChatResult) -> dict[str, Any]:
         "turns": len(result.turns),
         "images": len(result.images),
         "events": events,
+        "ignored": list(ignored),
         "provenance": conversation.pop("provenance"),
         "conversation": conversation,
     }
@@ -92,9 +94,11 @@ class Reply:
 
     Args:
         model: the name that the client knows.
+        ignored: fields of the request that have no effect.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, ignored: Sequence[str] = ()) -> None:
+        self.ignored = tuple(ignored)
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._turn = -1
         self._thoughts = Thoughts()
@@ -105,7 +109,7 @@ class Reply:
         message = {"role": "assistant", "content": result.answer or "", "reasoning_content": result.thoughts}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason(result), "logprobs": None}
         body = {**self.head, "object": "chat.completion", "choices": [choice]}
-        return body | {"usage": result.billed.to_json(), FIELD: told(result)}
+        return body | {"usage": result.billed.to_json(), FIELD: told(result, self.ignored)}
 
     def begin(self) -> str:
         """The first chunk."""
@@ -134,7 +138,7 @@ class Reply:
         """The last chunks."""
         if result.answer is not None:
             yield self._chunk({"content": result.answer})
-        yield self._chunk({}, finish_reason(result), vilavt={"type": "end", **told(result)})
+        yield self._chunk({}, finish_reason(result), vilavt={"type": "end", **told(result, self.ignored)})
         if include_usage:
             usage = result.billed.to_json()
             yield _line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
@@ -167,7 +171,8 @@ def read_told(data: Mapping[str, Any]) -> ChatResult:
     Raises:
         KeyError, TypeError, ValueError: as `read_settings`.
     """
-    return ChatResult.from_json({**data["conversation"], "provenance": data["provenance"]})
+    result = ChatResult.from_json({**data["conversation"], "provenance": data["provenance"]})
+    return replace(result, ignored=tuple(data["ignored"]))
 
 
 def read_chunk(data: Mapping[str, Any]) -> Iterator[Event]:

@@ -19,7 +19,7 @@ def read_keys(path: Path, fail: Fail) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise fail(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

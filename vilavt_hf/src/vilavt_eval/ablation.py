@@ -17,6 +17,7 @@ from vilavt_core.presets import Limits
 from vilavt_core.protocol import Region
 from vilavt_core.regions import View
 from vilavt_core.results import Intervention, Sample
+from vilavt_core.spelling import meant
 
 NO_ZOOM = "no-zoom"
 NO_REENCODE = "no-reencode"
@@ -97,7 +98,7 @@ class Ablation:
         if unknown := [part for part in self.parts if part not in self._known]:
             raise EvaluationError(
                 f"no ablation {', '.join(map(repr, unknown))}; known are {', '.join(self._known)}; join those that "
-                "shall happen together with +"
+                f"shall happen together with +{meant(unknown, self._known)}"
             )
 
     @classmethod

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from vilavt_core.errors import BenchmarkError
 from vilavt_core.sources import Rule, Video
+from vilavt_core.spelling import did_you_mean
 from vilavt_core.validation import problems
 from vilavt_core.yaml_config import merged, read_keys
 
@@ -229,7 +230,9 @@ def read_benchmark(values: Any, where: str, *, functions: bool = False) -> Bench
     try:
         return Benchmark.model_validate(values, context={"functions": functions})
     except ValidationError as error:
-        raise BenchmarkError(f"{where}: {problems(error)}") from None
+        raise BenchmarkError(
+            f"{where}: {problems(error, known=[*Benchmark.model_fields, *TypeRule.model_fields])}"
+        ) from None
     except BenchmarkError as error:
         raise BenchmarkError(f"{where}: {error}") from None
 
@@ -241,6 +244,7 @@ def _find(name: str, home: Path = Path()) -> Path:
     if known is None:
         raise BenchmarkError(
             f"no benchmark {name!r}; known are {', '.join(known_benchmarks())}, or the path of a YAML file"
+            f"{did_you_mean(name, known_benchmarks())}"
         )
     return FOLDER / f"{known}.yaml"
 

@@ -19,6 +19,7 @@ from vilavt_core.backends import BackendOptions
 from vilavt_core.errors import EvaluationError
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import PRESETS, Limits, Preset, Sampling
+from vilavt_core.spelling import did_you_mean, meant
 from vilavt_core.validation import problems
 from vilavt_core.yaml_config import read_keys
 
@@ -64,14 +65,17 @@ class EvaluationPreset(BaseModel):
             needed = {name for name, default in known.items() if default is not None}
             for problem, names in (("unknown", set(value) - set(known)), ("missing", needed - set(value))):
                 if names:
-                    raise ValueError(f"{problem} {', '.join(sorted(map(str, names)))}")
+                    hint = meant(names, known) if problem == "unknown" else ""
+                    raise ValueError(f"{problem} {', '.join(sorted(map(str, names)))}{hint}")
         return value
 
     @field_validator("episode")
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in PRESETS:
-            raise ValueError(f"no episode preset {value!r}; known are {', '.join(PRESETS)}")
+            raise ValueError(
+                f"no episode preset {value!r}; known are {', '.join(PRESETS)}{did_you_mean(value, PRESETS)}"
+            )
         return value
 
     @classmethod
@@ -91,6 +95,7 @@ class EvaluationPreset(BaseModel):
         if not path.is_file():
             raise EvaluationError(
                 f"no preset {str(name)!r}; known are {', '.join(known_presets())}, or give the path of a YAML file"
+                f"{did_you_mean(name, known_presets())}"
             )
         data = {"name": path.stem} | read_keys(path, EvaluationError)
         return cls._checked(data, str(path)).changed(changes or {})
@@ -111,7 +116,9 @@ class EvaluationPreset(BaseModel):
                 data[name] = value
             else:
                 known = [n for n in data if n not in fixed] + [f.name for k in _PARTS.values() for f in fields(k)]
-                raise EvaluationError(f"a preset has no {name!r} to set; it has {', '.join(known)}")
+                raise EvaluationError(
+                    f"a preset has no {name!r} to set; it has {', '.join(known)}{did_you_mean(name, known)}"
+                )
             if part == "limits":
                 data["set_limits"] = (*data["set_limits"], name)
         return self._checked(data, "--set")
@@ -121,7 +128,7 @@ class EvaluationPreset(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise EvaluationError(f"{where}: {problems(error)}") from None
+            raise EvaluationError(f"{where}: {problems(error, known=list(cls.model_fields))}") from None
 
     def of_episode(self) -> Preset:
         """How episodes run."""

@@ -162,8 +162,8 @@ def score_file(path: str | Path, benchmark: Benchmark | None = None) -> ScoredFi
             themselves and there are no categories. One that the file holds may not call functions (`TypeRule.metric`).
 
     Raises:
-        BenchmarkError: the file cannot be opened, holds no row, or names a benchmark that is not known or whose
-            definition in it cannot be used.
+        BenchmarkError: the file cannot be opened, holds no row that answers anything, or names a benchmark that is not
+            known or whose definition in it cannot be used.
     """
     path = Path(path)
     run: Mapping[str, Any] | None = None
@@ -177,6 +177,13 @@ def score_file(path: str | Path, benchmark: Benchmark | None = None) -> ScoredFi
         _take(found, line, data, benchmark)
     if not found.rows:
         raise BenchmarkError(f"{path}: there is no answered question in it; is it a result file?")
+    if run is None and all(
+        name in found.flaws and found.flaws[name].flaw in (Flaw.NOT_JSON, Flaw.NO_RESPONSE) for name in found.rows
+    ):
+        raise BenchmarkError(
+            f"{path}: not one of its {len(found.rows)} lines is an answered question (JSON with `response` and "
+            "`answer`); it is no result file"
+        )
     problems = sorted([*found.flaws.values(), *found.left_out], key=lambda problem: problem.line)
     if cut := next((p for p in problems if p.flaw is Flaw.CUT_OFF), None):
         logger.warning("%s: line %d is cut off and left out; the run was interrupted", path, cut.line)

@@ -219,7 +219,7 @@ def picture_of(
     )
 
 
-def compare(
+def compare_queries(
     before: GroupAttention, after: GroupAttention, pictures: tuple[AttentionPicture, AttentionPicture]
 ) -> QueryDifference:
     """What the second query changes.
@@ -290,7 +290,7 @@ def attention_of(
         pictures.append(picture_of(found[-1], asked, processor, captions))
     if len(found) == 1:
         return pictures[0]
-    return compare(found[0], found[1], (pictures[0], pictures[1]))
+    return compare_queries(found[0], found[1], (pictures[0], pictures[1]))
 
 
 def zoom(settings: ConversationSettings, images: Sequence[ImageSource], regions: Sequence[Region]) -> Inquiry:

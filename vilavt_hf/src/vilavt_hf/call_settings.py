@@ -72,7 +72,7 @@ def sort_settings(given: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, A
     return {name: getattr(tokenizer, name, value) for name, value in made_with.items()} | text, images
 
 
-def pixel_bounds(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str, Any]:
+def bounds_within(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str, Any]:
     """Image settings with the bounds on a picture's area under the one name, ``size``, that every version heeds.
 
     Args:

@@ -16,17 +16,19 @@ import torch
 
 from vilavt_core.asking import DrivenBackend
 from vilavt_core.backends import Backend, BackendOptions
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.conversation import Request
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
-from vilavt_core.errors import CheckpointError
+from vilavt_core.failures import loading
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Preset, Sampling, get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event, Finished, Intervention, Timings, Work
-from vilavt_core.settings import is_hub_id, preset_of
+from vilavt_core.settings import preset_of
 from vilavt_core.video import VideoLimits
 
+from . import compat
 from .engine import MAX_PREFILL_TOKENS, Choose, Engine, EngineRow, Sampler
 from .reused_features import ReusedFeatures, reused
 
@@ -130,36 +132,35 @@ class VilavtChat(DrivenBackend):
             settings: for the constructor.
 
         Raises:
-            CheckpointError: no such folder, or its settings file is wrong.
+            CheckpointError: it is no ViLaVT that can be asked, its settings file is wrong, or it cannot be loaded.
+            EngineError: there is no such device, type or attention here, or an option that the model does not take.
         """
         from .modeling_vilavt import VilavtForConditionalGeneration
         from .processing_vilavt import VilavtProcessor
 
-        folder = Path(path)
-        if not folder.is_dir() and not is_hub_id(path):
-            raise CheckpointError(f"{path}: no such folder, and not a hub id (owner/name); check the path")
+        folder, name = Path(path), str(path)
         kwargs = dict(model_kwargs or {})
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = str(path)
+        hub: dict[str, Any] = {
+            key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
+        }
+        require_vilavt(name, hub=hub)
+        device, dtype = compat.usable_device(device), compat.usable_dtype(dtype)
+        if isinstance(wanted := kwargs.get("attn_implementation"), str):
+            compat.require_attention(wanted)
         if folder.is_dir():
             from vilavt_core.checkpoint import fingerprint
 
             # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
             settings.setdefault("fingerprint", fingerprint(folder))
-        hub: dict[str, Any] = {
-            key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
-        }
         settings["preset"] = preset_of(path, settings.get("preset"), hub=hub)
-        try:
+        with loading(name):
             model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
             processor = VilavtProcessor.from_pretrained(name, **hub)
-        except OSError as error:
-            raise CheckpointError(f"{name}: cannot be loaded: {error}") from error
+            model = model.to(device).eval()
         settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
-        return cls(model.to(device).eval(), processor, checkpoint=name, **settings)
+        return cls(model, processor, checkpoint=name, **settings)
 
     def _session(self, intervention: Intervention | None = None) -> LocalSession:
         engine = Engine(

@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -12,8 +13,21 @@ from jinja2 import meta
 from transformers import processing_utils
 from transformers.integrations import sdpa_attention
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.utils import chat_template_utils
+
+from vilavt_core.errors import EngineError
+from vilavt_core.failures import one_line
+from vilavt_core.spelling import did_you_mean
+
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ATTENTION_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
 
 # 5.x derives M-RoPE from mm_token_type_ids; 4.57 from input_ids (and would leak the argument into the decoder layers).
 TAKES_MM_TOKEN_TYPE_IDS = "mm_token_type_ids" in inspect.signature(qwen.Qwen2_5_VLModel.forward).parameters
@@ -76,6 +90,63 @@ def template_variables(chat_template: str) -> frozenset[str]:
     """Names that a chat template looks up, its tags being those that transformers knows."""
     environment = chat_template_utils._compile_jinja_template(chat_template).environment
     return frozenset(meta.find_undeclared_variables(environment.parse(chat_template)))
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name; ``auto`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        EngineError: torch knows no such device, was built without it, or this machine has none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        hint = "; did you mean 'cuda'?" if str(device).lower().startswith("gpu") else did_you_mean(device, _DEVICES)
+        raise EngineError(f"there is no device {str(device)!r}, there are cpu, cuda, cuda:1, …{hint}") from None
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            why = "it sees no GPU" if torch.version.cuda or torch.version.hip else "it is built for the CPU alone"
+            raise EngineError(f"device {device} cannot be used by the installed torch {torch.__version__}: {why}")
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise EngineError(f"there is no device {device}, torch sees {torch.cuda.device_count()} GPUs")
+    elif found.type != "cpu":
+        try:
+            torch.empty(1, device=found).cpu()
+        except Exception as error:  # of many kinds, by device
+            raise EngineError(f"device {device} cannot be used here: {one_line(error)}") from None
+    return found
+
+
+def usable_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """The type to load weights as, as it was given.
+
+    Raises:
+        EngineError: it is no floating-point type that weights are computed in.
+    """
+    if isinstance(dtype, torch.dtype) or dtype in _DTYPES:
+        return dtype
+    raise EngineError(
+        f"weights cannot be loaded as {dtype!r}; choose {', '.join(_DTYPES)}{did_you_mean(dtype, _DTYPES)}"
+    )
+
+
+def require_attention(name: str | None) -> None:
+    """Stop if attention of that name cannot be had; None is the library's choice.
+
+    Raises:
+        EngineError: transformers does not know it, or the package that it needs is not installed.
+    """
+    if name is None or "/" in name:  # a kernel of the hub, which transformers fetches
+        return
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if name not in known:
+        usual = [one for one in known if "|" not in one]
+        raise EngineError(f"there is no attention {name!r}; choose {', '.join(usual)}{did_you_mean(name, usual)}")
+    package = _ATTENTION_PACKAGES.get(name)
+    if package is not None and find_spec(package) is None:
+        raise EngineError(f"attention {name} needs the package {package}, which is not installed; sdpa needs none")
 
 
 def vision_output(

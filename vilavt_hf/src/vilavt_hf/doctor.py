@@ -22,7 +22,7 @@ def checks(checkpoint: Path | None, load: bool) -> Iterator[Check]:
     yield guarded("Auto classes", _auto_classes, "reinstall vilavt-hf")
     if checkpoint is None:
         return
-    yield guarded("processor", lambda: _processor(checkpoint), f"vilavt convert {checkpoint} DST adds what is missing")
+    yield guarded("processor", lambda: _processor(checkpoint), f"vilavt inspect {checkpoint} says more")
     if load:
         yield guarded("weights", lambda: _load(checkpoint), f"vilavt inspect {checkpoint} says more")
 

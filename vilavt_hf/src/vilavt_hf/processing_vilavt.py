@@ -27,7 +27,7 @@ from vilavt_core.settings import ChatSettings, read_chat_settings
 from vilavt_core.sources import image_list, is_array
 
 from . import compat
-from .call_settings import FLAT, GROUPS, OF_IMAGES, check_known, pixel_bounds, sort_settings
+from .call_settings import FLAT, GROUPS, OF_IMAGES, bounds_within, check_known, sort_settings
 
 logger = logging.getLogger(__name__)
 
@@ -388,7 +388,7 @@ class VilavtProcessor(ProcessorMixin):
 
     def _encode_images(self, images: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
         """``pixel_values`` and ``image_grid_thw``, as arrays."""
-        settings = pixel_bounds(settings, self.image_processor.size)
+        settings = bounds_within(settings, self.image_processor.size)
         as_it_is = settings.get("do_rescale") is False or "input_data_format" in settings
         loaded = [_picture(image, as_it_is, f"image {i}") for i, image in enumerate(images)]
         if settings.get("do_resize") is False:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vilavt_core.checkpoint import require_vilavt
+from vilavt_core.checkpoint.writing import check_destination
 from vilavt_core.cli.checkpoint import (
     Architecture,
     ClassName,
@@ -21,12 +22,20 @@ from vilavt_core.cli.checkpoint import (
     readable_size,
     show_remarks,
 )
-from vilavt_core.errors import VilavtError
+from vilavt_core.cli.running import (
+    Commands,
+    check_output_files,
+    check_output_folders,
+    check_picture_file,
+    version_option,
+)
+from vilavt_core.ending import ending
+from vilavt_core.failures import loading
 
 app = typer.Typer(
     name="vilavt-rl",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="GRPO for ViLaVT in unmodified verl and EasyR1.",
 )
@@ -35,7 +44,10 @@ app.add_typer(tiny_app, name="tiny")
 
 
 @app.callback()
-def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
+def _options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do; show tracebacks."),
+    version: bool = version_option("vilavt-rl", "vilavt-rl"),
+) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -171,6 +183,10 @@ def replay_command(
     """Show rollouts as one HTML page: images, turns, rewards, loss masks, log-probabilities."""
     from itertools import islice
 
+    check_output_files(out=out)
+    if not run.exists():
+        raise typer.BadParameter(f"{run}: there is no such file or folder", param_hint="RUN")
+    require_vilavt(model)
     from .replay import read_rollouts, write_page
     from .rollout import settings_of_checkpoint
 
@@ -183,8 +199,9 @@ def replay_command(
 
         from .policy import VilavtPolicy
 
-        weights = VilavtPolicy.from_pretrained(str(model), dtype=torch.float32).eval()
-        processor = VilavtProcessor.from_pretrained(model)
+        with loading(str(model)):
+            weights = VilavtPolicy.from_pretrained(str(model), dtype=torch.float32).eval()
+            processor = VilavtProcessor.from_pretrained(model)
     chosen = (rollout for rollout in read_rollouts(run) if step is None or rollout.step == step)
     typer.echo(str(write_page(islice(chosen, limit), settings, out, model=weights, processor=processor)))
 
@@ -197,6 +214,7 @@ def tiny_data_command(
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 11,
 ) -> None:
     """Write train.jsonl and val.jsonl with their pictures."""
+    check_output_folders(out=out)
     from .tiny import write_data
 
     typer.echo(str(write_data(out, count=train, split="train", seed=seed, name="train")))
@@ -211,6 +229,10 @@ def tiny_curve_command(
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curve.png"),
 ) -> None:
     """Draw reward and held-out accuracy over the steps of one run or several."""
+    check_picture_file(out=out)
+    for path in metrics:
+        if not path.is_file():
+            raise typer.BadParameter(f"{path}: there is no such file", param_hint="METRICS")
     from .tiny import plot_curves
 
     typer.echo(str(plot_curves(metrics, out)))
@@ -222,6 +244,7 @@ def tiny_checkpoint_command(
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train the checkpoint that GRPO starts from (about a quarter of an hour on one core)."""
+    check_destination(out)
     from .tiny import build_start
 
     build_start(out, seed=seed)
@@ -229,9 +252,6 @@ def tiny_checkpoint_command(
 
 
 def main() -> None:
-    """Entry point: an error we raise on purpose is one line on stderr and exit code 1, never a traceback."""
-    try:
+    """Entry point."""
+    with ending("vilavt-rl"):
         app()
-    except VilavtError as error:
-        typer.secho(f"vilavt-rl: {type(error).__name__}: {error}", fg="red", err=True)
-        sys.exit(1)

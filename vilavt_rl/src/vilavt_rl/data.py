@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vilavt_core.errors import ScoringError
+from vilavt_core.data.annotations import Annotations
+from vilavt_core.errors import DataError, ImageError, ScoringError
+from vilavt_core.images import image_size
 from vilavt_core.scoring import QuestionType, check_target, known_options
 
 from .errors import RowError
@@ -23,7 +26,7 @@ class Row:
     answer: str
     """Without an answer tag or a box around it."""
     images: tuple[str, ...]
-    """Files; also the sources of every crop, so every rollout worker must be able to read them."""
+    """Files or data URLs; also the sources of every crop, so every rollout worker must be able to read the files."""
     question_type: str
     """See :class:`vilavt_core.scoring.QuestionType`."""
     data_type: str = ""
@@ -55,9 +58,11 @@ def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
     """All rows of some files, checked: also that the strict reward can pay for each answer, which it would otherwise
     refuse in the middle of training.
 
-    Keys: ``question``, ``answer``, ``image_path`` (a list; a path that does not exist as it is counts from the file's
-    folder), ``question_type``, and optionally ``data_type``, ``max_num_steps`` (0 or null: not set), ``max_pixels``,
-    ``id``, ``options`` (of a multiple choice: a list of texts, or an object from A, B, … to texts).
+    Keys: ``question``, ``answer``, ``image_path`` or ``images``, ``question_type``, and optionally ``data_type``,
+    ``max_num_steps`` (0 or null: not set), ``max_pixels``, ``id``, ``options`` (of a multiple choice: a list of texts,
+    or an object from A, B, … to texts). Images are a list; each is a path (one that does not exist as it is counts from
+    the file's folder) or holds the picture itself: a data URL, its bytes, or, as `datasets` writes it, ``{"bytes",
+    "path"}``. Pictures that rows hold stay in memory, encoded.
 
     Raises:
         DataError: a file cannot be read, there is no row, or a row lacks something; names file, row and remedy.
@@ -78,15 +83,12 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             import pyarrow.parquet
 
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        elif path.suffix == ".json":
-            yield from enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield number, json.loads(line)
+        elif path.suffix in (".json", ".jsonl"):
+            yield from enumerate(Annotations(path), 1)
         else:
             raise RowError(f"{path}: the name must end in .jsonl, .json or .parquet")
+    except DataError as error:
+        raise RowError(str(error)) from None
     except (ValueError, OSError) as error:
         if isinstance(error, RowError):
             raise
@@ -110,13 +112,16 @@ def _row(record: Any, path: Path, number: int) -> Row:
         answer = check_target(kind, answer, options)
     except ScoringError as error:
         raise RowError(f"{where}: {error}") from None
-    images = record.get("image_path")
-    if isinstance(images, str) or not isinstance(images, list | tuple):
-        raise RowError(f"{where}: 'image_path' must be a list of files, it is {type(images).__name__}")
+    keys = [key for key in ("image_path", "images") if record.get(key) is not None] or ["image_path"]
+    if len(keys) > 1:
+        raise RowError(f"{where}: it has both 'image_path' and 'images'; keep the one that holds the pictures")
+    images = record.get(keys[0])
+    if not isinstance(images, list | tuple):
+        raise RowError(f"{where}: {keys[0]!r} must be a list of files, it is {type(images).__name__}")
     return Row(
         question=question,
         answer=answer,
-        images=tuple(_image(str(image), path, where) for image in images),
+        images=tuple(_image(image, path, f"{where}, image {i}") for i, image in enumerate(images)),
         question_type=str(record["question_type"]),
         data_type=str(record.get("data_type") or ""),
         max_turns=_whole(record, "max_num_steps", where),
@@ -126,11 +131,31 @@ def _row(record: Any, path: Path, number: int) -> Row:
     )
 
 
-def _image(image: str, path: Path, where: str) -> str:
+def _image(image: Any, path: Path, where: str) -> str:
+    """An image of a row as a file or a data URL."""
+    if isinstance(image, Mapping):
+        if unknown := sorted(set(image) - {"bytes", "path"}):
+            raise RowError(f"{where}: it has the keys {', '.join(unknown)}; a picture has bytes, path, or both")
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return _embedded(f"data:image/*;base64,{base64.b64encode(image).decode()}", image, where)
+    if not isinstance(image, str):
+        raise RowError(f"{where}: it is {type(image).__name__}, it must be a file, a data URL, or bytes of a picture")
+    if image[:5].lower() == "data:":
+        return _embedded(image, image, where)
     for candidate in (Path(image), path.parent / image):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # Path.is_file raises for a very long name
             return str(candidate.absolute())
-    raise RowError(f"{where}: no image {image!r}, neither as it is nor beside {path.name}")
+    raise RowError(f"{where}: no image {image[:200]!r}, neither as it is nor beside {path.name}")
+
+
+def _embedded(url: str, source: str | bytes, where: str) -> str:
+    """A picture that a row holds, once its header was read."""
+    try:
+        image_size(source, name="the picture in it")
+    except ImageError as error:
+        raise RowError(f"{where}: {error}") from None
+    return url
 
 
 def _whole(record: Mapping[str, Any], key: str, where: str) -> int | None:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.shipped import find_recipe, recipe_names
+from vilavt_core.spelling import did_you_mean
 from vilavt_core.yaml_config import get_key, read_keys
 
 from .compat import require_verl
@@ -23,6 +25,7 @@ too and stay as they are."""
 OPTIONS = ("--show", "--help")
 """Of `vilavt-rl verl`."""
 AGENT_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
+MODEL = "actor_rollout_ref.model.path"
 EXTENSION = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
 OUR_EXTENSION = "vilavt_rl.verl.vllm_worker.VilavtWorkerExtension"
 
@@ -45,7 +48,10 @@ def verl_command(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[lis
     refuse_options(overrides, OPTIONS, HYDRA_OPTIONS)
     found = find_recipe(recipe, RECIPES)
     if found is None:
-        raise HostError(f"{recipe}: no such recipe; it must be a file, or one of {', '.join(recipe_names(RECIPES))}")
+        known = recipe_names(RECIPES)
+        raise HostError(
+            f"{recipe}: no such recipe; it must be a file, or one of {', '.join(known)}{did_you_mean(recipe, known)}"
+        )
     recipe = found.absolute()
     require_verl()
     config = read_keys(recipe, HostError)
@@ -82,6 +88,8 @@ def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
         RowError: the data cannot be used.
     """
     command, environment = verl_command(recipe, overrides)
+    if (checkpoint := _checkpoint(recipe, command)) is not None:
+        require_vilavt(checkpoint)
     options = [part for part in command if part.startswith(("--config-path=", "--config-name="))]
     given = command[command.index(options[-1]) + 1 :]
     os.environ.update(environment)  # composing imports verl, which reads it
@@ -90,6 +98,13 @@ def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
     if not any(part.startswith("-") for part in given):  # Hydra's own options only show the configuration
         check_verl(found.absolute(), given)
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _checkpoint(recipe: str | Path, command: Sequence[str]) -> str | None:
+    """What the run trains: the last override of it, else what the recipe says; None if only Hydra can tell."""
+    found = find_recipe(recipe, RECIPES)
+    named = _set(command, MODEL) or (None if found is None else get_key(read_keys(found, HostError), MODEL))
+    return named.strip("'\"") if isinstance(named, str) and not re.search(r"\$\{|\?\?\?", named) else None
 
 
 def _absolute(override: str) -> str:

@@ -34,6 +34,7 @@ from vilavt_core.checkpoint.config import (
 from vilavt_core.checkpoint.layout import CONFIG, disagreements, read_json
 from vilavt_core.checkpoint.writing import (
     TensorSource,
+    check_destination,
     plan_shards,
     separate_folders,
     shard_names,
@@ -134,6 +135,7 @@ def merge_shards(
         raise CheckpointError(f"dtype {dtype!r}, expected one of {sorted(_DTYPES)}")
     folder, destination = _shards_folder(Path(source)), Path(destination)
     separate_folders(folder, destination)
+    check_destination(destination, force)
     files = _rank_files(folder)
     settings = Path(config) if config else folder / "huggingface"
     if not (settings / CONFIG).is_file():

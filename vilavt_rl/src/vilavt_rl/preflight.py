@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
-from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.errors import CheckpointError, VilavtError
 from vilavt_core.settings import is_hub_id, read_chat_settings
-from vilavt_core.validation import closest
+from vilavt_core.spelling import did_you_mean
 
 from .data import read_rows
 from .errors import HostError, RowError
@@ -31,12 +31,6 @@ HYDRA_OPTIONS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 """Of verl's entry point, which print the configuration instead of training."""
 
 
-def named(key: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown key: the one that was probably meant, if there is one like it."""
-    meant = closest(key, known)
-    return "." if meant is None else f"; did you mean {meant}?"
-
-
 def refuse_options(arguments: Sequence[str], known: Sequence[str], allowed: Sequence[str] = ()) -> None:
     """Refuse options among overrides.
 
@@ -51,7 +45,7 @@ def refuse_options(arguments: Sequence[str], known: Sequence[str], allowed: Sequ
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("-") and name not in allowed:
-            raise HostError(f"{argument}: there is no such option{named(name, known)} Overrides are key=value")
+            raise HostError(f"{argument}: there is no such option{did_you_mean(name, known)}; overrides are key=value")
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -96,15 +90,9 @@ def check_checkpoint(key: str, path: str | None) -> None:
             return
         raise HostError(f"{key}: {path}: no such folder, and no hub id (owner/name); set {key}=FOLDER")
     try:
-        found = inspect_checkpoint(folder)
+        require_vilavt(folder)
     except CheckpointError as error:
         raise HostError(f"{key}: {error}") from None
-    if found.model_type != "vilavt":
-        remedy = "; ".join(found.notes) or "it must be a ViLaVT"
-        raise HostError(f"{key}: {folder} is a {found.flavour.value} (model_type {found.model_type}): {remedy}")
-    wrong = [*found.problems, *(f"{part.name} is missing: {part.remedy}" for part in found.missing)]
-    if wrong:
-        raise HostError(f"{key}: {folder} cannot be trained: {'; '.join(wrong)}; see `vilavt inspect {folder}`")
 
 
 def check_output(key: str, folder: str | None) -> None:
@@ -208,11 +196,11 @@ def check_agent_loop(path: Path, checkpoint: str) -> None:
         if loop.get("_target_") != OUR_LOOP:
             continue
         for unknown in sorted(set(map(str, loop)) - set(LOOP_KEYS)):
-            raise HostError(f"{path}: {unknown} is no key of our agent loop{named(unknown, LOOP_KEYS)}")
+            raise HostError(f"{path}: {unknown} is no key of our agent loop{did_you_mean(unknown, LOOP_KEYS)}")
         check_episodes(str(path), loop, checkpoint)
         reward, known = loop.get("reward"), [field.name for field in dataclasses.fields(RewardSettings)]
         for unknown in sorted(set(reward or {}) - set(known)):
-            raise HostError(f"{path}: reward.{unknown} is no key of a reward{named(unknown, known)}")
+            raise HostError(f"{path}: reward.{unknown} is no key of a reward{did_you_mean(unknown, known)}")
         try:
             RewardSettings(**(reward or {}))
         except (VilavtError, TypeError) as error:
@@ -271,8 +259,7 @@ def _unknown(config: Any, key: str) -> str | None:
     for part in key.split("."):
         if not OmegaConf.is_dict(node) or part not in node:
             known = list(node) if OmegaConf.is_dict(node) else []
-            meant = closest(part, map(str, known))
-            return "." if meant is None else f"; did you mean {'.'.join([*way, meant])}?"
+            return did_you_mean(key, [".".join([*way, str(name)]) for name in known])
         node = node._get_node(part)
         way.append(part)
     return None
@@ -312,8 +299,8 @@ def _refuse_unknown_keys(recipe: Path, config: Any, stock: Any, added: frozenset
                 if name in fields or (not fields and _is_added(key, added)):
                     continue  # a section that becomes an object takes its fields and nothing else
                 known = shown | fields
-                remedy = "" if fields else f" If verl reads it all the same, write +{key}=VALUE on the command line"
-                raise HostError(f"{recipe}: {key} is no key of verl's configuration{named(name, known)}{remedy}")
+                remedy = "" if fields else f"; if verl reads it all the same, write +{key}=VALUE on the command line"
+                raise HostError(f"{recipe}: {key} is no key of verl's configuration{did_you_mean(name, known)}{remedy}")
             inner, other = mine._get_node(name), theirs._get_node(name)
             both = all(OmegaConf.is_dict(node) and not node._is_none() for node in (inner, other))
             if both and key not in FREE_SECTIONS:

@@ -126,7 +126,7 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
         )
     found: list[Rollout] = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
             try:
                 found.append(Rollout.from_json(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:

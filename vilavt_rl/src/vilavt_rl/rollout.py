@@ -14,6 +14,7 @@ from PIL import Image
 from vilavt_core.data.rendering import Outline
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
+from vilavt_core.errors import ImageError
 from vilavt_core.images import image_size
 from vilavt_core.regions import Picture
 from vilavt_core.results import Sample
@@ -73,7 +74,11 @@ def start_row(row: Row, settings: ConversationSettings, *, max_prompt: int, max_
         ImageError: an image cannot be loaded.
         RolloutError: the first turn is too long.
     """
-    episode = _open(row, settings, settings.load(row.images))
+    try:
+        images = settings.load(row.images)
+    except ImageError as error:  # a picture that the row holds has no name of its own
+        raise ImageError(f"sample {row.id}: {error}") from None
+    episode = _open(row, settings, images)
     length = len(episode.record.token_ids)
     if episode.finished or length > max_prompt:
         raise RolloutError(

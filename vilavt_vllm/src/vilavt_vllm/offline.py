@@ -13,12 +13,14 @@ from vllm import LLM
 from vilavt_core.asking import DrivenBackend, refuse_intervention
 from vilavt_core.driver import Driver
 from vilavt_core.errors import EngineError
+from vilavt_core.failures import loading
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event, Intervention
 from vilavt_core.video import VideoLimits
 
+from .checkpoints import require_servable
 from .episodes import sampling_params, settings_of_engine, take, to_prompt
 
 logger = logging.getLogger(__name__)
@@ -45,8 +47,7 @@ class VilavtLLM(DrivenBackend):
 
     Raises:
         EngineError: arguments for an engine that runs already.
-        VilavtError: the checkpoint's settings are wrong.
-        ValueError: vLLM refuses an argument.
+        VilavtError: the checkpoint cannot be used, its settings are wrong, or vLLM refuses an argument.
     """
 
     def __init__(
@@ -64,9 +65,14 @@ class VilavtLLM(DrivenBackend):
         allow_urls: bool = False,
         **engine_args: Any,
     ) -> None:
-        if isinstance(model, LLM) and engine_args:
-            raise EngineError(f"{', '.join(engine_args)}: the LLM that was given runs already; pass it to vllm.LLM")
-        self.llm = LLM(model=str(model), **engine_args) if not isinstance(model, LLM) else model
+        if isinstance(model, LLM):
+            if engine_args:
+                raise EngineError(f"{', '.join(engine_args)}: the LLM that was given runs already; pass it to vllm.LLM")
+            self.llm = model
+        else:
+            require_servable(str(model), engine_args)
+            with loading(str(model)):
+                self.llm = LLM(model=str(model), **engine_args)
         config: Any = self.llm.llm_engine.vllm_config
         self.settings = settings_of_engine(
             config.model_config,

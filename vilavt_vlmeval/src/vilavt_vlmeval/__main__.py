@@ -6,16 +6,19 @@ For environments that forbid ``.pth`` files, or where this package is only on ``
 import runpy
 import sys
 
+from vilavt_core.ending import ending
+
 from . import _autoload, compat
-from .errors import VlmevalMissing
 
 
 def main() -> None:
     """Register, then run the runner with the arguments of this process."""
-    try:
-        script = compat.runner()
-    except VlmevalMissing as error:
-        sys.exit(f"vilavt_vlmeval: {error}")
+    with ending("vilavt_vlmeval"):
+        _run()
+
+
+def _run() -> None:
+    script = compat.runner()
     _autoload.install()
     sys.argv[0] = str(script)
     if script.parent.name == "vlmeval":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vilavt_core.backends import is_url, open_backend
+from vilavt_core.backends import names_server, open_backend
 from vilavt_core.results import Sample
 
 from .messages import BenchmarkQuestion
@@ -41,7 +41,7 @@ class Adapter:
     def __init__(self, settings: AdapterSettings, name: str = "") -> None:
         path = settings.path
         self.settings = settings
-        self.name = name or (urlsplit(path).netloc if is_url(path) else Path(path).name)
+        self.name = name or (urlsplit(path).netloc if names_server(path) else Path(path).name)
         if settings.trace_dir is not None:
             make_folder(settings.trace_dir)
         options = settings.options()

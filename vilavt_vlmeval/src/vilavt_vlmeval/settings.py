@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from vilavt_core.backends import BackendOptions, is_url
+from vilavt_core.backends import BackendOptions, names_server
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import Limits, Sampling, optional_fields
 from vilavt_core.shipped import shipped
+from vilavt_core.spelling import did_you_mean
 from vilavt_core.validation import problems
 
 from .errors import SettingsError
@@ -81,7 +82,10 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
 
         values = {**found, **given}
         if unknown := [name for name in values if name not in cls.model_fields]:
-            raise SettingsError(f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}")
+            hint = did_you_mean(unknown[0], cls.model_fields)
+            raise SettingsError(
+                f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}{hint}"
+            )
         try:
             return cls(**values)
         except ValidationError as error:
@@ -94,7 +98,7 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
         Raises:
             SettingsError: it is not named.
         """
-        if is_url(self.backend):
+        if names_server(self.backend):
             return self.backend
         if self.checkpoint == "tiny":
             return str(shipped("vilavt-tiny"))
@@ -109,7 +113,7 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
     @property
     def backend_name(self) -> str:
         """``hf``, ``vllm`` or ``server``."""
-        return "server" if is_url(self.backend) else self.backend
+        return "server" if names_server(self.backend) else self.backend
 
     def options(self) -> BackendOptions:
         """For `vilavt_core.backends.open_backend`."""

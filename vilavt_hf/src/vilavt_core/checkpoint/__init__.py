@@ -6,6 +6,7 @@ from .convert import ConversionReport, Weights, convert_checkpoint, verify_same_
 from .initialise import InitialisationReport, initialise_checkpoint
 from .inspection import Flavour, Inspection, inspect_checkpoint
 from .layout import Checkpoint
+from .verdict import Verdict, judge_checkpoint, require_vilavt
 
 __all__ = [
     "BuildInfo",
@@ -15,12 +16,15 @@ __all__ = [
     "InitialisationReport",
     "Inspection",
     "Missing",
+    "Verdict",
     "Weights",
     "collect_build_info",
     "convert_checkpoint",
     "fingerprint",
     "initialise_checkpoint",
     "inspect_checkpoint",
+    "judge_checkpoint",
+    "require_vilavt",
     "verify_same_tensors",
     "write_build_info",
 ]

@@ -202,6 +202,6 @@ def _name_our_processor(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         if value.get("processor_class") in _STOCK_PROCESSORS:
             write_json(path, {**value, "processor_class": "VilavtProcessor"})

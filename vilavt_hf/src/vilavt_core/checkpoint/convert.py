@@ -21,6 +21,7 @@ from .config import (
 )
 from .layout import CONFIG, INDEX, Checkpoint, ShardFile, disagreements, read_json
 from .writing import (
+    check_destination,
     file_range,
     from_entry,
     place_file,
@@ -96,6 +97,7 @@ def convert_checkpoint(
     """
     source, destination = Path(source), Path(destination)
     separate_folders(source, destination)
+    check_destination(destination, force)
     checkpoint = Checkpoint.open(source).require_sound()
     encoder, origin = _text_encoder(checkpoint, Path(query_encoder) if query_encoder else None)
     config = vilavt_config(checkpoint.config, encoder, architecture=architecture)

@@ -19,6 +19,7 @@ from .inspection import Flavour, detect_flavour
 from .layout import CONFIG, Checkpoint, TensorEntry, disagreements
 from .writing import (
     TensorSource,
+    check_destination,
     from_entry,
     place_file,
     separate_folders,
@@ -94,9 +95,12 @@ def initialise_checkpoint(
     base, query_encoder, destination = Path(base), Path(query_encoder), Path(destination)
     separate_folders(base, destination)
     separate_folders(query_encoder, destination)
+    check_destination(destination, force)
     stock, encoder = Checkpoint.open(base).require_sound(), Checkpoint.open(query_encoder).require_sound()
     if (kind := detect_flavour(stock)) is not Flavour.STOCK:
-        raise CheckpointError(f"{base} is not a stock Qwen2.5-VL but: {kind.value}")
+        raise CheckpointError(
+            f"{base} is not a stock Qwen2.5-VL but: {kind.value}; name the folder of a Qwen2.5-VL checkpoint first"
+        )
     encoder_config = query_encoder_config(query_encoder)
     encoder_entries, ignored = _encoder_entries(encoder)
     check_query_encoder(

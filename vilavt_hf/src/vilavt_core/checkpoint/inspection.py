@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from .build_info import fingerprint
 from .companions import PROMPTS, Missing, missing_companions
 from .config import ARCHITECTURE, derived_text_encoder_config
-from .layout import CONFIG, Checkpoint, disagreements
+from .layout import Checkpoint, disagreements
 
 
 class Flavour(StrEnum):
@@ -100,12 +100,6 @@ def inspect_checkpoint(folder: str | os.PathLike) -> Inspection:
         CheckpointError: the folder holds no checkpoint at all.
     """
     root = Path(folder)
-    if root.is_dir() and not (root / CONFIG).exists():
-        if any(root.glob("model_world_size_*_rank_*.pt")) or any(root.glob("actor/model_world_size_*_rank_*.pt")):
-            raise CheckpointError(
-                f"{root} holds FSDP shards; merge them with `vilavt-rl merge {root} DST`, then inspect DST"
-            )
-        raise CheckpointError(f"{root} has no {CONFIG}: it is not a checkpoint")
     checkpoint = Checkpoint.open(root)
     config = checkpoint.config
     vision = config.get("vision_config") or {}
@@ -145,13 +139,17 @@ def inspect_checkpoint(folder: str | os.PathLike) -> Inspection:
 
 def detect_flavour(checkpoint: Checkpoint) -> Flavour:
     """By ``model_type``, ``text_encoder_config``, the integration point and the tensors; class names decide nothing."""
-    config = checkpoint.config
+    return flavour_of(checkpoint.config, checkpoint.tensors)
+
+
+def flavour_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Flavour:
+    """:func:`detect_flavour` by ``config.json`` and the published names of the tensors, if they are known."""
     if config.get("model_type") == "vilavt" or isinstance(config.get("text_encoder_config"), dict):
         ours = ARCHITECTURE in (config.get("architectures") or ())
         return Flavour.OURS if ours else Flavour.PUBLISHED_RL
     if config.get("model_type") in ("qwen2_5_vl", "qwen2_5_vl_text"):
         vision = config.get("vision_config") or {}
-        added = any(is_added(name) for name in checkpoint.tensors)
+        added = any(is_added(name) for name in tensors)
         return Flavour.PUBLISHED_SFT if added or vision.get("integration_point") else Flavour.STOCK
     return Flavour.QUERY_ENCODER if config.get("model_type") == "qwen3" else Flavour.UNKNOWN
 

@@ -27,9 +27,11 @@ from ..architecture import (
     stored_query_blocks,
 )
 from ..errors import CheckpointError
+from ..spelling import did_you_mean
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -80,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is not there, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
@@ -163,8 +165,8 @@ class Checkpoint:
             CheckpointError: no folder, no readable ``config.json``.
         """
         root = Path(folder)
-        if not root.is_dir():
-            raise CheckpointError(f"{root} is not a folder")
+        if not (root / CONFIG).exists():
+            raise CheckpointError(no_checkpoint(root))
         problems: list[str] = []
         config = read_json(root / CONFIG)
         on_disk = sorted(path.name for path in root.glob("*.safetensors"))
@@ -216,6 +218,27 @@ class Checkpoint:
         if self.problems:
             raise CheckpointError("; ".join(self.problems))
         return self
+
+
+def no_checkpoint(root: Path) -> str:
+    """What a folder is that is no checkpoint, and what to do."""
+    if not os.path.lexists(root):
+        found = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
+        hint = did_you_mean(root.name, found) or "; check the path"
+        return f"{root}: no such folder, and not a hub id (owner/name){hint}"
+    if not root.is_dir():
+        here = f", {root.parent}" if (root.parent / CONFIG).is_file() else ""
+        return f"{root} is not a folder; name the folder of the checkpoint{here}"
+    if any(root.glob("model_world_size_*_rank_*.pt")) or any(root.glob("actor/model_world_size_*_rank_*.pt")):
+        return f"{root} holds FSDP shards; merge them with `vilavt-rl merge {root} DST`, then use DST"
+    if (root / ADAPTER_CONFIG).is_file():
+        return f"{root} is an adapter (LoRA), not a checkpoint; make one with `vilavt merge-lora {root} NEW`"
+    if inner := sorted(path.parent for pattern in ("*", "snapshots/*") for path in root.glob(f"{pattern}/{CONFIG}")):
+        more = ", …" if len(inner) > 3 else ""
+        return f"{root} has no {CONFIG}: it is not a checkpoint, but holds {', '.join(map(str, inner[:3]))}{more}"
+    if not any(root.iterdir()):
+        return f"{root} is empty, it has no {CONFIG}: it is not a checkpoint; check the path, or copy it again"
+    return f"{root} has no {CONFIG}: it is not a checkpoint; check the path, or copy it again"
 
 
 def _check_index(root: Path, index: dict[str, Any], on_disk: list[str], problems: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..outputs import folder_problem
 from .layout import CONFIG, INDEX, TensorEntry
 
 logger = logging.getLogger(__name__)
@@ -32,15 +33,12 @@ class TensorSource:
     chunks: Callable[[], Iterable[bytes | memoryview]]
 
 
-@contextlib.contextmanager
-def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterator[Path]:
-    """A sibling folder ``DESTINATION.partial-<pid>`` that takes the destination's name when the block succeeds.
-
-    Whatever happens, a folder called `destination` is never half written: an exception removes the partial folder, a
-    killed process leaves it under its partial name. With `force` an existing destination is replaced as a whole.
+def check_destination(destination: str | os.PathLike, force: bool = False) -> None:
+    """Refuse a folder that `staged_folder` could not write, before any work.
 
     Raises:
-        CheckpointError: the destination exists and `force` is off, or it is something else than a checkpoint folder.
+        CheckpointError: the destination exists and `force` is off, it is something else than a checkpoint folder, or
+            nothing can be written there.
     """
     target = Path(os.path.abspath(destination))
     if os.path.lexists(target):
@@ -52,6 +50,22 @@ def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterat
             raise CheckpointError(
                 f"{target} has files but no {CONFIG}: not a checkpoint, so --force does not delete it"
             )
+    if problem := folder_problem(target.parent):
+        raise CheckpointError(f"{target} cannot be made: {problem}")
+
+
+@contextlib.contextmanager
+def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterator[Path]:
+    """A sibling folder ``DESTINATION.partial-<pid>`` that takes the destination's name when the block succeeds.
+
+    Whatever happens, a folder called `destination` is never half written: an exception removes the partial folder, a
+    killed process leaves it under its partial name. With `force` an existing destination is replaced as a whole.
+
+    Raises:
+        CheckpointError: see :func:`check_destination`.
+    """
+    check_destination(destination, force)
+    target = Path(os.path.abspath(destination))
     for stale in target.parent.glob(f"{target.name}.partial-*"):
         logger.warning("%s was left by an interrupted run and can be deleted", stale)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from ..errors import VilavtError
+from ..ending import ending
+from .running import Commands, version_option
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "ask": Subcommand("vilavt_hf.cli.chat:ask", "Ask a checkpoint about pictures, and watch it zoom."),
+    "ask": Subcommand("vilavt_core.cli.chat:ask", "Ask a checkpoint about pictures, and watch it zoom."),
     "demo": Subcommand(
-        "vilavt_hf.cli.chat:demo",
+        "vilavt_core.cli.chat:demo",
         "Watch a real, tiny ViLaVT answer three questions it was not trained on.",
     ),
     "attention": Subcommand(
@@ -77,10 +78,10 @@ SUBCOMMANDS = {
         "Prompt sets: show one, or import one from a checkout of the published system.",
     ),
     "data": Subcommand("vilavt_core.cli.data:data_app", "Training data: check it, count it, unpack its archives."),
-    "sft": Subcommand("vilavt_hf.cli.sft:sft", "Fine-tune a checkpoint on conversations."),
+    "sft": Subcommand("vilavt_core.cli.sft:sft", "Fine-tune a checkpoint on conversations."),
     "recipe": Subcommand("vilavt_core.cli.recipe:recipe", "Print a recipe of `vilavt sft`, to copy and edit."),
     "merge-lora": Subcommand(
-        "vilavt_hf.cli.sft:merge_lora",
+        "vilavt_core.cli.sft:merge_lora",
         "Add an adapter to the weights it was trained on and write a complete checkpoint.",
     ),
     "tiny": Subcommand(
@@ -96,7 +97,7 @@ SUBCOMMANDS = {
 """By name, in the order of the help page."""
 
 
-class _Subcommands(TyperGroup):
+class _Subcommands(Commands):
     """Lists subcommands by their help lines alone, and imports the one that is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -115,14 +116,16 @@ app = typer.Typer(
     name="vilavt",
     cls=_Subcommands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="ViLaVT: a vision-language model whose vision encoder can be asked.",
 )
 
 
 @app.callback()
-def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do.")) -> None:
+def _options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do; show tracebacks."),
+    version: bool = version_option("vilavt", "vilavt-hf"),
+) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot show must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(
@@ -130,23 +133,7 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
     )
 
 
-_EXTRAS = {"pydantic": "train", "yaml": "train", "accelerate": "train", "matplotlib": "train", "sklearn": "tiny"}
-"""Packages that some commands need -> the extra that brings them."""
-_EVALUATION = ("eval", "eval-latency", "score")
-"""Commands for which the smaller extra ``eval`` is enough."""
-
-
 def main() -> None:
-    """Entry point: an error we raise on purpose is one line on stderr and exit code 1, never a traceback."""
-    try:
+    """Entry point."""
+    with ending("vilavt"):
         app()
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        extra = "eval" if extra == "train" and set(_EVALUATION) & set(sys.argv[1:3]) else extra
-        typer.secho(f'vilavt: this command needs {error.name}: pip install "vilavt-hf[{extra}]"', fg="red", err=True)
-        sys.exit(1)
-    except VilavtError as error:
-        typer.secho(f"vilavt: {type(error).__name__}: {error}", fg="red", err=True)
-        sys.exit(1)

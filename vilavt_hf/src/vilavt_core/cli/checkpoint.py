@@ -10,6 +10,7 @@ import typer
 
 from ..architecture import INTEGRATION_POINTS
 from ..errors import CheckpointError
+from .running import choice
 
 if TYPE_CHECKING:
     from ..checkpoint import Inspection, Missing
@@ -24,7 +25,7 @@ class Architecture(StrEnum):
 
 QueryEncoder = Annotated[
     Path | None,
-    typer.Option("--query-encoder", help="Folder of the query encoder (Qwen3-Embedding): config, tokenizer."),
+    typer.Option("--query-encoder", help="Folder or hub id of the query encoder (Qwen3-Embedding): config, tokenizer."),
 ]
 Processor = Annotated[
     Path | None, typer.Option("--processor", help="Folder whose processor and tokenizer files fill in what is missing.")
@@ -34,7 +35,7 @@ ClassName = Annotated[Architecture, typer.Option(help="Class name in config.json
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder, either published flavour.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder or hub id, either published flavour.")],
     destination: Annotated[Path, typer.Argument(help="New folder.")],
     query_encoder: QueryEncoder = None,
     processor: Processor = None,
@@ -47,12 +48,13 @@ def convert(
 ) -> None:
     """Turn an SFT-format checkpoint into the RL/vLLM format."""
     from ..checkpoint import convert_checkpoint
+    from ..checkpoint.hub import checkpoint_folder
 
     report = convert_checkpoint(
-        source,
+        checkpoint_folder(source),
         destination,
-        query_encoder=query_encoder,
-        processor=processor,
+        query_encoder=query_encoder and checkpoint_folder(query_encoder),
+        processor=processor and checkpoint_folder(processor),
         architecture=class_name(architecture),
         link=not copy,
         force=force,
@@ -67,13 +69,14 @@ def convert(
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is, how it conditions vision on queries, and what it lacks."""
     from ..checkpoint import inspect_checkpoint
+    from ..checkpoint.hub import checkpoint_folder
 
-    found = inspect_checkpoint(checkpoint)
+    found = inspect_checkpoint(checkpoint_folder(checkpoint))
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -81,8 +84,10 @@ def inspect(
 
 
 def init(
-    base: Annotated[Path, typer.Argument(help="Folder of a Qwen2.5-VL checkpoint.")],
-    query_encoder: Annotated[Path, typer.Option("--query-encoder", help="Folder of a Qwen3-Embedding checkpoint.")],
+    base: Annotated[Path, typer.Argument(help="Folder or hub id of a Qwen2.5-VL checkpoint.")],
+    query_encoder: Annotated[
+        Path, typer.Option("--query-encoder", help="Folder or hub id of a Qwen3-Embedding checkpoint.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="New folder.")],
     integration_point: Annotated[
         str, typer.Option(help=f"Query-aware vision blocks, one of: {', '.join(INTEGRATION_POINTS)}.")
@@ -97,10 +102,14 @@ def init(
 ) -> None:
     """Make a new ViLaVT from a Qwen2.5-VL and a Qwen3-Embedding checkpoint."""
     from ..checkpoint import initialise_checkpoint
+    from ..checkpoint.hub import checkpoint_folder
+    from ..checkpoint.writing import check_destination
 
+    choice(integration_point, INTEGRATION_POINTS, "--integration-point")
+    check_destination(out, force)
     report = initialise_checkpoint(
-        base,
-        query_encoder,
+        checkpoint_folder(base),
+        checkpoint_folder(query_encoder),
         out,
         integration_point=integration_point,
         fullatt_block_indexes=_block_list(fullatt),

@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..ending import resumable
+from ..errors import DataError
+from ..spelling import did_you_mean
+from .running import check_output_files, choice
+
 if TYPE_CHECKING:
     from ..data.dataset import SftDataset
 
@@ -50,6 +55,7 @@ def check_command(
     """Check every record: files, image marks, query mapping, boxes and queries, length. Exit code 1 if any fails."""
     from ..data.check import check
 
+    check_output_files(json=json_file)
     dataset = _dataset(what, model, config, registry, root, images, crops, max_length, max_pixels)
     findings = list(check(dataset, decode=decode, workers=workers, progress=True))
     counts = Counter((finding.severity, finding.kind) for finding in findings)
@@ -101,6 +107,7 @@ def stats_command(
     from ..data.dataset import Lengths, measure
     from ..data.order import Packed
 
+    check_output_files(json=json_file)
     dataset = _dataset(what, model, config, registry, root, images, crops, max_length, max_pixels)
     lengths = Lengths.of(list(measure(dataset, workers=workers, progress=True).values()))
     rows = statistics(dataset, lengths)
@@ -138,7 +145,8 @@ def unpack_command(
     """Unpack every archive into its own folder; run it again to go on after an interruption."""
     from ..data.unpack import unpack
 
-    report = unpack(folder, remove=remove, progress=True)
+    with resumable():
+        report = unpack(folder, remove=remove, progress=True)
     typer.echo(
         f"{report.archives} archives: {report.written} files written ({report.nbytes / 1e9:.2f} GB), "
         f"{report.kept} were there"
@@ -147,6 +155,20 @@ def unpack_command(
         typer.secho(f"failed: {failure}", fg="red", err=True)
     if report.failures:
         raise typer.Exit(1)
+
+
+def _data_set(name: str) -> str:
+    """The name, if it cannot be a file's: a data set is not called so."""
+    if Path(name).suffix in (".jsonl", ".json", ".parquet") or "/" in name:
+        kind = "it is a folder; name the annotation file in it" if Path(name).is_dir() else "there is no such file"
+        raise DataError(f"{name}: {kind}{did_you_mean(name, _beside(name))}", "registry")
+    return name
+
+
+def _beside(name: str) -> list[str]:
+    """Files in the folder of one that is not there, written as it was."""
+    folder = Path(name).parent
+    return [str(Path(name).with_name(path.name)) for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def _dataset(
@@ -170,14 +192,13 @@ def _dataset(
         return make_dataset(SftConfig.load(config))
     if not what or model is None:
         raise typer.BadParameter("name data sets or annotation files and a --model, or a --config")
-    if crops not in ("files", "cut"):
-        raise typer.BadParameter(f"{crops!r}: choose files or cut", param_hint="--crops")
+    choice(crops, ("files", "cut"), "--crops")
     known = Registry() if registry is None else Registry.load(registry)
     known = known if root is None else known.model_copy(update={"data_root": root})
     sources = [
         DataSource(name=Path(name).stem, annotations=Path(name), images=images, crops=crops)  # type: ignore[arg-type]
         if Path(name).is_file()
-        else known.find(name)
+        else known.find(_data_set(name))
         for name in what
     ]
     return SftDataset(sources, make_renderer(model, RenderSettings(max_pixels)), max_length=max_length)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .running import check_output_folders
+
 prompts_app = typer.Typer(
     help="Prompt sets: show one, or import one from a checkout of the published system.",
     no_args_is_help=True,
@@ -28,6 +30,7 @@ def import_command(
     from ..errors import PromptError
     from ..prompts.importer import import_prompts
 
+    check_output_folders(out=out)
     if (out / "prompts.json").exists() and not force:
         raise PromptError(f"{out}: holds a prompt set already; pass --force to replace it")
     report = import_prompts(checkout, name)

@@ -1,6 +1,7 @@
 """Annotation files: JSON lines, one JSON list, or Parquet."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Annotations:
         starts, ends, at = [], [], 0
         with self.path.open("rb") as file:
             for line in file:
-                if line.strip():
+                if line.removeprefix(BOM_UTF8).strip():
                     starts.append(at)
                     ends.append(at + len(line))
                 at += len(line)

@@ -1,5 +1,6 @@
 """One function for many samples, in several processes, in order."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -47,6 +48,7 @@ def in_processes(
 def _prepare(function: Callable[[int], object]) -> None:
     global _function
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
 
 
 def _call(i: int) -> object:

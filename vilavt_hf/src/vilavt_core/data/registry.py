@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import DataError
+from ..spelling import did_you_mean
 from ..validation import problems
 from ..yaml_config import read_keys
 
@@ -74,7 +75,9 @@ class Registry(BaseModel):
         try:
             registry = cls.model_validate(read_keys(path, partial(DataError, kind="registry")))
         except ValidationError as error:
-            raise DataError(f"{path}: {problems(error)}", "registry") from None
+            raise DataError(
+                f"{path}: {problems(error, known=[*cls.model_fields, *DataSource.model_fields])}", "registry"
+            ) from None
         names = [source.name for source in registry.datasets]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"{path}: data sets named twice: {', '.join(twice)}", "registry")
@@ -105,7 +108,10 @@ class Registry(BaseModel):
             source = self._published(name)
         else:
             choices = ", ".join([*known, *PUBLISHED])
-            raise DataError(f"there is no data set {name!r}; known are {choices}", "registry")
+            raise DataError(
+                f"there is no data set {name!r}; known are {choices}{did_you_mean(name, [*known, *PUBLISHED])}",
+                "registry",
+            )
         return source if rate is None else source.model_copy(update={"rate": rate})
 
     def _published(self, name: str) -> DataSource:

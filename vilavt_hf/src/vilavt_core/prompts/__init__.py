@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import PromptError
+from ..spelling import did_you_mean
 
 FORMAT = 1
 """Version of the folder layout, written to ``prompts.json``."""
@@ -203,13 +204,14 @@ class PromptSet:
         if not manifest_file.is_file():
             raise PromptError(
                 f"no prompt set {str(path_or_name)!r}: no {manifest_file.name} there; built in are {builtin_names()}"
+                f"{did_you_mean(path_or_name, builtin_names())}"
             )
         try:
-            manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+            manifest = json.loads(manifest_file.read_text(encoding="utf-8-sig"))
             if not isinstance(manifest, dict):
                 raise ValueError("it is not an object")
             texts = {
-                n: (directory / f"{n}.txt").read_bytes().decode()
+                n: (directory / f"{n}.txt").read_bytes().decode("utf-8-sig")
                 for n in TEMPLATES
                 if (directory / f"{n}.txt").is_file()
             }

@@ -129,7 +129,7 @@ def import_prompts(checkout: str | Path, name: str = "imported") -> ImportReport
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
-            trees[relative] = ast.parse(path.read_text(encoding="utf-8"))
+            trees[relative] = ast.parse(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
             skipped.append(f"{relative}: {type(error).__name__}: {error}")
     formatted = {node.func.value.id for tree in trees.values() for node in ast.walk(tree) if _is_format_call(node)}  # type: ignore[attr-defined]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vilavt_core.cli.quiet import load_quietly
+from vilavt_core.cli.running import check_output_files, check_output_folders
+from vilavt_core.ending import resumable
 
 from .score import show_summary
 
@@ -93,8 +95,11 @@ def evaluate(
     from ..sharding import Presence, Shard, take_own_gpu
 
     share = Shard.parse(shard) if shard else Shard.of_launcher()
+    check_output_folders(out=out)
+    if ray is None or Path(model).is_dir():  # the folder may be one of the cluster's machines
+        _check_model(model)
     runs: list[Run] = []
-    with Presence(out, [benchmarks, preset, changes, seed, seeds, limit, ablate], share) as presence:
+    with resumable(), Presence(out, [benchmarks, preset, changes, seed, seeds, limit, ablate], share) as presence:
         take_own_gpu()
         setting = _setting(model, backend, preset, changes, concurrency, engine, device)
         ablations = [Ablation(), *(Ablation.parse(text) for text in ablate or ())]
@@ -168,6 +173,8 @@ def latency(
         levels = []
     if not levels or min(levels) < 1:
         raise typer.BadParameter(f"{concurrency!r} is no list of numbers such as 1,8,32", param_hint="--concurrency")
+    check_output_files(json=json_file, markdown=markdown)
+    _check_model(model)
     setting = _setting(model, backend, preset, changes, max(levels), engine, device)
     load_quietly()
     report = measure_latency(
@@ -237,19 +244,27 @@ def _setting(
     engine: list[str] | None,
     device: str,
 ) -> Setting:
-    from vilavt_core.backends import is_url
+    from vilavt_core.backends import names_server
 
     from ..evaluation_preset import EvaluationPreset
     from ..runner import Setting
 
     return Setting(
         model=model,
-        backend=backend or ("server" if is_url(model) else "hf"),
+        backend=backend or ("server" if names_server(model) else "hf"),
         preset=EvaluationPreset.load(preset, _values(changes, "--set")),
         concurrency=concurrency,
         device=device,
         engine=tuple(_values(engine, "--engine").items()),
     )
+
+
+def _check_model(model: str) -> None:
+    from vilavt_core.backends import names_server
+    from vilavt_core.checkpoint import require_vilavt
+
+    if not names_server(model):
+        require_vilavt(model)
 
 
 def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vilavt_core.cli.running import check_output_folders, choice
 from vilavt_core.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def score_command(
     from ..report import write_report
     from ..summary import settings_of, summarise
 
-    if scorer not in ("strict", "published"):
-        raise typer.BadParameter(f"{scorer!r}: choose strict or published", param_hint="--scorer")
+    choice(scorer, ("strict", "published"), "--scorer")
+    check_output_folders(out=out)
     rules: Scorer = "strict" if scorer == "strict" else "published"
     definition = None if benchmark is None else load_benchmark(benchmark)
     settings = settings_of(_scored(results, definition))

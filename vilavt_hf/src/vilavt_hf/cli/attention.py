@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vilavt_core.cli.chat import Device, Dtype, DtypeOption
 from vilavt_core.cli.quiet import load_quietly
-
-from .chat import Device, Dtype, DtypeOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

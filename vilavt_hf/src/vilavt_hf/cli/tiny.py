@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
-from .allocator import keep_freed_memory
+from vilavt_core.checkpoint import require_vilavt
+from vilavt_core.checkpoint.writing import check_destination
+from vilavt_core.cli.allocator import keep_freed_memory
+from vilavt_core.cli.running import check_output_files, check_output_folders, choice
+from vilavt_core.ending import resumable
 
 tiny_app = typer.Typer(
     no_args_is_help=True,
@@ -25,12 +29,23 @@ def build_command(
     work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: beside OUT.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT and WORK already.")] = False,
 ) -> None:
     """Train the tiny model from nothing (about an hour on two cores) and save it."""
+    check_destination(out, force)
+    work = work or out.with_name(f"{out.name}-work")
+    check_output_folders(work=work)
+    if not (resume or force) and any(work.glob("*/stage.json")):
+        raise typer.BadParameter(
+            f"{work} holds stages of an earlier build; pass --resume to keep them, or --force to begin anew",
+            param_hint="--work",
+        )
     keep_freed_memory()
     from ..tiny.build import build
 
-    if record := build(out, work=work, seed=seed, resume=resume):
+    with resumable(f"with --resume the same command keeps the stages that are done, in {work}"):
+        record = build(out, work=work, seed=seed, resume=resume, force=force)
+    if record:
         typer.echo(json.dumps(record, indent=1))
 
 
@@ -50,12 +65,13 @@ def eval_command(
     ] = None,
 ) -> None:
     """Held-out accuracy per question kind: whole conversations and every ablation, with 95% intervals."""
-    if split not in ("heldout", "dev", "train"):
-        raise typer.BadParameter(f"{split!r}: choose heldout, dev or train", param_hint="--split")
+    choice(split, ("heldout", "dev", "train"), "--split")
+    check_output_files(json=json_file)
     from vilavt_core.shipped import shipped
 
     from ..tiny.evaluate import evaluate_tiny
 
+    require_vilavt(checkpoint or shipped("vilavt-tiny"))
     with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
         report = evaluate_tiny(
             str(checkpoint or shipped("vilavt-tiny")),
@@ -81,6 +97,7 @@ def benchmark_command(
     limit: Annotated[int | None, typer.Option(help="Questions; default: all 560.")] = None,
 ) -> None:
     """Write the held-out scenes as a benchmark; `vilavt eval` takes the path that is printed."""
+    check_output_folders(out=out)
     from ..tiny.benchmark import write_benchmark
 
     typer.echo(write_benchmark(out, limit))
@@ -93,6 +110,7 @@ def scenes_command(
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 7,
 ) -> None:
     """Draw held-out scenes as PNG files, with questions and answers."""
+    check_output_folders(out=out)
     from ..tiny.build import write_examples
 
     for name in write_examples(out, count, seed):
@@ -113,13 +131,16 @@ def data_command(
 
     Beside them a question that the shipped model cannot answer yet, with held-out scenes to validate on.
     """
+    check_output_folders(out=out)
     from vilavt_core.prompts import PromptSet
     from vilavt_core.shipped import shipped
 
     from ..processing_vilavt import VilavtProcessor
     from ..tiny.records import write_new_lesson, write_training_set
 
-    processor = VilavtProcessor.from_pretrained(checkpoint or shipped("vilavt-tiny"))
+    folder = checkpoint or shipped("vilavt-tiny")
+    require_vilavt(folder)
+    processor = VilavtProcessor.from_pretrained(folder)
     prompts = processor.prompts or PromptSet.load("tiny")
     written = write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed)
     written += write_new_lesson(out, count=count, held_out=held_out, seed=seed)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from vilavt_core.architecture import Part, find_part
+from vilavt_core.checkpoint.writing import staged_folder
 from vilavt_core.data.order import InOrder
 from vilavt_core.errors import TrainingError
 from vilavt_core.prompts import PromptSet
@@ -330,7 +331,9 @@ def load_stage(folder: Path) -> VilavtForTeaching:
 # ---------------------------------------------------------------------------------------------------- the whole
 
 
-def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = False) -> dict[str, Any]:
+def build(
+    out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = False, force: bool = False
+) -> dict[str, Any]:
     """Train all stages and write the checkpoint.
 
     Args:
@@ -338,6 +341,7 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
         work: holds one folder per stage; default: ``<out>-work``.
         seed: of weights and data.
         resume: use the stages that `work` already holds.
+        force: replace a checkpoint that is at `out`.
 
     Started by torchrun, the ranks share every batch.
 
@@ -356,7 +360,7 @@ def build(out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = 
     model.auxiliary = None
     if rank_and_world()[0]:
         return {}
-    return publish(model, processor, [work / s.name for s in STAGES], out, seed)
+    return publish(model, processor, [work / s.name for s in STAGES], out, seed, force=force)
 
 
 def publish(
@@ -366,8 +370,9 @@ def publish(
     out: Path,
     seed: int,
     notes: Sequence[str] = (),
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Write model, processor, chat settings and provenance to `out`; returns the provenance.
+    """Write model, processor, chat settings and provenance to `out`, all or nothing; returns the provenance.
 
     Args:
         model: what the last stage reached; rounded in place.
@@ -376,12 +381,26 @@ def publish(
         out: the checkpoint folder.
         seed: for the record.
         notes: for the record: whatever was not as the command does it.
+        force: replace a checkpoint that is there.
 
     Weights are rounded to bfloat16 (half the bytes); the configuration asks for float32, so they are computed with in
     full precision on any machine.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    model = model.to(torch.bfloat16)
+    with staged_folder(out, force) as partial:
+        return _write(
+            model.to(torch.bfloat16), processor, stages, partial, f"--out {out.name} --seed {seed}", seed, notes
+        )
+
+
+def _write(
+    model: VilavtForTeaching,
+    processor: VilavtProcessor,
+    stages: Sequence[Path],
+    out: Path,
+    flags: str,
+    seed: int,
+    notes: Sequence[str],
+) -> dict[str, Any]:
     model.save_pretrained(out)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
@@ -403,7 +422,7 @@ def publish(
     (out / "model.safetensors").chmod(0o644)
     (out / "training.json").write_text(json.dumps(curves, separators=(",", ":")) + "\n", encoding="utf-8")
     record = {
-        "command": f"vilavt tiny build --out {out.name} --seed {seed}",
+        "command": f"vilavt tiny build {flags}",
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "scikit-learn load_digits: 1237 train, 200 dev, 360 held-out scans",

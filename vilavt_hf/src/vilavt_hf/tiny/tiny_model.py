@@ -21,7 +21,7 @@ from ..train.training_model import VilavtForTraining
 from .heads import AuxiliaryHead, AuxiliaryLosses
 from .scenes import CELLS, COLOURS, MAX_PIXELS
 from .teacher import corpus
-from .tokenizer import train_tokenizer, wrap
+from .tokenizer import train_tokenizer, wrap_tokenizer
 
 WIDTH, LAYERS = 192, 4
 VISION_WIDTH, VISION_DEPTH = 128, 6
@@ -40,7 +40,7 @@ def tiny_processor() -> VilavtProcessor:
     image_processor = compat.PilImageProcessor(
         min_pixels=3136, max_pixels=MAX_PIXELS, patch_size=14, temporal_patch_size=2, merge_size=2
     )
-    return VilavtProcessor(image_processor, wrap(tokenizer), wrap(tokenizer, query=True), prompts)
+    return VilavtProcessor(image_processor, wrap_tokenizer(tokenizer), wrap_tokenizer(tokenizer, query=True), prompts)
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase) -> VilavtConfig:

@@ -71,7 +71,7 @@ def train_tokenizer(corpus: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer, *, query: bool = False) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(tokenizer: Tokenizer, *, query: bool = False) -> PreTrainedTokenizerFast:
     """The transformers tokenizer; with `query`, the one of the query encoder, which appends ``<|endoftext|>``."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     if query:

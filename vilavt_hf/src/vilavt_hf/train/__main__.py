@@ -3,22 +3,28 @@
 import logging
 import sys
 
-from vilavt_core.errors import VilavtError
+from vilavt_core.cli.sft import check_run, goes_on
+from vilavt_core.ending import ending, resumable
 from vilavt_core.sft_config import SftConfig
-
-from .run import Run
 
 
 def main() -> None:
-    """An error that we raise on purpose is one line, never a traceback."""
+    """Train; errors are told as by every command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if len(sys.argv) < 2:
         sys.exit("usage: torchrun … -m vilavt_hf.train CONFIG.yaml [section.key=value …]")
-    try:
-        run = Run(SftConfig.load(sys.argv[1], sys.argv[2:]))
-        report = run.train()
-    except VilavtError as error:
-        sys.exit(f"vilavt: {type(error).__name__}: {error}")
+    with ending("vilavt"):
+        config = SftConfig.load(sys.argv[1], sys.argv[2:])
+        check_run(config)
+        with resumable(goes_on(config)):
+            _train(config)
+
+
+def _train(config: SftConfig) -> None:
+    from .run import Run
+
+    run = Run(config)
+    report = run.train()
     if run.trainer.is_world_process_zero():
         sys.stdout.write(report.summary() + "\n")
         sys.stdout.flush()

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from vilavt_core.checkpoint import write_build_info
+from vilavt_core.checkpoint import require_vilavt, write_build_info
 from vilavt_core.checkpoint.companions import bring_companions
-from vilavt_core.checkpoint.writing import staged_folder
+from vilavt_core.checkpoint.layout import ADAPTER_CONFIG
+from vilavt_core.checkpoint.writing import check_destination, staged_folder
 from vilavt_core.errors import TrainingError
+from vilavt_core.failures import loading
 from vilavt_core.sft_config import LoraSettings
 
 from ..modeling_vilavt import VilavtForConditionalGeneration
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def add_adapters(model: Any, settings: LoraSettings, base: str) -> Any:
@@ -63,15 +63,19 @@ def merge_adapter(
     """
     peft = _peft()
     adapter = Path(adapter)
+    check_destination(destination)
     try:
-        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
     except (OSError, ValueError) as error:
         raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}: {error}; name an adapter's folder") from None
     base = base or named
     if not base:
         raise TrainingError(f"{adapter} does not say what it was trained on; pass --base")
-    model = VilavtForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    require_vilavt(base)
+    with loading(str(base)):
+        model = VilavtForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    with loading(str(adapter)):
+        merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     with staged_folder(destination) as partial:
         merged.save_pretrained(partial)

@@ -17,17 +17,20 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import deepspeed
 
+from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.checkpoint.build_info import write_build_info
 from vilavt_core.checkpoint.config import set_dtype
+from vilavt_core.checkpoint.hub import checkpoint_folder
 from vilavt_core.checkpoint.layout import CONFIG
 from vilavt_core.checkpoint.writing import replace_folder, write_json
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, Packed, Shuffled
 from vilavt_core.errors import TrainingError
+from vilavt_core.failures import loading
 from vilavt_core.presets import Limits
 from vilavt_core.settings import describe_preset
 from vilavt_core.sft_config import SftConfig
-from vilavt_core.training_set import checkpoint_folder, make_dataset
+from vilavt_core.training_set import make_dataset
 
 from .. import compat
 from ..processing_vilavt import VilavtProcessor
@@ -108,6 +111,9 @@ class Run:
         self.out = config.output.folder
         first = args.process_index == 0
         base = checkpoint_folder(config.model.path)
+        require_vilavt(base)
+        if config.model.attention != "auto":
+            compat.require_attention(config.model.attention)
         self.processor = VilavtProcessor.from_pretrained(base)
         self.trained_as, self.runs_as = config.chat_settings(self.processor.chat_settings)
         self.processor.chat_settings = self.runs_as
@@ -296,7 +302,7 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         shipped = resources.files("vilavt_hf.train") / "parallel" / f"{parallel.strategy}.json"
         return json.loads(shipped.read_text(encoding="utf-8"))
     try:
-        return json.loads(parallel.settings.read_text(encoding="utf-8"))
+        return json.loads(parallel.settings.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
 
@@ -316,11 +322,12 @@ def _model(config: SftConfig, base: Path) -> Any:
     choice = config.model.attention
     plain = "sdpa" if choice == "auto" else choice
     text = PACKED if config.batch.packing and plain == "sdpa" else plain
-    model = VilavtForTraining.from_pretrained(
-        base,
-        dtype=torch.float32,
-        attn_implementation={"text_config": text, "vision_config": plain, "text_encoder_config": "sdpa"},
-    )
+    with loading(config.model.path):
+        model = VilavtForTraining.from_pretrained(
+            base,
+            dtype=torch.float32,
+            attn_implementation={"text_config": text, "vision_config": plain, "text_encoder_config": "sdpa"},
+        )
     model.config.use_cache = False
     if config.lora is not None:
         return add_adapters(model, config.lora, config.model.path)

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from vilavt_core.driver import ConversationSettings
+from vilavt_core.spelling import meant
 
 from ..errors import HostError
-from ..preflight import named
 from ..rollout import settings_of_checkpoint
 from .engine import Queries
 
@@ -52,7 +52,7 @@ class Settings:
             known = cls.__dataclass_fields__
             raise HostError(
                 f"unknown keys in the block vilavt: {', '.join(unknown)}; known are {', '.join(known)}"
-                f"{named(unknown[0], known)}"
+                f"{meant(unknown, known)}"
             )
         if (queries := block.get("queries") or "inquiries") not in get_args(Queries):
             raise HostError(f"vilavt.queries is {queries!r}, it must be {' or '.join(get_args(Queries))}")

@@ -15,12 +15,13 @@ from typing import Any
 
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.shipped import find_recipe, recipe_names
+from vilavt_core.spelling import did_you_mean
 from vilavt_core.yaml_config import read_keys
 
 from ..compat import require_easyr1
 from ..errors import HostError
 from ..launch import RECIPES
-from ..preflight import check_checkpoint, check_episodes, check_output, check_rows, named, refuse_options
+from ..preflight import check_checkpoint, check_episodes, check_output, check_rows, refuse_options
 from ..run_settings import note_settings
 from . import engine
 from .block import Settings
@@ -43,13 +44,13 @@ def read_config(arguments: Sequence[str]) -> tuple[Any, Settings]:
     """
     from verl.trainer.config import PPOConfig
 
-    config, block = merged(PPOConfig(), arguments)
+    config, block = compose_config(PPOConfig(), arguments)
     config.deep_post_init()
     engine.refuse_lora(config)
     return config, Settings.read(block)
 
 
-def merged(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def compose_config(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """EasyR1's configuration with a file's values and those of the command line, and our block of both.
 
     Args:
@@ -88,11 +89,13 @@ def merged(schema: Any, arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         name = error.full_key or "a key"
         fields = getattr(error.object_type, "__dataclass_fields__", {})
         if fields and (key := name.rpartition(".")[2]) not in fields:
-            raise HostError(f"{origin}: {name} is no key of EasyR1's configuration{named(key, fields)}") from None
+            raise HostError(
+                f"{origin}: {name} is no key of EasyR1's configuration{did_you_mean(key, fields)}"
+            ) from None
         raise HostError(f"{origin}: {name}: {str(error).splitlines()[0]}") from None
 
 
-def check_run(config: Any, settings: Settings) -> None:
+def check_easyr1(config: Any, settings: Settings) -> None:
     """Make sure that what a run names is there and can be used.
 
     Raises:
@@ -205,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import ray
 
     config, settings = read_config(sys.argv[1:] if arguments is None else arguments)
-    check_run(config, settings)
+    check_easyr1(config, settings)
     engine.require_engine(settings.queries)
     if not ray.is_initialized():
         ray.init(
@@ -218,9 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from vilavt_core.errors import VilavtError
+    from vilavt_core.ending import ending
 
-    try:
+    with ending("vilavt_rl.easyr1"):
         main()
-    except VilavtError as error:
-        sys.exit(f"vilavt_rl.easyr1: {type(error).__name__}: {error}")

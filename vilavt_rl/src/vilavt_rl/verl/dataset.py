@@ -76,7 +76,7 @@ def _settings(tokenizer: Any, loop_config: str | None) -> ConversationSettings:
     from verl.utils.import_utils import resolve_config_path
 
     path = Path(resolve_config_path(loop_config))
-    loops = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loops = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     loop = next((loop for loop in loops if loop["name"] == LOOP), None)
     if loop is None:
         raise RowError(f"{path}: no agent loop is called {LOOP!r}, there are {[loop['name'] for loop in loops]}")

@@ -7,8 +7,12 @@ import os
 import sys
 from importlib import metadata
 
+from vilavt_core.ending import ending
+from vilavt_core.presets import get_preset
+from vilavt_core.versions import version_of
+
 from .. import CHAT_TEMPLATE
-from ..errors import UnsupportedError
+from ..checkpoints import require_servable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "--allowed-media-domains, …): vilavt-serve --vllm-help lists them.",
     )
     out.add_argument("model", nargs="?", help="checkpoint folder or hub id")
+    out.add_argument("--version", action="version", version=f"vilavt-serve {version_of('vilavt-vllm')}")
     out.add_argument("--vllm-help", action="store_true", help="show vLLM's flags and leave")
     for flag in flags():
         out.add_argument(
@@ -32,6 +37,14 @@ def parser() -> argparse.ArgumentParser:
             help=flag.help + ("" if flag.default is None else f" (default: {flag.default})"),
         )
     return out
+
+
+def engine_arguments(rest: list[str]) -> dict[str, str]:
+    """Of vLLM's flags those that say what the checkpoint is, by the names of vLLM's engine arguments."""
+    out = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--hf-overrides", "--hf_overrides", "--load-format", "--load_format", "--revision"):
+        out.add_argument(name, nargs="?")
+    return {name: value for name, value in vars(out.parse_known_args(rest)[0]).items() if value is not None}
 
 
 def allow_plugins() -> None:
@@ -50,23 +63,32 @@ def allow_plugins() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    from .. import compat
+    with ending("vilavt-serve"):
+        _serve(arguments)
 
-    try:
-        compat.require_server()
-    except UnsupportedError as error:
-        raise SystemExit(f"vilavt-serve: {error}") from None
+
+def _serve(arguments: list[str] | None) -> None:
     own = parser()
     ours, rest = own.parse_known_args(arguments)
     if ours.model is None and not ours.vllm_help:
         own.error("name a checkpoint: vilavt-serve CHECKPOINT")
-    allow_plugins()
 
     from .options import options_of
 
+    options = options_of(vars(ours))
+    if options.preset is not None:
+        get_preset(options.preset)
+    if not ours.vllm_help:
+        require_servable(ours.model, engine_arguments(rest))
+
+    from .. import compat
+
+    compat.require_server()
+    allow_plugins()
+
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
         rest += ["--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
-    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options_of(vars(ours)))
+    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options)
 
 
 if __name__ == "__main__":

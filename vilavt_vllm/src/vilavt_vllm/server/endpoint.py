@@ -26,7 +26,7 @@ from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, format_turn, without_tags
 from vilavt_core.results import ChatResult, Event, Finished, Sample
-from vilavt_core.validation import dotted, problems
+from vilavt_core.validation import problems
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
 from .. import compat
@@ -37,7 +37,7 @@ from .history import History
 from .media import Pictures
 from .metrics import metrics
 from .options import ServerOptions
-from .requests import ChatRequest, Exchange, exchanges
+from .requests import ChatRequest, Exchange, exchanges, place
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
 from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
@@ -112,9 +112,9 @@ class Loop:
 
     async def _driver(self, request: ChatRequest) -> tuple[Driver, list[Exchange]]:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
-        request.refuse_unknown()
         settings = self.llm.settings
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
+        request.check_bounds(limits)
         talk = exchanges(request.messages)
         count = sum(len(exchange.images) for exchange in talk)
         if count > limits.max_images:
@@ -125,18 +125,22 @@ class Loop:
             metrics().follow_ups.labels("rebuilt" if before is None else "kept").inc()
         if past and before is None:
             before = await self._rebuild(past, limits)
-        images = [await self.pictures.load(url) for url in last.images]
-        sample = Sample(images, last.question, seed=request.seed, limits=limits)
+        sample = replace(await self._sample(last, limits), seed=request.seed)
+        stream = bool(request.stream)
         if before is None:
-            return Driver(sample, settings, name="request", stream=request.stream, sampling=sampling), talk
-        return await self.llm.follow_up(before, sample, stream=request.stream, sampling=sampling), talk
+            return Driver(sample, settings, name="request", stream=stream, sampling=sampling), talk
+        return await self.llm.follow_up(before, sample, stream=stream, sampling=sampling), talk
+
+    async def _sample(self, exchange: Exchange, limits: Limits) -> Sample:
+        """A question with its pictures loaded."""
+        images = [await self.pictures.load(image.url) for image in exchange.images]
+        return Sample(images, exchange.question, limits=limits, bounds=[image.bounds for image in exchange.images])
 
     async def _rebuild(self, past: list[Exchange], limits: Limits) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
         driver: Driver | None = None
         for exchange in past:
-            images = [await self.pictures.load(url) for url in exchange.images]
-            sample = Sample(images, exchange.question, limits=limits)
+            sample = await self._sample(exchange, limits)
             driver = await asyncio.get_running_loop().run_in_executor(
                 self.llm.worker, self._replay, driver, sample, exchange
             )
@@ -200,7 +204,7 @@ async def chat_completions(raw: Request) -> Response:
         request = await _parsed(raw, loop.options)
         if request.model is not None and not loop.models.is_base_model(request.model):
             return _error(RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
-        reply = Reply(request.model or loop.models.model_name())
+        reply = Reply(request.model or loop.models.model_name(), request.ignored())
         answer = loop.answer(request)
         if request.stream:
             await anext(answer)
@@ -241,7 +245,7 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(bytes(body))
     except ValidationError as error:
-        raise RequestError(problems(error, name=lambda place: dotted(place) or "body", most=1)) from None
+        raise RequestError(problems(error, name=place, most=1)) from None
 
 
 async def _last(answer: AsyncGenerator[Any, None]) -> ChatResult:

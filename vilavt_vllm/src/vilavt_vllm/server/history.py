@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from vilavt_core.driver import Driver
 
@@ -49,5 +50,13 @@ class History:
 
 
 def _key(exchanges: Sequence[Exchange]) -> str:
-    data = [[[hashlib.sha256(url.encode()).hexdigest() for url in e.images], e.question, e.answer] for e in exchanges]
+    """Of what was shown and said. Blanks in an answer do not count: clients strip and wrap what they show."""
+    data = [
+        [
+            [[hashlib.sha256(image.url.encode()).hexdigest(), *astuple(image.bounds)] for image in exchange.images],
+            exchange.question,
+            None if exchange.answer is None else exchange.answer.split(),
+        ]
+        for exchange in exchanges
+    ]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()

@@ -11,7 +11,7 @@ from PIL import Image
 from vllm.multimodal.media import MediaConnector, MediaIO
 
 from vilavt_core.errors import ImageError
-from vilavt_core.images import ImageLimits, load_image
+from vilavt_core.images import ImageLimits, load_image, plain_base64
 from vilavt_core.protocol import Rules
 
 from ..errors import RequestError
@@ -37,14 +37,18 @@ class PictureIO(MediaIO[Image.Image]):
 
     def load_base64(self, media_type: str, data: str) -> Image.Image:
         """From a data URL."""
-        size = len(data) * 3 // 4
+        try:
+            plain = plain_base64(data)
+        except ValueError as error:
+            raise ImageError(f"a data URL is not valid base64 ({error})") from None
+        size = len(plain) * 3 // 4
         if size > self.limits.max_bytes + 3:
             raise ImageError(
                 f"a data URL holds {size} bytes, at most {self.limits.max_bytes} are allowed; raise it with "
                 "--max-image-bytes"
             )
         try:
-            return self.load_bytes(base64.b64decode(data, validate=True))
+            return self.load_bytes(base64.b64decode(plain, validate=True))
         except binascii.Error as error:
             raise ImageError(f"a data URL is not valid base64 ({error})") from None
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vilavt_core.cli.quiet import load_quietly
-from vilavt_core.errors import CheckpointError, ImageError
-from vilavt_core.sources import ImageSource, Video, is_video_path
+from ..checkpoint import require_vilavt
+from ..errors import CheckpointError, ImageError
+from ..sources import ImageSource, Video, is_video_path
+from .quiet import load_quietly
+from .running import check_output_files, check_picture_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console
 
-    from vilavt_core.results import ChatResult, Event
-
-    from ..chat import VilavtChat
+    from ..results import ChatResult, Event
 
 NO_ANSWER = 3
 """Exit code when the conversation ended without an answer."""
@@ -71,7 +72,7 @@ def ask(
     """
     from rich.console import Console
 
-    from vilavt_core.settings import preset_of
+    from ..settings import preset_of
 
     given = {"image": _pictures(image or []), "video": _videos(video or [], frames, fps)}
     shown = [one for name in context.params if name in given for one in given[name]]  # as on the command line
@@ -80,9 +81,13 @@ def ask(
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
         settings["preset"] = preset
+    check_output_files(trace=trace)
+    check_picture_file(picture=picture)
+    require_vilavt(model)
+    _check_pictures(shown, allow_urls)
+    wanted = preset_of(model, preset)
     if temperature is not None:
-        settings["sampling"] = replace(preset_of(model, preset).sampling, temperature=temperature)
-    _check_writable(trace, picture)
+        settings["sampling"] = replace(wanted.sampling, temperature=temperature)
     chat = _load(model, device, dtype, attention=attention, **settings)
     changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
     chat.settings = replace(
@@ -109,12 +114,15 @@ def demo(
     """Watch a real, tiny ViLaVT answer three questions it was not trained on. Writes a web page of them."""
     from rich.console import Console
 
-    from vilavt_core.shipped import shipped
+    from ..shipped import shipped
 
     console = Console(highlight=False)
+    check_output_files(out=out)
+    check_picture_file(picture=picture)
     questions = _questions(data or shipped("pictures/questions.json", "pass --data"))
-    _check_writable(out, picture)
     name = model or str(shipped("vilavt-tiny", "pass --model"))
+    require_vilavt(name)
+    _check_pictures([str(image) for image, _, _ in questions])
     chat = _load(name, device, dtype)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
@@ -150,16 +158,17 @@ def _videos(paths: list[str], frames: int | None, fps: float | None) -> list[Ima
     return [Video(path, frames, fps) for path in paths]
 
 
-def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> VilavtChat:
-    from ..chat import VilavtChat
-
+def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> Any:
+    """The `VilavtChat`; this is where torch is imported."""
     load_quietly()
-    return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
+    return import_module("vilavt_hf.chat").VilavtChat.from_pretrained(
+        name, dtype=dtype.value, device=device, attn_implementation=attention, **settings
+    )
 
 
 def _show(console: Console, events: Iterable[Event]) -> ChatResult:
     """Print a conversation as it happens."""
-    from vilavt_core.results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
+    from ..results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
 
     open_turn = -1
     for event in events:
@@ -204,15 +213,26 @@ def _markup(text: str) -> str:
     return escape(_plain(text))
 
 
-def _check_writable(*paths: Path | None) -> None:
-    """Before the work, not after it."""
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
+def _check_pictures(sources: Iterable[ImageSource], allow_urls: bool = False) -> None:
+    """Before the model is loaded, not after it."""
+    from ..images import is_url, load_image
+    from ..video import frame_times
+
+    for source in sources:
+        path = source.source if isinstance(source, Video) else source
+        if not is_url(path):
+            if isinstance(source, Video):
+                frame_times(source)
+            else:
+                load_image(source)
+        elif not allow_urls:
+            raise ImageError(
+                f"{path}: URLs are not allowed here; pass --allow-urls, or download the file and pass its path"
+            )
 
 
 def _write(console: Console, results: list[ChatResult], page: Path | None, picture: Path | None) -> None:
-    from vilavt_core.trace import draw_conversation, write_html
+    from ..trace import draw_conversation, write_html
 
     if page is not None:
         write_html(results, page)
@@ -225,7 +245,7 @@ def _write(console: Console, results: list[ChatResult], page: Path | None, pictu
 def _questions(path: Path) -> list[tuple[Path, str, str]]:
     """Picture, question and expected answer of every entry."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         return [(path.parent / str(e["image"]), str(e["question"]), str(e.get("answer", ""))) for e in entries]
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}; check --data") from None

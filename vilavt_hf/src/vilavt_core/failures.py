@@ -1,0 +1,61 @@
+"""What other libraries raise, in one line: for errors that are no fault of ours, and whose traceback helps nobody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import CheckpointError, EngineError, VilavtError
+
+_LONGEST = 400
+"""Characters of a library's message that are shown."""
+_LIBRARIES = frozenset(
+    (
+        "PIL", "accelerate", "concurrent", "filelock", "httpx", "huggingface_hub", "openai", "peft", "ray", "requests",
+        "safetensors", "safetensors_rust", "tokenizers", "torch", "transformers", "urllib", "vllm",
+    )
+)  # fmt: skip
+"""An error of a class that these define says what is wrong with a file, the network or the machine."""
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Whether an error speaks of files, the network, memory or a library's input: what the user can change."""
+    outside = isinstance(error, OSError | MemoryError | ImportError)
+    return outside or type(error).__module__.partition(".")[0] in _LIBRARIES
+
+
+def one_line(error: BaseException) -> str:
+    """Class and message of an error, in one line.
+
+    An `OSError` of the system is its path and what is wrong with it; of a longer text, the paragraph that comes first
+    is shown.
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory {error}".rstrip()
+    paragraph = re.split(r"\n\s*\n", str(error).strip())[0]
+    text = " ".join(paragraph.split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Around the loading of a model or an engine: whatever a library raises becomes one line that names `what`.
+
+    Raises:
+        EngineError: it was given an argument that it does not take.
+        CheckpointError: anything else.
+    """
+    try:
+        yield
+    except VilavtError:
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
+            raise EngineError(
+                f"{what}: there is no option {found[1]!r}; take it out of --engine, or of the arguments"
+            ) from error
+        raise CheckpointError(f"{what}: cannot be loaded: {one_line(error)}") from error

@@ -1,0 +1,22 @@
+"""What somebody meant who wrote a name that does not exist."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(written: object, known: Iterable[object]) -> str:
+    """``; did you mean 'late'?`` for the known name that is written most alike, to end an error with; else nothing.
+
+    Args:
+        written: what was given.
+        known: what there is.
+    """
+    names = {str(name).lower(): str(name) for name in known}
+    found = get_close_matches(str(written).lower(), names, n=1)
+    return f"; did you mean {names[found[0]]!r}?" if found else ""
+
+
+def meant(written: Iterable[object], known: Iterable[object]) -> str:
+    """:func:`did_you_mean` for the first of several names that has a likeness."""
+    known = list(known)
+    return next(filter(None, (did_you_mean(name, known) for name in written)), "")
