@@ -70,7 +70,6 @@ def test_pictures_and_videos_keep_the_order_of_their_options(short, tmp_path, pi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "holiday.MP4"], "--image holiday.MP4 is a video; pass it as --video holiday.MP4"),
         (["--image", "a.png", "--frames", "3"], "--frames 3 says which frames of a video are taken; pass --video"),
         (["--image", "a.png", "--fps", "2"], "--fps 2 says which frames of a video are taken; pass --video"),
         ([], "there is nothing to look at; pass --image or --video"),

@@ -13,7 +13,7 @@ import typer
 
 from ..checkpoint import require_vilavt
 from ..errors import CheckpointError, ImageError
-from ..sources import ImageSource, Video, is_video_path
+from ..sources import ImageSource, Video
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
 
@@ -74,7 +74,7 @@ def ask(
 
     from ..settings import preset_of
 
-    given = {"image": _pictures(image or []), "video": _videos(video or [], frames, fps)}
+    given = {"image": list[ImageSource](image or []), "video": _videos(video or [], frames, fps)}
     shown = [one for name in context.params if name in given for one in given[name]]  # as on the command line
     if not shown:
         raise typer.BadParameter("there is nothing to look at; pass --image or --video")
@@ -142,13 +142,6 @@ def demo(
 
 
 # ---------------------------------------------------------------------- parts
-
-
-def _pictures(paths: list[str]) -> list[ImageSource]:
-    for path in paths:
-        if is_video_path(path):
-            raise typer.BadParameter(f"--image {path} is a video; pass it as --video {path}")
-    return list(paths)
 
 
 def _videos(paths: list[str], frames: int | None, fps: float | None) -> list[ImageSource]:
