@@ -237,10 +237,9 @@ class Questions(Sequence[Question]):
             return ()
         values = {key: record.get(key) for key in videos.keys}
         (first, *_) = values
-        if isinstance(values[first], list) and videos.path == f"{{{first}}}":
-            each = [{first: value} for value in values[first]]
-        else:
-            each = [values]
+        listed = values[first]
+        alone = isinstance(listed, list) and videos.path == f"{{{first}}}"
+        each: list[dict[str, Any]] = [{first: value} for value in listed or ()] if alone else [values]
         for one in each or [{first: None}]:
             for key, value in one.items():
                 if isinstance(value, bool) or not isinstance(value, str | int) or value == "":

@@ -213,7 +213,7 @@ def _check_pictures(sources: Iterable[ImageSource], allow_urls: bool = False) ->
 
     for source in sources:
         path = source.source if isinstance(source, Video) else source
-        if not is_url(path):
+        if not (isinstance(path, str) and is_url(path)):
             if isinstance(source, Video):
                 frame_times(source)
             else:

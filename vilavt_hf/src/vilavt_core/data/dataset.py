@@ -144,7 +144,7 @@ class SftDataset:
         else:
             root = self.image_root(i)
             files = [root / name for name in record.images]
-            files += [Path(video.source) for video in self.renderer.videos(record, root)]
+            files += [Path(video.label) for video in self.renderer.videos(record, root)]
         stats = [_size_and_time(path) for path in files]
         return 1 + int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=7).digest())
 

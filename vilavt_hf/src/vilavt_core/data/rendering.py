@@ -21,11 +21,11 @@ from ..errors import DataError, ImageError, RegionError, VilavtError
 from ..images import image_size, load_image
 from ..presets import Preset
 from ..prompts import PromptSet
-from ..protocol import IMAGE_MARK, Box, FinishReason, Malformed, Rules, ToolCall, parse_turn
+from ..protocol import IMAGE_MARK, VIDEO_MARK, Box, FinishReason, Malformed, Rules, ToolCall, parse_turn
 from ..regions import MIN_PIXELS, Gallery, Picture, fit
 from ..results import Sample
 from ..sources import Video
-from ..video import frame_times, read_frames
+from ..video import VideoLimits, frame_times, read_frames
 from .example import IGNORE, Example, ImageGroup
 from .registry import Crops
 from .schema import EpisodeRecord, PublishedRecord, PublishedTurn, TrainingRecord
@@ -34,8 +34,6 @@ Labels = Literal["turn", "turn_and_newline"]
 _Slot = Picture | None
 """What an ``<image>`` stands for: a frame, or (None) the next of the record's images."""
 
-VIDEO_MARK = "<video>"
-"""In a user turn of a published record, where the frames of the next of its videos stand."""
 
 QWEN_SYSTEM = "You are a helpful assistant."
 """What Qwen's chat template puts where a conversation has no system turn."""
@@ -116,6 +114,16 @@ class Outline(Image.Image):
         return Outline((int(box[2] - box[0]), int(box[3] - box[1])))
 
 
+def planned_frames(video: Video, limits: VideoLimits | None = None) -> list[Picture]:
+    """What `read_frames` will give, as outlines.
+
+    Raises:
+        ImageError: the file cannot be read, or a cap is broken.
+    """
+    planned = frame_times(video, limits or VideoLimits())
+    return [Picture(Outline((planned.width, planned.height)), planned.name, time) for time in planned.times]
+
+
 class Renderer:
     """Records to conversations.
 
@@ -149,10 +157,7 @@ class Renderer:
         Raises:
             ImageError: it cannot be read, or breaks a cap.
         """
-        if decode:
-            return read_frames(video)
-        planned = frame_times(video)
-        return [Picture(Outline((planned.width, planned.height)), planned.name, time) for time in planned.times]
+        return read_frames(video) if decode else planned_frames(video)
 
     def render(
         self,
@@ -385,7 +390,10 @@ class Renderer:
             **({"max_turns": record.max_turns} if record.max_turns else {}),
         )
         settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling)
-        pictures = [*map(picture, record.images), *(frame for frames in videos for frame in frames)]
+        pictures: list[Image.Image | Picture] = [
+            *map(picture, record.images),
+            *(frame for frames in videos for frame in frames),
+        ]
         episode = settings.episode(pictures, record.question, sample_id=sample)
         driver = Driver(Sample((), record.question, sample), settings, episode=episode, fallback=False)
         driver.start()
