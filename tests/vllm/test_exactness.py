@@ -145,20 +145,28 @@ def test_chunked_prefill_without_any_cache_gives_what_a_whole_prefill_gives(star
         assert tools.difference(logprobs, chunked.next_logprobs(prompt, images)) <= SAME
 
 
+NIGHTLY = pytest.mark.nightly("an engine for each variant of the tower; test_vision_tower holds them without one")
+
+
 @pytest.mark.parametrize(
     "vision",
     [
         {"integration_point": "all"},
-        {"integration_point": "early"},
-        {"integration_point": "late2"},
-        {"integration_point": "late3"},
-        {"integration_point": "sparse"},
-        {"integration_point": "none"},
         {"integration_point": None},
-        {"integration_point": "late", "fullatt_block_indexes": [0, 2]},
         {"integration_point": "late2", "fullatt_block_indexes": []},
-        {"integration_point": "late", "window_size": 112},
         {"integration_point": "late3", "window_size": 84},
+        *(
+            pytest.param(variant, marks=NIGHTLY)
+            for variant in (
+                {"integration_point": "early"},
+                {"integration_point": "late2"},
+                {"integration_point": "late3"},
+                {"integration_point": "sparse"},
+                {"integration_point": "none"},
+                {"integration_point": "late", "fullatt_block_indexes": [0, 2]},
+                {"integration_point": "late", "window_size": 112},
+            )
+        ),
     ],
     ids=lambda vision: "-".join(str(value) for value in vision.values()),
 )
