@@ -277,11 +277,7 @@ def test_a_picture_needs_an_ending_that_can_be_written(command, name):
 @pytest.mark.parametrize(
     "source, said",
     [
-<<<<<<< HEAD
-        ("clip.mp4", "it is a video; give it as one: `--video`"),
-=======
         ("clip.mp4", "it is a video; give it as one"),
->>>>>>> main
         ("paper.pdf", "it is a PDF"),
         ("*.png", "patterns are not expanded here"),
         (".", "it is a folder"),
