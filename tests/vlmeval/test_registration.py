@@ -228,7 +228,6 @@ def test_the_toolkit_sets_a_benchmark_s_frames_and_rate_one_after_the_other(tool
     """As `infer_data` does before a message: a benchmark has one of the two, the model keeps a value for either."""
     code = """
 import json
-from types import SimpleNamespace
 from vilavt_vlmeval.vlm import ViLaVT
 
 model = ViLaVT(checkpoint="tiny", video_files=True, trace_dir=None)

@@ -444,6 +444,24 @@ def _upright_size(frame: VideoFrame) -> tuple[int, int]:
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 
+def video_file(video: Video, limits: VideoLimits = VideoLimits()) -> bytes:
+    """A video as the bytes of its file, unread; URLs are not followed.
+
+    Raises:
+        ImageError: it cannot be read, or is larger than allowed.
+    """
+    file = _readable(video, limits, allow_urls=False, allow_paths=True, url_policy=_POLICY)
+    try:
+        file.seek(0)
+        data: bytes = file.read()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{video.label}: the video cannot be read: {str(error)[:200]}") from None
+    finally:
+        if file is not video.source:
+            file.close()
+    return data
+
+
 def require_reader() -> None:
     """Make sure that videos can be read here.
 
@@ -470,5 +488,6 @@ __all__ = [
     "is_video_path",
     "read_frames",
     "require_reader",
+    "video_file",
     "video_info",
 ]
