@@ -6,6 +6,7 @@ import base64
 import functools
 import http.server
 import io
+import json
 import threading
 from argparse import Namespace
 from dataclasses import replace
@@ -72,10 +73,11 @@ class Served:
         self.loop = self.app.state.vilavt_loop
 
         async def events(driver):
-            for event in [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]:
-                yield event
+            told = [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]
             gallery = driver.episode.gallery
             self.shown = [Picture(s, time=v.time) for s, v in zip(gallery.sources, gallery.views, strict=True)]
+            for event in told:
+                yield event
 
         self.loop.llm.events = events
 
@@ -153,10 +155,11 @@ def test_pictures_and_videos_keep_their_order_and_bounds_hold_for_every_frame(se
     Image.new("RGB", (56, 56), "blue").save(blue, "png")
     picture = f"data:image/png;base64,{base64.b64encode(blue.getvalue()).decode()}"
     told = served.ask(
-        part(url, num_frames=2, min_pixels=12544, max_pixels=25088), {"type": "image_url", "image_url": {"url": picture}}
+        part(url, num_frames=2, min_pixels=12544, max_pixels=25088),
+        {"type": "image_url", "image_url": {"url": picture}},
     )
     sizes = [(image["width"], image["height"]) for image in told["conversation"]["images"]]
-    assert sizes[:2] == [(140, 84)] * 2 or sizes[0] == sizes[1] != (84, 56)
+    assert [12544 <= width * height <= 25088 for width, height in sizes] == [True, True, False]
     assert [picture.image.size for picture in served.shown] == [(84, 56), (84, 56), (56, 56)]
 
 
@@ -176,7 +179,7 @@ def test_a_list_of_frames_has_times_if_its_rate_is_told(served, listed, fps, tim
 @pytest.mark.parametrize(
     ("more", "fields", "message"),
     [
-        ({"num_frames": 3, "fps": 1}, {}, "content[0]: Value error, num_frames is 3 and fps is 1; say one of the two"),
+        ({"num_frames": 3, "fps": 1}, {}, "content[0]: num_frames is 3 and fps is 1; say one of the two"),
         ({"num_frames": 3, "nframes": 4}, {}, "the number of frames is said twice, as num_frames and nframes"),
         ({"num_frames": 0}, {}, "messages[0].content[0].frames: Input should be greater than or equal to 1"),
         ({"fps": "many"}, {}, "messages[0].content[0].fps: "),
@@ -185,7 +188,7 @@ def test_a_list_of_frames_has_times_if_its_rate_is_told(served, listed, fps, tim
         ({"max_frames": 3}, {}, "messages[0].content[0].max_frames=3 is not supported here"),
         ({"total_pixels": 3000}, {}, "say num_frames or fps, and max_pixels of a frame"),
         ({"do_sample_frames": False}, {}, "do_sample_frames=false is not supported here"),
-        ({"num_framez": 3}, {}, "messages[0].content[0].num_framez"),
+        ({"num_framez": 3}, {}, "messages[0].content[0].num_framez: there is no such field; did you mean num_frames?"),
         ({"text": "x"}, {}, 'messages[0].content[0].text="x" is not supported here'),
         ({"max_pixels": 1e9}, {}, "messages[0].content[0].max_pixels is 1000000000, this request allows"),
         ({"video": ["x"]}, {}, "it needs a file, "),
@@ -196,7 +199,7 @@ def test_a_list_of_frames_has_times_if_its_rate_is_told(served, listed, fps, tim
     ],
 )
 def test_what_is_said_of_a_video_is_heeded_or_refused_by_name(served, url, more, fields, message):
-    assert message.replace("Value error, ", "") in served.refuse(part(url, **more), **fields).replace("Value error, ", "")
+    assert message in served.refuse(part(url, **more), **fields).replace("Value error, ", "")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_what_is_said_of_a_video_is_heeded_or_refused_by_name(served, url, more,
         ({"type": "video", "video": ["x"], "num_frames": 3}, "it comes as 1 frames, of which all are taken"),
         (part("data:video/mp4;base64,AAAA"), "the video: not a video that can be read"),
         (part("data:video/mp4;base64,!!!"), "a data URL is not valid base64"),
-        (part("clip.mp4"), "clip.mp4"),
+        (part("clip.mp4"), "The URL must be either a HTTP, data or file URL"),
     ],
 )
 def test_what_is_no_video_is_refused(served, sent, message):
@@ -219,22 +222,17 @@ def test_frames_of_a_request_without_videos_are_listed_as_ignored(served):
     assert served.ask(mm_processor_kwargs={"fps": 2})["ignored"] == ["mm_processor_kwargs"]
 
 
-def test_caps_name_the_flags_that_raise_them(url, data):
+def test_caps_name_the_flags_that_raise_them(url):
     small = Served(ServerOptions(max_video_bytes=1000, limits={"max_images": 6}))
-    assert f"a data URL holds {len(data)} bytes, at most 1000 are allowed; raise it with --max-video-bytes" in small.refuse(
-        part(url)
-    ) or "--max-video-bytes" in small.refuse(part(url))
+    assert "at most 1000 are allowed; raise it with --max-video-bytes" in small.refuse(part(url))
     few = Served(ServerOptions(max_video_pixels=3 * 84 * 56, limits={"max_images": 6}))
     assert "20 frames would be taken, at most 6 are allowed" in (message := few.refuse(part(url)))
     assert "or raise --max-images" in message
     assert "4 frames of 84 x 56 px have 18816 pixels, at most 14112" in few.refuse(part(url, num_frames=4))
     assert "--max-video-pixels" in few.refuse(part(url, num_frames=2), part(url, num_frames=2))
     assert few.ask(part(url, num_frames=3))["images"] == 3
-    assert "2 frames would be taken, at most 0 are allowed" in few.refuse(
-        *[{"type": "video", "video": [f"data:image/jpeg;base64,{jpeg(1)}"] * 6}, part(url, num_frames=2)]
-    ) or "the request has 7 images, at most 6" in few.refuse(
-        *[{"type": "video", "video": [f"data:image/jpeg;base64,{jpeg(1)}"] * 6}, part(url, num_frames=2)]
-    )
+    six = {"type": "video", "video": [f"data:image/jpeg;base64,{jpeg(1)}"] * 6}
+    assert "the request has 7 images, at most 6 are allowed" in few.refuse(six, part(url, num_frames=2))
 
 
 @pytest.fixture
@@ -288,7 +286,8 @@ def client(served, monkeypatch):
             if request.url.path.endswith("/vilavt"):
                 provenance = served.loop.llm.settings.provenance(0)
                 return httpx.Response(200, json=settings_body("tiny", provenance))
-            return served.post(__import__("json").loads(request.content))
+            answer = served.post(json.loads(request.content))
+            return httpx.Response(answer.status_code, json=answer.json())
 
     real = openai.OpenAI
     monkeypatch.setattr(openai, "OpenAI", lambda **k: real(**k, http_client=httpx.Client(transport=Transport())))

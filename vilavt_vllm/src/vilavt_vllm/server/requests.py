@@ -72,7 +72,12 @@ class Extended(BaseModel):
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
-        yield from fields.unused(place, self.model_extra, self.refused, type(self).model_fields)
+        yield from fields.unused(place, self.model_extra, self.refused, self.known())
+
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        """Names of fields that are honoured."""
+        return tuple(cls.model_fields)
 
 
 class TextPart(Extended):
@@ -174,6 +179,11 @@ class Frames(Extended):
             raise ValueError(f"num_frames is {self.frames} and fps is {self.fps:g}; say one of the two")
         return self
 
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        """Those of vLLM's and Qwen's clients too."""
+        return (*super().known(), *FRAME_NAMES)
+
     def over(self, other: Frames | None) -> Frames:
         """What is said here, else there."""
         if other is None:
@@ -196,7 +206,7 @@ class ProcessorKwargs(Frames):
         others = dict.fromkeys(
             self.model_extra or (), Refusal(instead="say num_frames or fps of videos, or leave it out")
         )
-        yield from fields.unused(place, self.model_extra, {**others, **self.refused}, type(self).model_fields)
+        yield from fields.unused(place, self.model_extra, {**others, **self.refused}, self.known())
 
 
 class VideoUrl(Frames, Bounds):
