@@ -138,11 +138,20 @@ def test_the_trainers_datasets_hand_out_rows_that_hold_their_pictures(folder: Pa
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (["data:image/png;base64,AAAA"], "image 0: the picture in it: not a picture in a format we read"),
-        (["data:image/png;base64,!"], "image 0: the picture in it: its base64 data cannot be read"),
+        (
+            ["data:image/png;base64,AAAA"],
+            "image 0: the picture in it: not a picture in a format we read",
+        ),
+        (
+            ["data:image/png;base64,!"],
+            "image 0: the picture in it: its base64 data cannot be read",
+        ),
         (["street.png", "x" * 400_000], "image 1: no image 'xxx"),
         (["street.png", "a\0b"], "image 1: no image"),
-        ([{"bytes": None, "path": None}], "image 0: it is NoneType, it must be a file, a data URL, or bytes"),
+        (
+            [{"bytes": None, "path": None}],
+            "image 0: it is NoneType, it must be a file, a data URL, or bytes",
+        ),
         ([{"url": "x"}], "image 0: it has the keys url; a picture has bytes, path, or both"),
         ([5], "image 0: it is int"),
     ],
@@ -150,7 +159,7 @@ def test_the_trainers_datasets_hand_out_rows_that_hold_their_pictures(folder: Pa
 def test_a_picture_of_a_row_that_is_none_is_named_in_a_short_message(folder: Path, images: list, message: str) -> None:
     with pytest.raises(RowError) as raised:
         read_rows(write(folder, RECORD | {"image_path": images}))
-    assert message in str(raised.value)
+    assert f"row 1 (sample rl_data-1), {message}" in str(raised.value)
     assert len(str(raised.value)) < 600
 
 

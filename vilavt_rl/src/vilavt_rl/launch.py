@@ -8,14 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.shipped import find_recipe, recipe_names
 from vilavt_core.spelling import did_you_mean
 from vilavt_core.yaml_config import get_key, read_keys
 
 from .compat import require_verl
 from .errors import HostError
-from .preflight import HYDRA_OPTIONS, check_verl, refuse_options
+from .preflight import HYDRA_OPTIONS, check_checkpoint, check_verl, refuse_options
 
 RECIPES = Path(__file__).with_name("recipes")
 """Those that come with the package; `vilavt-rl recipe` prints them."""
@@ -89,7 +88,7 @@ def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
     """
     command, environment = verl_command(recipe, overrides)
     if (checkpoint := _checkpoint(recipe, command)) is not None:
-        require_vilavt(checkpoint)
+        check_checkpoint(MODEL, checkpoint)
     options = [part for part in command if part.startswith(("--config-path=", "--config-name="))]
     given = command[command.index(options[-1]) + 1 :]
     os.environ.update(environment)  # composing imports verl, which reads it

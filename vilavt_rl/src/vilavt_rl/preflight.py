@@ -45,7 +45,7 @@ def refuse_options(arguments: Sequence[str], known: Sequence[str], allowed: Sequ
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("-") and name not in allowed:
-            raise HostError(f"{argument}: there is no such option{did_you_mean(name, known)}; overrides are key=value")
+            raise HostError(f"{argument}: there is no such option, overrides are key=value{did_you_mean(name, known)}")
 
 
 # ---------------------------------------------------------------------------------------------------- files
