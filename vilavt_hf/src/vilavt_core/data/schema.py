@@ -52,7 +52,7 @@ def _checked_video(entry: Any) -> Any:
     return entry
 
 
-Videos = list[Annotated[str | dict[str, Any], AfterValidator(_checked_video)]]
+VideoEntries = list[Annotated[str | dict[str, Any], AfterValidator(_checked_video)]]
 """Entries that `Video.of` takes."""
 
 
@@ -93,7 +93,7 @@ class PublishedRecord(BaseModel):
         default=[],
         description="files of originals and crops, in the order of the <image> marks; relative to the image root",
     )
-    videos: Videos = Field(
+    videos: VideoEntries = Field(
         default=[],
         description="video files, in the order of the <video> marks, relative to the image root: paths, or {path, "
         "frames, fps, rule}; or one under the key video",
@@ -141,7 +141,7 @@ class EpisodeRecord(BaseModel):
     images: list[str] = Field(
         default=[], description="source pictures, relative to the image root; frames of a video are pictures"
     )
-    videos: Videos = Field(
+    videos: VideoEntries = Field(
         default=[],
         description="video files, relative to the image root, shown after the pictures: paths, or {path, frames, fps, "
         "rule}",
