@@ -1,17 +1,24 @@
 """Benchmarks whose questions have video files: VSI-Bench as it is downloaded, definitions of one's own."""
 
 import json
+import sys
 
 import pytest
 from clips import clip, marked
+from PIL import Image
+from typer.testing import CliRunner
 
-from vilavt_core.errors import BenchmarkError
+from vilavt_core.cli import app
+from vilavt_core.errors import BenchmarkError, ImageError
+from vilavt_core.shipped import shipped
 from vilavt_core.sources import Video
 from vilavt_core.video import read_frames
 from vilavt_eval.definition import load_benchmark
 from vilavt_eval.evaluation_preset import EvaluationPreset
 from vilavt_eval.questions import Questions
 from vilavt_eval.runner import sample_of
+
+pytest.importorskip("av", reason='videos need the extra "video"')
 
 DOWNLOADED = [
     {
@@ -129,5 +136,42 @@ def test_a_record_without_a_video_is_named(tmp_path, clips):
 def test_a_broken_video_fails_its_question_alone(downloaded):
     (downloaded / "scannet" / "scene0011_00.mp4").write_bytes(b"no video")
     _, second = Questions(load_benchmark("VSI-Bench-video"), downloaded)
-    with pytest.raises(Exception, match="not a video that can be read"):
+    with pytest.raises(ImageError, match="not a video that can be read"):
         read_frames(second.videos[0])
+
+
+def test_a_run_without_the_extra_ends_in_one_line_before_a_model_is_loaded(downloaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    arguments = [
+        "--model",
+        str(shipped("vilavt-tiny", "")),
+        "--data",
+        str(downloaded),
+        "--out",
+        str(downloaded / "out"),
+    ]
+    result = CliRunner().invoke(app, ["eval", "VSI-Bench-video", *arguments])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ImageError)
+    assert str(result.exception) == 'reading videos needs the package av: pip install "vilavt-hf[video]"'
+
+
+def test_the_tiny_model_is_evaluated_on_videos(tmp_path):
+    """Two questions of the shipped pictures, asked about clips of them."""
+    for number in (1, 2):
+        picture = Image.open(shipped(f"pictures/scene-{number}.png", "")).convert("RGB")
+        data = clip([picture] * 4, codec="libx264rgb", pix_fmt="rgb24")
+        (tmp_path / f"{number}.mp4").write_bytes(data)
+    question = "Which digit is on the blue card?"
+    records = [{"question": question, "answer": a, "clip": n} for n, a in ((1, "0"), (2, "4"))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "tiny.yaml").write_text(
+        "name: tiny\ntitle: t\nfile: q.jsonl\noptions: question\nkeys: {id: null, type: null, images: null}\n"
+        "default_type: numerical\ntypes: {numerical: {metric: numerical}}\nvideos: {path: '{clip}.mp4', frames: 1}\n"
+    )
+    arguments = ["--model", str(shipped("vilavt-tiny", "")), "--device", "cpu", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "tiny.yaml"), *arguments])
+    assert result.exit_code == 0, result.output
+    (file,) = (tmp_path / "out" / "tiny").glob("*.jsonl")
+    rows = [row for row in map(json.loads, file.read_text().splitlines()) if "response" in row]
+    assert [row["response"] for row in rows] == ["0", "4"]
