@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import ImageError
 from vilavt_vllm import InquiryItem, compat
 from vilavt_vllm.errors import LimitError, PlaceholderError, UnsupportedError
@@ -130,11 +131,10 @@ def test_identity_of_an_inquiry_is_its_query_and_its_regions_in_order(process, t
 
 
 def test_an_image_of_an_episode_that_would_be_resized_is_refused_with_both_sizes(process, processor, pictures):
-
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     large = pictures[0].resize((28 * 20, 28 * 20))
     with pytest.raises(PlaceholderError, match=r"an image of 560x560 pixels would become .* here, where images have"):
-        process(image, [InquiryItem((large,), "", (0,))])
+        process(image, [Inquiry((large,), "", (0,))])  # an episode's
     assert hashes(process(image, [InquiryItem((large,))]))  # nobody has counted its tokens
 
 
