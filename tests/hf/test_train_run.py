@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from clips import clip, marked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -856,3 +857,22 @@ def test_configuration_files_are_what_provenance_records(unbroken, tmp_path):
     config = json.loads((folder / "final" / "provenance.json").read_text())["details"]["config"]
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
     assert SftConfig.load(tmp_path / "again.yaml").model_dump(mode="json") == config
+
+
+def test_a_run_trains_and_is_validated_on_videos(configure, tmp_path):
+    pytest.importorskip("av", reason='videos need the extra "video"')
+    (tmp_path / "clip.mp4").write_bytes(clip(marked(8, (56, 56))))
+    trained = {"conversations": [{"from": "human", "value": "<video>which?"}, {"from": "gpt", "value": "x"}],
+               "video": "clip.mp4"}  # fmt: skip
+    asked = {"videos": [{"path": "clip.mp4", "frames": 1}], "question": "and this?", "max_turns": 1,
+             "turns": ["<think></think><answer>grey</answer>"]}  # fmt: skip
+    for name, record, count in (("set", trained, 6), ("asked", asked, 2)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(record) + "\n") * count)
+    registry = tmp_path / "registry.yaml"
+    registry.write_text("datasets: [{name: set, annotations: set.jsonl}, {name: asked, annotations: asked.jsonl}]")
+    changes = {"data.registry": str(registry), "data.validation": ["asked"], "data.frames": 3, "data.workers": 1,
+               "data.max_length": 2000, "batch.pack_tokens": 2000}  # fmt: skip
+    Run(configure(tmp_path / "run", **changes, **{"optimizer.max_steps": 2, "validation.steps": 2})).train()
+    validations = read_log(tmp_path / "run" / "validation.jsonl")
+    assert [line["questions"] for line in validations] == [2, 2]
+    assert validations[1]["loss"] != validations[0]["loss"]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from new_limit import with_a_new_limit
+from PIL import Image
 
+from vilavt_core.sources import Video
 from vilavt_vlmeval.adapter import Adapter
 from vilavt_vlmeval.errors import MessageError, SettingsError
 from vilavt_vlmeval.messages import INDEX, BenchmarkQuestion, question_of, with_options
@@ -111,10 +113,58 @@ def test_images_between_texts_leave_marks_in_their_places():
     assert question_of([text("This"), image("1"), text("is what?")]).text == "This\nis what?"
 
 
-def test_a_message_may_have_no_image_but_no_video():
+def test_a_message_may_have_no_image_but_nothing_that_is_not_seen():
     assert question_of([text("1 + 1?")]) == BenchmarkQuestion("1 + 1?")
-    with pytest.raises(MessageError, match="holds a video; ViLaVT is shown frames"):
-        question_of([{"type": "video", "value": "a.mp4"}, text("What?")])
+    with pytest.raises(MessageError, match="the message holds a audio; ViLaVT is shown texts, images and videos"):
+        question_of([{"type": "audio", "value": "a.wav"}, text("What?")])
+
+
+def test_a_video_is_a_file_with_its_frames_or_the_list_of_them():
+    def shown(item, frames=None):
+        return question_of([{"type": "video", **item}, text("What?")], frames).images
+
+    (video,) = shown({"value": "a.mp4", "nframe": 16})
+    assert (video.source, video.frames, video.fps) == ("a.mp4", 16, None)
+    assert shown({"value": "a.mp4", "fps": 2.0, "nframe": None}, Video("", 4))[0].wanted == {"fps": 2.0}
+    assert shown({"value": "a.mp4"}, Video("", 4))[0].wanted == {"frames": 4}
+    assert shown({"value": "a.mp4"})[0].wanted == {}
+    frame = Image.new("RGB", (8, 8))
+    assert shown({"value": ["1.png", frame], "fps": None}) == ("1.png", frame)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"value": "a.mp4", "start_time": 2.0}, "holds a video: a video has no 'start_time' here"),
+        ({"value": "a.mp4", "nframe": 3, "fps": 1}, "give one of the two"),
+        ({"value": ["1.png"], "fps": 1}, "a video comes as 1 frames, fps has no effect on them"),
+        ({"value": 7}, "a video is a path"),
+    ],
+)
+def test_what_a_message_says_of_a_video_is_heeded_or_refused(item, message):
+    with pytest.raises(MessageError, match=message):
+        question_of([{"type": "video", **item}, text("What?")])
+
+
+def test_beside_a_video_pictures_leave_no_marks():
+    question = question_of([text("See"), image("1"), {"type": "video", "value": "a.mp4"}, text("and"), image("2")])
+    assert question.text == "See\nand"
+    assert [one if isinstance(one, str) else one.source for one in question.images] == ["1", "a.mp4", "2"]
+
+
+def test_which_frames_are_taken_counts_in_name_and_key(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    path = str(tmp_path / "a.mp4")
+    asked = [question_of([{"type": "video", "value": path, "nframe": n}, text("Q")]) for n in (2, 3, 3)]
+    assert asked[0].sample_id != asked[1].sample_id == asked[2].sample_id
+    assert asked[0].digest() != asked[1].digest() == asked[2].digest()
+    assert asked[0].files == [path]
+
+
+def test_frames_and_rate_contradict_one_another_in_the_settings():
+    with pytest.raises(SettingsError, match="'frames' is 3 and 'fps' is 1; give one of the two"):
+        AdapterSettings.resolve({"frames": 3, "fps": 1.0}, {})
+    assert AdapterSettings.resolve({"fps": 2}, {}).video.wanted == {"fps": 2.0}
 
 
 def test_a_sample_is_named_by_its_row_or_by_its_first_image_and_everything_asked():

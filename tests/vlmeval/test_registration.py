@@ -222,3 +222,28 @@ def test_vlmutil_lists_our_names_and_the_toolkit_knows_every_benchmark_of_the_re
     *names, known = (line for line in toolkit.log(tmp_path, whole=True).splitlines() if line[:1] in "[V")
     assert set(NAMES) <= set(names)
     assert wanted <= set(json.loads(known))
+
+
+def test_the_toolkit_sets_a_benchmark_s_frames_and_rate_one_after_the_other(toolkit, tmp_path):
+    """As `infer_data` does before a message: a benchmark has one of the two, the model keeps a value for either."""
+    code = """
+import json
+from vilavt_vlmeval.vlm import ViLaVT
+
+model = ViLaVT(checkpoint="tiny", video_files=True, trace_dir=None)
+asked = []
+model.adapter.answer = lambda question, dataset: asked.append(question.images[0].wanted) or ""
+for frames, rate in ((16, -1), (0, 2), (32, -1), (32, -1), (0, 2)):
+    if frames > 0:
+        model.nframe = frames if model.nframe != frames else model.nframe
+        model.fps = None
+    else:
+        model.nframe = None
+        model.fps = rate if model.fps != rate else model.fps
+    model.generate_inner([{"type": "video", "value": "a.mp4"}, {"type": "text", "value": "?"}])
+print("FOUND", json.dumps([model.VIDEO_LLM, asked]))
+"""
+    toolkit.run(tmp_path, "-c", code)
+    (line,) = (line for line in toolkit.log(tmp_path, whole=True).splitlines() if line.startswith("FOUND"))
+    expected = [{"frames": 16}, {"fps": 2}, {"frames": 32}, {"frames": 32}, {"fps": 2}]
+    assert json.loads(line.removeprefix("FOUND ")) == [True, expected]

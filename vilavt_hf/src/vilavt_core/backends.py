@@ -21,6 +21,7 @@ from .results import ChatResult, Event, Intervention, Provenance, Sample, Timing
 from .settings import preset_of
 from .sources import ImageSource
 from .spelling import did_you_mean, meant
+from .video import VideoLimits
 
 GROUP = "vilavt.backends"
 
@@ -247,6 +248,7 @@ class BackendOptions:
     device: str = "auto"
     """Only for ``hf``."""
     image_limits: ImageLimits = ImageLimits()  # noqa: RUF009 (frozen)
+    video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 (frozen)
     engine: Mapping[str, Any] = field(default_factory=dict)
     """For what computes: keyword arguments of the model's ``from_pretrained``, of `vllm.LLM`, or of `openai.OpenAI`."""
 

@@ -21,7 +21,7 @@ from .backends import BackendOptions
 from .errors import EngineError, VilavtError
 from .images import image_file
 from .presets import Limits, Sampling, get_preset
-from .regions import PixelBounds
+from .regions import Picture, PixelBounds
 from .results import (
     ChatResult,
     Event,
@@ -32,7 +32,8 @@ from .results import (
     Timings,
     Work,
 )
-from .sources import ImageSource, image_list
+from .sources import ImageSource, Video, image_list
+from .video import video_file
 
 logger = logging.getLogger(__name__)
 
@@ -205,10 +206,8 @@ class ServerClient(AskingBackend):
 
     def message(self, sample: Sample) -> dict[str, Any]:
         """A question as a message."""
-        parts: list[Any] = [
-            {"type": "image_url", "image_url": {"url": self._data_url(image)}, **_said(bounds)}
-            for image, bounds in zip(sample.images, sample.bounds or [PixelBounds()] * len(sample.images), strict=True)
-        ]
+        bounds = sample.bounds or [PixelBounds()] * len(sample.images)
+        parts = [self._part(image, bound) for image, bound in zip(sample.images, bounds, strict=True)]
         return {"role": "user", "content": [*parts, {"type": "text", "text": sample.question}]}
 
     def _tighter(self, limits: Limits | None) -> dict[str, Any]:
@@ -219,6 +218,23 @@ class ServerClient(AskingBackend):
         if refused := sorted(set(changed) - set(PER_REQUEST)):
             raise EngineError(f"a request cannot limit {', '.join(refused)}; restart the server with it")
         return changed
+
+    def _part(self, image: ImageSource | Picture, bounds: PixelBounds) -> dict[str, Any]:
+        """A picture or a video of a message."""
+        if isinstance(image, Video):
+            said = {"num_frames" if name == "frames" else name: value for name, value in image.wanted.items()}
+            return {"type": "video_url", "video_url": {"url": self._video_url(image)}, **said, **_said(bounds)}
+        if isinstance(image, Picture):
+            if image.time is not None:
+                raise EngineError(f"{image.name}: a frame with its time cannot be sent to a server; send the Video")
+            image = image.image
+        return {"type": "image_url", "image_url": {"url": self._data_url(image)}, **_said(bounds)}
+
+    def _video_url(self, video: Video) -> str:
+        """The file as it is, so that the server takes the frames that a local engine would."""
+        if isinstance(video.source, str) and video.source.startswith(("data:", "http://", "https://")):
+            return video.source
+        return f"data:video/*;base64,{base64.b64encode(video_file(video, self.options.video_limits)).decode()}"
 
     def _data_url(self, image: ImageSource) -> str:
         """The picture as it is stored, so that the server decodes what a local engine would; from memory, as PNG."""

@@ -133,11 +133,11 @@ class ConversationSettings:
             versions=versions(*self.packages),
         )
 
-    def load(self, images: Sequence[ImageSource], bounds: Sequence[PixelBounds] = ()) -> list[Picture]:
+    def load(self, images: Sequence[ImageSource | Picture], bounds: Sequence[PixelBounds] = ()) -> list[Picture]:
         """Pictures, decoded as the preset says, and the frames of videos.
 
         Args:
-            images: pictures and videos.
+            images: pictures and videos; a `Picture` is loaded already.
             bounds: on the pixels of each, of a video's every frame; empty: none.
 
         Raises:
@@ -145,7 +145,9 @@ class ConversationSettings:
         """
         pictures: list[Picture] = []
         for source, bound in zip(images, bounds or [PixelBounds()] * len(images), strict=True):
-            if isinstance(source, Video):
+            if isinstance(source, Picture):
+                pictures.append(replace(source, bounds=bound) if bounds else source)
+            elif isinstance(source, Video):
                 frames = read_frames(source, self.video_limits, allow_urls=self.allow_urls)
                 pictures += [replace(frame, bounds=bound) for frame in frames]
             else:

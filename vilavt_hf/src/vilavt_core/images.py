@@ -33,10 +33,12 @@ from .regions import MAX_ASPECT
 from .sources import (
     ACCEPTED,
     ImageSource,
+    Video,
     array_image,
     array_size,
     is_array,
     is_file,
+    is_video_path,
     of_row,
     read_open_file,
     type_name,
@@ -243,6 +245,11 @@ def stored(
     url_policy: UrlPolicy,
 ) -> tuple[bytes, str]:
     """The file of a picture that is none in memory, and what errors call it."""
+    if isinstance(source, Video):
+        raise ImageError(
+            f"{name or source.label}: a Video is taken where a question is asked, not here; pass its frames "
+            "(vilavt_core.video.read_frames) as pictures"
+        )
     if isinstance(source, Mapping):
         source, own = of_row(source, name or "the image")
         name = name or own
@@ -336,7 +343,7 @@ def _states_orientation(kind: bytes, text: bytes) -> bool:
 def _other_kind(label: str) -> str | None:
     """What a file is, by its name, that is no picture but often taken for one; with the remedy."""
     kind = mimetypes.guess_type(label)[0] or ""
-    if kind.startswith("video/"):
+    if kind.startswith("video/") or is_video_path(label):
         return "it is a video; give it as one: `--video` on the command line, `Video(…)` in Python"
     if kind == "application/pdf":
         return "it is a PDF; save its pages as pictures and give those"

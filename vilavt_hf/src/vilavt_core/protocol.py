@@ -447,3 +447,7 @@ def unbox(answer: str) -> str:
         if depth == 0:
             return answer[begin:at].strip()
     return answer
+
+
+VIDEO_MARK = "<video>"
+"""In a user turn of a published training record, where the frames of the next of its videos stand."""

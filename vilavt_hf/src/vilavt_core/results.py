@@ -11,7 +11,7 @@ from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
 from .errors import EngineError
 from .presets import Limits, Sampling
 from .protocol import Answer, Region, ToolCall
-from .regions import PixelBounds, View
+from .regions import Picture, PixelBounds, View
 from .sources import ImageSource, image_list, type_name
 
 
@@ -19,8 +19,9 @@ from .sources import ImageSource, image_list, type_name
 class Sample:
     """One question about some images."""
 
-    images: Sequence[ImageSource]
-    """One picture is taken for a list of one; what a picture may be, says `vilavt_core.sources`."""
+    images: Sequence[ImageSource | Picture]
+    """One picture is taken for a list of one; what a picture may be, says `vilavt_core.sources`. A `Picture` is loaded
+    already."""
     question: str
     id: str | None = None
     """Named in errors and results; also varies the seed."""
@@ -43,7 +44,7 @@ class Sample:
         where = "" if self.id is None else f"sample {self.id}: "
         if not isinstance(self.question, str):
             raise EngineError(f"{where}the question is a {type_name(self.question)}, it must be text; check the order")
-        object.__setattr__(self, "images", image_list(self.images))
+        object.__setattr__(self, "images", image_list(self.images))  # type: ignore[arg-type]
         if self.bounds and len(self.bounds) != len(self.images):
             raise EngineError(
                 f"{where}{len(self.bounds)} bounds for {len(self.images)} images; give one for each, or none"

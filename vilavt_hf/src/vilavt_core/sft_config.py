@@ -88,6 +88,12 @@ class DataConfig(_Section):
         default=QWEN_SYSTEM, description="system turn of published records that have none; null for no system turn"
     )
     image_rules: Rules = Field(default="strict", description="published: leave the EXIF orientation unapplied")
+    frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="of each video, unless the record says otherwise; default: 32, unless fps is set",
+    )
+    fps: float | None = Field(default=None, gt=0, description="instead, frames per second of each video")
     preset: str | None = Field(
         default=None, description="how episode records run; default: what the checkpoint asks for"
     )
@@ -98,6 +104,12 @@ class DataConfig(_Section):
         description="share of samples that may be unusable (too long ones aside); more end the run",
     )
     workers: int = Field(default=4, ge=0, description="data loader processes per rank")
+
+    @model_validator(mode="after")
+    def _frames(self) -> "DataConfig":
+        if self.frames is not None and self.fps is not None:
+            raise ValueError(f"frames: {self.frames} and fps: {self.fps:g}; give one of the two")
+        return self
 
 
 class ValidationConfig(_Section):

@@ -23,6 +23,11 @@ ACCEPTED = (
 )
 """One picture, in words for errors."""
 
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv",
+)  # fmt: skip
+"""By which a path is taken for a video where one may stand beside pictures."""
+
 _CHANNELS = (1, 3, 4)
 _SINGLE = (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Image.Image)
 
@@ -67,6 +72,50 @@ class Video:
         if self.rule not in get_args(Rule):
             raise ImageError(f"{self.label}: unknown rule {self.rule!r}; known are {', '.join(get_args(Rule))}")
 
+    @classmethod
+    def of(cls, entry: Any, default: Video | None = None, *, root: Path | None = None) -> Video:
+        """A video as records and messages name it.
+
+        Args:
+            entry: a video; a path; or a mapping of ``path`` (or ``video``, ``url``, ``value``) and ``frames`` (or
+                ``nframes``, ``num_frames``, ``nframe``), ``fps`` or ``rule``; null says nothing.
+            default: whose frames are taken where the entry says nothing of them.
+            root: folder that a relative path starts from.
+
+        Raises:
+            ImageError: it is something else, says a thing twice, or has keys that have no effect; names them.
+        """
+        if isinstance(entry, Video):
+            return entry
+        said: dict[str, Any] = {}
+        for key, value in (entry if isinstance(entry, Mapping) else {"path": entry}).items():
+            name = _VIDEO_KEYS.get(key, key)
+            if value is None or (name == "type" and value in ("video", "video_url")):
+                continue
+            if name not in ("source", "frames", "fps", "rule"):
+                raise ImageError(f"a video has no {str(key)[:80]!r} here; its keys are path, frames, fps and rule")
+            if name in said:
+                raise ImageError(f"a video says its {name} twice, {said[name]!r} and as {key} {value!r}; say it once")
+            said[name] = value
+        source = said.pop("source", None)
+        if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+            raise ImageError(f"a video is a path, or a path with frames or fps, not a {type_name(source)}")
+        for name in ("frames", "fps"):
+            if name in said and (isinstance(said[name], bool) or not isinstance(said[name], int | float)):
+                raise ImageError(f"{str(source)[:200]}: {name} is {said[name]!r}, it must be a number")
+        if default is not None:
+            if "frames" not in said and "fps" not in said:
+                said |= {"frames": default.frames, "fps": default.fps}
+            said.setdefault("rule", default.rule)
+        local = "://" not in os.fspath(source)[:20] and os.fspath(source)[:5].lower() != "data:"
+        return cls(root / source if root is not None and local else source, **said)  # type: ignore[arg-type]
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """Which frames, without what is not said: keys that :meth:`of` takes."""
+        said = {"frames": self.frames, "fps": self.fps, "rule": None if self.rule == "ends" else self.rule}
+        return {name: value for name, value in said.items() if value is not None}
+
     @property
     def label(self) -> str:
         """What errors call it."""
@@ -77,6 +126,12 @@ class Video:
         if isinstance(self.source, str | Path):
             return str(self.source)[:200]
         return str(getattr(self.source, "name", "the video"))
+
+
+_VIDEO_KEYS = {
+    **dict.fromkeys(("path", "video", "url", "value"), "source"),
+    **dict.fromkeys(("nframes", "num_frames", "nframe"), "frames"),
+}
 
 
 class PixelArray(Protocol):
@@ -137,6 +192,11 @@ def source_name(source: ImageSource) -> str:
         return os.fsdecode(source).partition("?")[0].rstrip("/").rpartition("/")[2][:200]
     name = getattr(source, "name", None) or getattr(source, "filename", None)
     return source_name(name) if isinstance(name, str) else ""
+
+
+def is_video_path(source: object) -> bool:
+    """Whether a path or URL ends like a video's."""
+    return isinstance(source, str | Path) and str(source).partition("?")[0].lower().endswith(VIDEO_SUFFIXES)
 
 
 def is_file(source: object) -> bool:

@@ -53,7 +53,9 @@ def make_dataset(
         DataError: a data set is not there.
     """
     data = config.data
-    settings = RenderSettings(data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules)
+    settings = RenderSettings(
+        data.max_pixels, data.min_pixels, data.labels, data.system, data.image_rules, data.frames, data.fps
+    )
     return SftDataset(
         find_sources(data, names),
         make_renderer(base or config.model.path, settings, data.preset, tokenizer),

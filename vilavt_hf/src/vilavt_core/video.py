@@ -21,15 +21,12 @@ from PIL import Image
 from .errors import ImageError, VilavtError
 from .images import ImageLimits, UrlPolicy, stored, to_rgb
 from .regions import Picture
-from .sources import FRAMES, Video
+from .sources import FRAMES, Video, is_video_path
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
-
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
-"""By which a path is taken for a video where one may stand beside pictures."""
 
 CONTAINERS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "apng")
 """FFmpeg's names of the container formats that are read. Playlists (HLS, DASH, concat) are not among them: they make
@@ -81,9 +78,36 @@ class VideoInfo:
         return (len(self.times) - 1) / self.times[-1] if len(self.times) > 1 and self.times[-1] > 0 else None
 
 
-def is_video_path(source: object) -> bool:
-    """Whether a path or URL ends like a video's."""
-    return isinstance(source, str | Path) and str(source).partition("?")[0].lower().endswith(SUFFIXES)
+@dataclass(frozen=True)
+class FrameTimes:
+    """The frames that `read_frames` takes of a video."""
+
+    width: int
+    """Pixels as shown: upright."""
+    height: int
+    name: str
+    times: tuple[float, ...]
+    """Seconds after the first frame of the file, one for each."""
+
+
+def frame_times(
+    video: Video,
+    limits: VideoLimits = VideoLimits(),
+    *,
+    allow_urls: bool = False,
+    allow_paths: bool = True,
+    url_policy: UrlPolicy = _POLICY,
+) -> FrameTimes:
+    """Size, number and times of the frames that `read_frames` would give, without decoding more than one.
+
+    Damage further on in the file goes unseen.
+
+    Args and errors are those of `read_frames`.
+    """
+    with _opened(video, limits, allow_urls=allow_urls, allow_paths=allow_paths, url_policy=url_policy) as file:
+        ticks = file.chosen()
+        width, height = _upright_size(file.first_frame())
+        return FrameTimes(width, height, file.name, tuple(map(file.seconds, ticks)))
 
 
 def video_info(
@@ -205,6 +229,11 @@ class _File:
             raise ImageError(f"{self.label}: it holds {what}; convert it, for instance to MP4")
         return sorted(set(ticks)), sorted(keys), end
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        return Path(self.label).name or self.label
+
     def seconds(self, tick: int) -> float:
         """Seconds after the first frame."""
         return float((tick - self.ticks[0]) * self.time_base)
@@ -266,11 +295,10 @@ class _File:
     def _frames(self, ticks: Sequence[int], *, seek: bool) -> list[Picture]:
         taken: list[Picture] = []
         todo, shown = list(ticks), None
-        name = Path(self.label).name or self.label
 
         def take(tick: int, frame: VideoFrame) -> None:
             image = self._picture(frame)
-            taken.append(Picture(image, name, max(0.0, self.seconds(tick))))
+            taken.append(Picture(image, self.name, max(0.0, self.seconds(tick))))
             if (pixels := sum(one.image.width * one.image.height for one in taken)) > self.limits.max_total_pixels:
                 raise ImageError(
                     f"{self.label}: its frames grew to {pixels} pixels, at most {self.limits.max_total_pixels} are "
@@ -416,6 +444,33 @@ def _upright_size(frame: VideoFrame) -> tuple[int, int]:
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 
+def video_file(video: Video, limits: VideoLimits = VideoLimits()) -> bytes:
+    """A video as the bytes of its file, unread; URLs are not followed.
+
+    Raises:
+        ImageError: it cannot be read, or is larger than allowed.
+    """
+    file = _readable(video, limits, allow_urls=False, allow_paths=True, url_policy=_POLICY)
+    try:
+        file.seek(0)
+        data: bytes = file.read()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{video.label}: the video cannot be read: {str(error)[:200]}") from None
+    finally:
+        if file is not video.source:
+            file.close()
+    return data
+
+
+def require_reader() -> None:
+    """Make sure that videos can be read here.
+
+    Raises:
+        ImageError: the package av is missing; names the extra.
+    """
+    _av()
+
+
 def _av() -> Any:
     try:
         import av
@@ -425,4 +480,14 @@ def _av() -> Any:
     return av
 
 
-__all__ = ["SUFFIXES", "VideoInfo", "VideoLimits", "is_video_path", "read_frames", "video_info"]
+__all__ = [
+    "FrameTimes",
+    "VideoInfo",
+    "VideoLimits",
+    "frame_times",
+    "is_video_path",
+    "read_frames",
+    "require_reader",
+    "video_file",
+    "video_info",
+]

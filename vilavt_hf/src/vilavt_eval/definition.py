@@ -2,6 +2,7 @@
 
 import functools
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vilavt_core.errors import BenchmarkError
+from vilavt_core.sources import Rule, Video
 from vilavt_core.spelling import did_you_mean
 from vilavt_core.validation import problems
 from vilavt_core.yaml_config import merged, read_keys
@@ -30,11 +32,46 @@ class Keys(_Part):
     )
     question: str = Field(default="question", description="key of the question's text")
     answer: str = Field(default="answer", description="key of the right answer")
-    images: str = Field(default="images", description="key of the image paths: a list, or one path")
+    images: str | None = Field(
+        default="images", description="key of the image paths: a list, or one path; null: there are none, only videos"
+    )
     options: str | None = Field(default="options", description="key of the list of options; null: there is none")
     type: str | None = Field(
         default="problem_type", description="key of the question type; a record without it has default_type"
     )
+
+
+class Videos(_Part):
+    """Where the video of a question is, and which of its frames are shown; behind the images, if there are some."""
+
+    path: str = Field(
+        description="from the folder of images, with keys of the record in braces: {dataset}/{scene_name}.mp4; a key "
+        "alone, as {videos}, may hold a list"
+    )
+    frames: int | None = Field(
+        default=None, ge=1, description="frames, uniform in time; default: 32, unless fps is set"
+    )
+    fps: float | None = Field(default=None, gt=0, description="instead, frames per second")
+    rule: Rule = Field(default="ends", description="ends: the first and the last frame are among them; centres: not")
+
+    @model_validator(mode="after")
+    def _usable(self) -> "Videos":
+        self.video("")
+        if not self.keys or any(not key.isidentifier() for key in self.keys):
+            raise ValueError(f"path: {self.path!r} must hold keys of a record in braces, as {{video}}")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of a record, that the path is made of."""
+        try:
+            return tuple(name for _, name, _, _ in string.Formatter().parse(self.path) if name is not None)
+        except ValueError as error:
+            raise ValueError(f"path: {self.path!r}: {error}") from None
+
+    def video(self, path: str | Path) -> Video:
+        """A file and which of its frames are shown."""
+        return Video(path, self.frames, self.fps, self.rule)
 
 
 class TypeRule(_Part):
@@ -117,6 +154,7 @@ class Benchmark(_Part):
     frames: int | None = Field(
         default=None, ge=1, description="frames of a video that a record lists as images, at most"
     )
+    videos: Videos | None = Field(default=None, description="video files of the questions; null: there are none")
     hidden: tuple[str, ...] = Field(
         default=("thought",), description="keys that no prompt and no result file may hold, as a solution in words"
     )
@@ -129,6 +167,11 @@ class Benchmark(_Part):
         shown = {
             value for value in (*self.keys.model_dump().values(), self.report.category, self.report.rotation) if value
         }
+        if self.videos is None and self.keys.images is None:
+            raise ValueError("keys: images is null, so videos must say where the videos are")
+        if self.videos is not None and self.image_marks == "interleaved":
+            raise ValueError("image_marks: interleaved cannot be had with videos, whose frames have no marks")
+        shown |= set(() if self.videos is None else self.videos.keys)
         if leaks := sorted(shown & set(self.hidden)):
             raise ValueError(f"hidden: {', '.join(leaks)} cannot be hidden, keys or report use it")
         return self

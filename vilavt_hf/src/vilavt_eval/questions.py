@@ -24,6 +24,7 @@ from vilavt_core.scoring import (
     with_letters,
     without_delimiters,
 )
+from vilavt_core.sources import Video
 
 from .definition import Benchmark, TypeRule
 from .metrics import find_metric, is_choice, is_function
@@ -41,6 +42,8 @@ class Question:
     """As in the file, without hidden keys."""
     images: tuple[Path, ...]
     """In conversation order; the image root is in them."""
+    videos: tuple[Video, ...]
+    """Shown after the images; the image root is in their paths."""
     text: str
     """The prompt: question, options, suffix; with one ``<image>`` per image if the benchmark interleaves them."""
     problem_type: str
@@ -94,22 +97,24 @@ class Questions(Sequence[Question]):
         return [question.id for question in islice(self, limit)]
 
     def require_images(self) -> None:
-        """Make sure that every image file is there, before a model is loaded.
+        """Make sure that every image and video file is there, before a model is loaded.
 
         Raises:
-            BenchmarkError: how many questions lack images, and which are the first that are missing.
+            BenchmarkError: how many questions lack files, and which are the first that are missing.
         """
         is_file = lru_cache(4096)(os.path.isfile)  # frames and pictures are shared by neighbouring questions
         lacking, first = 0, dict[str, str | int]()
         for question in self:
-            missing = [str(path) for path in question.images if not is_file(str(path))]
+            files = (*map(str, question.images), *(str(video.source) for video in question.videos))
+            missing = [path for path in files if not is_file(path)]
             lacking += bool(missing)
             for path in missing[: FIRST_MISSING - len(first)]:
                 first.setdefault(path, question.id)
         if lacking:
+            kind = "images" if self.benchmark.videos is None else "videos or images"
             named = ", ".join(f"{path} (question {id_})" for path, id_ in first.items())
             raise BenchmarkError(
-                f"{self.path}: images of {lacking} of {len(self)} questions are missing, first {named}; say where they "
+                f"{self.path}: {kind} of {lacking} of {len(self)} questions are missing, first {named}; say where they "
                 "are with --image-root"
             )
 
@@ -121,7 +126,7 @@ class Questions(Sequence[Question]):
             # 1 and "1" would be one question to whoever resumes by id
             if (first := places.setdefault(str(question.id), i)) != i:
                 raise self._wrong(i, "id", f"{question.id!r} is also the id of record {first}; ids must differ")
-            paths = _paths(question.record[self.benchmark.keys.images])
+            paths = (*self._images(i, question.record), *self._videos(i, question.record))
             shown: list[Any] = [question.id, question.text, question.problem_type, question.target, paths]
             digest.update(json.dumps(shown, ensure_ascii=True).encode() + b"\n")
         if not places:
@@ -140,7 +145,7 @@ class Questions(Sequence[Question]):
         problem_type, rule = self._type(i, record)
         text = self._text(i, record, keys.question)
         target = self._text(i, record, keys.answer)
-        paths = self._images(i, record)
+        paths, videos = self._images(i, record), self._videos(i, record)
         options = self._options(i, record) if is_choice(rule.metric) else ()
         try:
             target = self._target(rule, target, options)
@@ -167,6 +172,7 @@ class Questions(Sequence[Question]):
             id=self._id(i, record),
             record=record,
             images=tuple(self.image_root / path for path in paths),
+            videos=tuple(self._video(path) for path in videos),
             text="\n".join(part for part in (text, *listed, rule.suffix) if part),
             problem_type=problem_type,
             options=listed,
@@ -210,6 +216,8 @@ class Questions(Sequence[Question]):
 
     def _images(self, i: int, record: Mapping[str, Any]) -> tuple[str, ...]:
         key, frames = self.benchmark.keys.images, self.benchmark.frames
+        if key is None or (self.benchmark.videos is not None and record.get(key) is None):
+            return ()
         paths = _paths(record.get(key))
         if not paths or not all(isinstance(path, str) and path for path in paths):
             raise self._wrong(i, key, f"it is {_kind(record.get(key))}; it must be a path or a list of at least one")
@@ -221,6 +229,27 @@ class Questions(Sequence[Question]):
                 f"a definition with frames: {len(paths)}",
             )
         return paths
+
+    def _videos(self, i: int, record: Mapping[str, Any]) -> tuple[str, ...]:
+        """Paths, relative to the image root."""
+        videos = self.benchmark.videos
+        if videos is None:
+            return ()
+        values = {key: record.get(key) for key in videos.keys}
+        (first, *_) = values
+        listed = values[first]
+        alone = isinstance(listed, list) and videos.path == f"{{{first}}}"
+        each: list[dict[str, Any]] = [{first: value} for value in listed or ()] if alone else [values]
+        for one in each or [{first: None}]:
+            for key, value in one.items():
+                if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+                    raise self._wrong(i, key, f"it is {_kind(value)}; videos.path {videos.path!r} needs a name there")
+        return tuple(videos.path.format(**one) for one in each)
+
+    def _video(self, path: str) -> Video:
+        videos = self.benchmark.videos
+        assert videos is not None
+        return videos.video(self.image_root / path)
 
     def _options(self, i: int, record: Mapping[str, Any]) -> tuple[str, ...]:
         """The list of a record, each with its letter; empty if it has none and may have none."""

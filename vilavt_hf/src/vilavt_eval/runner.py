@@ -231,7 +231,7 @@ def sample_of(question: Question, preset: EvaluationPreset, seed: int) -> Sample
     text = question.text
     if preset.interleave and len(question.images) == 1:  # an episode interleaves several; a single one comes first
         text = text.replace(IMAGE_MARK, "").strip()
-    sample = Sample(list(question.images), text, id=str(question.id))
+    sample = Sample([*question.images, *question.videos], text, id=str(question.id))
     return replace(sample, seed=seed if preset.seeds == "per_run" else sample.seed_from(seed))
 
 

@@ -10,6 +10,8 @@ from .modeling_vilavt import VilavtForConditionalGeneration, VilavtModel, Vilavt
 from .processing_vilavt import VilavtProcessor
 
 if TYPE_CHECKING:
+    from vilavt_core.sources import Video
+
     from .chat import VilavtChat
 
 __version__ = version("vilavt-hf")
@@ -19,6 +21,7 @@ AutoModelForImageTextToText.register(VilavtConfig, VilavtForConditionalGeneratio
 AutoProcessor.register(VilavtConfig, VilavtProcessor, exist_ok=True)
 
 __all__ = [
+    "Video",
     "VilavtChat",
     "VilavtConfig",
     "VilavtForConditionalGeneration",
@@ -35,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from .chat import VilavtChat
 
         return VilavtChat
+    if name == "Video":
+        from vilavt_core.sources import Video
+
+        return Video
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,7 @@ from vilavt_core.presets import Limits, Preset, Sampling, get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event, Finished, Intervention, Timings, Work
 from vilavt_core.settings import preset_of
+from vilavt_core.video import VideoLimits
 
 from . import compat
 from .engine import MAX_PREFILL_TOKENS, Choose, Engine, EngineRow, Sampler
@@ -50,7 +51,7 @@ class VilavtChat(DrivenBackend):
         prompts: wording. None: the checkpoint's own, else the built-in ``default``.
         concurrency: conversations that run side by side.
         max_prefill_tokens: new tokens of waiting conversations that are computed at once; lower it if memory is short.
-        image_limits: caps on files.
+        image_limits, video_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
         checkpoint: where the model came from, for the record.
         fingerprint: of the checkpoint, for the record.
@@ -73,6 +74,7 @@ class VilavtChat(DrivenBackend):
         concurrency: int = 8,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
+        video_limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
         allow_urls: bool = False,
         checkpoint: str | None = None,
         fingerprint: str | None = None,
@@ -89,6 +91,7 @@ class VilavtChat(DrivenBackend):
             own_prompts=processor.prompts,
             seed=seed,
             image_limits=image_limits,
+            video_limits=video_limits,
             allow_urls=allow_urls,
             checkpoint=checkpoint,
             fingerprint=fingerprint,
@@ -294,6 +297,7 @@ def open_local(model: str, options: BackendOptions) -> Backend:
         prompts=options.prompts,
         seed=options.seed,
         image_limits=options.image_limits,
+        video_limits=options.video_limits,
         **settings,
     )
     chat.settings = replace(chat.settings, limits=options.change_limits(chat.settings.limits))

@@ -12,7 +12,9 @@ from typing import Any
 from vilavt_core.data.annotations import Annotations
 from vilavt_core.errors import DataError, ImageError, ScoringError
 from vilavt_core.images import image_size
+from vilavt_core.protocol import VIDEO_MARK
 from vilavt_core.scoring import QuestionType, check_target, known_options
+from vilavt_core.sources import ImageSource, Video
 
 from .errors import RowError
 from .rewards import Task
@@ -38,6 +40,13 @@ class Row:
     id: str = ""
     options: tuple[str, ...] = ()
     """Of a multiple choice, with their letters: those of the key ``options``, else those that the question lists."""
+    videos: tuple[Mapping[str, Any], ...] = ()
+    """Video files, shown after the images, as `vilavt_core.sources.Video.of` takes them."""
+
+    @property
+    def sources(self) -> list[ImageSource]:
+        """Images, then videos: what an episode shows."""
+        return [*self.images, *map(Video.of, self.videos)]
 
     @property
     def task(self) -> Task:
@@ -46,12 +55,14 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the way between processes."""
-        return asdict(self) | {"images": list(self.images), "options": list(self.options)}
+        lists = {"images": list(self.images), "options": list(self.options), "videos": [dict(v) for v in self.videos]}
+        return asdict(self) | lists
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """Inverse of :meth:`to_json`."""
-        return cls(**{**data, "images": tuple(data["images"]), "options": tuple(data.get("options", ()))})
+        lists = {name: tuple(data.get(name, ())) for name in ("images", "options", "videos")}
+        return cls(**{**data, **lists})
 
 
 def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
@@ -62,7 +73,8 @@ def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
     ``max_num_steps`` (0 or null: not set), ``max_pixels``, ``id``, ``options`` (of a multiple choice: a list of texts,
     or an object from A, B, … to texts). Images are a list; each is a path (one that does not exist as it is counts from
     the file's folder) or holds the picture itself: a data URL, its bytes, or, as `datasets` writes it, ``{"bytes",
-    "path"}``. Pictures that rows hold stay in memory, encoded.
+    "path"}``. Pictures that rows hold stay in memory, encoded. ``videos`` are a list of files, or of
+    ``{"path", "frames" or "fps", "rule"}`` (verl's ``video`` and ``nframes`` mean the same), shown after the images.
 
     Raises:
         DataError: a file cannot be read, there is no row, or a row lacks something; names file, row and remedy.
@@ -115,13 +127,20 @@ def _row(record: Any, path: Path, number: int) -> Row:
     keys = [key for key in ("image_path", "images") if record.get(key) is not None] or ["image_path"]
     if len(keys) > 1:
         raise RowError(f"{where}: it has both 'image_path' and 'images'; keep the one that holds the pictures")
-    images = record.get(keys[0])
+    videos = record.get("videos") or ()
+    if isinstance(videos, str) or not isinstance(videos, Sequence):
+        raise RowError(f"{where}: 'videos' must be a list, it is {type(videos).__name__}")
+    if videos and VIDEO_MARK in question:
+        raise RowError(f"{where}: the question holds {VIDEO_MARK}; videos are shown before it, leave the mark out")
+    images = record.get(keys[0], [] if videos else None)
+    images = [] if images is None and videos else images
     if not isinstance(images, list | tuple):
         raise RowError(f"{where}: {keys[0]!r} must be a list of files, it is {type(images).__name__}")
     return Row(
         question=question,
         answer=answer,
         images=tuple(_image(image, path, f"{where}, image {i}") for i, image in enumerate(images)),
+        videos=tuple(_video(video, path, f"{where}, video {i}") for i, video in enumerate(videos)),
         question_type=str(record["question_type"]),
         data_type=str(record.get("data_type") or ""),
         max_turns=_whole(record, "max_num_steps", where),
@@ -143,10 +162,23 @@ def _image(image: Any, path: Path, where: str) -> str:
         raise RowError(f"{where}: it is {type(image).__name__}, it must be a file, a data URL, or bytes of a picture")
     if image[:5].lower() == "data:":
         return _embedded(image, image, where)
-    for candidate in (Path(image), path.parent / image):
+    return _file(image, path, f"{where}: no image")
+
+
+def _video(entry: Any, path: Path, where: str) -> dict[str, Any]:
+    """A video of a row, its file found."""
+    try:
+        video = Video.of(entry)
+    except ImageError as error:
+        raise RowError(f"{where}: {error}") from None
+    return {"path": _file(str(video.source), path, f"{where}: no video"), **video.wanted}
+
+
+def _file(name: str, path: Path, problem: str) -> str:
+    for candidate in (Path(name), path.parent / name):
         if os.path.isfile(candidate):  # Path.is_file raises for a very long name
             return str(candidate.absolute())
-    raise RowError(f"{where}: no image {image[:200]!r}, neither as it is nor beside {path.name}")
+    raise RowError(f"{problem} {name[:200]!r}, neither as it is nor beside {path.name}")
 
 
 def _embedded(url: str, source: str | bytes, where: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from vilavt_core.data.rendering import Outline
+from vilavt_core.data.rendering import Outline, planned_frames
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
 from vilavt_core.errors import ImageError
@@ -19,6 +19,7 @@ from vilavt_core.images import image_size
 from vilavt_core.regions import Picture
 from vilavt_core.results import Sample
 from vilavt_core.settings import preset_of
+from vilavt_core.sources import Video
 from vilavt_hf.processing_vilavt import VilavtProcessor
 
 from .data import Row
@@ -75,7 +76,7 @@ def start_row(row: Row, settings: ConversationSettings, *, max_prompt: int, max_
         RolloutError: the first turn is too long.
     """
     try:
-        images = settings.load(row.images)
+        images = settings.load(row.sources)
     except ImageError as error:  # a picture that the row holds has no name of its own
         raise ImageError(f"sample {row.id}: {error}") from None
     episode = _open(row, settings, images)
@@ -88,7 +89,7 @@ def start_row(row: Row, settings: ConversationSettings, *, max_prompt: int, max_
     # Known only now, and before the first request is made.
     context = min(length + max_response, episode.limits.max_context or length + max_response)
     episode.limits = replace(episode.limits, max_context=context)
-    sample = Sample(row.images, row.question, row.id, limits=episode.limits)
+    sample = Sample(row.sources, row.question, row.id, limits=episode.limits)
     driver = Driver(sample, settings, episode=episode, fallback=False)
     driver.start()
     return driver
@@ -100,8 +101,13 @@ def first_turn_fits(row: Row, settings: ConversationSettings, max_prompt: int) -
     Raises:
         ImageError: an image is none, or has a refused shape.
     """
-    rules = settings.preset.rules
-    episode = _open(row, settings, [Outline(image_size(image, rules=rules)) for image in row.images])
+    pictures: list[Image.Image | Picture] = []
+    for source in row.sources:
+        if isinstance(source, Video):
+            pictures += planned_frames(source, settings.video_limits)
+        else:
+            pictures.append(Outline(image_size(source, rules=settings.preset.rules)))
+    episode = _open(row, settings, pictures)
     return not episode.finished and len(episode.record.token_ids) <= max_prompt
 
 

@@ -211,7 +211,8 @@ UNSUPPORTED: dict[str, str] = {
     "image embeddings as input (--enable-mm-embeds)": "refused per request: an embedding depends on its query",
     "data-parallel vision tower (--mm-encoder-tp-mode data)": "falls back to weights, with vLLM's warning: it would "
     "shard image by image and split inquiries",
-    "videos": "refused per request by vLLM (0 videos allowed): send frames as images",
+    "videos on vLLM's own routes and in `llm.generate`": "refused per request (0 videos allowed): the loop's route and "
+    "`VilavtLLM` take them, as frames",
     "encoder disaggregation (EC connector)": "not tested",
     "pipeline parallelism": "implemented as vLLM's interface asks, not tested",
     "FlashInfer as the vision tower's attention": "not tested; flash-attention, Triton and torch SDPA share one layout",

@@ -18,6 +18,7 @@ from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event, Intervention
+from vilavt_core.video import VideoLimits
 
 from .checkpoints import require_servable
 from .episodes import sampling_params, settings_of_engine, take, to_prompt
@@ -40,7 +41,7 @@ class VilavtLLM(DrivenBackend):
         seed: for sampling.
         prompts: wording. None: the checkpoint's own.
         concurrency: conversations in flight. None: vLLM's ``max_num_seqs``.
-        image_limits: caps on files.
+        image_limits, video_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
         engine_args: for `vllm.LLM`, e.g. ``tensor_parallel_size=2``; none if `model` is one already.
 
@@ -60,6 +61,7 @@ class VilavtLLM(DrivenBackend):
         prompts: PromptSet | str | None = None,
         concurrency: int | None = None,
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
+        video_limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
         allow_urls: bool = False,
         **engine_args: Any,
     ) -> None:
@@ -80,6 +82,7 @@ class VilavtLLM(DrivenBackend):
             prompts=prompts,
             seed=seed,
             image_limits=image_limits,
+            video_limits=video_limits,
             allow_urls=allow_urls,
             device=str(config.device_config.device_type),
         )

@@ -115,9 +115,8 @@ class Adapter:
     def _write(self, benchmark: str, question: BenchmarkQuestion, key: str, said: dict[str, Any]) -> None:
         traces = self._traces_of(benchmark)
         if traces is not None:
-            files = [image for image in question.images if isinstance(image, str)]
             head = {"key": key, "model": self.name, "benchmark": benchmark, "sample_id": question.sample_id}
-            traces.write({**said, **head, "image_files": files})
+            traces.write({**said, **head, "image_files": question.files})
 
     def _traces_of(self, benchmark: str) -> Traces | None:
         folder = self.settings.trace_dir

@@ -66,7 +66,7 @@ class ViLaVT(lmms):
             "\n".join(str(item["value"]) for item in items if item["type"] == "text"), (), str(number)
         )
         try:
-            question = question_of(items)
+            question = question_of(items, self.adapter.settings.video)
         except MessageError as error:
             self.adapter.fail(identity, task, error)
             return None
@@ -84,7 +84,9 @@ class ViLaVT(lmms):
 def _item(role: str, part: dict[str, Any]) -> dict[str, Any]:
     """A part of a message in the form that `question_of` takes; what an assistant said is refused there."""
     kind = part["type"]
+    more = {key: value for key, value in part.items() if key not in ("type", "text", "url")} if kind == "video" else {}
     return {
         "type": kind if role != "assistant" else "few-shot example",
         "value": part["text" if kind == "text" else "url"],
+        **more,
     }

@@ -15,6 +15,7 @@ from vilavt_core.backends import BackendOptions, names_server
 from vilavt_core.images import BENCHMARK_IMAGES
 from vilavt_core.presets import Limits, Sampling, optional_fields
 from vilavt_core.shipped import shipped
+from vilavt_core.sources import Video
 from vilavt_core.spelling import did_you_mean
 from vilavt_core.validation import problems
 
@@ -57,6 +58,13 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
         description="JSON, for what computes: `from_pretrained`, `vllm.LLM`, or `openai.OpenAI`, e.g. "
         '`{"tensor_parallel_size": 4}`',
     )
+    frames: int | None = Field(
+        None, ge=1, description="of each video that a benchmark hands over as a file; default: 32, unless `fps` is set"
+    )
+    fps: float | None = Field(None, gt=0, description="instead, frames per second of such a video")
+    video_files: bool = Field(
+        False, description="`1`: VLMEvalKit hands over video files, not frames: they keep their size and have times"
+    )
     custom_prompts: bool = Field(True, description="`0`: the toolkit's prompt for every benchmark")
     trace_dir: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = Field(
         Path("vilavt_traces"), description="folder of the traces, made if missing; empty: no traces, no resuming"
@@ -87,9 +95,18 @@ class AdapterSettings(_Overrides):  # type: ignore[valid-type, misc]
                 f"unknown setting {label((unknown[0],))}; known are {', '.join(cls.model_fields)}{hint}"
             )
         try:
-            return cls(**values)
+            settings = cls(**values)
         except ValidationError as error:
             raise SettingsError(problems(error, name=label, values=True)) from None
+        if settings.frames is not None and settings.fps is not None:
+            names = f"{label(('frames',))} is {settings.frames} and {label(('fps',))} is {settings.fps:g}"
+            raise SettingsError(f"{names}; give one of the two")
+        return settings
+
+    @property
+    def video(self) -> Video:
+        """Which frames are taken of a video of which a benchmark says nothing."""
+        return Video("", self.frames, self.fps)
 
     @property
     def path(self) -> str:

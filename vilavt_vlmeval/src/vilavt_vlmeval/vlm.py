@@ -7,8 +7,10 @@ from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
+from vilavt_core.sources import FRAMES, Video
+
 from .adapter import NO_BENCHMARK, Adapter
-from .errors import MessageError
+from .errors import MessageError, SettingsError
 from .messages import CUSTOM_PROMPTS, INDEX, BenchmarkQuestion, question_of
 from .settings import AdapterSettings
 
@@ -28,7 +30,8 @@ class ViLaVT(BaseModel):
 
     INTERLEAVE = True
     VIDEO_LLM = False
-    """A benchmark hands over its frames as images: the model names them, and zooms into them."""
+    """A benchmark hands over its frames as images, unless the setting `video_files` says otherwise: the model names
+    them, and zooms into them."""
 
     def __init__(self, name: str = "", verbose: bool = False, **settings: Any) -> None:
         super().__init__()
@@ -36,6 +39,32 @@ class ViLaVT(BaseModel):
         self.adapter = Adapter(AdapterSettings.resolve(settings), name)
         # The toolkit's word for "answers several questions at once, from threads": --api-nproc says how many.
         self.is_api = self.adapter.settings.backend_name == "server" and not _distributed()
+        if self.adapter.settings.video_files and self.is_api:
+            raise SettingsError(
+                "'video_files' cannot be had with a server: VLMEvalKit tells a model that it asks from threads nothing "
+                "of a benchmark's frames; leave it out"
+            )
+        self.VIDEO_LLM = self.adapter.settings.video_files
+        self._frames, self._fps = self.adapter.settings.frames or FRAMES, self.adapter.settings.fps or 1.0
+        self._by_rate = self.adapter.settings.fps is not None
+
+    @property
+    def nframe(self) -> int:
+        """Frames of a video; the toolkit sets it to a benchmark's, and to None for one that counts by `fps`."""
+        return self._frames
+
+    @nframe.setter
+    def nframe(self, value: int | None) -> None:
+        self._frames, self._by_rate = value or self._frames, not value
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of a video; likewise."""
+        return self._fps
+
+    @fps.setter
+    def fps(self, value: float | None) -> None:
+        self._fps, self._by_rate = value or self._fps, bool(value)
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Only for benchmarks of an allow-list: the others' own prompts hold options, units and interleaved images."""
@@ -50,7 +79,8 @@ class ViLaVT(BaseModel):
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
         """The answer to a message; ``""`` if there is none."""
         try:
-            question = question_of(message)
+            frames = Video("", None, self._fps) if self._by_rate else Video("", self._frames)
+            question = question_of(message, frames)
         except MessageError as error:
             text = "\n".join(str(item["value"]) for item in message if item["type"] == "text")
             self.adapter.fail(BenchmarkQuestion(text), dataset or NO_BENCHMARK, error)

@@ -40,7 +40,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "ask": Subcommand("vilavt_core.cli.chat:ask", "Ask a checkpoint about pictures, and watch it zoom."),
+    "ask": Subcommand("vilavt_core.cli.chat:ask", "Ask a checkpoint about pictures and videos, and watch it zoom."),
     "demo": Subcommand(
         "vilavt_core.cli.chat:demo",
         "Watch a real, tiny ViLaVT answer three questions it was not trained on.",

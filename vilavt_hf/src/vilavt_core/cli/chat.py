@@ -13,6 +13,7 @@ import typer
 
 from ..checkpoint import require_vilavt
 from ..errors import CheckpointError, ImageError
+from ..sources import ImageSource, Video
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
 
@@ -42,8 +43,16 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Type the weights are loaded as
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Checkpoint folder in our format, or a hub id.")],
-    image: Annotated[list[str], typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")
+    ] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video, likewise: its frames are pictures.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of each video: frames, uniform in time. Default: 32.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Instead: frames per second of each video.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the conversation as an HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the conversation as one PNG.")] = None,
@@ -57,18 +66,25 @@ def ask(
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
 ) -> None:
-    """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
+    """Ask a checkpoint about pictures and videos, and watch it zoom. Exit code 3: it ended without an answer.
+
+    Pictures come before videos if --image comes before --video, else after them.
+    """
     from rich.console import Console
 
     from ..settings import preset_of
 
+    given = {"image": list[ImageSource](image or []), "video": _videos(video or [], frames, fps)}
+    shown = [one for name in context.params if name in given for one in given[name]]  # as on the command line
+    if not shown:
+        raise typer.BadParameter("there is nothing to look at; pass --image or --video")
     settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
     if preset is not None:
         settings["preset"] = preset
     check_output_files(trace=trace)
     check_picture_file(picture=picture)
     require_vilavt(model)
-    _check_pictures(image, allow_urls)
+    _check_pictures(shown, allow_urls)
     wanted = preset_of(model, preset)
     if temperature is not None:
         settings["sampling"] = replace(wanted.sampling, temperature=temperature)
@@ -79,7 +95,7 @@ def ask(
         limits=replace(chat.settings.limits, **{name: value for name, value in changes.items() if value is not None}),
     )
     console = Console(stderr=as_json, highlight=False)
-    result = _show(console, chat.stream(image, question))
+    result = _show(console, chat.stream(shown, question))
     if as_json:
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
     _write(console, [result], trace, picture, chat, [None])
@@ -127,6 +143,13 @@ def demo(
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def _videos(paths: list[str], frames: int | None, fps: float | None) -> list[ImageSource]:
+    for name, value in (("--frames", frames), ("--fps", fps)):
+        if value is not None and not paths:
+            raise typer.BadParameter(f"{name} {value:g} says which frames of a video are taken; pass --video")
+    return [Video(path, frames, fps) for path in paths]
 
 
 def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> Any:
@@ -184,16 +207,21 @@ def _markup(text: str) -> str:
     return escape(_plain(text))
 
 
-def _check_pictures(sources: Iterable[str], allow_urls: bool = False) -> None:
+def _check_pictures(sources: Iterable[ImageSource], allow_urls: bool = False) -> None:
     """Before the model is loaded, not after it."""
     from ..images import is_url, load_image
+    from ..video import frame_times
 
     for source in sources:
-        if not is_url(source):
-            load_image(source)
+        path = source.source if isinstance(source, Video) else source
+        if not (isinstance(path, str) and is_url(path)):
+            if isinstance(source, Video):
+                frame_times(source)
+            else:
+                load_image(source)
         elif not allow_urls:
             raise ImageError(
-                f"{source}: URLs are not allowed here; pass --allow-urls, or download the file and pass its path"
+                f"{path}: URLs are not allowed here; pass --allow-urls, or download the file and pass its path"
             )
 
 

@@ -1,4 +1,4 @@
-"""Annotation files: JSON lines, or one JSON list."""
+"""Annotation files: JSON lines, one JSON list, or Parquet."""
 
 import json
 from codecs import BOM_UTF8
@@ -18,7 +18,7 @@ class Annotations:
     of a data loader share them.
 
     Args:
-        path: ``.jsonl`` for one record per line, anything else for a JSON list.
+        path: ``.jsonl`` for one record per line, ``.parquet``, anything else for a JSON list.
 
     Raises:
         DataError: the file cannot be read, or is no list.
@@ -50,13 +50,25 @@ class Annotations:
         return ends, starts
 
     def _scan_list(self) -> tuple[list[int], list[int]]:
-        records = json.loads(self.path.read_bytes())
+        records = self._rows() if self.path.suffix == ".parquet" else json.loads(self.path.read_bytes())
         if not isinstance(records, list):
             raise ValueError(f"it holds a {type(records).__name__}")
         parts = [json.dumps(record).encode() for record in records]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64).tolist() if parts else []
         self._bytes = b"".join(parts)
         return ends, [0, *ends[:-1]] if ends else []
+
+    def _rows(self) -> list[Any]:
+        """Of a Parquet file, as JSON has them."""
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise DataError(f"{self.path}: reading it needs pyarrow: pip install pyarrow", "annotations") from None
+        rows = pyarrow.parquet.read_table(self.path).to_pylist()
+        for i, row in enumerate(rows):
+            if odd := sorted(key for key, value in row.items() if isinstance(value, bytes | dict)):
+                raise ValueError(f"row {i} holds a picture or other data in {odd[0]}; save it as a file, name its path")
+        return rows
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -138,11 +138,14 @@ class SftDataset:
     def picture_mark(self, i: int) -> int:
         """Changes with the size or the time of any picture of a sample; never 0. Opens no picture."""
         try:
-            names = read_record(self.record(i), self.name(i)).images
+            record = read_record(self.record(i), self.name(i))
         except DataError:
-            names = []  # the annotations alone decide
-        root = self.image_root(i)
-        stats = [_size_and_time(root / name) for name in names]
+            files = []  # the annotations alone decide
+        else:
+            root = self.image_root(i)
+            files = [root / name for name in record.images]
+            files += [Path(video.label) for video in self.renderer.videos(record, root)]
+        stats = [_size_and_time(path) for path in files]
         return 1 + int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=7).digest())
 
     def _render(self, i: int, decode: bool) -> tuple[Rendered, int]:
@@ -152,9 +155,7 @@ class SftDataset:
         data = read_record(self.record(i), name)
         name = name if data.id is None else f"{name} ({data.id})"
         place = self.sources[source]
-        rendered = self.renderer.render(
-            data, name, place.image_root, place.crops, self.renderer.load if decode else self.renderer.outline
-        )
+        rendered = self.renderer.render(data, name, place.image_root, place.crops, decode=decode)
         length = len(rendered.example.input_ids)
         if length <= self.max_length:
             return rendered, length

@@ -6,6 +6,7 @@ published mask: it also trains the newline after ``<|im_end|>``, which no engine
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,15 +21,19 @@ from ..errors import DataError, ImageError, RegionError, VilavtError
 from ..images import image_size, load_image
 from ..presets import Preset
 from ..prompts import PromptSet
-from ..protocol import IMAGE_MARK, Box, FinishReason, Malformed, Rules, ToolCall, parse_turn
-from ..regions import MIN_PIXELS, Gallery, fit
+from ..protocol import IMAGE_MARK, VIDEO_MARK, Box, FinishReason, Malformed, Rules, ToolCall, parse_turn
+from ..regions import MIN_PIXELS, Gallery, Picture, fit
 from ..results import Sample
+from ..sources import Video
+from ..video import VideoLimits, frame_times, read_frames
 from .example import IGNORE, Example, ImageGroup
 from .registry import Crops
 from .schema import EpisodeRecord, PublishedRecord, PublishedTurn, TrainingRecord
 
 Labels = Literal["turn", "turn_and_newline"]
-OpenImage = Callable[[Path], Image.Image]
+_Slot = Picture | None
+"""What an ``<image>`` stands for: a frame, or (None) the next of the record's images."""
+
 
 QWEN_SYSTEM = "You are a helpful assistant."
 """What Qwen's chat template puts where a conversation has no system turn."""
@@ -46,6 +51,10 @@ class RenderSettings:
     """Put before a published record that has no system turn; None puts nothing."""
     image_rules: Rules = "strict"
     """``published`` leaves the EXIF orientation unapplied."""
+    frames: int | None = None
+    """Of each video; a record's own value wins. None: 32, unless `fps` is set."""
+    fps: float | None = None
+    """Instead, frames per second of each video."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,16 @@ class Outline(Image.Image):
         return Outline((int(box[2] - box[0]), int(box[3] - box[1])))
 
 
+def planned_frames(video: Video, limits: VideoLimits | None = None) -> list[Picture]:
+    """What `read_frames` will give, as outlines.
+
+    Raises:
+        ImageError: the file cannot be read, or a cap is broken.
+    """
+    planned = frame_times(video, limits or VideoLimits())
+    return [Picture(Outline((planned.width, planned.height)), planned.name, time) for time in planned.times]
+
+
 class Renderer:
     """Records to conversations.
 
@@ -127,13 +146,27 @@ class Renderer:
         """The picture's size, from its header."""
         return Outline(image_size(path, rules=self.settings.image_rules))
 
+    def videos(self, record: TrainingRecord, root: Path) -> list[Video]:
+        """The videos of a record, each with the frames that are taken of it."""
+        default = Video("", self.settings.frames, self.settings.fps)
+        return [Video.of(entry, default, root=root) for entry in record.videos]
+
+    def frames(self, video: Video, *, decode: bool) -> list[Picture]:
+        """The frames of a video, or of what size they will be.
+
+        Raises:
+            ImageError: it cannot be read, or breaks a cap.
+        """
+        return read_frames(video) if decode else planned_frames(video)
+
     def render(
         self,
         record: TrainingRecord,
         sample: str,
         image_root: Path,
         crops: Crops = "files",
-        open_image: OpenImage | None = None,
+        *,
+        decode: bool = True,
     ) -> Rendered:
         """Tokens, labels and image groups of a record.
 
@@ -142,12 +175,12 @@ class Renderer:
             sample: names it in errors.
             image_root: where relative paths start.
             crops: see `DataSource`.
-            open_image: `load` (default) or `outline`.
+            decode: whether pictures and frames are decoded; else only their sizes are read.
 
         Raises:
             DataError: the record cannot be used; names the sample and says why.
         """
-        opened = open_image or self.load
+        opened = self.load if decode else self.outline
 
         def picture(name: str) -> Image.Image:
             if name[:5].lower() == "data:":
@@ -163,11 +196,19 @@ class Renderer:
                 kind = "image" if os.path.exists(path) else "missing file"  # Path.exists raises for a very long name
                 raise DataError(f"{sample}: {error}", kind) from None
 
+        def frames(video: Video) -> list[Picture]:
+            try:
+                return self.frames(video, decode=decode)
+            except ImageError as error:
+                kind = "image" if os.path.exists(video.source) else "missing file"  # type: ignore[arg-type]
+                raise DataError(f"{sample}: {error}", kind) from None
+
         try:
+            videos = [frames(video) for video in self.videos(record, image_root)]
             if isinstance(record, EpisodeRecord):
-                rendered = self._episode(record, sample, picture)
+                rendered = self._episode(record, sample, picture, videos)
             else:
-                rendered = self._published(record, sample, picture, crops)
+                rendered = self._published(record, sample, picture, videos, crops)
         except DataError:
             raise
         except RegionError as error:
@@ -183,18 +224,24 @@ class Renderer:
     # ------------------------------------------------------------------ published records
 
     def _published(
-        self, record: PublishedRecord, sample: str, picture: Callable[[str], Image.Image], crops: Crops
+        self,
+        record: PublishedRecord,
+        sample: str,
+        picture: Callable[[str], Image.Image],
+        videos: Sequence[Sequence[Picture]],
+        crops: Crops,
     ) -> Rendered:
         turns = list(record.conversations)
         first = 0
         if turns[0].role != "system" and self.settings.system is not None:
             turns.insert(0, PublishedTurn(role="system", content=self.settings.system))
             first = 1  # not an entry of `conversations`: mask_history does not count it
-        marks = [turn.content.count(IMAGE_MARK) if turn.role == "user" else 0 for turn in turns]
+        turns, slots = _with_frames(turns, videos, sample)
+        marks = [len(slot) for slot in slots]
         images, groups = (
-            self._from_files(record, sample, picture, sum(marks))
+            self._from_files(record, sample, picture, [one for slot in slots for one in slot])
             if crops == "files"
-            else self._from_boxes(record, sample, picture, turns, marks)
+            else self._from_boxes(record, sample, picture, turns, slots)
         )
         sizes = {i: image.size for i, image in enumerate(images)}
         ends = [0]
@@ -250,19 +297,22 @@ class Renderer:
         return tokens, length
 
     def _from_files(
-        self, record: PublishedRecord, sample: str, picture: Callable[[str], Image.Image], marks: int
+        self, record: PublishedRecord, sample: str, picture: Callable[[str], Image.Image], slots: Sequence[_Slot]
     ) -> tuple[list[Image.Image], list[tuple[str, int]]]:
-        count = len(record.images)
+        count, marks = len(record.images), slots.count(None)
         if marks != count:
             raise DataError(
                 f"{sample}: {marks} {IMAGE_MARK} in user turns, {count} images; they must be as many", "image marks"
             )
-        groups = query_groups(record, sample)
+        groups = query_groups(record, sample, len(slots))
         cap = self._cap(record)
         images = []
-        for i, name in enumerate(record.images):
+        names = iter(record.images)
+        for i, frame in enumerate(slots):
+            name = next(names) if frame is None else frame.name
             try:
-                images.append(fit(picture(name), min_pixels=self.settings.min_pixels, max_pixels=cap))
+                image = picture(name) if frame is None else frame.image
+                images.append(fit(image, min_pixels=self.settings.min_pixels, max_pixels=cap))
             except ImageError as error:
                 raise DataError(f"{sample}, image {i} ({name}): {error}", "image") from None
         return images, groups
@@ -273,7 +323,7 @@ class Renderer:
         sample: str,
         picture: Callable[[str], Image.Image],
         turns: Sequence[PublishedTurn],
-        marks: Sequence[int],
+        slots: Sequence[Sequence[_Slot]],
     ) -> tuple[list[Image.Image], list[tuple[str, int]]]:
         """Originals from the list, the images of a turn that follows a tool call cut from the call's boxes."""
         gallery = Gallery(min_pixels=self.settings.min_pixels)
@@ -281,7 +331,8 @@ class Renderer:
         cap = self._cap(record)
         call: ToolCall | None = None
         names = iter(record.images)
-        for i, (turn, count) in enumerate(zip(turns, marks, strict=True)):
+        for i, (turn, wanted) in enumerate(zip(turns, slots, strict=True)):
+            count = len(wanted)
             if turn.role == "assistant":
                 action = parse_turn(turn.content, "published")
                 if isinstance(action, Malformed):
@@ -289,7 +340,7 @@ class Renderer:
                 call = action if isinstance(action, ToolCall) else None
                 continue
             if call is not None and count:
-                if count != len(call.regions):
+                if count != len(call.regions) or any(wanted):
                     raise DataError(
                         f"{sample}, turn {i}: {count} {IMAGE_MARK} after a call of {len(call.regions)} regions",
                         "image marks",
@@ -298,15 +349,15 @@ class Renderer:
                 groups.append((call.query, count))
                 call = None
                 continue
-            for _ in range(count):
-                name = next(names, None)
+            for frame in wanted:
+                name = next(names, None) if frame is None else frame.name
                 if name is None:
                     raise DataError(
                         f"{sample}, turn {i}: {len(record.images)} images, but more {IMAGE_MARK} outside tool "
                         "responses",
                         "image marks",
                     )
-                gallery.add_original(picture(name), cap)
+                gallery.add_original(picture(name) if frame is None else frame, cap)
                 groups.append(("", 1))
         return [view.image for view in gallery.views], groups
 
@@ -315,7 +366,19 @@ class Renderer:
 
     # ------------------------------------------------------------------ episode records
 
-    def _episode(self, record: EpisodeRecord, sample: str, picture: Callable[[str], Image.Image]) -> Rendered:
+    def _episode(
+        self,
+        record: EpisodeRecord,
+        sample: str,
+        picture: Callable[[str], Image.Image],
+        videos: Sequence[Sequence[Picture]],
+    ) -> Rendered:
+        if videos and VIDEO_MARK in record.question:
+            raise DataError(
+                f"{sample}: the question holds {VIDEO_MARK}; an episode shows its videos before the question, leave it "
+                "out",
+                "image marks",
+            )
         cap = self._cap(record)
         longest = max(len(turn.text) for turn in record.turns) + 64  # a character is never more than a few bytes
         preset = self.preset.with_limits(
@@ -327,7 +390,11 @@ class Renderer:
             **({"max_turns": record.max_turns} if record.max_turns else {}),
         )
         settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling)
-        episode = settings.episode([picture(name) for name in record.images], record.question, sample_id=sample)
+        pictures: list[Image.Image | Picture] = [
+            *map(picture, record.images),
+            *(frame for frames in videos for frame in frames),
+        ]
+        episode = settings.episode(pictures, record.question, sample_id=sample)
         driver = Driver(Sample((), record.question, sample), settings, episode=episode, fallback=False)
         driver.start()
         cuts, untrained = [], []
@@ -361,13 +428,50 @@ class Renderer:
         return Rendered(Example(record_.token_ids, labels, groups=groups), tuple(cuts))
 
 
-def query_groups(record: PublishedRecord, sample: str) -> list[tuple[str, int]]:
+def _with_frames(
+    turns: Sequence[PublishedTurn], videos: Sequence[Sequence[Picture]], sample: str
+) -> tuple[list[PublishedTurn], list[list[_Slot]]]:
+    """Turns with one ``<image>`` per frame instead of each ``<video>``, and of every turn what its marks stand for.
+
+    Without videos ``<video>`` is text, as in a question about web pages.
+
+    Raises:
+        DataError: the marks are not as many as the videos.
+    """
+    pattern = re.compile("|".join(map(re.escape, (IMAGE_MARK, *([VIDEO_MARK] if videos else [])))))
+    marks = sum(turn.content.count(VIDEO_MARK) for turn in turns if turn.role == "user")
+    if videos and marks != len(videos):
+        raise DataError(
+            f"{sample}: {marks} {VIDEO_MARK} in user turns, {len(videos)} videos; they must be as many", "image marks"
+        )
+    rest = iter(videos)
+    out: list[PublishedTurn] = []
+    slots: list[list[_Slot]] = []
+    for turn in turns:
+        own: list[_Slot] = []
+
+        def spelled(mark: re.Match[str], own: list[_Slot] = own) -> str:
+            frames: Sequence[_Slot] = [None] if mark[0] == IMAGE_MARK else next(rest)
+            own += frames
+            return IMAGE_MARK * len(frames)
+
+        content = pattern.sub(spelled, turn.content) if turn.role == "user" else turn.content
+        out.append(turn.model_copy(update={"content": content}))
+        slots.append(own)
+    return out, slots
+
+
+def query_groups(record: PublishedRecord, sample: str, count: int) -> list[tuple[str, int]]:
     """Queries of a published record with the number of images of each, in order.
+
+    Args:
+        record: the record.
+        sample: names it in errors.
+        count: images, the frames of videos among them.
 
     Raises:
         DataError: the mapping does not give every image a query, or not in the order that the encoder needs.
     """
-    count = len(record.images)
     mapping = list(range(count)) if record.image_to_query_mapping is None else record.image_to_query_mapping
     queries = [""] * count if record.queries is None else record.queries
     if len(mapping) != count:

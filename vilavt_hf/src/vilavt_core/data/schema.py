@@ -7,11 +7,12 @@ boxes, so that it trains on exactly the tokens that chat, serving and RL produce
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import DataError
+from ..sources import Video
 from ..validation import problems
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -44,6 +45,15 @@ def _refuse_unheeded(value: dict[str, Any], known: Iterable[str]) -> None:
             raise ValueError(f"{key} has no effect here: {_UNHEEDED[key]}")
         if meant := difflib.get_close_matches(key, names, 1, cutoff=0.85):
             raise ValueError(f"the key {key} is unknown; did you mean {meant[0]}?")
+
+
+def _checked_video(entry: Any) -> Any:
+    Video.of(entry)
+    return entry
+
+
+VideoEntries = list[Annotated[str | dict[str, Any], AfterValidator(_checked_video)]]
+"""Entries that `Video.of` takes."""
 
 
 class PublishedTurn(BaseModel):
@@ -83,6 +93,11 @@ class PublishedRecord(BaseModel):
         default=[],
         description="files of originals and crops, in the order of the <image> marks; relative to the image root",
     )
+    videos: VideoEntries = Field(
+        default=[],
+        description="video files, in the order of the <video> marks, relative to the image root: paths, or {path, "
+        "frames, fps, rule}; or one under the key video",
+    )
     conversations: list[PublishedTurn] = Field(min_length=1, description="the turns")
     queries: list[str] | None = Field(
         default=None, description='distinct queries; "" for none; default: one "" per image'
@@ -98,9 +113,11 @@ class PublishedRecord(BaseModel):
     def _media(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        _refuse_unheeded(value, (*cls.model_fields, "image", "video", "videos"))
-        if value.get("video") or value.get("videos"):
-            raise ValueError("video is not supported: extract frames and list them under images, one <image> each")
+        _refuse_unheeded(value, (*cls.model_fields, "image", "video"))
+        if (video := value.get("video")) and value.get("videos"):
+            raise ValueError("it has both video and videos; keep the one that lists the files")
+        if video:
+            value = {**value, "videos": video if isinstance(video, list) else [video]}
         if value.get("image") and not value.get("images"):
             raise ValueError("the key is images (a list), not image")
         return {**value, "images": [value["images"]]} if isinstance(value.get("images"), str) else value
@@ -123,6 +140,11 @@ class EpisodeRecord(BaseModel):
     id: str | int | None = Field(default=None, description="name in reports")
     images: list[str] = Field(
         default=[], description="source pictures, relative to the image root; frames of a video are pictures"
+    )
+    videos: VideoEntries = Field(
+        default=[],
+        description="video files, relative to the image root, shown after the pictures: paths, or {path, frames, fps, "
+        "rule}",
     )
     question: str = Field(description="the user's text")
     turns: list[EpisodeTurn] = Field(

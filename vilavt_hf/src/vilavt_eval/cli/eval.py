@@ -105,7 +105,8 @@ def evaluate(
         ablations = [Ablation(), *(Ablation.parse(text) for text in ablate or ())]
         for ablation in ablations:
             ablation.check(setting.backend)
-        sets = [_questions(name, data, image_root, check_images=limit is None) for name in benchmarks]
+        decoded_here = setting.backend != "server"
+        sets = [_questions(name, data, image_root, limit is None, decoded_here) for name in benchmarks]
         load_quietly()
         if ray is None:
             here = setting.open()
@@ -180,7 +181,7 @@ def latency(
         setting.open(),
         setting.backend,
         setting.preset,
-        _questions(benchmark, data, image_root, check_images=True),
+        _questions(benchmark, data, image_root, True, setting.backend != "server"),
         levels=levels,
         count=questions,
         progress=lambda line: typer.echo(line, err=True),
@@ -280,11 +281,17 @@ def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:
     return dict(parse_change(pair, partial(typer.BadParameter, param_hint=option)) for pair in pairs or ())
 
 
-def _questions(name: str, data: Path | None, image_root: Path | None, *, check_images: bool) -> Questions:
+def _questions(
+    name: str, data: Path | None, image_root: Path | None, check_images: bool, decoded_here: bool
+) -> Questions:
+    from vilavt_core.video import require_reader
+
     from ..definition import load_benchmark
     from ..questions import Questions
 
     benchmark = load_benchmark(name)
+    if benchmark.videos is not None and decoded_here:
+        require_reader()
     beside = Path(name).parent if name.endswith((".yaml", ".yml")) else Path()
     questions = Questions(benchmark, data or beside, image_root)
     if check_images:

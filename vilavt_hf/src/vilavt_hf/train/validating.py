@@ -22,6 +22,7 @@ from vilavt_core.protocol import Answer, parse_turn, unbox
 from vilavt_core.results import Sample
 from vilavt_core.scoring import normalise
 from vilavt_core.sft_config import SftConfig
+from vilavt_core.sources import ImageSource
 
 from ..chat import VilavtChat
 from ..processing_vilavt import VilavtProcessor
@@ -199,7 +200,10 @@ class Validation:
         record, target = episode
         renderer, root = self.dataset.renderer, self.dataset.image_root(i)
         try:
-            images = [renderer.load(root / name) for name in record.images]
+            images: list[ImageSource] = [renderer.load(root / name) for name in record.images]
+            for video in renderer.videos(record, root):
+                renderer.frames(video, decode=True)
+                images.append(video)
         except ImageError:
             return None  # told by `_loss`
         if record.max_turns:

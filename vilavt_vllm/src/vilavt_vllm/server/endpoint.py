@@ -27,6 +27,7 @@ from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, format_turn, without_tags
 from vilavt_core.results import ChatResult, Event, Finished, Sample
 from vilavt_core.validation import problems
+from vilavt_core.video import VideoLimits
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
 from .. import compat
@@ -71,7 +72,13 @@ class Loop:
         settings = replace(settings, limits=replace(settings.limits, **options.limits))
         self.llm = AsyncVilavtLLM(engine, settings)
         self.models = state.openai_serving_models
-        self.pictures = Pictures(config, image_limits, settings.preset.rules)
+        video_limits = VideoLimits(
+            max_bytes=options.max_video_bytes,
+            max_pixels=min(options.max_image_pixels, VideoLimits.max_pixels),
+            max_total_pixels=options.max_video_pixels,
+            max_seconds=options.max_video_seconds,
+        )
+        self.pictures = Pictures(config, image_limits, settings.preset.rules, video_limits)
         self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.running = 0
 
@@ -115,8 +122,8 @@ class Loop:
         settings = self.llm.settings
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
         request.check_bounds(limits)
-        talk = exchanges(request.messages)
-        count = sum(len(exchange.images) for exchange in talk)
+        talk = exchanges(request.messages, request.frames)
+        count = sum(image.least for exchange in talk for image in exchange.images)
         if count > limits.max_images:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
         *past, last = talk
@@ -133,8 +140,8 @@ class Loop:
 
     async def _sample(self, exchange: Exchange, limits: Limits) -> Sample:
         """A question with its pictures loaded."""
-        images = [await self.pictures.load(image.url) for image in exchange.images]
-        return Sample(images, exchange.question, limits=limits, bounds=[image.bounds for image in exchange.images])
+        images = await self.pictures.load_all(exchange.images, limits.max_images)
+        return Sample(images, exchange.question, limits=limits)
 
     async def _rebuild(self, past: list[Exchange], limits: Limits) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""

@@ -115,7 +115,7 @@ REQUEST: Mapping[str, Refusal] = {
     **_each("add_special_tokens", Refusal((False,))),
     # pictures
     **_each(
-        "mm_processor_kwargs media_io_kwargs min_pixels",
+        "min_pixels",
         Refusal(instead="say min_pixels and max_pixels beside image_url, or vilavt.max_pixels for all"),
     ),
     # the engine
@@ -151,6 +151,29 @@ IMAGE_PART: Mapping[str, Refusal] = {
     ),
 }
 """Of a part that is a picture, and of its ``image_url``."""
+
+_CUT = "cut the video, and send the stretch that is asked about"
+VIDEO_PART: Mapping[str, Refusal] = {
+    **IMAGE_PART,
+    **_each("image_url", _OTHER_PART),
+    **_each("video_start video_end start_time end_time", Refusal(instead=_CUT)),
+    **_each("min_frames max_frames total_pixels", Refusal(instead="say num_frames or fps, and max_pixels of a frame")),
+    **_each("do_sample_frames", Refusal((True,), "send frames that are sampled already as a list")),
+    **_each("backend video_backend frame_recovery", Refusal()),
+}
+"""Of a part that is a video, and of its ``video_url``."""
+
+PROCESSOR_KWARGS: Mapping[str, Refusal] = {
+    **{name: refusal for name, refusal in VIDEO_PART.items() if name not in IMAGE_PART},
+    **_each(
+        "min_pixels max_pixels size",
+        Refusal(instead="say min_pixels and max_pixels beside image_url, or vilavt.max_pixels for all"),
+    ),
+}
+"""Of ``mm_processor_kwargs``, and of ``media_io_kwargs.video``."""
+
+MEDIA_KWARGS: Mapping[str, Refusal] = _each("image audio", Refusal())
+"""Of ``media_io_kwargs``."""
 
 _SILENT: Mapping[str, tuple[Any, ...]] = {"detail": ("auto",), "continuous_usage_stats": (False,)}
 """Hints at a value that asks for what happens anyway: accepted, and not listed."""

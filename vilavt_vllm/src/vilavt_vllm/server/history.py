@@ -7,10 +7,11 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import astuple
+from typing import Any
 
 from vilavt_core.driver import Driver
 
-from .requests import Exchange
+from .requests import Exchange, SentPicture, SentVideo
 
 
 class History:
@@ -49,11 +50,19 @@ class History:
             self.bytes -= size
 
 
+def _shown(image: SentPicture | SentVideo) -> list[Any]:
+    """A picture or a video, and what was said of it."""
+    if isinstance(image, SentPicture):
+        return [hashlib.sha256(image.url.encode()).hexdigest(), *astuple(image.bounds)]
+    urls = [hashlib.sha256(url.encode()).hexdigest() for url in image.urls]
+    return [urls, image.is_frames, image.frames, image.fps, image.rule, *astuple(image.bounds)]
+
+
 def _key(exchanges: Sequence[Exchange]) -> str:
     """Of what was shown and said. Blanks in an answer do not count: clients strip and wrap what they show."""
     data = [
         [
-            [[hashlib.sha256(image.url.encode()).hexdigest(), *astuple(image.bounds)] for image in exchange.images],
+            [_shown(image) for image in exchange.images],
             exchange.question,
             None if exchange.answer is None else exchange.answer.split(),
         ]

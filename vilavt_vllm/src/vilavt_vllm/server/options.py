@@ -23,6 +23,11 @@ class ServerOptions:
     max_image_pixels: int = described(
         ImageLimits.max_pixels, "pixels of a picture as sent, checked before it is decoded"
     )
+    max_video_bytes: int = described(256 * 1024 * 1024, "bytes of a video as sent")
+    max_video_pixels: int = described(
+        300_000_000, "pixels of all frames of a request's videos together, checked before they are decoded"
+    )
+    max_video_seconds: float = described(60.0, "that reading one video may take")
     max_body_bytes: int = described(256 * 1024 * 1024, "bytes of a request")
     max_episodes: int = described(256, "questions answered at the same time; more get 503")
     max_conversations: int = described(

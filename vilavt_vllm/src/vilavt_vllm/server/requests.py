@@ -25,18 +25,18 @@ from pydantic import (
 
 from vilavt_core.presets import Limits, Sampling, optional_fields
 from vilavt_core.regions import PixelBounds
+from vilavt_core.sources import Rule
 
 from ..errors import LimitError, RequestError
 from . import fields
 from .fields import Refusal
 
 TEXT_KINDS, IMAGE_KINDS = ("text", "input_text", "output_text", "refusal"), ("image_url", "input_image")
+VIDEO_KINDS = ("video_url", "video", "input_video")
 """Values of a part's `type`: of Chat Completions, and what the Responses API calls the same."""
 _PICTURE = 'send a picture as {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}'
-_VIDEO = "videos are not supported yet by this route; send frames as image_url parts"
 _OTHER_KINDS = {
     **dict.fromkeys(("image", "image_pil", "image_embeds"), _PICTURE),
-    **dict.fromkeys(("video_url", "video", "input_video"), _VIDEO),
     **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), "the model does not hear; send text"),
     **dict.fromkeys(("file", "input_file", "document"), "send pages as image_url parts, or their text"),
     **dict.fromkeys(("tool_use", "tool_result", "tool_call"), "the loop calls no functions; send text"),
@@ -46,6 +46,12 @@ _OTHER_KINDS = {
 MAX_SEED = 2**63
 MOST_IGNORED = 100
 """Fields that a response lists as ignored."""
+
+
+FRAME_NAMES = ("num_frames", "nframes", "nframe")
+"""Of vLLM's and Qwen's clients, for `Frames.frames`."""
+JPEG_FRAMES = "data:video/jpeg;base64,"
+"""Before the frames of a video as JPEG files in base64, commas between them: clients of vLLM send them so."""
 
 
 def place(location: tuple[int | str, ...]) -> str:
@@ -66,7 +72,12 @@ class Extended(BaseModel):
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
-        yield from fields.unused(place, self.model_extra, self.refused, type(self).model_fields)
+        yield from fields.unused(place, self.model_extra, self.refused, self.known())
+
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        """Names of fields that are honoured."""
+        return tuple(cls.model_fields)
 
 
 class TextPart(Extended):
@@ -141,13 +152,156 @@ class ImagePart(Bounds):
         yield from self.image_url.unused(f"{place}.image_url")
 
 
+class Frames(Extended):
+    """Which frames of a video are taken: vLLM's, Qwen's and our names mean the same."""
+
+    refused = fields.PROCESSOR_KWARGS
+    frames: int | None = Field(None, ge=1)
+    fps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    rule: Rule | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        said = {name: value[name] for name in ("frames", *FRAME_NAMES) if value.get(name) is not None}
+        if len(said) > 1:
+            raise ValueError(f"the number of frames is said twice, as {' and '.join(said)}; say it once")
+        return {
+            **{name: one for name, one in value.items() if name not in FRAME_NAMES},
+            "frames": next(iter(said.values()), None),
+        }
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Frames:
+        if self.frames is not None and self.fps is not None:
+            raise ValueError(f"num_frames is {self.frames} and fps is {self.fps:g}; say one of the two")
+        return self
+
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        """Those of vLLM's and Qwen's clients too."""
+        return (*super().known(), *FRAME_NAMES)
+
+    def over(self, other: Frames | None) -> Frames:
+        """What is said here, else there."""
+        if other is None:
+            return self
+        own = self.frames is not None or self.fps is not None
+        one = self if own else other
+        return Frames(frames=one.frames, fps=one.fps, rule=self.rule or other.rule)
+
+    @property
+    def said(self) -> bool:
+        """Whether anything is."""
+        return any(one is not None for one in (self.frames, self.fps, self.rule))
+
+
+class ProcessorKwargs(Frames):
+    """What is said of the videos of a whole request. It may say nothing else: a processor would heed it."""
+
+    def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
+        """See `fields.unused`."""
+        others = dict.fromkeys(
+            self.model_extra or (), Refusal(instead="say num_frames or fps of videos, or leave it out")
+        )
+        yield from fields.unused(place, self.model_extra, {**others, **self.refused}, self.known())
+
+
+class VideoUrl(Frames, Bounds):
+    """Where a video is."""
+
+    refused = fields.VIDEO_PART
+    url: str
+
+
+class VideoPart(Frames, Bounds):
+    """A video of a message: its file, or the list of its frames.
+
+    What is said of its frames, and bounds on the pixels of each, may stand beside `video_url` or in it.
+    """
+
+    refused = fields.VIDEO_PART
+    type: str
+    video_url: VideoUrl | None = None
+    video: list[str] | None = Field(None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normal(cls, value: Any) -> Any:
+        """The URL may stand for the object, and under `video`, where also a list of frames may; frames may be one URL
+        of several pictures, as vLLM's clients write them."""
+        if not isinstance(value, dict):
+            return value
+        value = {**value, "type": "video_url"}
+        if isinstance(value.get("video"), str | dict) and value.get("video_url") is None:
+            value["video_url"] = value.pop("video")
+        if isinstance(value.get("video_url"), str):
+            value["video_url"] = {"url": value["video_url"]}
+        url = value["video_url"].get("url") if isinstance(value.get("video_url"), dict) else None
+        if isinstance(url, str) and url[: len(JPEG_FRAMES)].lower() == JPEG_FRAMES and value.get("video") is None:
+            value["video"] = [f"data:image/jpeg;base64,{one}" for one in url[len(JPEG_FRAMES) :].split(",")]
+            for name, one in value.pop("video_url").items():
+                if name != "url" and value.setdefault(name, one) != one:
+                    raise ValueError(f"{name} is {value[name]} beside video_url and {one} in it; say it once")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> VideoPart:
+        if (self.video_url is None) == (self.video is None):
+            raise ValueError('it needs a file, {"video_url": {"url": …}}, or its frames, {"video": [url, …]}')
+        within = self.video_url
+        if within is not None:
+            for name in ("frames", "fps", "rule", "min_pixels", "max_pixels"):
+                beside, inside = getattr(self, name), getattr(within, name)
+                if None not in (beside, inside) and beside != inside:
+                    raise ValueError(f"{name} is {beside} beside video_url and {inside} in it; say it once")
+        wanted = self.wanted(None)
+        if self.video is not None and (wanted.frames, wanted.rule) != (None, None):
+            raise ValueError(
+                f"it comes as {len(self.video)} frames, of which all are taken; num_frames and rule have no effect, "
+                "leave them out"
+            )
+        low, high = self.bounds.min_pixels, self.bounds.max_pixels
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_pixels {low:g} is above max_pixels {high:g}; lower the first or raise the second")
+        return self
+
+    @property
+    def bounds(self) -> PixelBounds:
+        """What was said of the size of each frame."""
+        within = self.video_url or self
+        return PixelBounds(
+            within.min_pixels if self.min_pixels is None else self.min_pixels,
+            within.max_pixels if self.max_pixels is None else self.max_pixels,
+        )
+
+    def wanted(self, default: Frames | None) -> Frames:
+        """Which frames are taken: what is said beside the file, in it, and for the whole request."""
+        return self.over(self.video_url).over(default if self.video is None else None)
+
+    def sent(self, default: Frames | None) -> SentVideo:
+        """It, not loaded yet."""
+        wanted = self.wanted(default)
+        urls = (self.video_url.url,) if self.video_url is not None else tuple(self.video or ())
+        return SentVideo(urls, self.video is not None, wanted.frames, wanted.fps, wanted.rule or "ends", self.bounds)
+
+    def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
+        """See `fields.unused`."""
+        yield from super().unused(place)
+        if self.video_url is not None:
+            yield from self.video_url.unused(f"{place}.video_url")
+
+
 def _kind_of_part(value: Any) -> str:
     if isinstance(value, str):
         return "<text>"
     kind = value.get("type") if isinstance(value, dict) else None
     if kind is None and isinstance(value, dict):  # clients of vLLM leave it out
-        kind = next((kind for kind in ("text", "image_url") if kind in value), None)
-    return "<text>" if kind in TEXT_KINDS else "<image>" if kind in IMAGE_KINDS else "<other>"
+        kind = next((kind for kind in ("text", "image_url", "video_url") if kind in value), None)
+    kinds = {TEXT_KINDS: "<text>", IMAGE_KINDS: "<image>", VIDEO_KINDS: "<video>"}
+    return next((mark for names, mark in kinds.items() if kind in names), "<other>")
 
 
 def _refuse_part(value: Any) -> Any:
@@ -156,16 +310,17 @@ def _refuse_part(value: Any) -> Any:
         raise ValueError(f"a part is an object or a text, this is {_json_kind(value)}")
     kind = value.get("type")
     if kind is None:
-        raise ValueError("type is missing, it must be text or image_url")
+        raise ValueError("type is missing, it must be text, image_url or video_url")
     if not isinstance(kind, str):
-        raise ValueError(f"type is {_json_kind(kind)}, it must be text or image_url")
-    instead = _OTHER_KINDS.get(kind, "known are text and image_url")
+        raise ValueError(f"type is {_json_kind(kind)}, it must be text, image_url or video_url")
+    instead = _OTHER_KINDS.get(kind, "known are text, image_url and video_url")
     raise ValueError(f"type {fields.short(repr(kind))} is not supported: {instead}")
 
 
 ContentPart = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image>")]
+    | Annotated[VideoPart, Tag("<video>")]
     | Annotated[Any, BeforeValidator(_refuse_part), Tag("<other>")],
     Discriminator(_kind_of_part),
 ]
@@ -218,7 +373,7 @@ class ChatMessage(Extended):
         raise ValueError(f"role {fields.short(repr(role))} is not supported: {instead}")
 
     @property
-    def parts(self) -> list[TextPart | ImagePart]:
+    def parts(self) -> list[TextPart | ImagePart | VideoPart]:
         """The content, always as a list."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
@@ -228,9 +383,23 @@ class ChatMessage(Extended):
         return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
 
     @property
-    def images(self) -> list[SentPicture]:
-        """The pictures, in order."""
-        return [SentPicture(part.image_url.url, part.bounds) for part in self.parts if isinstance(part, ImagePart)]
+    def shows(self) -> bool:
+        """Whether it holds a picture or a video."""
+        return any(not isinstance(part, TextPart) for part in self.parts)
+
+    def images(self, frames: Frames | None = None) -> list[SentPicture | SentVideo]:
+        """The pictures and videos, in order.
+
+        Args:
+            frames: which are taken of a video of which its part says nothing.
+        """
+        out: list[SentPicture | SentVideo] = []
+        for part in self.parts:
+            if isinstance(part, ImagePart):
+                out.append(SentPicture(part.image_url.url, part.bounds))
+            elif isinstance(part, VideoPart):
+                out.append(part.sent(frames))
+        return out
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
@@ -247,6 +416,19 @@ RequestLimits = create_model(
 )
 
 _RequestSampling = create_model("_RequestSampling", **optional_fields(Sampling, per_request=True))
+
+
+class MediaKwargs(Extended):
+    """How media are read, by kind."""
+
+    refused = fields.MEDIA_KWARGS
+    video: ProcessorKwargs | None = None
+
+    def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
+        """See `fields.unused`."""
+        yield from super().unused(place)
+        if self.video is not None:
+            yield from self.video.unused(f"{place}.video")
 
 
 class StreamOptions(Extended):
@@ -268,7 +450,27 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
     seed: int | None = Field(None, ge=-MAX_SEED, lt=MAX_SEED)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    mm_processor_kwargs: ProcessorKwargs | None = None
+    """Of videos; as vLLM's clients say it for a whole request."""
+    media_io_kwargs: MediaKwargs | None = None
+    """Likewise."""
     vilavt: RequestLimits | None = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ChatRequest:
+        both = [one for one in (self.mm_processor_kwargs, self._of_media) if one is not None and one.said]
+        if len(both) > 1 and both[0].model_dump() != both[1].model_dump():
+            raise ValueError("mm_processor_kwargs and media_io_kwargs.video say different frames; say them once")
+        return self
+
+    @property
+    def _of_media(self) -> ProcessorKwargs | None:
+        return None if self.media_io_kwargs is None else self.media_io_kwargs.video
+
+    @property
+    def frames(self) -> Frames | None:
+        """Which are taken of videos of which their parts say nothing."""
+        return next((one for one in (self.mm_processor_kwargs, self._of_media) if one is not None and one.said), None)
 
     def ignored(self) -> tuple[str, ...]:
         """Fields that were accepted and have no effect: for ``vilavt.ignored`` of the response. See `fields`.
@@ -279,12 +481,15 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         found: list[str] = []
         objects: list[tuple[str, Extended]] = [("", self)]
         objects += [(f"messages[{number}]", message) for number, message in enumerate(self.messages)]
-        objects += [] if self.stream_options is None else [("stream_options", self.stream_options)]
+        for name in ("stream_options", "mm_processor_kwargs", "media_io_kwargs"):
+            objects += [] if getattr(self, name) is None else [(name, getattr(self, name))]
         for place, one in objects:
             for name, refusal in one.unused(place):
                 if refusal is not None:
                     raise RequestError(refusal)
                 found.append(name)
+        if self.frames is not None and not any(isinstance(p, VideoPart) for m in self.messages for p in m.parts):
+            found += [name for name in ("mm_processor_kwargs", "media_io_kwargs") if getattr(self, name) is not None]
         more = len(found) - MOST_IGNORED
         return (*found[:MOST_IGNORED], *([f"… and {more} more"] if more > 0 else []))
 
@@ -322,7 +527,7 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         """
         for number, message in enumerate(self.messages):
             for at, part in enumerate(message.parts):
-                if not isinstance(part, ImagePart):
+                if isinstance(part, TextPart):
                     continue
                 for name, value in asdict(part.bounds).items():
                     if value is not None and not limits.min_pixels <= value <= limits.max_pixels:
@@ -339,22 +544,51 @@ class SentPicture:
     url: str
     bounds: PixelBounds = PixelBounds()  # noqa: RUF009 (frozen)
 
+    @property
+    def least(self) -> int:
+        """Images it is, as far as the request tells."""
+        return 1
+
+
+@dataclass(frozen=True)
+class SentVideo:
+    """A video of a request, not loaded yet."""
+
+    urls: tuple[str, ...]
+    """Of its file; or, if it `is_frames`, of each frame."""
+    is_frames: bool = False
+    frames: int | None = None
+    fps: float | None = None
+    """To take; of a list of frames, the rate at which they were taken."""
+    rule: Rule = "ends"
+    bounds: PixelBounds = PixelBounds()  # noqa: RUF009 (frozen)
+    """Of each frame."""
+
+    @property
+    def least(self) -> int:
+        """Images it is, as far as the request tells."""
+        return len(self.urls)
+
 
 @dataclass(frozen=True)
 class Exchange:
     """One question of a conversation, and the answer the client says it got."""
 
-    images: tuple[SentPicture, ...]
+    images: tuple[SentPicture | SentVideo, ...]
     question: str
     answer: str | None = None
 
 
-def exchanges(messages: list[ChatMessage]) -> list[Exchange]:
+def exchanges(messages: list[ChatMessage], frames: Frames | None = None) -> list[Exchange]:
     """The conversation as questions and answers; the last one has no answer yet.
 
     Messages in a row that belong to one side are joined, a blank line between them: everything between two answers is
     one question, and messages of an assistant in a row are one answer. System and developer messages are part of the
     question they stand before or in: the model's own instructions come from the checkpoint.
+
+    Args:
+        messages: of the request.
+        frames: see `ChatMessage.images`.
 
     Raises:
         RequestError: a question without a message of the user, a picture where there can be none, or nothing to answer.
@@ -363,7 +597,7 @@ def exchanges(messages: list[ChatMessage]) -> list[Exchange]:
     for is_answer, side in groupby(enumerate(messages), key=lambda item: item[1].role == "assistant"):
         numbers, said = zip(*side, strict=True)
         for number, message in zip(numbers, said, strict=True):
-            if message.images and message.role != "user":
+            if message.shows and message.role != "user":
                 raise RequestError(f"messages[{number}]: a message of the role {message.role} holds no image")
         text = "\n\n".join(message.text for message in said if message.text)
         if not is_answer:
@@ -371,7 +605,7 @@ def exchanges(messages: list[ChatMessage]) -> list[Exchange]:
                 raise RequestError(
                     f"messages[{numbers[-1]}] has the role {said[-1].role!r}, a message of the user must be beside it"
                 )
-            out.append(Exchange(tuple(image for message in said for image in message.images), text))
+            out.append(Exchange(tuple(image for message in said for image in message.images(frames)), text))
         elif out:
             out[-1] = replace(out[-1], answer=text)
         else:
