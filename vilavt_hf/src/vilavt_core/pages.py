@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 """Those that all packages share."""
 
-Pictures = Literal["inside", "beside"]
+Place = Literal["inside", "beside"]
 """Where a page has its pictures: in itself, as ``data:`` URLs, or in files of its own folder."""
 
 
 def render(
-    template: str, folder: Path | None = None, *, script: str = "", pictures: Pictures = "inside", **values: Any
+    template: str, folder: Path | None = None, *, script: str = "", pictures: Place = "inside", **values: Any
 ) -> Markup:
     """Fill a template in.
 
@@ -48,7 +48,7 @@ def render(
     return Markup(text.encode("utf-8", "replace").decode())
 
 
-def policy(script: str, pictures: Pictures) -> str:
+def policy(script: str, pictures: Place) -> str:
     """The Content-Security-Policy of a page: nothing from elsewhere, and only this script, known by its hash."""
     allowed = ["default-src 'none'", "style-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'"]
     allowed.append("img-src data:" if pictures == "inside" else "img-src 'self' file: data:")

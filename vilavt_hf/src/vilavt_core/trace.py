@@ -21,11 +21,11 @@ from .regions import View
 from .results import ChatResult
 from .viewer import SCRIPT, Trace, shown_talk
 
-Talk = ChatResult | Trace | Sequence[ChatResult | Trace]
+Told = ChatResult | Trace | Sequence[ChatResult | Trace]
 """A question, or the questions of one conversation in order."""
 
 
-def write_html(results: Talk | Sequence[Talk], path: str | Path, *, title: str | None = None) -> Path:
+def write_html(results: Told | Sequence[Told], path: str | Path, *, title: str | None = None) -> Path:
     """Write one page of conversations, and return its path. The page needs no network.
 
     Args:
@@ -34,7 +34,7 @@ def write_html(results: Talk | Sequence[Talk], path: str | Path, *, title: str |
         path: of the page.
         title: of the page; default: the question if there is one only.
     """
-    several: list[Talk] = [results] if isinstance(results, ChatResult | Trace) else list(results)
+    several: list[Told] = [results] if isinstance(results, ChatResult | Trace) else list(results)
     talks = [
         [one if isinstance(one, Trace) else Trace.of(one) for one in ([t] if isinstance(t, ChatResult | Trace) else t)]
         for t in several

@@ -16,7 +16,7 @@ from vilavt_core.viewer import SCRIPT, Trace, shown_talk
 
 from .definition import Benchmark, Report
 from .pictures import PictureFolder, picture_roots
-from .recordings import MALFORMED, Sizes, recording_of_row
+from .recordings import MALFORMED, ShownSizes, recording_of_row
 from .scores import ScoredFile, ScoredRow, Scorer, read_lines
 from .statistics import RESAMPLES, Interval, difference_interval, mcnemar, mean_of_means, sign_flip
 from .summary import name_of, place_of
@@ -318,6 +318,6 @@ def _trace(
         bare = {name: value for name, value in row.items() if name not in ("shown", "turn_seconds", "work")}
         recording = recording_of_row(bare, line, benchmark, score)
     roots = picture_roots(Path(file), benchmark, image_roots)
-    recording = replace(recording, sizes=Sizes.of(run_line)).replayed(folder, roots)
+    recording = replace(recording, sizes=ShownSizes.of(run_line)).replayed(folder, roots)
     trace = recording.pictured(folder, roots)
     return replace(trace, run=f"{run}: {score:.2f}")

@@ -28,14 +28,14 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Arithm
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ShownSizes:
     """How a run sized its images."""
 
     limits: Limits
     split: Literal["per_image", "total"]
 
     @classmethod
-    def of(cls, run: Mapping[str, Any] | None) -> Sizes | None:
+    def of(cls, run: Mapping[str, Any] | None) -> ShownSizes | None:
         """What the run line of a result file says; None if it says nothing, or that crops were not those asked for."""
         if run is None or run.get("ablation"):
             return None
@@ -68,7 +68,7 @@ class Recording:
     inside: Mapping[int, str] = field(default_factory=dict)
     """``data:`` URLs of images, where the file has them."""
     category: str = ""
-    sizes: Sizes | None = None
+    sizes: ShownSizes | None = None
     """How its images were sized, if the file says so and not what was shown."""
 
     def replayed(self, folder: PictureFolder, roots: Sequence[Path]) -> Recording:
@@ -173,7 +173,7 @@ def read_recordings(path: Path, benchmark: Benchmark | None = None) -> Recording
                 if line not in rows:
                     continue  # answered again in a later line
                 entry = recording_of_row(data, line, scored.benchmark, rows[line].strict)
-                entry = replace(entry, category=rows[line].category or "", sizes=Sizes.of(scored.run))
+                entry = replace(entry, category=rows[line].category or "", sizes=ShownSizes.of(scored.run))
             else:
                 entry = _recording_of_result(data, path, line)
             shown_talk([entry.trace])
