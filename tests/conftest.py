@@ -1,5 +1,6 @@
 """What tests of several packages share."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +26,12 @@ from vilavt_core.results import (
     ToolCallEvent,
     Work,
 )
+
+with contextlib.suppress(ImportError):  # the hosts' environments have no hypothesis
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # a timing never decides a test
+    settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
