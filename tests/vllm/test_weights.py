@@ -122,6 +122,26 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(tiny, tools, tmp_path,
         start(folder)
 
 
+def test_a_quantised_checkpoint_without_a_layer_is_refused_by_name(engine, tiny, monkeypatch):
+    from vilavt_vllm.errors import WeightsError
+
+    stored = load_file(tiny.path / "model.safetensors")
+    lost = {name for name in stored if name.startswith("text_proj.") or ".instruct_key_proj." in name}
+    monkeypatch.setattr(engine.model, "_strict", True)
+    monkeypatch.setattr(engine.model, "quant_config", object())
+    with pytest.raises(WeightsError, match=r"lacks \d+ tensors.*text_proj\.weight.*instruct_key_proj\.weight"):
+        engine.model.load_weights([(name, tensor) for name, tensor in stored.items() if name not in lost])
+
+
+def test_a_layer_is_there_whatever_a_quantisation_calls_its_tensors():
+    from vilavt_vllm.model import bare_layers
+
+    needed = {"text_proj.weight", "text_proj.bias", "a.q_proj.weight_packed", "a.q_proj.weight_scale", "a.norm.weight"}
+    assert bare_layers(needed, needed) == set()
+    assert bare_layers(needed, {"text_proj.weight", "a.q_proj.qweight", "a.norm.weight"}) == set()
+    assert bare_layers(needed, {"a.q_proj.weight_packed", "a.norm.weight"}) == {"text_proj.weight"}
+
+
 def test_query_projections_outside_query_aware_blocks_are_refused(tiny, tmp_path, start):
     def none(settings):
         settings["vision_config"]["integration_point"] = "late2"

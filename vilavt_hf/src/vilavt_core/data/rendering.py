@@ -326,7 +326,7 @@ class Renderer:
             max_context=None,
             **({"max_turns": record.max_turns} if record.max_turns else {}),
         )
-        settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling)
+        settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling, seed=0)
         episode = settings.episode([picture(name) for name in record.images], record.question, sample_id=sample)
         driver = Driver(Sample((), record.question, sample), settings, episode=episode, fallback=False)
         driver.start()
