@@ -203,3 +203,54 @@ def test_a_known_turn_is_taken_as_text(settings):
     assert kinds(driver.take_text(ANSWER)) == [AnswerEvent, Finished]
     special = driver.episode.special
     assert driver.result.record.token_ids[-1] == special.im_end
+
+
+HOT = Sampling(temperature=2.0)
+
+
+def drawn(settings: ConversationSettings, sample: Sample, **options) -> int:
+    """The seed that a question is drawn with, which its result tells."""
+    driver = Driver(sample, settings, **options)
+    assert driver.result.provenance.seed == driver.seed
+    return driver.seed
+
+
+def test_a_question_that_samples_without_a_seed_gets_a_fresh_one_that_its_result_tells(settings):
+    hot = replace(settings, sampling=HOT)
+    for sample in (Sample([], "?"), Sample([], "?", id="a")):
+        assert len({drawn(hot, sample) for _ in range(8)}) == 8
+        assert len({drawn(settings, sample, sampling=HOT) for _ in range(8)}) == 8
+        assert len({drawn(settings, sample) for _ in range(8)}) == 1  # greedy draws nothing
+        assert len({drawn(replace(hot, seed=3), sample) for _ in range(8)}) == 1
+    assert drawn(hot, Sample([], "?", seed=7)) == 7
+    assert drawn(replace(hot, seed=3), Sample([], "?", seed=7)) == 7
+
+
+def test_samples_without_an_id_draw_by_their_place(settings):
+    seeded = replace(settings, sampling=HOT, seed=3)
+    places = [drawn(seeded, Sample([], "?"), place=place) for place in range(8)]
+    assert len(set(places)) == 8
+    assert places[0] == 3
+    assert places == [drawn(seeded, Sample([], "?"), place=place) for place in range(8)]
+    assert {drawn(seeded, Sample([], "?", id="a"), place=place) for place in range(3)} == {
+        Sample([], "?", id="a").seed_from(3)
+    }
+
+
+def test_a_follow_up_draws_anew_unless_it_is_given_a_seed(settings, say):
+    hot = replace(settings, sampling=HOT)
+    first = asked(hot)
+    say(first, ANSWER)
+    assert len({first.seed, *(first.follow_up(Sample([], "And?")).seed for _ in range(4))}) == 5
+    assert first.follow_up(Sample([], "And?", seed=5)).seed == 5
+
+
+def test_limits_of_a_sample_do_not_lift_what_the_encoder_can_take(settings):
+    capped = replace(settings, limits=replace(LIMITS, max_inquiry_images=2, max_inquiry_pixels=20_000))
+    driver = Driver(Sample([PICTURE], "?", limits=Limits(max_turns=2)), capped)
+    assert driver.start() == []
+    limits = driver.result.provenance.limits
+    assert driver.episode.limits == limits
+    assert (limits.max_turns, limits.max_inquiry_images, limits.max_inquiry_pixels) == (2, 2, 20_000)
+    tighter = Driver(Sample([PICTURE], "?", limits=Limits(max_inquiry_images=1)), capped).result.provenance.limits
+    assert (tighter.max_inquiry_images, tighter.max_inquiry_pixels) == (1, 20_000)

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -353,6 +354,71 @@ def test_a_total_pixel_budget_counts_every_shown_image(begin):
     assert over.next_request() is None
 
 
+QUADRANTS = [(0, [x, y, x + 126, y + 84]) for x in (0, 126) for y in (0, 84)]
+"""Of a 640 x 480 picture within SMALL. Each is shown at 252 x 196 px."""
+
+
+def test_crops_that_cannot_be_encoded_together_at_full_size_are_shown_smaller(begin):
+    full = begin(max_images=10, max_new_tokens_per_turn=400)
+    say(full, zoom(*QUADRANTS))
+    assert [view.image.size for view in full.views[1:]] == [(252, 196)] * 4
+    fitting = begin(max_images=10, max_new_tokens_per_turn=400, max_inquiry_pixels=4 * 252 * 196)
+    say(fitting, zoom(*QUADRANTS))
+    assert [view.image.size for view in fitting.views] == [view.image.size for view in full.views]
+
+    capped = begin(max_images=10, max_new_tokens_per_turn=400, max_inquiry_pixels=100_000)
+    turn = say(capped, zoom(*QUADRANTS, (0, [0, 0, 28, 28])))
+    *shrunk, small = [view.image.size for view in turn.views]
+    assert len(set(shrunk)) == 1
+    assert small == (56, 56)  # the largest ones make room
+    assert sum(view.image.width * view.image.height for view in turn.views) <= 100_000
+    assert (turn.problem, capped.finish) == (None, None)
+    assert say(capped, ANSWER).action.text == "stop"
+
+
+def test_a_preset_may_refuse_crops_that_cannot_be_encoded_together(begin):
+    episode = begin(
+        preset=replace(PRESETS["default"], inquiry_overflow="refuse"),
+        max_images=10,
+        max_new_tokens_per_turn=400,
+        max_inquiry_pixels=100_000,
+    )
+    turn = say(episode, zoom(*QUADRANTS))
+    assert turn.views == ()
+    assert "the 4 regions have 197568 pixels together, at most 100000 are encoded together" in turn.problem
+    assert turn.problem in turn.feedback
+    assert len(say(episode, zoom(*QUADRANTS[:2])).views) == 2
+
+
+@pytest.mark.parametrize(("preset", "finish"), [("default", None), ("vlmevalkit", None), ("rl", "bad_region")])
+def test_more_regions_than_are_encoded_together_are_a_bad_call(preset, finish, begin):
+    episode = begin(preset=preset, max_images=10, max_new_tokens_per_turn=400, max_inquiry_images=3)
+    turn = say(episode, zoom(*QUADRANTS))
+    assert turn.problem == "the call names 4 regions, at most 3 are encoded together; name fewer"
+    assert (turn.views, episode.finish) == ((), finish)
+
+
+def test_crops_that_do_not_even_fit_at_their_smallest_are_a_bad_call(begin):
+    episode = begin(max_images=10, max_new_tokens_per_turn=400, min_pixels=10_000, max_inquiry_pixels=30_000)
+    turn = say(episode, zoom(*[(0, [x, 0, x + 84, 84]) for x in (0, 28, 56, 84)]))
+    assert re.fullmatch(
+        r"the 4 regions have \d+ pixels together and cannot be made small enough, at most 30000 are encoded together; "
+        "name fewer or smaller regions",
+        turn.problem,
+    )
+    assert episode.finish is None
+
+
+def test_an_original_is_an_inquiry_of_its_own(begin):
+    (view,) = begin(max_inquiry_pixels=20_000).views
+    assert view.image.width * view.image.height <= 20_000
+
+
+def test_a_cap_on_an_inquiry_below_the_smallest_image_is_refused():
+    with pytest.raises(EpisodeError, match=r"Limits.max_inquiry_pixels is 1000, below min_pixels 3136"):
+        Limits(max_inquiry_pixels=1000)
+
+
 def test_the_context_limit_is_checked_before_a_tool_turn_is_appended(begin):
     free = begin()
     say(free, zoom())
@@ -657,6 +723,8 @@ limits = st.builds(
     max_context=st.one_of(st.none(), st.none(), st.integers(1, 1500)),
     max_pixels=st.integers(16 * 784, 64 * 784),
     max_total_pixels=st.one_of(st.none(), st.none(), st.integers(784, 200 * 784)),
+    max_inquiry_images=st.one_of(st.none(), st.integers(1, 2)),
+    max_inquiry_pixels=st.one_of(st.none(), st.integers(6 * 784, 70 * 784)),
 )
 
 
@@ -673,8 +741,10 @@ limits = st.builds(
     count=st.integers(0, 3),
     question=st.text(max_size=10),
     asks_again=st.booleans(),
+    overflow=st.sampled_from(["shrink", "refuse"]),
 )
-def test_any_outputs_keep_the_invariants(outputs, limits, preset, count, question, asks_again, tokenizer):
+def test_any_outputs_keep_the_invariants(outputs, limits, preset, count, question, asks_again, overflow, tokenizer):
+    preset = replace(PRESETS[preset], inquiry_overflow=overflow)
     images = [Image.new("RGB", (160 + 20 * i, 120)) for i in range(count)]
     episode = Episode.start(images, question, tokenizer=tokenizer, prompts=TINY, preset=preset, limits=limits)
     outputs = iter(outputs)
@@ -730,5 +800,9 @@ def check_images(episode: Episode) -> None:
     assert [i for inquiry in record.inquiries for i in inquiry.image_indices] == list(range(len(episode.views)))
     assert [image for inquiry in record.inquiries for image in inquiry.images] == [view.image for view in episode.views]
     assert len(episode.views) <= limits.max_images
+    for inquiry in record.inquiries:
+        assert limits.max_inquiry_images is None or len(inquiry.images) <= limits.max_inquiry_images
+        pixels = sum(image.width * image.height for image in inquiry.images)
+        assert limits.max_inquiry_pixels is None or pixels <= limits.max_inquiry_pixels
     if limits.max_total_pixels is not None:
         assert sum(view.image.width * view.image.height for view in episode.views) <= limits.max_total_pixels

@@ -242,3 +242,56 @@ def test_nested_regions_stay_inside_their_parents(size, boxes):
 def test_an_image_that_fits_is_not_copied():
     image = Image.new("RGB", (56, 84))
     assert fit(image) is image
+
+
+@given(
+    boxes=st.lists(
+        st.tuples(st.integers(0, 300), st.integers(0, 200), st.integers(1, 250), st.integers(1, 200)),
+        min_size=1,
+        max_size=8,
+    ),
+    max_pixels=st.integers(MIN_PIXELS, 600_000),
+    min_pixels=st.sampled_from([784, MIN_PIXELS, 10_000]),
+)
+@settings(max_examples=150, deadline=None)
+def test_crops_fit_together_and_the_largest_ones_make_room(boxes, max_pixels, min_pixels):
+    images = Gallery(min_pixels=min_pixels)
+    width, height = images.add_original(Image.new("RGB", (1920, 1080)), TRAINING).image.size
+    regions = [(0, (x, y, min(x + w, width), min(y + h, height))) for x, y, w, h in boxes]
+    try:
+        plans = images.plan(call(*regions).regions)
+    except RegionError:
+        return
+    before = [plan.size[0] * plan.size[1] for plan in plans]
+    try:
+        fitting = images.fit_together(plans, max_pixels)
+    except RegionError:
+        fitting = None
+    if fitting is None:
+        assert sum(before) > max_pixels
+        return
+    after = [plan.size[0] * plan.size[1] for plan in fitting]
+    assert sum(after) <= max_pixels
+    if sum(before) <= max_pixels:
+        assert fitting == plans
+    for plan, old, new in zip(fitting, before, after, strict=True):
+        assert new <= old
+        # an encoder with the same bounds leaves it as it is
+        assert smart_resize(plan.size[1], plan.size[0], min_pixels=min_pixels, max_pixels=max(new, min_pixels)) == (
+            plan.size[1],
+            plan.size[0],
+        )
+    kept = [old for old, new in zip(before, after, strict=True) if old == new]
+    shrunk = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert all(old > size for old, _ in shrunk for size in kept)
+    views = images.add_crops(fitting)
+    assert [view.image.size for view in views] == [plan.size for plan in fitting]
+
+
+def test_crops_that_cannot_be_made_small_enough_are_refused_with_both_numbers():
+    images = gallery((1920, 1080))
+    plans = images.plan(call(*[(0, [0, 0, 100, 100])] * 3).regions)
+    total = sum(plan.size[0] * plan.size[1] for plan in plans)
+    with pytest.raises(RegionError, match=rf"the 3 regions have {total} pixels together .* at most 3136 are encoded"):
+        images.fit_together(plans, 3136)
+    assert [plan.size for plan in images.fit_together(plans, 3 * 3136)] == [(56, 56)] * 3

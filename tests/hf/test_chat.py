@@ -11,6 +11,7 @@ import torch
 from family import noise as picture
 
 from vilavt_core.backends import BackendOptions
+from vilavt_core.driver import Driver
 from vilavt_core.episode import Inquiry
 from vilavt_core.errors import CheckpointError, EngineError, ImageError
 from vilavt_core.presets import Limits, Sampling, get_preset
@@ -154,6 +155,35 @@ def test_sampling_follows_the_samples_seed(tiny_model, processor, tokenizer):
     assert again.provenance.seed == 11
     named = [chat.ask_many([Sample([picture(0)], "what?", id=name)])[0] for name in "xyx"]
     assert named[0].record.token_ids == named[2].record.token_ids != named[1].record.token_ids
+
+
+def test_sampling_without_a_seed_differs_from_time_to_time_and_each_can_be_repeated(tiny_model, processor):
+    limits = replace(LIMITS, max_new_tokens_per_turn=6)
+    chat = VilavtChat(tiny_model, processor, limits=limits, prompts="tiny", sampling=Sampling(temperature=2.0))
+    drawn = chat.ask_many([(picture(0), "what?")] * 4)
+    assert len({tuple(result.record.token_ids) for result in drawn}) == 4
+    assert len({result.provenance.seed for result in drawn}) == 4
+    again = chat.ask(picture(0), "what?", seed=drawn[1].provenance.seed)
+    assert again.record.token_ids == drawn[1].record.token_ids
+
+
+def test_a_follow_up_without_a_seed_draws_by_the_one_that_its_result_tells(tiny_model, processor):
+    limits = replace(LIMITS, max_turns=1, max_new_tokens_per_turn=6)
+    chat = VilavtChat(tiny_model, processor, limits=limits, prompts="tiny", sampling=Sampling(temperature=2.0))
+
+    def second(seed: int | None) -> tuple[int, str]:
+        """Seed and text of a second answer; the first one is always the same."""
+        first = Driver(Sample([picture(0)], "what?", seed=7), chat.settings)
+        session = chat._session()
+        list(session.run(iter([first])))
+        after = first.follow_up(Sample([], "and?", seed=seed))
+        session.follow(first, after)
+        *_, (_, finished) = session.run(iter([after]))
+        return finished.result.provenance.seed, finished.result.turns[0].text
+
+    fresh = [second(None) for _ in range(4)]
+    assert len({seed for seed, _ in fresh}) == len({text for _, text in fresh}) == 4
+    assert [second(seed) for seed, _ in fresh] == fresh
 
 
 def test_sampling_may_be_set_between_conversations(tiny_model, processor):

@@ -1,15 +1,24 @@
 """What is refused is refused with a reason before the engine sees it, and the next request works."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from family import picture
+
+from vilavt_core.driver import Driver
+from vilavt_core.protocol import Region, ToolCall, format_tool_call
+from vilavt_core.results import Intervention, Sample
 from vilavt_vllm import CHAT_TEMPLATE, InquiryItem
+from vilavt_vllm.episodes import settings_of_engine
+from vilavt_vllm.offline import LLMSession
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
 def engine(start, tiny):
-    return start(tiny.path, hf_overrides={"vilavt_max_regions": 4}, limit_mm_per_prompt={"image": 6})
+    overrides = {"vilavt_max_regions": 4, "vilavt_max_group_pixels": 128 * 784}
+    return start(tiny.path, hf_overrides=overrides, limit_mm_per_prompt={"image": 6})
 
 
 @pytest.fixture
@@ -37,6 +46,31 @@ def user(text, *images):
 def test_an_inquiry_with_too_many_regions_is_refused(engine, tools, pictures):
     with pytest.raises(ValueError, match=r"has 5 regions, at most 4 .*--hf-overrides"):
         engine.generate([(tools.conversation(("red", 5)), pictures[:6])])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_zoom_above_the_caps_is_the_episodes_to_handle(engine, named):
+    """Whether the limits of the question name the engine's caps or say nothing of them."""
+    settings = settings_of_engine(engine.llm.llm_engine.vllm_config.model_config, prompts="tiny")
+    limits = replace(settings.limits, max_images=16, max_new_tokens_per_turn=400)
+    assert (limits.max_inquiry_images, limits.max_inquiry_pixels) == (4, 128 * 784)
+    quarters = [Region(0, (x, y, x + 112, y + 84)) for x in (0, 112) for y in (0, 84)]
+    zooms = [format_tool_call(ToolCall(tuple(regions), "it")) for regions in (quarters, [*quarters, quarters[0]])]
+    if not named:
+        limits = replace(limits, max_inquiry_images=None, max_inquiry_pixels=None)
+    driver = Driver(
+        Sample([picture(0, 1280, 960)], "What?", limits=limits),
+        settings,
+        intervention=Intervention(forced_turns=lambda _, turn: zooms[turn] if turn < 2 else None),
+    )
+    *_, (_, finished) = LLMSession(engine.llm, 1).run(iter([driver]))
+    result = finished.result
+    assert result.error is None
+    shrunk, refused, *sampled = result.turns
+    assert len(shrunk.views) == 4
+    assert 64 * 784 < sum(view.image.width * view.image.height for view in shrunk.views) <= 128 * 784
+    assert "names 5 regions, at most 4 are encoded together" in refused.problem
+    assert sampled
 
 
 @pytest.mark.usefixtures("still_works")

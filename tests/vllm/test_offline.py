@@ -90,7 +90,7 @@ def test_a_result_says_what_it_depends_on(answered):
 def test_what_fails_ends_alone_and_results_keep_their_order(llm, samples, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    big = Sample([Image.new("RGB", (700, 700))], "What?", limits=Limits(max_pixels=4_000_000))
+    big = Sample([Image.new("RGB", (560, 560))], "What?", limits=Limits(max_pixels=4_000_000))
     todo = [
         ([tmp_path / "missing.png"], "What?"),
         samples[0],
@@ -102,7 +102,7 @@ def test_what_fails_ends_alone_and_results_keep_their_order(llm, samples, tmp_pa
     assert [result.finish for result in results] == ["error", "answer", "error", "error", "answer"]
     assert "missing.png" in str(results[0].error)
     assert isinstance(results[3].error, ValueError)
-    assert "an image of 700x700 pixels would become" in str(results[3].error)
+    assert "an image of 560x560 pixels would become" in str(results[3].error)
     again = llm.ask_many(samples[:2])
     assert [again[0].answer, again[1].answer] == [results[1].answer, results[4].answer]
 
@@ -128,6 +128,19 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(llm, samples):
     assert alone[0].record.token_ids == together[2].record.token_ids
     other = VilavtLLM(llm.llm, sampling=Sampling(temperature=5.0), seed=4).ask_many(samples[:4])
     assert any(a.record.token_ids != b.record.token_ids for a, b in zip(together, other, strict=True))
+
+
+def test_sampling_without_a_seed_differs_from_time_to_time_and_each_can_be_repeated(llm, samples):
+    hot = VilavtLLM(llm.llm, sampling=Sampling(temperature=2.0))
+    same = [(samples[0].images, samples[0].question)] * 4
+    drawn = hot.ask_many(same)
+    assert len({tuple(result.record.token_ids) for result in drawn}) == 4
+    again = hot.ask(*same[1], seed=drawn[1].provenance.seed)
+    assert again.record.token_ids == drawn[1].record.token_ids
+    seeded = [VilavtLLM(llm.llm, sampling=Sampling(temperature=2.0), seed=3).ask_many(same) for _ in range(2)]
+    places = [[tuple(result.record.token_ids) for result in results] for results in seeded]
+    assert places[0] == places[1]
+    assert len(set(places[0])) == 4
 
 
 def test_a_request_that_vllm_ends_is_an_error_of_that_sample(llm, samples):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from argparse import Namespace
 from itertools import chain, product
 from pathlib import Path
@@ -473,6 +474,66 @@ def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app,
     response = post(server, question(data_url((PICTURES / "scene-1.png").read_bytes()), stream=stream))
     assert (response.status_code, error_of(response)) == (status, str(error))
     assert server.state.vilavt_loop.running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "options, fields, message",
+    [
+        ({"limits": {"max_context": 20}}, {}, r"needs a context of \d+ tokens .*at most 20 are .*--max-model-len"),
+        ({}, {"vilavt": {"max_context": 15}}, r"needs a context of \d+ tokens .*at most 15 are .*--max-model-len"),
+        ({"limits": {"max_total_pixels": 900}}, {}, r"1 images have \d+ pixels, at most 900 .*--max-total-pixels"),
+    ],
+)
+def test_a_question_that_does_not_fit_is_400_with_the_numbers_and_the_flag(app, options, fields, message, stream):
+    server = app(**options)
+    picture = data_url((PICTURES / "scene-1.png").read_bytes())
+    response = post(server, question(picture, stream=stream, **fields))
+    assert response.status_code == 400
+    assert re.search(message, error_of(response))
+    assert server.state.vilavt_loop.running == 0
+
+
+def test_an_earlier_question_that_does_not_fit_is_400_with_the_numbers(app):
+    body = question(data_url((PICTURES / "scene-1.png").read_bytes()))
+    body["messages"] += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "And?"}]
+    response = post(app(limits={"max_context": 20}), body)
+    assert response.status_code == 400
+    assert re.search(r"needs a context of \d+ tokens .*--max-model-len", error_of(response))
+
+
+def test_the_engines_caps_on_an_inquiry_are_limits_of_the_episodes(app):
+    def limits(**changes):
+        return app(limits=changes).state.vilavt_loop.llm.settings.limits
+
+    most = 16 * limits().max_pixels  # as many full-size images as regions: this checkpoint's are small
+    assert (limits().max_inquiry_images, limits().max_inquiry_pixels) == (16, most)
+    tighter = limits(max_inquiry_images=3)
+    assert (tighter.max_inquiry_images, tighter.max_inquiry_pixels) == (3, most)
+    with pytest.raises(LimitError, match=r'max_inquiry_images is 17, at most 16 are .*"vilavt_max_regions": 17'):
+        limits(max_inquiry_images=17)
+    with pytest.raises(LimitError, match=rf'max_inquiry_pixels is {most + 1}, .*"vilavt_max_group_pixels": {most + 1}'):
+        limits(max_inquiry_pixels=most + 1)
+
+
+def test_a_server_samples_with_a_fresh_seed_unless_it_is_told_one(app):
+    def seeds(server, **fields):
+        asked = []
+
+        def generate(prompt, params, name):
+            asked.append(params.seed)
+            raise VLLMValidationError("enough")
+
+        server.state.vilavt_loop.llm.engine.generate = generate
+        body = question(data_url((PICTURES / "scene-1.png").read_bytes()), **fields)
+        for _ in range(4):
+            post(server, body)
+        return asked
+
+    assert len(set(seeds(app(), temperature=1.0))) == 4
+    assert len(set(seeds(app(), temperature=1.0, seed=3))) == 1
+    assert len(set(seeds(app(seed=3), temperature=1.0))) == 1
+    assert seeds(app()) == [None] * 4  # greedy
 
 
 def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_place(app):

@@ -17,14 +17,41 @@ README = Path(__file__).parents[2] / "vilavt_vllm" / "README.md"
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 
 
-def settings(graphs=False, tower_lora=None):
+def settings(graphs=False, tower_lora=None, speculative=None, whole_images=False):
     lora = None if tower_lora is None else SimpleNamespace(enable_tower_connector_lora=tower_lora)
-    return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs), lora_config=lora)
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs),
+        lora_config=lora,
+        speculative_config=speculative,
+        scheduler_config=SimpleNamespace(disable_chunked_mm_input=whole_images, max_num_batched_tokens=8192),
+    )
+
+
+def check(config, tokens=16384, regions=16):
+    compat.refuse_unsupported(config, lambda: (tokens, regions))
 
 
 def test_ordinary_settings_are_accepted():
-    compat.refuse_unsupported(settings())
-    compat.refuse_unsupported(settings(tower_lora=False))
+    check(settings())
+    check(settings(tower_lora=False))
+    check(settings(whole_images=True), tokens=4096)
+
+
+def test_whole_images_only_is_refused_where_the_largest_inquiry_would_never_be_scheduled():
+    with pytest.raises(UnsupportedError, match=r"disable-chunked-mm-input.*16384 image tokens in 16 regions.*is 8192"):
+        check(settings(whole_images=True))
+    with pytest.raises(UnsupportedError, match="8192 image tokens in 2 regions, up to 8320"):
+        check(settings(whole_images=True), tokens=8192, regions=2)
+    check(settings(whole_images=True), tokens=8192, regions=1)
+
+
+def test_the_largest_inquiry_is_that_of_the_engines_caps():
+    from vllm.config import ModelConfig
+
+    from vilavt_vllm.processing import largest_inquiry
+
+    overrides = {"vilavt_max_regions": 3, "vilavt_max_group_pixels": 784 * 50}
+    assert largest_inquiry(ModelConfig(model=str(TINY), hf_overrides=overrides)) == (50, 3)
 
 
 @pytest.mark.parametrize(
@@ -32,18 +59,19 @@ def test_ordinary_settings_are_accepted():
     [
         ({"graphs": True}, "cudagraph_mm_encoder.*several images and a query"),
         ({"tower_lora": True}, "enable-tower-connector-lora.*query tokens"),
+        ({"speculative": object()}, "speculative-config.*logit_bias"),
     ],
 )
 def test_features_that_would_take_inquiries_apart_are_refused_with_the_reason(options, message):
     with pytest.raises(UnsupportedError, match=message):
-        compat.refuse_unsupported(settings(**options))
+        check(settings(**options))
 
 
 @pytest.mark.skipif("VLLM_USE_RUST_FRONTEND" not in envs.environment_variables, reason="this vLLM has no Rust frontend")
 def test_the_rust_frontend_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(UnsupportedError, match=r"VLLM_USE_RUST_FRONTEND=1.*Python processors"):
-        compat.refuse_unsupported(settings())
+        check(settings())
 
 
 def test_the_model_promises_vllm_nothing_it_cannot_keep():

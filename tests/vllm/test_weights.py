@@ -122,6 +122,15 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(tiny, tools, tmp_path,
         start(folder)
 
 
+def test_a_layer_is_there_whatever_a_quantisation_calls_its_tensors():
+    from vilavt_vllm.model import bare_layers
+
+    needed = {"text_proj.weight", "text_proj.bias", "a.q_proj.weight_packed", "a.q_proj.weight_scale", "a.norm.weight"}
+    assert bare_layers(needed, needed) == set()
+    assert bare_layers(needed, {"text_proj.weight", "a.q_proj.qweight", "a.norm.weight"}) == set()
+    assert bare_layers(needed, {"a.q_proj.weight_packed", "a.norm.weight"}) == {"text_proj.weight"}
+
+
 def test_query_projections_outside_query_aware_blocks_are_refused(tiny, tmp_path, start):
     def none(settings):
         settings["vision_config"]["integration_point"] = "late2"

@@ -112,7 +112,7 @@ class DrivenBackend(AskingBackend):
         """See `vilavt_core.backends.Backend.timings`."""
         return None
 
-    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+    def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """See `vilavt_core.backends.Backend.provenance`."""
         return self.settings.provenance(seed, limits)
 
@@ -124,7 +124,8 @@ class DrivenBackend(AskingBackend):
 
         def drivers() -> Iterator[Driver]:
             for place, entry in enumerate(samples):
-                driver = Driver(Sample.of(entry), self.settings, name=str(place), intervention=intervention)
+                sample = Sample.of(entry)
+                driver = Driver(sample, self.settings, name=str(place), place=place, intervention=intervention)
                 places[driver] = place
                 yield driver
 
@@ -280,7 +281,7 @@ class AsyncDrivenBackend(ABC):
         """See `vilavt_core.backends.Backend.timings`."""
         return None
 
-    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+    def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """See `vilavt_core.backends.Backend.provenance`."""
         return self.settings.provenance(seed, limits)
 
@@ -339,7 +340,7 @@ class AsyncDrivenBackend(ABC):
             await asyncio.gather(*running, return_exceptions=True)  # each ends in the engine
 
     async def _result(self, place: int, entry: Sample | tuple[Any, str]) -> tuple[int, ChatResult]:
-        driver = Driver(Sample.of(entry), self.settings, name=str(place))
+        driver = Driver(Sample.of(entry), self.settings, name=str(place), place=place)
         async with aclosing(self.events(driver)) as events:
             async for event in events:
                 if isinstance(event, Finished):

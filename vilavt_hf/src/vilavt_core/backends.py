@@ -74,7 +74,8 @@ class Backend(Protocol):
             images: one picture or several.
             question: the user's text.
             id: named in errors and in the result.
-            seed: for sampling. None: made from the backend's and `id`.
+            seed: for sampling. None: made from the backend's and `id`; if the backend has none, a fresh one, told in
+                the result's provenance.
             limits: budgets. None: the backend's.
 
         Raises:
@@ -140,7 +141,7 @@ class Backend(Protocol):
         """Start a conversation in which several questions can be asked; `limits` count anew for every question."""
         ...
 
-    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+    def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """What the results of samples with this seed and these limits (None: the backend's) will say they depend on."""
         ...
 
@@ -223,7 +224,7 @@ class AsyncBackend(Protocol):
         """See `Backend.conversation`."""
         ...
 
-    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+    def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """See `Backend.provenance`."""
         ...
 
@@ -240,7 +241,8 @@ class BackendOptions:
     """Fields of `Sampling` that shall differ."""
     prompts: str | PromptSet | None = None
     """Wording; None: the checkpoint's own, else the built-in ``default``. Not for a server."""
-    seed: int = 0
+    seed: int | None = None
+    """Of samples that bring none; None: a fresh one for each that samples."""
     concurrency: int | None = None
     """Conversations side by side; None: the backend's choice."""
     dtype: str = "auto"

@@ -82,7 +82,7 @@ class ServerClient(AskingBackend):
         self._server = replace(server, checkpoint=f"{self.url} {self.model}")
         self._limits = options.change_limits(server.limits)
 
-    def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:
+    def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """What a result with this seed and these limits (None: the server's, tightened by the options) depends on."""
         sampling: Sampling = self.options.change_sampling(self._server.sampling)
         return replace(self._server, seed=seed, limits=limits or self._limits, sampling=sampling)
@@ -101,7 +101,7 @@ class ServerClient(AskingBackend):
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             for place, entry in enumerate(samples):
-                places[pool.submit(self._ask, Sample.of(entry))] = place
+                places[pool.submit(self._ask, Sample.of(entry), place)] = place
                 if len(places) >= self.concurrency:
                     yield from _done(places)
             while places:
@@ -132,8 +132,9 @@ class ServerClient(AskingBackend):
         """See `vilavt_core.backends.Backend.conversation`."""
         return ServedConversation(self, Sample(image_list(images), "", id, seed, limits))
 
-    def _ask(self, sample: Sample) -> ChatResult:
+    def _ask(self, sample: Sample, place: int) -> ChatResult:
         began = time.perf_counter()
+        sample = replace(sample, seed=self._seed(sample, place))
         try:
             result = next(self._answers(sample, [], stream=False))
             assert isinstance(result, Finished)
@@ -144,7 +145,7 @@ class ServerClient(AskingBackend):
                 sample_id=sample.id,
                 episode=None,
                 record=None,
-                provenance=self.provenance(sample.seed_from(self.options.seed), sample.limits),
+                provenance=self.provenance(sample.seed, sample.limits),
                 work=Work(),
                 seconds=time.perf_counter() - began,
                 error=error if isinstance(error, VilavtError) else self._failure(sample, error),
@@ -166,7 +167,7 @@ class ServerClient(AskingBackend):
         request: dict[str, Any] = {
             "model": self.model,
             "messages": [*before, self.message(sample)],
-            "seed": sample.seed_from(self.options.seed),
+            "seed": self._seed(sample),
             "extra_body": {**self.options.sampling, wire.FIELD: limits},
         }
         try:
@@ -192,6 +193,9 @@ class ServerClient(AskingBackend):
             raise
         except Exception as error:
             raise self._failure(sample, error) from error
+
+    def _seed(self, sample: Sample, place: int = 0) -> int:
+        return sample.drawing_seed(self.options.seed, self.options.change_sampling(self._server.sampling), place)
 
     def _result(self, sample: Sample, data: Mapping[str, Any]) -> ChatResult:
         """What the server told, under the sample's id."""

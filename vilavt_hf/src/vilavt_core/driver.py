@@ -60,8 +60,9 @@ class ConversationSettings:
     preset: Preset
     limits: Limits
     sampling: Sampling
-    seed: int = 0
-    """A sample without a seed of its own gets one made from this and its id."""
+    seed: int | None = None
+    """A sample without a seed of its own gets one made from this and its id or place; None: a fresh one, if it draws at
+    all."""
     image_limits: ImageLimits = ImageLimits()  # noqa: RUF009 (frozen)
     video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 (frozen)
     allow_urls: bool = False
@@ -116,7 +117,9 @@ class ConversationSettings:
             **more,
         )
 
-    def provenance(self, seed: int, limits: Limits | None = None, sampling: Sampling | None = None) -> Provenance:
+    def provenance(
+        self, seed: int | None, limits: Limits | None = None, sampling: Sampling | None = None
+    ) -> Provenance:
         """What a result with this seed depends on; None is what these settings say."""
         return Provenance(
             preset=self.preset.name,
@@ -184,6 +187,7 @@ class Driver:
         sample: the question.
         settings: of the backend.
         name: named in errors if the sample has no id.
+        place: of the sample among those asked together, counted from 0; varies its seed if it has no id.
         stream: whether :meth:`take` gives text as it arrives.
         sampling: instead of the settings'.
         intervention: changes for ablations.
@@ -197,16 +201,19 @@ class Driver:
         settings: ConversationSettings,
         *,
         name: str = "",
+        place: int = 0,
         stream: bool = False,
         sampling: Sampling | None = None,
         intervention: Intervention | None = None,
         episode: Episode | None = None,
         fallback: bool = True,
     ) -> None:
+        if sample.limits is not None:
+            sample = replace(sample, limits=sample.limits.with_caps_of(settings.limits))
         self.sample, self.settings, self.stream = sample, settings, stream
-        self.name = sample.id or name
+        self.name, self.place = sample.id or name, place
         self.sampling = sampling or settings.sampling
-        self.seed = sample.seed_from(settings.seed)
+        self.seed = sample.drawing_seed(settings.seed, self.sampling, place)
         self.intervention = intervention or Intervention()
         self.work, self.billed = Work(), BilledTokens()
         """What the engine did; its adapter counts."""
@@ -273,9 +280,9 @@ class Driver:
         if before is None:
             raise EngineError(f"sample {self.name}: its first question never began, there is nothing to continue")
         images = self.settings.load(sample.images, sample.bounds)
-        again = Driver(sample, self.settings, name=self.name, stream=stream, sampling=sampling)
+        again = Driver(sample, self.settings, name=self.name, place=self.place, stream=stream, sampling=sampling)
         again.crops_before = sum(view.kind == "crop" for view in before.views)
-        again.episode = before.follow_up(sample.question, images, limits=sample.limits)
+        again.episode = before.follow_up(sample.question, images, limits=again.sample.limits)
         return again
 
     # ------------------------------------------------------------------ what came of it

@@ -413,6 +413,8 @@ class Episode:
         pictures = tuple(replace(picture, image=to_rgb(picture.image)) for picture in map(Picture.of, images))
         self._question, self._originals = question, pictures
         cap = self._rules.image_budget(limits.max_pixels, len(pictures))
+        if limits.max_inquiry_pixels is not None:  # an original is an inquiry of its own
+            cap = min(cap, limits.max_inquiry_pixels)
         areas = [picture.bounds.within(limits.min_pixels, cap) for picture in pictures]
         first = len(gallery)
         self._rules.times = {first + i: one.time for i, one in enumerate(pictures) if one.time is not None}
@@ -468,7 +470,7 @@ class Episode:
                 self._end(FinishReason.TURN_LIMIT, problem)
                 return replace(turn, problem=problem)
             try:
-                plans = self._gallery.plan(action.regions, limits.crop_max_pixels or limits.max_pixels)
+                plans = self._plan(action)
             except RegionError as error:
                 return self._refuse(turn, FinishReason.BAD_REGION, str(error), "bad_call", last)
             return self._zoom(turn, action, plans)
@@ -477,6 +479,30 @@ class Episode:
         return self._refuse(
             turn, FinishReason.NO_ACTION, "the turn holds neither a zoom request nor an answer", "no_action", last
         )
+
+    def _plan(self, call: ToolCall) -> list[CropPlan]:
+        """The crops of a call, of sizes that can be encoded together.
+
+        Raises:
+            RegionError: a region cannot be shown, or all of them cannot be encoded together.
+        """
+        limits = self.limits
+        most, pixels = limits.max_inquiry_images, limits.max_inquiry_pixels
+        if most is not None and len(call.regions) > most:
+            raise RegionError(
+                f"the call names {len(call.regions)} regions, at most {most} are encoded together; name fewer", most
+            )
+        plans = self._gallery.plan(call.regions, limits.crop_max_pixels or limits.max_pixels)
+        if pixels is None:
+            return plans
+        total = sum(width * height for width, height in (plan.size for plan in plans))
+        if total > pixels and self.preset.inquiry_overflow == "refuse":
+            raise RegionError(
+                f"the {len(plans)} regions have {total} pixels together, at most {math.floor(pixels)} are encoded "
+                "together; name fewer or smaller regions",
+                len(plans) - 1,
+            )
+        return self._gallery.fit_together(plans, pixels)
 
     def _zoom(self, turn: Turn, call: ToolCall, plans: list[CropPlan]) -> Turn:
         limits = self.limits

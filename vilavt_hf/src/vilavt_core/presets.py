@@ -66,6 +66,16 @@ class Limits:
         ge=1,
         per_request=True,
     )
+    max_inquiry_images: int | None = described(
+        None, "regions of one zoom, which are encoded together; none: unlimited", ge=1, per_request=True
+    )
+    max_inquiry_pixels: float | None = described(
+        None,
+        "pixels of what is encoded together, an original or all crops of a zoom, as the encoder sees it; none: "
+        "unlimited",
+        gt=0,
+        per_request=True,
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -77,11 +87,20 @@ class Limits:
                 raise EpisodeError(f"Limits.{f.name} is {value!r}, it must be a number{unlimited}")
             if value < least:
                 raise EpisodeError(f"Limits.{f.name} is {value}, it must be at least {least}{unlimited}")
-        for name in ("max_pixels", "crop_max_pixels"):
+        for name in ("max_pixels", "crop_max_pixels", "max_inquiry_pixels"):
             if (value := getattr(self, name)) is not None and value < self.min_pixels:
                 raise EpisodeError(
                     f"Limits.{name} is {value}, below min_pixels {self.min_pixels}; raise the first or lower the second"
                 )
+
+    def with_caps_of(self, backend: Limits) -> Limits:
+        """These limits, with a backend's caps on an inquiry where these name none: no request lifts what an encoder can
+        take.
+        """
+        images, pixels = self.max_inquiry_images, self.max_inquiry_pixels
+        if pixels is None and backend.max_inquiry_pixels is not None:
+            pixels = max(self.min_pixels, backend.max_inquiry_pixels)
+        return replace(self, max_inquiry_images=images or backend.max_inquiry_images, max_inquiry_pixels=pixels)
 
     @classmethod
     def per_request(cls) -> tuple[str, ...]:
@@ -142,6 +161,10 @@ class Preset:
     image_overflow: Literal["final", "truncate", "end"] = "final"
     """Crops beyond ``max_images``: show none and ask for the answer; show those that fit and ask for the answer; or
     end the episode."""
+    inquiry_overflow: Literal["shrink", "refuse"] = "shrink"
+    """Crops of one zoom beyond ``max_inquiry_pixels``: show them smaller, the largest first, until they fit; or treat
+    the call as a bad one. One that names more than ``max_inquiry_images`` regions is a bad call in any case, and so is
+    one whose crops do not even fit at ``min_pixels``."""
     budget_split: Literal["per_image", "total"] = "per_image"
     """Whether ``Limits.max_pixels`` is each original's, or is divided by their number."""
     query_prefix: str = ""

@@ -12,7 +12,7 @@ from .prompts import PromptPart, PromptSet, join
 from .protocol import ANSWER_CLOSE, IMAGE_MARK, unbox
 from .regions import share_budget
 
-COMMON = ("name", "limits", "sampling", "rules", "query_prefix")
+COMMON = ("name", "limits", "sampling", "rules", "inquiry_overflow", "query_prefix")
 """Fields of `Preset` that the default rules know, too."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
@@ -230,6 +230,39 @@ class Gallery:
         """
         return [self._plan(i, region, max_pixels) for i, region in enumerate(regions)]
 
+    def fit_together(self, plans: Sequence[CropPlan], max_pixels: float) -> list[CropPlan]:
+        """Plans whose crops have at most ``max_pixels`` together: the largest ones are made smaller, all to one bound,
+        and no smaller than needed (to the 28-px grid). Plans that fit are returned as they are.
+
+        Raises:
+            RegionError: they do not fit even at the gallery's ``min_pixels``; names both numbers.
+        """
+        plans = list(plans)
+        total = _pixels(plans)
+        if total <= max_pixels:
+            return plans
+        fitting: list[CropPlan] = []
+        low = max(FACTOR**2, math.ceil(self.min_pixels))
+        high = max(plan.size[0] * plan.size[1] for plan in plans)
+        while low <= high:  # the bound of every crop, by halving
+            bound = (low + high) // 2
+            try:
+                smaller = [self._within(plan, bound) for plan in plans]
+            except ImageError:  # on the grid there is nothing between this and min_pixels, or no row is left
+                low = bound + 1
+                continue
+            if _pixels(smaller) > max_pixels:
+                high = bound - 1
+            else:
+                fitting, low = smaller, bound + 1
+        if not fitting:
+            raise RegionError(
+                f"the {len(plans)} regions have {total} pixels together and cannot be made small enough, at most "
+                f"{math.floor(max_pixels)} are encoded together; name fewer or smaller regions",
+                len(plans) - 1,
+            )
+        return fitting
+
     def add_crops(self, plans: Sequence[CropPlan]) -> list[View]:
         """Cut and show planned crops, in order."""
         views = [self._cut(plan) for plan in plans]
@@ -311,6 +344,18 @@ class Gallery:
             (final_width, final_height),
         )
 
+    def _within(self, plan: CropPlan, max_pixels: float) -> CropPlan:
+        """The plan with a crop of at most this area.
+
+        Raises:
+            ImageError: there is no such size of its shape that an encoder would leave as it is.
+        """
+        width, height = plan.zoomed_size
+        new_height, new_width = smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=max_pixels)
+        if new_height * new_width < self.min_pixels:
+            raise ImageError(f"a crop of {new_width} x {new_height} px is below min_pixels {self.min_pixels:.0f}")
+        return replace(plan, size=(new_width, new_height))
+
     def _cut(self, plan: CropPlan) -> View:
         """Two steps as published: LANCZOS to the zoomed size, then bicubic to the encoder's grid."""
         zoomed = self.sources[plan.source].crop(plan.source_box).resize(plan.zoomed_size, Image.Resampling.LANCZOS)
@@ -327,3 +372,8 @@ class Gallery:
             parent.name,
             parent.time,
         )
+
+
+def _pixels(plans: Iterable[CropPlan]) -> int:
+    """Of all crops together, as shown."""
+    return sum(plan.size[0] * plan.size[1] for plan in plans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -26,7 +27,8 @@ class Sample:
     id: str | None = None
     """Named in errors and results; also varies the seed."""
     seed: int | None = None
-    """Drives this sample's sampling alone; None: made from the chat's seed and `id`."""
+    """Drives this sample's sampling alone; None: made from the backend's and `id`, else its place among those asked
+    together; drawn anew if the backend has none."""
     limits: Limits | None = None
     """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
     bounds: Sequence[PixelBounds] = ()
@@ -67,13 +69,28 @@ class Sample:
             )
         return cls(*entry)
 
-    def seed_from(self, base: int) -> int:
-        """This sample's seed: its own, else made from a `base` seed and its id."""
+    def seed_from(self, base: int, place: int = 0) -> int:
+        """This sample's seed: its own, else made from a `base` seed and its id, else from the base and its place.
+
+        Args:
+            base: of the backend or the run.
+            place: among the samples that are asked together, counted from 0; the first one draws from the base itself.
+        """
         if self.seed is not None:
             return self.seed
-        if self.id is None:
+        if self.id is None and place == 0:
             return base
-        return int.from_bytes(hashlib.sha256(f"{base}:{self.id}".encode()).digest()[:6], "big")
+        # A NUL keeps a place apart from every id that people write.
+        name = f"\0{place}" if self.id is None else self.id
+        return int.from_bytes(hashlib.sha256(f"{base}:{name}".encode()).digest()[:6], "big")
+
+    def drawing_seed(self, base: int | None, sampling: Sampling, place: int = 0) -> int:
+        """The seed that this sample is drawn with: as `seed_from`, and a fresh one if there is no base and the sampling
+        draws at all. Greedy decoding draws nothing; its seed counts from 0, so that equal questions have equal records.
+        """
+        if base is None and self.seed is None and sampling.temperature > 0:
+            return secrets.randbits(48)
+        return self.seed_from(base or 0, place)
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,8 @@ class Provenance:
     preset: str
     limits: Limits
     sampling: Sampling
-    seed: int
+    seed: int | None
+    """Of the question; None: of a backend that draws a fresh one for every question, before one is asked."""
     prompts: str
     prompts_sha256: str
     checkpoint: str | None

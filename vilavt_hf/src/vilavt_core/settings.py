@@ -181,11 +181,12 @@ def fitting_limits(limits: Limits, image_size: Mapping[str, int | None], context
     low, high = image_size["shortest_edge"], image_size["longest_edge"]
     minimum = max(limits.min_pixels, low or 0)
     maximum = max(minimum, min(limits.max_pixels, high or MAX_PIXELS))
-    crop = limits.crop_max_pixels
+    crop, inquiry = limits.crop_max_pixels, limits.max_inquiry_pixels
     return replace(
         limits,
         min_pixels=minimum,
         max_pixels=maximum,
         crop_max_pixels=None if crop is None else max(minimum, crop),
+        max_inquiry_pixels=None if inquiry is None else max(minimum, inquiry),
         max_context=limits.max_context or context,
     )

@@ -47,7 +47,7 @@ class VilavtChat(DrivenBackend):
         limits: budgets. None: the preset's, with the pixel bounds of the image processor where they are tighter, and
             the context the language model was made for.
         sampling: how tokens are chosen. None: the preset's (the default preset is greedy).
-        seed: for sampling.
+        seed: for sampling, of samples that bring none. None: a fresh one for each.
         prompts: wording. None: the checkpoint's own, else the built-in ``default``.
         concurrency: conversations that run side by side.
         max_prefill_tokens: new tokens of waiting conversations that are computed at once; lower it if memory is short.
@@ -69,7 +69,7 @@ class VilavtChat(DrivenBackend):
         preset: str | Preset = "default",
         limits: Limits | None = None,
         sampling: Sampling | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         prompts: PromptSet | str | None = None,
         concurrency: int = 8,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
@@ -223,7 +223,10 @@ class LocalSession:
         """The row of one question is the next one's."""
         assert after.episode is not None
         if before in self._rows:
-            self._rows[after] = after.episode, self._rows.pop(before)[1]
+            _, row = self._rows.pop(before)
+            if after.seed != before.seed:  # one seed for a whole conversation goes on drawing where it was
+                row.generator.manual_seed(after.seed)
+            self._rows[after] = after.episode, row
             self._account(after)
 
     def release(self, driver: Driver) -> None:

@@ -51,6 +51,7 @@ def settings_of_checkpoint(
         image_size=processor.image_processor.size,
         context=2**31,  # what a trajectory may have is set for each
         own_prompts=processor.prompts,
+        seed=0,  # the trainer draws; a trajectory's record is the same every time
         checkpoint=str(folder),
         packages=("vilavt-rl",),
     )

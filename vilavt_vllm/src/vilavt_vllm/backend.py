@@ -1,7 +1,5 @@
 """The backend ``vllm`` of `vilavt_core.backends`: what an evaluation opens by name."""
 
-from dataclasses import replace
-
 from vilavt_core.backends import BackendOptions
 
 from .offline import VilavtLLM
@@ -11,9 +9,10 @@ def open_llm(model: str, options: BackendOptions) -> VilavtLLM:
     """A `VilavtLLM` over an engine of its own; ``options.engine`` are arguments of `vllm.LLM`."""
     options.refuse("vllm", "device")
     preset = options.preset_for(model)
-    llm = VilavtLLM(
+    return VilavtLLM(
         model,
         preset=preset,
+        limit_changes=options.limits,
         sampling=options.change_sampling(preset.sampling),
         seed=options.seed,
         prompts=options.prompts,
@@ -22,5 +21,3 @@ def open_llm(model: str, options: BackendOptions) -> VilavtLLM:
         video_limits=options.video_limits,
         **{"dtype": options.dtype, **options.engine},
     )
-    llm.settings = replace(llm.settings, limits=options.change_limits(llm.settings.limits))
-    return llm

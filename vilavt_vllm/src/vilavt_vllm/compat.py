@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -206,6 +206,10 @@ UNSUPPORTED: dict[str, str] = {
     "attend over several images and a query; the language model's CUDA graphs are not affected",
     "LoRA on the vision tower (--enable-tower-connector-lora)": "refused: query tokens pass through the tower's "
     "projections and have no place in vLLM's per-image row mapping; LoRA on the language model works",
+    "speculative decoding (--speculative-config)": "refused: every turn bans the ids of vision placeholders with "
+    "logit_bias, which vLLM does not take beside it; without the ban a placeholder without an image could be sampled",
+    "whole images only (--disable-chunked-mm-input)": "refused if the largest inquiry, with the text between its "
+    "regions, may be longer than --max-num-batched-tokens: vLLM would never schedule it",
     "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": "refused: it does not run Python processors, where images are "
     "grouped",
     "image embeddings as input (--enable-mm-embeds)": "refused per request: an embedding depends on its query",
@@ -220,8 +224,16 @@ UNSUPPORTED: dict[str, str] = {
 """Feature of vLLM -> what happens when it is asked for."""
 
 
-def refuse_unsupported(vllm_config: Any) -> None:
+TEXT_OF_A_REGION = 128
+"""Tokens that may stand between two regions of an inquiry: the line that says a crop's index and size, and room."""
+
+
+def refuse_unsupported(vllm_config: Any, largest_inquiry: Callable[[], tuple[int, int]]) -> None:
     """Stop at start, with the reason, instead of computing something else than was asked for.
+
+    Args:
+        vllm_config: of the engine.
+        largest_inquiry: gives the image tokens and the regions of the largest one; asked only if it matters.
 
     Raises:
         UnsupportedError: names the feature and the flag.
@@ -234,12 +246,24 @@ def refuse_unsupported(vllm_config: Any) -> None:
         ),
         "LoRA on the vision tower (--enable-tower-connector-lora)": vllm_config.lora_config is not None
         and vllm_config.lora_config.enable_tower_connector_lora,
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": getattr(envs, "VLLM_USE_RUST_FRONTEND", False),
     }
     for feature, wanted in asked.items():
         if wanted:
             raise UnsupportedError(
                 f"{feature} is not supported by ViLaVT: {UNSUPPORTED[feature].removeprefix('refused: ')}"
+            )
+    scheduler = vllm_config.scheduler_config
+    if scheduler.disable_chunked_mm_input:
+        tokens, regions = largest_inquiry()
+        most, longest = scheduler.max_num_batched_tokens, tokens + (regions - 1) * TEXT_OF_A_REGION
+        if longest > most:
+            raise UnsupportedError(
+                f"--disable-chunked-mm-input: an inquiry may have {tokens} image tokens in {regions} regions, up to "
+                f"{longest} with the text between them, and --max-num-batched-tokens is {most}, so that it would never "
+                "be scheduled; raise that, lower vilavt_max_group_pixels or vilavt_max_regions (--hf-overrides), or "
+                "leave the flag out"
             )
 
 

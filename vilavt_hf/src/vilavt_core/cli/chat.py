@@ -60,7 +60,7 @@ def ask(
     max_turns: Annotated[int | None, typer.Option(min=1, help="Turns at most, the answer included.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per turn at most.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the preset's.")] = None,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="For sampling; default: a fresh one, told in the result.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let pictures be http(s) URLs.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,

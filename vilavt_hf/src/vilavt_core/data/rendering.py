@@ -389,7 +389,7 @@ class Renderer:
             max_context=None,
             **({"max_turns": record.max_turns} if record.max_turns else {}),
         )
-        settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling)
+        settings = ConversationSettings(self.tokenizer, self.prompts, preset, preset.limits, preset.sampling, seed=0)
         pictures: list[Image.Image | Picture] = [
             *map(picture, record.images),
             *(frame for frames in videos for frame in frames),

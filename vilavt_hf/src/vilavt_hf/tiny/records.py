@@ -129,7 +129,7 @@ def _played(
     pictures: list[Any], question: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
 ) -> Episode:
     preset = get_preset("default").with_limits(max_pixels=MAX_PIXELS)
-    settings = ConversationSettings(tokenizer, prompts, preset, preset.limits, preset.sampling)
+    settings = ConversationSettings(tokenizer, prompts, preset, preset.limits, preset.sampling, seed=0)
     driver = Driver(Sample(pictures, question), settings)
     driver.start()
     for text in texts:

@@ -24,7 +24,7 @@ from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
-from vilavt_core.protocol import Answer, format_turn, without_tags
+from vilavt_core.protocol import Answer, FinishReason, format_turn, without_tags
 from vilavt_core.results import ChatResult, Event, Finished, Sample
 from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
@@ -32,7 +32,7 @@ from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, setti
 
 from .. import compat
 from ..episodes import settings_of_engine
-from ..errors import BusyError, EngineFailure, RequestError
+from ..errors import BusyError, EngineFailure, LimitError, RequestError
 from ..online import AsyncVilavtLLM
 from .history import History
 from .media import Pictures
@@ -53,6 +53,12 @@ PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", f"/v1{SETTINGS_PA
 RAW = "/v1/raw/"
 """Prefix under which a client that runs the loop itself finds both as vLLM made them."""
 
+_REMEDIES = {
+    FinishReason.CONTEXT_LIMIT: "on the server, raise it with --max-model-len, and with --max-context if that is given",
+    FinishReason.IMAGE_LIMIT: "on the server, raise them with --max-images or --max-total-pixels",
+}
+"""What raises the limit that a question without a turn broke."""
+
 
 class Loop:
     """The state behind the route: an engine client, what is remembered, and what is allowed."""
@@ -64,12 +70,12 @@ class Loop:
         settings = settings_of_engine(
             config,
             preset=options.preset,
+            changes=options.limits,
             prompts=options.prompts,
             seed=options.seed,
             image_limits=image_limits,
             device=str(getattr(getattr(getattr(state, "vllm_config", None), "device_config", None), "device_type", "")),
         )
-        settings = replace(settings, limits=replace(settings.limits, **options.limits))
         self.llm = AsyncVilavtLLM(engine, settings)
         self.models = state.openai_serving_models
         video_limits = VideoLimits(
@@ -164,7 +170,9 @@ class Loop:
         if driver.result.error is not None:
             raise driver.result.error
         if not driver.result.turns:
-            raise RequestError(f"an earlier question of the conversation cannot be asked here: {driver.result.finish}")
+            raise _refusal(driver.result) or RequestError(
+                f"an earlier question of the conversation cannot be asked here: {driver.result.finish}"
+            )
         return driver
 
 
@@ -216,9 +224,9 @@ async def chat_completions(raw: Request) -> Response:
         if request.stream:
             await anext(answer)
             first = await anext(answer)
-            if isinstance(first, Finished) and first.result.error is not None:  # still gets a status code
+            if isinstance(first, Finished) and (refusal := _refusal(first.result)) is not None:  # still gets its status
                 await answer.aclose()
-                return _error(first.result.error, _status(first.result.error))
+                return _error(refusal, _status(refusal))
             usage = bool(request.stream_options and request.stream_options.include_usage)
             return StreamingResponse(
                 _stream(raw, reply, answer, first, usage),
@@ -232,8 +240,8 @@ async def chat_completions(raw: Request) -> Response:
         return _error(error, 400)
     if finished is None:
         return Response(status_code=499)  # nobody is there to read it
-    if finished.error is not None:
-        return _error(finished.error, _status(finished.error))
+    if (refusal := _refusal(finished)) is not None:
+        return _error(refusal, _status(refusal))
     return JSONResponse(reply.whole(finished))
 
 
@@ -301,6 +309,17 @@ async def _stream(
             if await raw.is_disconnected():
                 return
             event = await anext(answer, None)
+
+
+def _refusal(result: ChatResult) -> Exception | None:
+    """Why a question has no answer that could be sent; None: it has one, or the model was asked at least.
+
+    A question that does not fit, so that nothing was ever sampled, is the client's to change.
+    """
+    episode = result.episode
+    if result.error is not None or episode is None or result.turns or result.answer is not None:
+        return result.error
+    return LimitError(f"the question does not fit: {episode.detail}; {_REMEDIES[episode.finish]}")
 
 
 def _status(error: Exception) -> int:

@@ -18,7 +18,7 @@ class ServerOptions:
         None, "how episodes run (vilavt_core.presets); default: what the checkpoint asks for"
     )
     prompts: str | None = described(None, "prompt set, a name or a folder; default: the checkpoint's own")
-    seed: int = described(0, "of requests that sample and bring none")
+    seed: int | None = described(None, "of requests that sample and bring none; default: a fresh one for each")
     max_image_bytes: int = described(ImageLimits.max_bytes, "bytes of a picture as sent")
     max_image_pixels: int = described(
         ImageLimits.max_pixels, "pixels of a picture as sent, checked before it is decoded"
