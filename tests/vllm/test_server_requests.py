@@ -501,3 +501,80 @@ def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_pl
     asyncio.run(asyncio.wait_for(server(scope, receive, send), 30))
     assert aborted() == before + 1
     assert server.state.vilavt_loop.running == 0
+
+
+class Streaming:
+    """One streamed question over ASGI, to a server whose engine samples when `go` is set."""
+
+    def __init__(self, server: FastAPI, keep_alive: float = 0) -> None:
+        self.server, self.go, self.gone = server, asyncio.Event(), asyncio.Event()
+        self.sent: list[dict] = []
+        server.state.sse_keep_alive = keep_alive
+        server.state.vilavt_loop.llm.engine.generate = self.generate
+
+    async def generate(self, *_):
+        await self.go.wait()
+        raise VLLMValidationError("sampled")
+        yield
+
+    async def run(self) -> None:
+        body = json.dumps(question(data_url(png(30, 30)), stream=True)).encode()
+        parts = iter([{"type": "http.request", "body": body}])
+
+        async def receive():
+            if (part := next(parts, None)) is not None:
+                return part
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            self.sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
+        await asyncio.wait_for(self.server(scope, receive, send), 30)
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_a_stream_has_its_header_before_the_first_token_and_a_comment_while_nothing_comes(app):
+    server = app()
+
+    async def ask():
+        streaming = Streaming(server, keep_alive=0.1)
+        running = asyncio.create_task(streaming.run())
+        await until(lambda: streaming.text.count(": keep-alive") > 2)
+        assert streaming.sent[0]["status"] == 200
+        assert streaming.text.startswith('data: {"id":"chatcmpl-')
+        streaming.go.set()
+        await running
+        assert '"message":"sampled"' in streaming.text
+        assert streaming.text.endswith("data: [DONE]\n\n")
+        assert streaming.server.state.vilavt_loop.running == 0
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("header_is_out", [False, True])
+def test_a_streaming_client_that_leaves_before_the_first_token_is_noticed(app, header_is_out):
+    server = app()
+
+    async def ask():
+        streaming = Streaming(server)
+        loop = streaming.server.state.vilavt_loop
+        running = asyncio.create_task(streaming.run())
+        await until(lambda: streaming.sent if header_is_out else loop.running)
+        assert loop.running == 1
+        streaming.gone.set()
+        await until(lambda: not loop.running)
+        await running
+
+    asyncio.run(ask())

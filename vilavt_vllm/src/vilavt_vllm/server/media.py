@@ -15,6 +15,7 @@ from vilavt_core.images import ImageLimits, load_image, plain_base64
 from vilavt_core.protocol import Rules
 
 from ..errors import RequestError
+from .options import NO_DOMAINS
 
 
 class PictureIO(MediaIO[Image.Image]):
@@ -73,7 +74,10 @@ class Pictures:
             allowed_media_domains=model_config.allowed_media_domains,
         )
         self._flags = {
-            "http": ("--allowed-media-domains", model_config.allowed_media_domains),
+            "http": (
+                "--allowed-media-domains",
+                model_config.allowed_media_domains and model_config.allowed_media_domains != NO_DOMAINS,
+            ),
             "file": ("--allowed-local-media-path", model_config.allowed_local_media_path),
         }
 
