@@ -52,7 +52,8 @@ def ask(url: str, number: int) -> tuple[str, str]:
     answer = data["choices"][0]["message"]["content"]
     if kind == "raw":
         return ("raw" if answer else "empty"), answer
-    return ("right" if answer == ASKED[number // 3 % len(ASKED)]["answer"] else "wrong"), answer
+    right = answer == ASKED[number // 3 % len(ASKED)]["answer"]
+    return ("right", answer) if right else ("wrong", response.text[-1000:])
 
 
 def stop_while_running(server, count: int) -> tuple[list[tuple[str, str]], httpx.Response | None, float]:

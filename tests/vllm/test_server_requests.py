@@ -238,7 +238,8 @@ def test_streamed_thoughts_of_several_turns_join_as_in_a_whole_response():
     reply = Reply("m")
     parts = [TextDelta(0, "<think>one"), TextDelta(0, "</think><tool>"), TextDelta(1, "<think>"), TextDelta(1, "two")]
     chunks = [json.loads(c.removeprefix("data: ")) for p in parts if (c := reply.progress(p)) is not None]
-    assert "".join(c["choices"][0]["delta"]["reasoning_content"] for c in chunks) == "one\ntwo"
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(c["choices"][0]["delta"][name] for c in chunks) == "one\ntwo"
     assert {c["id"] for c in chunks} == {reply.head["id"]}
 
 
@@ -447,6 +448,21 @@ def test_another_model_is_404_and_another_content_type_is_400(app):
     assert "application/json" in error_of(post(server, b"{}", **{"Content-Type": "text/plain"}))
 
 
+def test_a_refusal_is_one_line_of_the_log_with_the_requests_name_and_nothing_that_moves_a_terminal(app, caplog):
+    server = app()
+    caplog.set_level("WARNING", logger="vilavt_vllm")
+    post(server, question(model="\x1b[2J\ngpt-5"), **{"X-Request-Id": "mine"})
+    post(server, question(temperature=-1), **{"X-Request-Id": "mine"})
+    post(server, question(temperature=-1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert lines[0].startswith("request 'mine': 404")
+    assert lines[1].startswith("request 'mine': 400")
+    assert "temperature" in lines[1]
+    assert lines[2].split(":")[0] not in (lines[1].split(":")[0], "request ''")
+    assert all(line.isprintable() for line in lines)
+
+
 def test_a_body_above_the_cap_is_refused_with_the_flag(app):
     response = post(app(max_body_bytes=1000), question(data_url(b"x" * 2000)))
     assert (response.status_code, "--max-body-bytes" in error_of(response)) == (400, True)
@@ -576,5 +592,23 @@ def test_a_streaming_client_that_leaves_before_the_first_token_is_noticed(app, h
         streaming.gone.set()
         await until(lambda: not loop.running)
         await running
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("header_is_out", [False, True])
+def test_a_question_that_is_ended_because_the_server_stops_is_told_so(app, header_is_out):
+    server = app()
+
+    async def ask():
+        streaming = Streaming(server)
+        running = asyncio.create_task(streaming.run())
+        await until(lambda: streaming.sent if header_is_out else server.state.vilavt_loop.running)
+        await server.state.vilavt_draining.drain(0)
+        await running
+        assert streaming.sent[0]["status"] == (200 if header_is_out else 503)
+        assert "(--shutdown-timeout)" in streaming.text
+        assert not streaming.sent[-1].get("more_body", False)
+        assert server.state.vilavt_loop.running == 0
 
     asyncio.run(ask())

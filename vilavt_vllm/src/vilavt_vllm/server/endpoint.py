@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 
 from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
+from vilavt_core.failures import one_line
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, format_turn, without_tags
@@ -34,6 +36,7 @@ from .. import compat
 from ..episodes import settings_of_engine
 from ..errors import BusyError, EngineFailure, RequestError
 from ..online import AsyncVilavtLLM
+from .fields import short
 from .gate import Draining, DrainingEngine, Gate
 from .history import History
 from .media import Pictures
@@ -213,14 +216,14 @@ async def refused(raw: Request) -> Response:
     path = raw.scope["route"].path
     there = f"; vLLM's own is at {path.replace(API, RAW, 1)}" if path.startswith(API) else ""
     message = f"{path} is not answered here, where the server runs the model's zoom loop: POST {PATH}{there}"
-    return _error(RequestError(message), 400)
+    return _error(raw, RequestError(message), 400)
 
 
 async def settings(raw: Request) -> Response:
     """What answers depend on besides the question: evaluations record it, and compare it before they resume."""
     loop: Loop | None = raw.app.state.vilavt_loop
     if loop is None:
-        return _error(EngineFailure("this server has no engine"), 501)
+        return _error(raw, EngineFailure("this server has no engine"), 501)
     provenance = loop.llm.settings.provenance(loop.options.seed)
     return JSONResponse(settings_body(loop.models.model_name(), provenance))
 
@@ -229,12 +232,12 @@ async def chat_completions(raw: Request) -> Response:
     """Answer a chat completion with the model's own zoom loop."""
     loop: Loop | None = raw.app.state.vilavt_loop
     if loop is None:
-        return _error(EngineFailure("this server has no engine"), 501)
+        return _error(raw, EngineFailure("this server has no engine"), 501)
     try:
         request = await _parsed(raw, loop.options)
         if request.model is not None and not loop.models.is_base_model(request.model):
-            return _error(RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
-        reply = Reply(request.model or loop.models.model_name(), request.ignored())
+            return _error(raw, RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
+        reply = Reply(request.model or loop.models.model_name(), request.ignored(), _name(raw))
         answer = loop.answer(request)
         if request.stream:
             first = await _unless_disconnected(raw, _begun(answer))
@@ -242,7 +245,7 @@ async def chat_completions(raw: Request) -> Response:
                 return Response(status_code=499)
             if first.done() and isinstance(event := first.result(), Finished) and event.result.error is not None:
                 await answer.aclose()
-                return _error(event.result.error, _status(event.result.error))
+                return _error(raw, event.result.error, _status(event.result.error))
             usage = bool(request.stream_options and request.stream_options.include_usage)
             # Starlette closes it as soon as the client is gone.
             return StreamingResponse(
@@ -252,13 +255,13 @@ async def chat_completions(raw: Request) -> Response:
             )
         finished = await _unless_disconnected(raw, _last(answer))
     except BusyError as error:
-        return _error(error, 503, {"Retry-After": "1"})
+        return _error(raw, error, 503, {"Retry-After": "1"})
     except (VilavtError, ValueError) as error:
-        return _error(error, 400)
+        return _error(raw, error, 400)
     if finished is None:
         return Response(status_code=499)  # nobody is there to read it
     if finished.error is not None:
-        return _error(finished.error, _status(finished.error))
+        return _error(raw, finished.error, _status(finished.error))
     return JSONResponse(reply.whole(finished))
 
 
@@ -361,7 +364,16 @@ def _status(error: Exception) -> int:
     return 400 if isinstance(error, ValueError | VLLMClientError) and not isinstance(error, EngineFailure) else 500
 
 
-def _error(error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    if status >= 500:
-        logger.error("%s: %s", type(error).__name__, error, exc_info=error)
+def _name(raw: Request) -> str:
+    """What a request is called in the log and in the response: as the client says, or by a name of its own."""
+    raw.state.vilavt_name = getattr(raw.state, "vilavt_name", None) or short(
+        raw.headers.get("x-request-id") or uuid.uuid4().hex
+    )
+    return raw.state.vilavt_name
+
+
+def _error(raw: Request, error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The response, and one line in the log: quoted, because a message has words of the client."""
+    cause = error if status >= 500 and not isinstance(error, BusyError) else None
+    logger.warning("request %r: %d %r", _name(raw), status, one_line(error), exc_info=cause)
     return JSONResponse(error_body(_words(error), type(error).__name__, status), status, headers)

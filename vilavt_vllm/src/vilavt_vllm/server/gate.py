@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 OPEN = ("/health", "/ping", "/metrics")
 """Routes that need no key and answer until the end: what watches a server asks them."""
-SAYING, STOPPING, CLOSING = 2.0, 4.0, 3.0
+SAYING, STOPPING, CLOSING = 2.0, 5.0, 2.0
 """Seconds beyond the time for running requests: to tell what is left why it ends, for the engine to end, and for
 connections to close. Together below the 10 s after which those who run servers kill them."""
 RETRY = "5"
@@ -66,7 +66,7 @@ class Draining:
     async def drain(self, seconds: float) -> None:
         """Let no request begin any more, and return when all have ended; `seconds` from now they are ended."""
         self.begun, self.seconds = True, seconds
-        logger.info("stopping: %d requests are running, they have %g s", len(self), seconds)
+        logger.warning("stopping: %d requests are running, they have %g s", len(self), seconds)
         deadline = asyncio.get_running_loop().time() + seconds
         for patience in self._running:
             patience.reschedule(deadline)
