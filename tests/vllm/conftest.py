@@ -203,7 +203,7 @@ def start():
 
 @contextlib.contextmanager
 def serving(log: Path, *flags: str, key: str = "none"):
-    """One ``vilavt-serve`` for vilavt-tiny with processes of its own: `.url`, `.base`, `.key`, `.pid`, `.metric(…)`."""
+    """A ``vilavt-serve`` for vilavt-tiny, in its own processes: `.url`, `.base`, `.key`, `.process`, `.metric(…)`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -227,7 +227,9 @@ def serving(log: Path, *flags: str, key: str = "none"):
                 if httpx.get(f"{base}/health", timeout=2).status_code == 200:
                     break
             time.sleep(0.5)
-        yield SimpleNamespace(url=f"{base}/v1", base=base, key=key, pid=process.pid, log=log, metric=metric)
+        yield SimpleNamespace(
+            url=f"{base}/v1", base=base, key=key, pid=process.pid, process=process, log=log, metric=metric
+        )
         process.terminate()
         assert process.wait(60) == 0, "a SIGTERM did not end the server in the ordinary way"
     finally:
@@ -268,6 +270,7 @@ def tools():
         difference=lambda a, b: float(np.abs(a[: len(b)] - b[: len(a)]).max()),
         image=IMAGE,
         engine=Engine,
+        serving=serving,
         config=partial(tiny_config, hidden=HIDDEN),
     )
 

@@ -275,7 +275,7 @@ def test_under_load_no_answer_is_lost_doubled_or_crossed_and_memory_comes_back(s
     """64 clients, 300 requests; some stream, read slowly, hang up, or send nonsense."""
     out = tmp_path / "load.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "server_load.py"), "--json", str(out), "--warm-up", "300"]
-    command += ["--url", server.url, "--pid", str(server.pid), "--key", server.key]
+    command += ["--url", server.url, "--pid", str(server.process.pid), "--key", server.key]
     subprocess.run(command, check=True, timeout=1000)
     figures = json.loads(out.read_text())
     assert (figures["lost"], figures["doubled"], figures["crossed"]) == (0, 0, 0)

@@ -239,7 +239,8 @@ def test_streamed_thoughts_of_several_turns_join_as_in_a_whole_response():
     reply = Reply("m")
     parts = [TextDelta(0, "<think>one"), TextDelta(0, "</think><tool>"), TextDelta(1, "<think>"), TextDelta(1, "two")]
     chunks = [json.loads(c.removeprefix("data: ")) for p in parts if (c := reply.progress(p)) is not None]
-    assert "".join(c["choices"][0]["delta"]["reasoning_content"] for c in chunks) == "one\ntwo"
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(c["choices"][0]["delta"][name] for c in chunks) == "one\ntwo"
     assert {c["id"] for c in chunks} == {reply.head["id"]}
 
 
@@ -448,6 +449,21 @@ def test_another_model_is_404_and_another_content_type_is_400(app):
     assert "application/json" in error_of(post(server, b"{}", **{"Content-Type": "text/plain"}))
 
 
+def test_a_refusal_is_one_line_of_the_log_with_the_requests_name_and_nothing_that_moves_a_terminal(app, caplog):
+    server = app()
+    caplog.set_level("WARNING", logger="vilavt_vllm")
+    post(server, question(model="\x1b[2J\ngpt-5"), **{"X-Request-Id": "mine"})
+    post(server, question(temperature=-1), **{"X-Request-Id": "mine"})
+    post(server, question(temperature=-1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert lines[0].startswith("request 'mine': 404")
+    assert lines[1].startswith("request 'mine': 400")
+    assert "temperature" in lines[1]
+    assert lines[2].split(":")[0] not in (lines[1].split(":")[0], "request ''")
+    assert all(line.isprintable() for line in lines)
+
+
 def test_a_body_above_the_cap_is_refused_with_the_flag(app):
     response = post(app(max_body_bytes=1000), question(data_url(b"x" * 2000)))
     assert (response.status_code, "--max-body-bytes" in error_of(response)) == (400, True)
@@ -562,3 +578,98 @@ def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_pl
     asyncio.run(asyncio.wait_for(server(scope, receive, send), 30))
     assert aborted() == before + 1
     assert server.state.vilavt_loop.running == 0
+
+
+class Streaming:
+    """One streamed question over ASGI, to a server whose engine samples when `go` is set."""
+
+    def __init__(self, server: FastAPI, keep_alive: float = 0) -> None:
+        self.server, self.go, self.gone = server, asyncio.Event(), asyncio.Event()
+        self.sent: list[dict] = []
+        server.state.sse_keep_alive = keep_alive
+        server.state.vilavt_loop.llm.engine.generate = self.generate
+
+    async def generate(self, *_):
+        await self.go.wait()
+        raise VLLMValidationError("sampled")
+        yield
+
+    async def run(self) -> None:
+        body = json.dumps(question(data_url(png(30, 30)), stream=True)).encode()
+        parts = iter([{"type": "http.request", "body": body}])
+
+        async def receive():
+            if (part := next(parts, None)) is not None:
+                return part
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            self.sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
+        await asyncio.wait_for(self.server(scope, receive, send), 30)
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_a_stream_has_its_header_before_the_first_token_and_a_comment_while_nothing_comes(app):
+    server = app()
+
+    async def ask():
+        streaming = Streaming(server, keep_alive=0.1)
+        running = asyncio.create_task(streaming.run())
+        await until(lambda: streaming.text.count(": keep-alive") > 2)
+        assert streaming.sent[0]["status"] == 200
+        assert streaming.text.startswith('data: {"id":"chatcmpl-')
+        streaming.go.set()
+        await running
+        assert '"message":"sampled"' in streaming.text
+        assert streaming.text.endswith("data: [DONE]\n\n")
+        assert streaming.server.state.vilavt_loop.running == 0
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("header_is_out", [False, True])
+def test_a_streaming_client_that_leaves_before_the_first_token_is_noticed(app, header_is_out):
+    server = app()
+
+    async def ask():
+        streaming = Streaming(server)
+        loop = streaming.server.state.vilavt_loop
+        running = asyncio.create_task(streaming.run())
+        await until(lambda: streaming.sent if header_is_out else loop.running)
+        assert loop.running == 1
+        streaming.gone.set()
+        await until(lambda: not loop.running)
+        await running
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("header_is_out", [False, True])
+def test_a_question_that_is_ended_because_the_server_stops_is_told_so(app, header_is_out):
+    server = app()
+
+    async def ask():
+        streaming = Streaming(server)
+        running = asyncio.create_task(streaming.run())
+        await until(lambda: streaming.sent if header_is_out else server.state.vilavt_loop.running)
+        await server.state.vilavt_draining.drain(0)
+        await running
+        assert streaming.sent[0]["status"] == (200 if header_is_out else 503)
+        assert "(--shutdown-timeout)" in streaming.text
+        assert not streaming.sent[-1].get("more_body", False)
+        assert server.state.vilavt_loop.running == 0
+
+    asyncio.run(ask())

@@ -95,18 +95,19 @@ class Reply:
     Args:
         model: the name that the client knows.
         ignored: fields of the request that have no effect.
+        name: of the request; None: one of its own.
     """
 
-    def __init__(self, model: str, ignored: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, ignored: Sequence[str] = (), name: str | None = None) -> None:
         self.ignored = tuple(ignored)
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {"id": f"chatcmpl-{name or uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._turn = -1
         self._thoughts = Thoughts()
         self._thought_turns: list[int] = []
 
     def whole(self, result: ChatResult) -> dict[str, Any]:
         """The response to a request that does not stream."""
-        message = {"role": "assistant", "content": result.answer or "", "reasoning_content": result.thoughts}
+        message = {"role": "assistant", "content": result.answer or "", **_thought(result.thoughts)}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason(result), "logprobs": None}
         body = {**self.head, "object": "chat.completion", "choices": [choice]}
         return body | {"usage": result.billed.to_json(), FIELD: told(result, self.ignored)}
@@ -132,7 +133,7 @@ class Reply:
         if event.turn not in self._thought_turns:
             self._thought_turns.append(event.turn)
             text = "\n" * (len(self._thought_turns) > 1) + text
-        return self._chunk({"reasoning_content": text}, vilavt=data)
+        return self._chunk(_thought(text), vilavt=data)
 
     def end(self, result: ChatResult, *, include_usage: bool) -> Iterator[str]:
         """The last chunks."""
@@ -147,6 +148,11 @@ class Reply:
     def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
         return _line({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+
+def _thought(text: str) -> dict[str, str]:
+    """Thoughts under both names that clients look for."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _line(data: dict[str, Any]) -> str:

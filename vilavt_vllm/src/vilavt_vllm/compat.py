@@ -1,8 +1,9 @@
 """The only module that knows vLLM versions (0.20 to 0.33) and flags: what differs, by feature, and what is refused."""
 
+import argparse
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -267,28 +268,51 @@ def refuse_unsupported(vllm_config: Any, largest_inquiry: Callable[[], tuple[int
             )
 
 
-def serve(arguments: list[str], options: Any) -> None:
+def with_keep_alive(chunks: AsyncGenerator[str, None], interval: float) -> AsyncGenerator[str, None]:
+    """Chunks of a stream, with a comment whenever none came for `interval` seconds (0: never), as vLLM's routes do."""
+    from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
+    return with_sse_keep_alive(chunks, interval)
+
+
+def server_arguments(arguments: list[str], defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """The command line of vLLM's API server, read and checked.
+
+    Args:
+        arguments: as typed.
+        defaults: of its flags, by name, instead of vLLM's.
+    """
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(arguments)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> None:
     """Run vLLM's API server in this process until it is told to stop.
 
     Args:
         arguments: its command line.
         options: put on its namespace as ``vilavt``, where our endpoint plug-in finds them.
+        defaults: see `server_arguments`.
     """
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
     try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.common.startup import cli_env_setup
     except ModuleNotFoundError:  # vLLM 0.32
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
-    args = parser.parse_args(arguments)
-    validate_parsed_serve_args(args)
+    args = server_arguments(arguments, defaults)
     if (args.api_server_count or 1) > 1:
         raise UnsupportedError(
             f"--api-server-count {args.api_server_count}: a conversation is remembered in the process that answered "

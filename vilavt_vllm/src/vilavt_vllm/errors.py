@@ -29,3 +29,11 @@ class RequestError(VilavtError):
 
 class BusyError(VilavtError):
     """The server has as many conversations running as it allows."""
+
+
+class KeyMissingError(VilavtError):
+    """A request to the server came without its key."""
+
+
+class StoppingError(VilavtError):
+    """The server is being stopped: it takes no request any more, or its time for a running one is over."""

@@ -73,7 +73,7 @@ def _serve(arguments: list[str] | None) -> None:
     if ours.model is None and not ours.vllm_help:
         own.error("name a checkpoint: vilavt-serve CHECKPOINT")
 
-    from .options import options_of
+    from .options import VLLM_DEFAULTS, options_of
 
     options = options_of(vars(ours))
     if options.preset is not None:
@@ -88,7 +88,7 @@ def _serve(arguments: list[str] | None) -> None:
 
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
         rest += ["--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
-    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options)
+    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options, VLLM_DEFAULTS)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 vLLM lets a plug-in's route replace one of its own with the same path: ``POST /v1/chat/completions`` becomes the loop,
 and vLLM's handler moves to ``/v1/raw/chat/completions``, so that ``/v1/raw`` is the base URL of a client that loops
-itself. Everything else (models, health, metrics, keys, shutdown) stays vLLM's.
+itself. Other routes that would answer with a turn of the model are refused by name and move there too. `gate` stands
+before all of them; everything else (models, health, metrics, the end) stays vLLM's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from pydantic import ValidationError
 
 from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
+from vilavt_core.failures import one_line
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, FinishReason, format_turn, without_tags
@@ -34,6 +37,8 @@ from .. import compat
 from ..episodes import settings_of_engine
 from ..errors import BusyError, EngineFailure, LimitError, RequestError
 from ..online import AsyncVilavtLLM
+from .fields import short
+from .gate import Draining, DrainingEngine, Gate
 from .history import History
 from .media import Pictures
 from .metrics import metrics
@@ -41,6 +46,7 @@ from .options import ServerOptions
 from .requests import ChatRequest, Exchange, exchanges, place
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
+from vllm import envs  # noqa: E402
 from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -49,9 +55,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", f"/v1{SETTINGS_PATH}"
-RAW = "/v1/raw/"
-"""Prefix under which a client that runs the loop itself finds both as vLLM made them."""
+PATH, SETTINGS = "/v1/chat/completions", f"/v1{SETTINGS_PATH}"
+API, RAW = "/v1/", "/v1/raw/"
+"""Prefix of OpenAI's routes, and that under which a client that runs the loop itself finds them as vLLM made them."""
+TURNS = (
+    "/v1/chat/completions/batch",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/systemone",
+    "/invocations",
+)
+"""Routes of vLLM that answer with one turn of the model, or go to one that does: a client would take a zoom for an
+answer."""
+STATUS_WITHIN = 1.0
+"""Seconds that a stream waits for its first event, so that an error that is found at once still has a status code."""
 
 _REMEDIES = {
     FinishReason.CONTEXT_LIMIT: "on the server, raise it with --max-model-len, and with --max-context if that is given",
@@ -183,13 +201,18 @@ class VilavtEndpoint:
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put the loop in place of vLLM's chat completions, and theirs beside it."""
-        for route in list(app.routes):
-            if isinstance(route, APIRoute) and route.path in (PATH, MODELS):
-                raw = route.path.replace("/v1/", RAW, 1)
+        """Put the loop in place of vLLM's chat completions, theirs beside it, and the gate before everything."""
+        for route in [route for route in app.routes if isinstance(route, APIRoute)]:
+            if route.path.startswith(API):
+                raw = route.path.replace(API, RAW, 1)
                 app.add_api_route(raw, route.endpoint, methods=[*route.methods], dependencies=route.dependencies)
+            if route.path in TURNS:
+                app.add_api_route(route.path, refused, methods=[*route.methods], response_model=None)
         app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
         app.add_api_route(SETTINGS, settings, methods=["GET"], response_model=None)
+        app.state.vilavt_draining = Draining()
+        keys = getattr(getattr(app.state, "args", None), "api_key", None) or [envs.VLLM_API_KEY]
+        app.add_middleware(Gate, draining=app.state.vilavt_draining, keys=[key for key in keys if key])
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Prepare the loop."""
@@ -199,13 +222,23 @@ class VilavtEndpoint:
         options = getattr(args, "vilavt", None) or ServerOptions()
         metrics()
         state.vilavt_loop = await asyncio.to_thread(Loop, engine_client, state, options)
+        state.sse_keep_alive = float(getattr(args, "sse_keep_alive_interval", 0))
+        state.engine_client = DrainingEngine(engine_client, state.vilavt_draining, state)
+
+
+async def refused(raw: Request) -> Response:
+    """Say where to go instead of a route that would answer with one turn."""
+    path = raw.scope["route"].path
+    there = f"; vLLM's own is at {path.replace(API, RAW, 1)}" if path.startswith(API) else ""
+    message = f"{path} is not answered here, where the server runs the model's zoom loop: POST {PATH}{there}"
+    return _error(raw, RequestError(message), 400)
 
 
 async def settings(raw: Request) -> Response:
     """What answers depend on besides the question: evaluations record it, and compare it before they resume."""
     loop: Loop | None = raw.app.state.vilavt_loop
     if loop is None:
-        return _error(EngineFailure("this server has no engine"), 501)
+        return _error(raw, EngineFailure("this server has no engine"), 501)
     provenance = loop.llm.settings.provenance(loop.options.seed)
     return JSONResponse(settings_body(loop.models.model_name(), provenance))
 
@@ -214,34 +247,37 @@ async def chat_completions(raw: Request) -> Response:
     """Answer a chat completion with the model's own zoom loop."""
     loop: Loop | None = raw.app.state.vilavt_loop
     if loop is None:
-        return _error(EngineFailure("this server has no engine"), 501)
+        return _error(raw, EngineFailure("this server has no engine"), 501)
     try:
         request = await _parsed(raw, loop.options)
         if request.model is not None and not loop.models.is_base_model(request.model):
-            return _error(RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
-        reply = Reply(request.model or loop.models.model_name(), request.ignored())
+            return _error(raw, RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
+        reply = Reply(request.model or loop.models.model_name(), request.ignored(), _name(raw))
         answer = loop.answer(request)
         if request.stream:
-            await anext(answer)
-            first = await anext(answer)
-            if isinstance(first, Finished) and (refusal := _refusal(first.result)) is not None:  # still gets its status
+            first = await _unless_disconnected(raw, _begun(answer))
+            if first is None:
+                return Response(status_code=499)
+            early = first.result() if first.done() else None
+            if isinstance(early, Finished) and (refusal := _refusal(early.result)) is not None:  # still gets its status
                 await answer.aclose()
-                return _error(refusal, _status(refusal))
+                return _error(raw, refusal, _status(refusal))
             usage = bool(request.stream_options and request.stream_options.include_usage)
+            # Starlette closes it as soon as the client is gone.
             return StreamingResponse(
-                _stream(raw, reply, answer, first, usage),
+                compat.with_keep_alive(_stream(reply, answer, first, usage), raw.app.state.sse_keep_alive),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache"},
             )
         finished = await _unless_disconnected(raw, _last(answer))
     except BusyError as error:
-        return _error(error, 503, {"Retry-After": "1"})
+        return _error(raw, error, 503, {"Retry-After": "1"})
     except (VilavtError, ValueError) as error:
-        return _error(error, 400)
+        return _error(raw, error, 400)
     if finished is None:
         return Response(status_code=499)  # nobody is there to read it
     if (refusal := _refusal(finished)) is not None:
-        return _error(refusal, _status(refusal))
+        return _error(raw, refusal, _status(refusal))
     return JSONResponse(reply.whole(finished))
 
 
@@ -283,32 +319,59 @@ async def _unless_disconnected(raw: Request, work: Any) -> Any:
         await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
         return await answering if answering.done() else None
     finally:
-        for task in (answering, watching):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        await _cancelled(answering, watching)
+
+
+async def _begun(answer: AsyncGenerator[Any, None]) -> asyncio.Future[Event]:
+    """Begin a question: its first event, which may take a while. Errors of the request are raised."""
+    await anext(answer)
+    first = asyncio.ensure_future(anext(answer))
+    try:
+        await asyncio.wait({first}, timeout=STATUS_WITHIN)
+    except asyncio.CancelledError:
+        await _cancelled(first)
+        raise
+    return first
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what is not done yet, and wait until it has cleaned up."""
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
 
 
 async def _stream(
-    raw: Request, reply: Reply, answer: AsyncGenerator[Any, None], first: Event, include_usage: bool
-) -> AsyncIterator[str]:
-    async with aclosing(answer):
-        event: Event | None = first
+    reply: Reply, answer: AsyncGenerator[Any, None], first: asyncio.Future[Event], include_usage: bool
+) -> AsyncGenerator[str, None]:
+    try:
         yield reply.begin()
+        event: Event | None = await first
         while event is not None:
             if isinstance(event, Finished):
                 error = event.result.error
                 if error is not None:
-                    yield error_line(str(error), type(error).__name__, _status(error))
+                    yield error_line(_words(error), type(error).__name__, _status(error))
                     yield "data: [DONE]\n\n"
                 else:
                     for chunk in reply.end(event.result, include_usage=include_usage):
                         yield chunk
             elif (progress := reply.progress(event)) is not None:
                 yield progress
-            if await raw.is_disconnected():
-                return
             event = await anext(answer, None)
+    except Exception as error:  # the header is out: the reason has no other place
+        logger.exception("a stream ended early")
+        yield error_line(_words(error), type(error).__name__, _status(error))
+        yield "data: [DONE]\n\n"
+    finally:
+        await _cancelled(first)
+        await answer.aclose()
+
+
+def _words(error: Exception) -> str:
+    """What an error says; never nothing."""
+    return str(error) or type(error).__name__
 
 
 def _refusal(result: ChatResult) -> Exception | None:
@@ -328,7 +391,16 @@ def _status(error: Exception) -> int:
     return 400 if isinstance(error, ValueError | VLLMClientError) and not isinstance(error, EngineFailure) else 500
 
 
-def _error(error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    if status >= 500:
-        logger.error("%s: %s", type(error).__name__, error, exc_info=error)
-    return JSONResponse(error_body(str(error), type(error).__name__, status), status, headers)
+def _name(raw: Request) -> str:
+    """What a request is called in the log and in the response: as the client says, or by a name of its own."""
+    raw.state.vilavt_name = getattr(raw.state, "vilavt_name", None) or short(
+        raw.headers.get("x-request-id") or uuid.uuid4().hex
+    )
+    return raw.state.vilavt_name
+
+
+def _error(raw: Request, error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The response, and one line in the log: quoted, because a message has words of the client."""
+    cause = error if status >= 500 and not isinstance(error, BusyError) else None
+    logger.warning("request %r: %d %r", _name(raw), status, one_line(error), exc_info=cause)
+    return JSONResponse(error_body(_words(error), type(error).__name__, status), status, headers)

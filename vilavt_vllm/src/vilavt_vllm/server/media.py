@@ -21,6 +21,7 @@ from vilavt_core.sources import Video
 from vilavt_core.video import VideoLimits, read_frames
 
 from ..errors import RequestError
+from .options import NO_DOMAINS
 from .requests import SentPicture, SentVideo
 
 _LIMIT = re.compile(r"VideoLimits\.(\w+)")
@@ -127,7 +128,10 @@ class Pictures:
             allowed_media_domains=model_config.allowed_media_domains,
         )
         self._flags = {
-            "http": ("--allowed-media-domains", model_config.allowed_media_domains),
+            "http": (
+                "--allowed-media-domains",
+                model_config.allowed_media_domains and model_config.allowed_media_domains != NO_DOMAINS,
+            ),
             "file": ("--allowed-local-media-path", model_config.allowed_local_media_path),
         }
 

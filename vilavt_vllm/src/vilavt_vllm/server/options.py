@@ -9,6 +9,11 @@ from typing import Any
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, described, value_type
 
+NO_DOMAINS = ["none: the server was started without --allowed-media-domains"]
+"""A list of allowed domains that allows none. vLLM takes an empty one for all of them; this is no host's name."""
+VLLM_DEFAULTS: Mapping[str, Any] = {"host": "127.0.0.1", "allowed_media_domains": NO_DOMAINS}
+"""Of vLLM's flags whose own defaults are open to everybody: it listens on all interfaces and fetches any URL."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:

@@ -1,0 +1,92 @@
+"""A real `vilavt-serve` that gets a SIGTERM while it answers: who is answered, who is told why not, when it is gone."""
+
+import base64
+import json
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import vllm
+
+from vilavt_vllm import support
+
+pytestmark = pytest.mark.engine
+if problem := support.server_problem(vllm.__version__):
+    pytest.skip(problem, allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "examples" / "pictures"
+ASKED = json.loads((PICTURES / "questions.json").read_text())
+FLAGS = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "1024"]
+MARGIN = 10
+"""Seconds beyond the time-out after which a server must be gone."""
+
+
+def body(number: int, **more) -> dict:
+    asked = ASKED[number % len(ASKED)]
+    data = base64.b64encode((PICTURES / asked["image"]).read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return {"messages": [{"role": "user", "content": [image, {"type": "text", "text": asked["question"]}]}], **more}
+
+
+def ask(url: str, number: int) -> tuple[str, str]:
+    """(``right``, ``raw``, ``told`` or what went wrong, its words), of a whole answer, a stream, or a raw turn."""
+    kind = ("whole", "stream", "raw")[number % 3]
+    path = "/raw/chat/completions" if kind == "raw" else "/chat/completions"
+    sent = body(number // 3, stream=kind == "stream", **({"max_tokens": 200} if kind == "raw" else {}))
+    response = httpx.post(url + path, json=sent, timeout=150)
+    if kind != "stream" or response.status_code != 200:
+        data = response.json()
+    else:
+        chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        deltas = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk.get("choices")]
+        data = {"choices": [{"message": {"content": "".join(deltas)}}]}
+        data = next((chunk for chunk in chunks if "error" in chunk), data)
+    if "error" in data:
+        message = data["error"]["message"]
+        return ("told" if "--shutdown-timeout" in message else f"{response.status_code}"), message
+    answer = data["choices"][0]["message"]["content"]
+    if kind == "raw":
+        return ("raw" if answer else "empty"), answer
+    right = answer == ASKED[number // 3 % len(ASKED)]["answer"]
+    return ("right", answer) if right else ("wrong", response.text[-1000:])
+
+
+def stop_while_running(server, count: int) -> tuple[list[tuple[str, str]], httpx.Response | None, float]:
+    """What `count` running requests got, what came to one sent later (None: no connection), seconds until the end."""
+    with ThreadPoolExecutor(count) as pool:
+        running = [pool.submit(ask, server.url, number) for number in range(count)]
+        while server.metric("vilavt_episodes_running") + server.metric("vllm:num_requests_running") < count // 2:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        time.sleep(0.2)
+        try:
+            late = httpx.post(f"{server.url}/chat/completions", json=body(0), timeout=150)
+        except httpx.TransportError:
+            late = None
+        got = [one.result() for one in running]
+        server.process.wait(150)
+    return got, late, time.monotonic() - begun
+
+
+def test_questions_that_run_are_finished(tools, tmp_path):
+    with tools.serving(tmp_path / "log", *FLAGS, "--shutdown-timeout", "60") as server:
+        got, late, took = stop_while_running(server, 6)
+    assert Counter(kind for kind, _ in got) == {"right": 4, "raw": 2}, got
+    assert late is None or (late.status_code, "Retry-After" in late.headers) == (503, True)
+    assert took < 60 + MARGIN
+
+
+def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(tools, tmp_path):
+    with tools.serving(tmp_path / "log", *FLAGS) as server:
+        got, _, took = stop_while_running(server, 24)
+    kinds = Counter(kind for kind, _ in got)
+    assert set(kinds) <= {"right", "raw", "told"}, [one for one in got if one[0] not in ("right", "raw", "told")]
+    assert len(got) == 24
+    assert kinds["told"] > 0
+    assert took < MARGIN
