@@ -35,6 +35,7 @@ if problem := support.server_problem(vllm_version):
 
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
+from vilavt_vllm.server.budget import PictureBudget
 from vilavt_vllm.server.command import allow_plugins, parser
 from vilavt_vllm.server.endpoint import VilavtEndpoint
 from vilavt_vllm.server.history import History
@@ -259,7 +260,8 @@ LIMITS = ImageLimits()
 
 def load(url: str, limits: ImageLimits = LIMITS, **allowed):
     config = SimpleNamespace(**{"allowed_local_media_path": "", "allowed_media_domains": None, **allowed})
-    return asyncio.run(Pictures(config, limits, "strict").load(url))
+    pictures = Pictures(config, limits, "strict", max_bytes=10**9)
+    return asyncio.run(pictures.load([url], PictureBudget(10**9, 10**10).reservation()))[url]
 
 
 def test_pictures_come_from_data_urls_and_from_allowed_folders_only():
@@ -478,7 +480,7 @@ def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app,
 def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_place(app):
     server = app()
 
-    async def never(url):
+    async def never(*_):
         await asyncio.sleep(3600)
 
     def aborted():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
+from PIL.Image import Image
 from pydantic import ValidationError
 
+from vilavt_core.conversation import text_problem
 from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.images import ImageLimits
@@ -33,6 +35,7 @@ from .. import compat
 from ..episodes import settings_of_engine
 from ..errors import BusyError, EngineFailure, RequestError
 from ..online import AsyncVilavtLLM
+from .budget import PictureBudget, Reservation
 from .history import History
 from .media import Pictures
 from .metrics import metrics
@@ -71,7 +74,8 @@ class Loop:
         settings = replace(settings, limits=replace(settings.limits, **options.limits))
         self.llm = AsyncVilavtLLM(engine, settings)
         self.models = state.openai_serving_models
-        self.pictures = Pictures(config, image_limits, settings.preset.rules)
+        self.pictures = Pictures(config, image_limits, settings.preset.rules, options.max_body_bytes)
+        self.budget = PictureBudget(options.max_request_pixels, options.max_picture_memory)
         self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.running = 0
 
@@ -90,10 +94,10 @@ class Loop:
             )
         self.running += 1
         metrics().running.inc()
-        driver, finish = None, "aborted"
+        driver, finish, reservation = None, "aborted", self.budget.reservation()
         try:
             try:
-                driver, talk = await self._driver(request)
+                driver, talk = await self._driver(request, reservation)
             except Exception:
                 finish = "refused"
                 raise
@@ -106,11 +110,12 @@ class Loop:
                             self.history.keep([*talk[:-1], replace(talk[-1], answer=event.result.answer)], driver)
                     yield event
         finally:
+            reservation.release()
             self.running -= 1
             metrics().running.dec()
             metrics().finished(driver, finish)
 
-    async def _driver(self, request: ChatRequest) -> tuple[Driver, list[Exchange]]:
+    async def _driver(self, request: ChatRequest, reservation: Reservation) -> tuple[Driver, list[Exchange]]:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
         settings = self.llm.settings
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
@@ -119,28 +124,39 @@ class Loop:
         count = sum(len(exchange.images) for exchange in talk)
         if count > limits.max_images:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
+        self._check_text(talk, limits)
         *past, last = talk
         before = self.history.find(past) if past else None
         if past:
             metrics().follow_ups.labels("rebuilt" if before is None else "kept").inc()
+        needed = talk if before is None else [last]
+        pictures = await self.pictures.load((image.url for one in needed for image in one.images), reservation)
         if past and before is None:
-            before = await self._rebuild(past, limits)
-        sample = replace(await self._sample(last, limits), seed=request.seed)
+            before = await self._rebuild(past, limits, pictures)
+        sample = replace(self._sample(last, limits, pictures), seed=request.seed)
         stream = bool(request.stream)
         if before is None:
             return Driver(sample, settings, name="request", stream=stream, sampling=sampling), talk
         return await self.llm.follow_up(before, sample, stream=stream, sampling=sampling), talk
 
-    async def _sample(self, exchange: Exchange, limits: Limits) -> Sample:
-        """A question with its pictures loaded."""
-        images = [await self.pictures.load(image.url) for image in exchange.images]
+    def _check_text(self, talk: list[Exchange], limits: Limits) -> None:
+        """Refuse by its length what cannot fit: encoding it would keep the thread of all conversations busy."""
+        if limits.max_context is None:
+            return
+        characters = sum(len(one.question) + len(one.answer or "") for one in talk)
+        if problem := text_problem(characters, limits.max_context, self.llm.settings.tokenizer):
+            raise RequestError(f"messages: {problem}; send less, or start the server with a larger --max-model-len")
+
+    def _sample(self, exchange: Exchange, limits: Limits, pictures: Mapping[str, Image]) -> Sample:
+        """A question with its pictures."""
+        images = [pictures[image.url] for image in exchange.images]
         return Sample(images, exchange.question, limits=limits, bounds=[image.bounds for image in exchange.images])
 
-    async def _rebuild(self, past: list[Exchange], limits: Limits) -> Driver:
+    async def _rebuild(self, past: list[Exchange], limits: Limits, pictures: Mapping[str, Image]) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
         driver: Driver | None = None
         for exchange in past:
-            sample = await self._sample(exchange, limits)
+            sample = self._sample(exchange, limits, pictures)
             driver = await asyncio.get_running_loop().run_in_executor(
                 self.llm.worker, self._replay, driver, sample, exchange
             )
