@@ -1,7 +1,6 @@
 """Time and memory of one call, told by the kernel."""
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ def _status(name: str) -> int:
 
 def measured(call: Callable[[], Any]) -> tuple[Any, float, int]:
     """What it returns or raises, its seconds, and by how many bytes the process grew at the most meanwhile."""
-    gc.collect()
     Image.core.clear_cache()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")

@@ -29,7 +29,7 @@ def is_from_outside(error: BaseException) -> bool:
 
 def printable(text: str) -> str:
     """In one line, and without characters that a terminal would act upon."""
-    line = " ".join(text.split())
+    line = " ".join(text.splitlines())
     return line if line.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
@@ -37,7 +37,7 @@ def quoted(text: object) -> str:
     """Somebody else's text as an error quotes it: printable, at most 200 characters and how many there are."""
     whole = str(text)
     # Cut first: to be made printable, megabytes would take seconds.
-    line = re.sub(r" at 0x[0-9a-fA-F]+", "", printable(whole[: _QUOTED + 1]))
+    line = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(printable(whole[: _QUOTED + 1]).split()))
     return line if len(whole) <= _QUOTED else f"{line[:_QUOTED]}… ({len(whole)} characters)"
 
 
@@ -57,7 +57,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"out of memory {error}".rstrip()
     paragraph = re.split(r"\n\s*\n", str(error).strip())[0]
-    text = printable(paragraph)
+    text = printable(" ".join(paragraph.split()))
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
