@@ -78,7 +78,7 @@ HOURS = ("-o", "faulthandler_timeout=0")  # tests with longer timeouts of their 
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of transformers write, and others read
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
-HF_TESTS = ("tests/core", "tests/eval", "tests/hf")
+HF_TESTS = ("tests/core", "tests/eval", "tests/hf", "tests/hostile")
 """All tests of the distribution vilavt-hf."""
 QUICK_TESTS = (
     "tests/core",

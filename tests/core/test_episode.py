@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vilavt_core.conversation import Result
+from vilavt_core.conversation import Result, text_problem
 from vilavt_core.episode import Episode, SpecialTokens
 from vilavt_core.errors import EngineError, EpisodeError, ImageError
 from vilavt_core.presets import PRESETS, Limits
@@ -806,3 +806,21 @@ def check_images(episode: Episode) -> None:
         assert limits.max_inquiry_pixels is None or pixels <= limits.max_inquiry_pixels
     if limits.max_total_pixels is not None:
         assert sum(view.image.width * view.image.height for view in episode.views) <= limits.max_total_pixels
+
+
+def test_a_question_that_cannot_fit_is_not_encoded(begin, tokenizer, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    episode = begin("x" * 16_000_000, max_context=1000)
+    assert (episode.finish, episode.record.token_ids) == (FinishReason.CONTEXT_LIMIT, [])
+    assert "16000000 characters, at most" in episode.result.detail
+    assert "Limits.max_context" in episode.result.detail
+
+
+@given(text=st.text(max_size=300), room=st.integers(0, 40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_text_that_fits_is_refused_by_its_length(tokenizer, text, room):
+    if text_problem(len(text), room, tokenizer) is not None:
+        assert len(tokenizer.encode(text, add_special_tokens=False)) > room

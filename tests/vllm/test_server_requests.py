@@ -15,14 +15,16 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from fastapi import FastAPI
+from hostile_pictures import CORPUS, MEGABYTE, webp
+from measuring import measured
 from new_limit import with_a_new_limit
 from PIL import Image
 from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
 
-from vilavt_core.conversation import Thoughts
-from vilavt_core.images import ImageLimits
+from vilavt_core.conversation import Thoughts, longest_token
+from vilavt_core.images import DecodingCost, ImageLimits
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.protocol import FinishReason
 from vilavt_core.regions import PixelBounds
@@ -36,6 +38,7 @@ if problem := support.server_problem(vllm_version):
 
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
+from vilavt_vllm.server.budget import PictureBudget
 from vilavt_vllm.server.command import allow_plugins, parser
 from vilavt_vllm.server.endpoint import VilavtEndpoint
 from vilavt_vllm.server.history import History
@@ -261,7 +264,8 @@ LIMITS = ImageLimits()
 
 def load(url: str, limits: ImageLimits = LIMITS, **allowed):
     config = SimpleNamespace(**{"allowed_local_media_path": "", "allowed_media_domains": None, **allowed})
-    return asyncio.run(Pictures(config, limits, "strict").load(url))
+    pictures = Pictures(config, limits, "strict", max_bytes=10**9)
+    return asyncio.run(pictures.load([url], PictureBudget(10**9, 10**10).reservation()))[url]
 
 
 def test_pictures_come_from_data_urls_and_from_allowed_folders_only():
@@ -475,6 +479,78 @@ def test_a_full_server_says_so_before_it_loads_anything(app):
     assert "at most 0 may be" in error_of(response)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_text_that_cannot_fit_is_refused_by_its_length(app, role, monkeypatch):
+    """Encoding it would keep the thread of all conversations busy for minutes."""
+    server = app()
+    tokenizer = server.state.vilavt_loop.llm.settings.tokenizer
+    longest_token(tokenizer)
+
+    def encode(*_, **__):
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    messages = [{"role": "user", "content": "Hi"}, {"role": role, "content": "word " * 3_200_000}]
+    messages.append({"role": "user", "content": "And now?"})
+    body = json.dumps({"messages": messages}).encode()
+    response, seconds, _ = measured(lambda: post(server, body))
+    assert (response.status_code, server.state.vilavt_loop.running) == (400, 0)
+    assert re.search(r"the text has 160000\d\d characters, at most \d+ can fit into the \d+ tokens", error_of(response))
+    assert len(error_of(response)) < 400
+    assert seconds < 1
+
+
+def test_pictures_that_are_too_large_together_are_refused_before_any_is_decoded(app):
+    server = app()
+    urls = [data_url(webp(10_000, 10_000 - number)) for number in range(8)]
+    response, seconds, grown = measured(lambda: post(server, question(*urls)))
+    assert response.status_code == 400
+    assert "8 images have 799720000 pixels, at most 200000000 are allowed" in error_of(response)
+    assert seconds < 3
+    assert grown < 50 * MEGABYTE
+    assert (server.state.vilavt_loop.budget.bytes, server.state.vilavt_loop.running) == (0, 0)
+
+
+def test_pictures_that_never_fit_are_400_and_those_that_do_not_fit_now_are_503(app):
+    server = app(max_picture_memory=100_000)
+    budget = server.state.vilavt_loop.budget
+    too_many = post(server, question(data_url(png(400, 300))))
+    assert (too_many.status_code, "--max-picture-memory" in error_of(too_many)) == (400, True)
+    others = budget.reservation()
+    others.take([DecodingCost(1, 90_000, 90_000)], 0)
+    now = post(server, question(data_url(png(60, 60))))
+    assert (now.status_code, now.headers["Retry-After"]) == (503, "1")
+    assert "the pictures of other questions take 90000 bytes" in error_of(now)
+    others.release()
+    assert budget.bytes == 0
+
+
+def test_a_reservation_is_what_decoding_takes_then_what_is_held_then_nothing():
+    budget = PictureBudget(1000, 1000)
+    reservation = budget.reservation()
+    costs = [DecodingCost(10, 40, 320), DecodingCost(20, 80, 280)]
+    reservation.take(costs, 7)
+    assert budget.bytes == 40 + 80 + 280 + 7
+    reservation.decoded(costs)
+    assert budget.bytes == 120
+    with pytest.raises(LimitError, match="30 pixels, at most 29"):
+        PictureBudget(29, 1000).reservation().take(costs, 0)
+    reservation.release()
+    assert budget.bytes == 0
+
+
+@pytest.mark.parametrize("file", [one for one in CORPUS if len(one.make()) < 3_000_000], ids=lambda one: one.name)
+def test_a_hostile_picture_is_400_and_the_server_goes_on(app, file):
+    server = app()
+    response = post(server, question(data_url(file.make())))
+    assert response.status_code == 400 or file.refused is None
+    assert response.status_code in (200, 400, 500)  # the stand-in for an engine answers nothing
+    if response.status_code == 400:
+        assert len(error_of(response)) < 600
+        assert error_of(response).isprintable()
+    assert (server.state.vilavt_loop.budget.bytes, server.state.vilavt_loop.running) == (0, 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "error, status",
@@ -555,7 +631,7 @@ def test_a_server_samples_with_a_fresh_seed_unless_it_is_told_one(app):
 def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_place(app):
     server = app()
 
-    async def never(url):
+    async def never(*_):
         await asyncio.sleep(3600)
 
     def aborted():

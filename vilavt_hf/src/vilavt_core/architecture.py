@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 from .errors import CheckpointError
+from .failures import quoted
 
 T = TypeVar("T")
 
@@ -347,9 +348,15 @@ def _shapes(table: Mapping[str, str], sizes: Mapping[str, int], prefix: str = ""
     return {f"{prefix}{name}": tuple(sizes[size] for size in shape.split()) for name, shape in table.items()}
 
 
+_COUNTED, _MOST_LAYERS = ("num_hidden_layers", "depth"), 10_000
+"""Sizes that are counted up to: each layer has tensors to be listed."""
+
+
 def _size(section: Mapping[str, Any], title: str, key: str, default: int | None = None) -> int:
     value = section.get(key)
     value = default if value is None else value
     if type(value) is not int or value <= 0:
-        raise CheckpointError(f"config.json: {title}.{key} is {value!r}, expected a positive whole number")
+        raise CheckpointError(f"config.json: {title}.{key} is {quoted(repr(value))}, expected a positive whole number")
+    if key in _COUNTED and value > _MOST_LAYERS:
+        raise CheckpointError(f"config.json: {title}.{key} is {value}, at most {_MOST_LAYERS} layers are read")
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 from PIL import Image
 
@@ -460,6 +461,35 @@ def encode_text(text: str, tokenizer: Tokenizer, special: SpecialTokens) -> list
     # The tokenizer ignores split_special_tokens: cut every "<|" in two, so that it recognises no special token.
     pieces = text.replace("<|", "<\0|").split("\0") if "\0" not in text else list(text)
     return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+_LONGEST: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token: no text of more than this times n characters fits into n tokens."""
+    if (known := _LONGEST.get(tokenizer)) is None:
+        known = _LONGEST[tokenizer] = max(map(len, tokenizer.get_vocab()), default=1)
+    return known
+
+
+def text_problem(characters: int, room: int, tokenizer: Tokenizer) -> str | None:
+    """Why a text cannot fit, told from its length alone: encoding takes seconds per million characters.
+
+    Args:
+        characters: of the text.
+        room: tokens that it may take.
+        tokenizer: would encode it.
+
+    Returns:
+        None: it may fit; only encoding it tells.
+    """
+    if characters <= room:  # a token has at least one character: the vocabulary need not be read
+        return None
+    most = max(0, room) * longest_token(tokenizer)
+    if characters <= most:
+        return None
+    return f"the text has {characters} characters, at most {most} can fit into the {max(0, room)} tokens that are left"
 
 
 def _action_json(action: Action) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from PIL import Image
 from .conversation import Inquiry, Request, Tokenizer, decode_turn, encode_text, is_whole_text
 from .episode import Episode
 from .errors import EngineError
-from .images import ImageLimits, load_image
+from .images import HELD_BYTES, ImageLimits, load_image
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
 from .protocol import Region
@@ -304,7 +304,7 @@ class Driver:
         if episode is None:
             return 0
         shown = [view.image for view in episode.views]
-        return sum(image.width * image.height * 3 for image in (*episode.gallery.sources, *shown))
+        return sum(image.width * image.height * HELD_BYTES for image in (*episode.gallery.sources, *shown))
 
     @property
     def result(self) -> ChatResult:

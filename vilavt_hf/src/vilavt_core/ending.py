@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import VilavtError
-from .failures import is_from_outside, one_line
+from .failures import is_from_outside, one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def tell(program: str, error: BaseException) -> int | None:
 
 def say(program: str, text: str) -> None:
     """One line on stderr, whatever line breaks the text has: they would look like several errors."""
-    line = " ".join(f"{program}: {text}".splitlines())
+    line = printable(f"{program}: {text}")
     colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     sys.stderr.write(f"\x1b[31m{line}\x1b[0m\n" if colours else f"{line}\n")
 

@@ -36,6 +36,7 @@ from .conversation import (
     Turn,
     Usage,
     compose,
+    text_problem,
 )
 from .errors import EpisodeError, ImageError, RegionError
 from .images import to_rgb
@@ -412,6 +413,10 @@ class Episode:
                 )
         pictures = tuple(replace(picture, image=to_rgb(picture.image)) for picture in map(Picture.of, images))
         self._question, self._originals = question, pictures
+        bounded = limits.max_context is not None
+        if bounded and (problem := text_problem(len(question), self._room(), self.tokenizer)):
+            self._end(FinishReason.CONTEXT_LIMIT, f"{problem}; ask for less, or raise Limits.max_context")
+            return
         cap = self._rules.image_budget(limits.max_pixels, len(pictures))
         if limits.max_inquiry_pixels is not None:  # an original is an inquiry of its own
             cap = min(cap, limits.max_inquiry_pixels)

@@ -10,6 +10,8 @@ from .errors import CheckpointError, EngineError, VilavtError
 
 _LONGEST = 400
 """Characters of a library's message that are shown."""
+_QUOTED = 200
+"""Characters of somebody else's text that an error quotes."""
 _LIBRARIES = frozenset(
     (
         "PIL", "accelerate", "concurrent", "filelock", "httpx", "huggingface_hub", "openai", "peft", "ray", "requests",
@@ -25,6 +27,25 @@ def is_from_outside(error: BaseException) -> bool:
     return outside or type(error).__module__.partition(".")[0] in _LIBRARIES
 
 
+def printable(text: str) -> str:
+    """In one line, and without characters that a terminal would act upon."""
+    line = " ".join(text.splitlines())
+    return line if line.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def quoted(text: object) -> str:
+    """Somebody else's text as an error quotes it: printable, at most 200 characters and how many there are."""
+    whole = str(text)
+    # Cut first: to be made printable, megabytes would take seconds.
+    line = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(printable(whole[: _QUOTED + 1]).split()))
+    return line if len(whole) <= _QUOTED else f"{line[:_QUOTED]}… ({len(whole)} characters)"
+
+
+def quoted_error(error: BaseException) -> str:
+    """The message of an error as another one quotes it; its class if it has none."""
+    return quoted(error) or type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
     """Class and message of an error, in one line.
 
@@ -32,11 +53,11 @@ def one_line(error: BaseException) -> str:
     is shown.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return printable(f"{error.filename}: {error.strerror}")
     if isinstance(error, MemoryError):
         return f"out of memory {error}".rstrip()
     paragraph = re.split(r"\n\s*\n", str(error).strip())[0]
-    text = " ".join(paragraph.split())
+    text = printable(" ".join(paragraph.split()))
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -5,29 +5,27 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import glob
 import io
-import ipaddress
 import logging
 import mimetypes
 import os
 import re
-import socket
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .download import UrlPolicy, download, shown_url
 from .errors import ImageError
+from .failures import quoted, quoted_error
 from .protocol import Rules
 from .regions import MAX_ASPECT
 from .sources import (
@@ -46,8 +44,26 @@ from .sources import (
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
-"""Formats that are tried. Left out are those that hand the data to another program, such as EPS."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are tried. Left out are those that hand the data to another program, such as EPS, that are decoded
+before their size is known (ICO), or that any data may be taken for (TGA, DIB)."""
+
+HELD_BYTES = 4
+"""Bytes that a pixel of a decoded RGB picture takes: PIL pads it."""
+_PEAK_BYTES = {"JPEG": 13, "MPO": 13, "PNG": 14, "GIF": 10, "BMP": 14, "PPM": 10, "TIFF": 18}
+_ANY_PEAK_BYTES = 32
+"""Bytes per pixel that decoding takes at its peak, the result included; as measured, and rounded up. Formats that are
+not listed (WEBP, JPEG 2000, AVIF) take the most."""
+_SCANS = 12
+"""Times `ImageLimits.max_pixels` that a progressive JPEG may have its pixels gone over."""
+_PYTHON_PIXELS = 4_000_000
+"""Pixels of pictures that Pillow decodes in Python, which takes a second per million."""
+_REFUSED_CODECS = {"ppm_plain": "a PPM written as text", "bmp_rle": "a BMP that is run-length encoded"}
+_STRIP_PIXELS = 1 << 18
+_SEGMENTS = 100_000
+"""Chunks or segments of a file before its pixels: each takes time, and the notes among them memory."""
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+"""Errors of the system that say nothing about the file."""
 
 _EXIF_ORIENTATION = 0x0112
 _LINE_BREAKS = b"\r\n\t"
@@ -68,7 +84,8 @@ class ImageLimits:
     max_bytes: int = 64 * 1024 * 1024
     """Of the file, as stored or received."""
     max_pixels: int = 100_000_000
-    """Width times height as stored; decoded, a pixel takes 3 bytes."""
+    """Width times height as stored. Decoded, a pixel takes 4 bytes, and up to 32 while it is decoded; see
+    `decoding_cost`."""
     max_aspect: float = MAX_ASPECT
     """Longest side over shortest side."""
 
@@ -77,25 +94,13 @@ BENCHMARK_IMAGES = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000)
 """Caps on a benchmark's own files, which the user has chosen: HR-Bench holds pictures of 33 million pixels as PNG."""
 
 
-@dataclass(frozen=True)
-class UrlPolicy:
-    """What a URL may be, if URLs are allowed at all. Checked again at every redirect."""
-
-    schemes: tuple[str, ...] = ("https", "http")
-    private_hosts: bool = False
-    """Whether hosts with a loopback, link-local, or otherwise non-public address may be asked."""
-    timeout: float = 10.0
-    """Seconds per network operation."""
-    max_redirects: int = 3
-
-
 def load_image(
     source: ImageSource,
     limits: ImageLimits = ImageLimits(),
     *,
     allow_urls: bool = False,
     allow_paths: bool = True,
-    url_policy: UrlPolicy = UrlPolicy(),
+    url_policy: UrlPolicy = UrlPolicy(),  # noqa: B008 (frozen)
     rules: Rules = "strict",
     name: str | None = None,
 ) -> Image.Image:
@@ -132,6 +137,28 @@ def load_image(
         return to_rgb(array_image(source, label))  # type: ignore[arg-type]
     data, label = stored(source, limits, name, allow_urls, allow_paths, url_policy)
     return _open(data, limits, label, rules)
+
+
+@dataclass(frozen=True)
+class DecodingCost:
+    """Memory that a picture will take, told from its header."""
+
+    pixels: int
+    held: int
+    """Bytes of the RGB image that comes out."""
+    peak: int
+    """Bytes at the most while it is decoded, `held` included."""
+
+
+def decoding_cost(data: bytes, limits: ImageLimits = ImageLimits(), *, name: str | None = None) -> DecodingCost:
+    """What it will cost to decode the bytes of a file, which are not decoded for it.
+
+    Raises:
+        ImageError: as :func:`load_image`, where the header shows it.
+    """
+    with _opened(data, limits, name or f"the image ({len(data)} bytes)") as image:
+        pixels = image.width * image.height
+        return DecodingCost(pixels, pixels * HELD_BYTES, pixels * _PEAK_BYTES.get(image.format or "", _ANY_PEAK_BYTES))
 
 
 def image_file(
@@ -193,7 +220,8 @@ def image_size(
     except ImageError:
         raise
     except Exception as error:
-        plain = f"not a picture in a format we read: {_short(error)}"
+        _unless_machine(error, label)
+        plain = f"not a picture in a format we read: {quoted_error(error)}"
         raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
 
 
@@ -218,18 +246,47 @@ def to_rgb(image: Image.Image) -> Image.Image:
     to their maximum. Floats in 0–1 are scaled by 255, others are clipped to 0–255.
     """
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float64) / 257)
-    if image.mode == "I":
-        values = np.clip(np.asarray(image).astype(np.float64), 0, None)
-        return _grey(values / 257 if values.max(initial=0) <= 65535 else values * (255 / values.max()))
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        return _grey(values * 255 if values.max(initial=0) <= 1 else values)
+        return _in_strips(image, lambda strip: _grey(np.asarray(strip).astype(np.float64) / 257))
+    if image.mode in ("I", "F"):
+        highest = max((float(_values(strip).max(initial=0)) for _, strip in _strips(image)), default=0.0)
+        if image.mode == "F":
+            factor = 255.0 if highest <= 1 else 1.0
+        elif highest > 65535:
+            factor = 255 / highest
+        else:
+            return _in_strips(image, lambda strip: _grey(_values(strip) / 257))
+        return _in_strips(image, lambda strip: _grey(_values(strip) * factor))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _in_strips(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in bands of about 260,000 pixels, each with its first row: what is computed with more than 8 bits a
+    channel then takes the memory of a band."""
+    rows = max(1, _STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    if image.width * image.height <= _STRIP_PIXELS:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        whole.paste(convert(strip), (0, top))
+    return whole
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image).astype(np.float64)
+    return np.nan_to_num(values, posinf=0, neginf=0) if image.mode == "F" else np.clip(values, 0, None)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _grey(values: np.ndarray) -> Image.Image:
@@ -270,14 +327,13 @@ def stored(
                 f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path"
             )
         if match.group(1).lower() not in url_policy.schemes:
-            raise ImageError(
-                f"{label}: the scheme {match.group(1)!r} is not allowed, allowed are {', '.join(url_policy.schemes)}"
-            )
-        data = _download(source, limits, url_policy, label)
+            scheme, known = quoted(match.group(1)), ", ".join(url_policy.schemes)
+            raise ImageError(f"{label}: the scheme {scheme!r} is not allowed, allowed are {known}")
+        data = download(source, limits.max_bytes, url_policy, label)
     elif isinstance(source, str | os.PathLike):
         label = name or _shown(os.fsdecode(source))
         if not allow_paths:
-            raise ImageError(f"{label[:80]}: paths are not allowed here; send the picture itself as a data URL")
+            raise ImageError(f"{label}: paths are not allowed here; send the picture itself as a data URL")
         data = _read_file(os.fsdecode(source), limits, label)
     else:
         raise ImageError(f"{name or 'the image'}: cannot load a {type_name(source)}; pass {ACCEPTED}")
@@ -286,6 +342,13 @@ def stored(
 
 
 def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.Image:
+    with _opened(data, limits, label) as image:
+        return _decode(image, label, rules)
+
+
+def _opened(data: bytes, limits: ImageLimits, label: str) -> Image.Image:
+    """An open picture of which the header has been read, within the caps."""
+    _check_segments(data, label)
     try:
         with warnings.catch_warnings():
             # Our own cap below decides; PIL's warning would only repeat it.
@@ -296,12 +359,78 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
             f"{label}: too many pixels to decode ({error}); at most {limits.max_pixels} are allowed, shrink it"
         ) from None
     except Exception as error:
+        _unless_machine(error, label)
         kinds = ", ".join(FORMATS)
-        plain = f"{len(data)} bytes that are not a picture in a format we read ({kinds}): {_short(error)}"
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {quoted_error(error)}"
+        plain = f"{len(data)} bytes that are not a picture in a format we read ({kinds}){why}"
         raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
-    with image:
+    try:
         _check_size(image.size, limits, label)
-        return _decode(image, label, rules)
+        _check_work(image, data, limits, label)
+    except ImageError:
+        image.close()
+        raise
+    return image
+
+
+def _check_work(image: Image.Image, data: bytes, limits: ImageLimits, label: str) -> None:
+    """Refuse what would take minutes to decode."""
+    pixels = image.width * image.height
+    tiles = getattr(image, "tile", None)
+    codec = str(tiles[0][0]) if tiles else ""
+    if codec in _REFUSED_CODECS:
+        raise ImageError(f"{label}: {_REFUSED_CODECS[codec]} takes too long to read; save it as PNG")
+    if codec in Image.DECODERS and pixels > _PYTHON_PIXELS:
+        raise ImageError(
+            f"{label}: {image.width} x {image.height} = {pixels} pixels, of this kind of {image.format} at most "
+            f"{_PYTHON_PIXELS} are read; save it as PNG"
+        )
+    if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+        scans, most = data.count(b"\xff\xda"), int(_SCANS * limits.max_pixels)
+        if scans * pixels > most:
+            raise ImageError(
+                f"{label}: {scans} scans of {pixels} pixels, at most {most} pixels are gone over in all; save it again"
+            )
+
+
+def _check_segments(data: bytes, label: str) -> None:
+    """Refuse a file of too many parts: they are read one by one, and what is said in the comments of a GIF is copied
+    with each."""
+    count, at = 0, 0
+    if data.startswith(_PNG):
+        at = len(_PNG)
+        while at + 8 <= len(data) and count <= _SEGMENTS:
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+            count += 1
+    elif data.startswith(b"\xff\xd8"):
+        at = 2
+        while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA and count <= _SEGMENTS:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            count += 1
+    elif data.startswith((b"GIF87a", b"GIF89a")) and len(data) > 13:
+        at = 13 + (3 * 2 ** ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
+        while at + 2 < len(data) and data[at] == 0x21 and count <= _SEGMENTS // 10:
+            at += 2
+            while at < len(data) and data[at] and count <= _SEGMENTS // 10:
+                at += 1 + data[at]
+                count += 1
+            at, count = at + 1, count + 1
+        count *= 10
+    if count > _SEGMENTS:
+        raise ImageError(f"{label}: a picture in more than {_SEGMENTS} parts is not read; save it again")
+
+
+def _unless_machine(error: BaseException, label: str) -> None:
+    """Pass on what says nothing about the picture, under its own class: taken for damage, it would thin out data.
+
+    Raises:
+        MemoryError: there was none left.
+        OSError: no file can be opened any more, or the disk is full.
+    """
+    if isinstance(error, MemoryError):
+        raise MemoryError(f"{label}: not enough memory to decode it") from error
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        raise error
 
 
 def _without_notes(data: bytes) -> bytes:
@@ -361,7 +490,10 @@ def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
             if orientation != 1:
                 rgb = ImageOps.exif_transpose(_tagged(rgb, orientation))
     except Exception as error:
-        raise ImageError(f"{label}: the picture is damaged or cut short: {_short(error)}; save it again") from None
+        _unless_machine(error, label)
+        raise ImageError(
+            f"{label}: the picture is damaged or cut short: {quoted_error(error)}; save it again"
+        ) from None
     if rgb is image:
         return rgb if not hasattr(image, "fp") else rgb.copy()
     return rgb
@@ -371,7 +503,7 @@ def _orientation(read_exif: Callable[[], Image.Exif], label: str) -> int:
     try:
         value = read_exif().get(_EXIF_ORIENTATION, 1)
     except Exception as error:
-        logger.info("%s: unreadable EXIF data is ignored: %s", label, _short(error))
+        logger.info("%s: unreadable EXIF data is ignored: %s", label, quoted_error(error))
         return 1
     return value if value in range(1, 9) else 1
 
@@ -418,7 +550,8 @@ def _read_file(path: str | Path, limits: ImageLimits, label: str) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{label}: cannot be read: {_short(error)}") from None
+        _unless_machine(error, label)
+        raise ImageError(f"{label}: cannot be read: {quoted_error(error)}") from None
     _check_bytes(len(data), limits, label)
     return data
 
@@ -446,7 +579,7 @@ def _read_data_url(source: str, limits: ImageLimits, label: str) -> bytes:
     except ImageError:
         raise
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"{label}: its base64 data cannot be read: {_short(error)}") from None
+        raise ImageError(f"{label}: its base64 data cannot be read: {quoted_error(error)}") from None
 
 
 def plain_base64(text: str) -> bytes:
@@ -462,96 +595,23 @@ def plain_base64(text: str) -> bytes:
     return plain + b"=" * (-len(plain) % 4)
 
 
-def _download(url: str, limits: ImageLimits, policy: UrlPolicy, label: str) -> bytes:
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _CheckedRedirects(policy, label),
-    ):
-        opener.add_handler(handler)
-    _check_url(url, policy, label)
-    request = urllib.request.Request(url, headers={"User-Agent": "vilavt-hf", "Accept": "image/*"})
-    try:
-        with opener.open(request, timeout=policy.timeout) as response:
-            announced = response.headers.get("Content-Length", "")
-            if announced.isdigit():
-                _check_bytes(int(announced), limits, label)
-            data: bytes = response.read(limits.max_bytes + 1)
-    except ImageError:
-        raise
-    except urllib.error.HTTPError as error:
-        raise ImageError(f"{label}: the server answered {error.code} {_short(error)}; check the URL") from None
-    except Exception as error:
-        raise ImageError(f"{label}: cannot be downloaded: {_short(error)}") from None
-    _check_bytes(len(data), limits, label)
-    return data
-
-
-class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, policy: UrlPolicy, label: str) -> None:
-        self.policy, self.label, self.followed = policy, label, 0
-
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        self.followed += 1
-        if self.followed > self.policy.max_redirects:
-            raise ImageError(f"{self.label}: more than {self.policy.max_redirects} redirects; give the final URL")
-        _check_url(newurl, self.policy, self.label)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_url(url: str, policy: UrlPolicy, label: str) -> None:
-    """Scheme and host; the address is looked up here and once more by the connection, so this is no shield against
-    a hostile DNS."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ImageError(f"{label}: not a valid URL: {_short(error)}") from None
-    if parts.scheme.lower() not in policy.schemes:
-        raise ImageError(
-            f"{label}: the scheme {parts.scheme!r} is not allowed, allowed are {', '.join(policy.schemes)}"
-        )
-    if not host:
-        raise ImageError(f"{label}: the URL names no host")
-    if policy.private_hosts:
-        return
-    try:
-        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ImageError(f"{label}: the host {host!r} is unknown: {_short(error)}") from None
-    for entry in found:
-        address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
-        if not address.is_global:
-            raise ImageError(
-                f"{label}: the host {host!r} is {address}, not a public address; set UrlPolicy.private_hosts to "
-                "allow it"
-            )
-
-
 def _registered() -> set[str]:
     Image.init()
     return set(Image.OPEN)
 
 
-def _shown(text: str) -> str:
+def _shown(source: str) -> str:
     """A path or URL as errors call it: text that was taken for a path may be a whole picture."""
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
-
-
-def _short(error: BaseException) -> str:
-    return (str(error) or type(error).__name__)[:200]
+    return shown_url(source) if is_url(source) else quoted(source)
 
 
 __all__ = [
     "FORMATS",
+    "HELD_BYTES",
+    "DecodingCost",
     "ImageLimits",
     "UrlPolicy",
+    "decoding_cost",
     "image_file",
     "image_size",
     "load_image",

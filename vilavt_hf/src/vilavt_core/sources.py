@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import ImageError
+from .failures import quoted, quoted_error
 
 ACCEPTED = (
     "a path, a data URL, the bytes of a file, an open binary file, a dict with 'bytes' or 'path', a PIL image, or an "
@@ -221,7 +222,7 @@ def of_row(row: Mapping[str, Any], label: str) -> tuple[ImageSource, str | None]
     data: Any = row.get("bytes")
     path: Any = row.get("path")
     if unknown or (data is None and path is None):
-        found = ", ".join(map(repr, unknown)) or "neither"
+        found = quoted(", ".join(map(repr, unknown[:10]))) or "neither"
         raise ImageError(
             f"{label}: a dict is a picture if it has 'bytes' or 'path' (the rows of `datasets`), this one has {found}"
         )
@@ -249,7 +250,7 @@ def read_open_file(file: Any, most: int, label: str) -> bytes:
         if place is not None:
             file.seek(place)
     except Exception as error:
-        raise ImageError(f"{label}: the open file cannot be read: {str(error)[:200] or type(error).__name__}") from None
+        raise ImageError(f"{label}: the open file cannot be read: {quoted_error(error)}") from None
     if not isinstance(data, bytes | bytearray | memoryview):
         raise ImageError(
             f"{label}: reading the {type_name(file)} gives a {type_name(data)}, not bytes; open the file with mode 'rb'"
@@ -327,7 +328,7 @@ def _numpy(array: Any, label: str) -> np.ndarray:
             array = array.float() if array.is_floating_point() else array
         return np.asarray(array)
     except Exception as error:
-        raise ImageError(f"{label}: a {type_name(array)} cannot be read as an array: {str(error)[:200]}") from None
+        raise ImageError(f"{label}: a {type_name(array)} cannot be read as an array: {quoted_error(error)}") from None
 
 
 def _is_numeric(array: Any) -> bool:

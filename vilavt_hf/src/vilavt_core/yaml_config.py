@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .failures import quoted, quoted_error
+
+_MOST_VALUES = 100_000
+"""Of a file, aliases resolved."""
+
 Fail = Callable[[str], Exception]
 """Makes the error that is raised out of its message: an error class."""
 
@@ -16,13 +21,15 @@ def read_keys(path: Path, fail: Fail) -> dict[str, Any]:
     Raises:
         Exception: what `fail` makes: the file cannot be read, is no YAML, or holds no keys; names it.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise fail(f"{path}: cannot be read: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise fail(f"{path}: not YAML: {quoted_error(error)}") from None
+    try:
+        values = _load(text)
+    except ValueError as error:
         raise fail(f"{path}: not YAML: {error}") from None
     if values is None:
         return {}
@@ -42,15 +49,51 @@ def parse_change(text: str, fail: Fail, example: str = "") -> tuple[str, Any]:
     Raises:
         Exception: what `fail` makes: no key, or the value is no YAML.
     """
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise fail(f"{text!r} is not KEY=VALUE{example and f'; write {example}'}")
+        raise fail(f"{quoted(text)!r} is not KEY=VALUE{example and f'; write {example}'}")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise fail(f"{text!r}: the value is not YAML") from None
+        return key.strip(), _load(value)
+    except ValueError:
+        raise fail(f"{quoted(text)!r}: the value is not YAML") from None
+
+
+def _load(text: str) -> Any:
+    """The value of a text, of plain types.
+
+    Raises:
+        ValueError: it is no YAML, or would take no end of memory or depth.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            if len(node.value) > _MOST_VALUES:
+                raise ValueError(f"a mapping merges more than {_MOST_VALUES} keys")
+
+    try:
+        values = yaml.load(text, Loader)
+        _count(values, {}, ())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    return values
+
+
+def _count(value: Any, known: dict[int, int], inside: tuple[int, ...]) -> int:
+    """Values in it, those that stand for an alias counted again: whoever walks or prints it meets them all."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in inside:
+        raise ValueError("a value contains itself")
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known, (*inside, id(value))) for part in parts)
+    if known[id(value)] > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
+    return known[id(value)]
 
 
 def set_key(values: dict[str, Any], key: str, value: Any, fail: Fail) -> None:

@@ -258,6 +258,17 @@ def _write_rows(files: Iterable[ScoredFile], path: Path) -> None:
         writer.writerow(("file", "line", "question_id", "problem_type", "category", "finish", "strict", "published"))
         for scored in files:
             writer.writerows(
-                (scored.path, r.line, r.question_id, r.problem_type, r.category, r.finish, r.strict, r.published)
+                map(
+                    _inert,
+                    (scored.path, r.line, r.question_id, r.problem_type, r.category, r.finish, r.strict, r.published),
+                )
                 for r in scored.rows
             )
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _inert(value: Any) -> Any:
+    """A cell; text that a spreadsheet would run as a formula has an apostrophe before it, as spreadsheets write it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vilavt_core.checkpoint.companions import make_portable
+from vilavt_core.conversation import longest_token
 from vilavt_core.errors import GroupError, ProcessorError, PromptError
 from vilavt_core.images import UrlPolicy, load_image
 from vilavt_core.prompts import PromptSet
@@ -373,9 +374,11 @@ class VilavtProcessor(ProcessorMixin):
         end = self.query_tokenizer.convert_tokens_to_ids(QUERY_END_TOKEN)
         if end is None or end == self.query_tokenizer.unk_token_id:
             raise PromptError(f"the query tokenizer does not know {QUERY_END_TOKEN!r}, the end token of a query")
+        # No longer text can matter: what is cut off below would take its time and memory first.
+        most = 2 * self.max_query_length * longest_token(self.query_tokenizer)
         rows = []
         for query, own in zip(queries, prefixes, strict=True):
-            text = (self.query_prefix if own is None else own) + query if query.strip() else query
+            text = ((self.query_prefix if own is None else own) + query if query.strip() else query)[:most]
             ids = self.query_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
             rows.append([*ids[: self.max_query_length - 1], end] if text else [])
         width = self.max_query_length if padding == "max_length" else max(1, *map(len, rows), 1)

@@ -27,6 +27,7 @@ from ..architecture import (
     stored_query_blocks,
 )
 from ..errors import CheckpointError
+from ..failures import quoted, quoted_error
 from ..spelling import did_you_mean
 
 CONFIG = "config.json"
@@ -41,6 +42,16 @@ DTYPE_BYTES = {
 """Bytes of one element, by the safetensors name of its type."""
 
 _MAX_HEADER = 100_000_000  # the limit of the reference reader
+_MAX_DIMENSIONS = 64
+_KINDS: Mapping[str, type] = {
+    "vision_config": dict,
+    "text_config": dict,
+    "text_encoder_config": dict,
+    "architectures": list,
+    "model_type": str,
+}
+_VISION_KINDS: Mapping[str, type] = {"integration_point": str, "fullatt_block_indexes": list}
+"""Fields of ``config.json`` that are read, and what each must be if it is there."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +86,35 @@ class ShardFile:
     size: int
 
 
+def _size_of(path: Path) -> int:
+    """Bytes of a file that can be read to its end: a pipe may never come to one."""
+    try:
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{path} does not exist")
+        if not path.exists():
+            raise CheckpointError(f"{path} is a link to nothing; copy the file that it meant")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no regular file")
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         CheckpointError: the file is not there, not JSON, or not an object.
     """
+    size = _size_of(path)
+    if size > _MAX_HEADER:
+        raise CheckpointError(f"{path} has {size} bytes, at most {_MAX_HEADER} are read")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})") from error
+        raise CheckpointError(f"{path} is not valid JSON ({quoted_error(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
@@ -98,28 +126,35 @@ def read_shard(path: Path) -> ShardFile:
     Raises:
         CheckpointError: the file is truncated, has trailing or overlapping data, or a malformed header.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
-            raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file "
-                f"has {size}; copy it again"
-            )
-        raw = file.read(length)
+    size = _size_of(path)
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: its header should take {length} bytes, the file "
+                    f"has {size}; copy it again"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     try:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its __metadata__ is a {type(metadata).__name__}, expected an object")
         tensors = []
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            if len(shape) > _MAX_DIMENSIONS or not isinstance(entry["dtype"], str):
+                raise ValueError(f"{name} is of type {entry['dtype']!r} and has {len(shape)} dimensions")
+            if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
                 raise ValueError(f"{name} has shape {shape} at {begin}..{end}")
             tensors.append(TensorEntry(name, entry["dtype"], shape, path, begin + 8 + length, end + 8 + length))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
+        raise CheckpointError(f"{path} has a malformed safetensors header: {quoted_error(error)}") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     position = 8 + length
     for tensor in tensors:
@@ -169,6 +204,7 @@ class Checkpoint:
             raise CheckpointError(no_checkpoint(root))
         problems: list[str] = []
         config = read_json(root / CONFIG)
+        problems += _take_out_wrong_types(config)
         on_disk = sorted(path.name for path in root.glob("*.safetensors"))
         index = None
         if (root / INDEX).exists():
@@ -218,6 +254,25 @@ class Checkpoint:
         if self.problems:
             raise CheckpointError("; ".join(self.problems))
         return self
+
+
+def _take_out_wrong_types(config: dict[str, Any]) -> list[str]:
+    """Remove fields that are not what they must be; what is wrong with each."""
+    problems = []
+    for title, kinds in (("", _KINDS), ("vision_config", _VISION_KINDS)):
+        section = config.get(title) or {} if title else config
+        for name, kind in kinds.items():
+            value = section.get(name)
+            if value is not None and not isinstance(value, kind):
+                where = f"{title}.{name}" if title else name
+                problems.append(f"{CONFIG}: {where} is {quoted(repr(value))}, expected a {kind.__name__}")
+                del section[name]
+    vision = config.get("vision_config") or {}
+    for section, name, kind in ((config, "architectures", str), (vision, "fullatt_block_indexes", int)):
+        if any(type(one) is not kind for one in section.get(name) or ()):
+            problems.append(f"{CONFIG}: {name} is {quoted(repr(section[name]))}, expected a list of {kind.__name__}")
+            del section[name]
+    return problems
 
 
 def no_checkpoint(root: Path) -> str:

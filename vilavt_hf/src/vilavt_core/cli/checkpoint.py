@@ -10,6 +10,7 @@ import typer
 
 from ..architecture import INTEGRATION_POINTS
 from ..errors import CheckpointError
+from ..failures import printable
 from .running import choice
 
 if TYPE_CHECKING:
@@ -151,29 +152,27 @@ def _print_inspection(found: "Inspection") -> None:
     from rich.table import Table
 
     console = Console()
-    names = ", ".join(found.architectures) or "none"
-    console.print(
-        f"[bold]{found.folder.name}[/bold]: {found.flavour.value} (model_type {found.model_type}, class {names})"
-    )
+    names = _inert(", ".join(found.architectures) or "none")
+    name, model_type = _inert(found.folder.name), _inert(found.model_type)
+    console.print(f"[bold]{name}[/bold]: {found.flavour.value} (model_type {model_type}, class {names})")
     depth = f" of {found.depth}" if found.depth else ""
-    console.print(
-        f"integration point: {found.integration_point}; query-aware blocks: {_list(found.query_aware_blocks)}{depth}"
-    )
+    point = _inert(found.integration_point)
+    console.print(f"integration point: {point}; query-aware blocks: {_list(found.query_aware_blocks)}{depth}")
     console.print(f"full attention blocks: {_list(found.fullatt_block_indexes)}")
     table = Table("part", "parameters", "size")
     table.columns[1].justify = table.columns[2].justify = "right"
     for name, part in found.parts.items():
-        table.add_row(name, f"{part.parameters:,}", readable_size(part.nbytes))
+        table.add_row(_inert(name), f"{part.parameters:,}", readable_size(part.nbytes))
     table.add_row(
         "[bold]all[/bold]", f"{found.parameters:,}", readable_size(sum(p.nbytes for p in found.parts.values()))
     )
     console.print(table)
-    console.print(f"types: {', '.join(f'{dtype} {count:,}' for dtype, count in found.dtypes.items())}")
-    console.print(f"files: {', '.join(f'{name} {readable_size(size)}' for name, size in found.files.items())}")
+    console.print(f"types: {', '.join(f'{_inert(dtype)} {count:,}' for dtype, count in found.dtypes.items())}")
+    console.print(f"files: {', '.join(f'{_inert(name)} {readable_size(size)}' for name, size in found.files.items())}")
     console.print(f"fingerprint: {found.fingerprint}")
     console.print(f"prompt set: {'its own' if found.prompts else 'none, the built-in default applies'}")
     for problem in found.problems:
-        console.print("[red]problem:[/red]", problem, markup=True)
+        console.print("[red]problem:[/red]", _inert(problem), markup=True)
     show_remarks(found.notes, found.missing)
     if found.complete:
         console.print("complete")
@@ -182,9 +181,16 @@ def _print_inspection(found: "Inspection") -> None:
 def show_remarks(notes: Iterable[str], missing: "Iterable[Missing]") -> None:
     """Print notes, and what is missing with its remedy."""
     for note in notes:
-        typer.echo(f"note: {note}")
+        typer.echo(printable(f"note: {note}"))
     for item in missing:
-        typer.secho(f"missing: {item.name}: {item.remedy}", fg="yellow")
+        typer.secho(printable(f"missing: {item.name}: {item.remedy}"), fg="yellow")
+
+
+def _inert(text: str | None) -> str:
+    """Text of a file as a terminal shows it, and as `rich` does not read it."""
+    from rich.markup import escape
+
+    return escape(printable(str(text)))
 
 
 def _list(numbers: Iterable[Any]) -> str:

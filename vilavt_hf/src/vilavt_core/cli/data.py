@@ -10,6 +10,7 @@ import typer
 
 from ..ending import resumable
 from ..errors import DataError
+from ..failures import printable
 from ..spelling import did_you_mean
 from .running import check_output_files, choice
 
@@ -64,7 +65,7 @@ def check_command(
         shown[finding.severity, finding.kind] += 1
         if shown[finding.severity, finding.kind] <= 3:
             colour = "red" if finding.severity == "error" else "yellow"
-            typer.secho(f"{finding.severity}: {finding.kind}: {finding.text}", fg=colour)
+            typer.secho(printable(f"{finding.severity}: {finding.kind}: {finding.text}"), fg=colour)
     for (severity, kind), count in sorted(counts.items()):
         if count > 3:
             typer.echo(f"… {count - 3} more {severity}s of kind {kind!r}")
@@ -123,7 +124,7 @@ def stats_command(
     Console().print(table)
     for row in rows:
         for kind, count in sorted(row.dropped.items()):
-            typer.secho(f"{row.name}: {count} left out ({kind})", fg="yellow")
+            typer.secho(printable(f"{row.name}: {count} left out ({kind})"), fg="yellow")
     tokens = lengths.tokens[lengths.kept]
     budget = pack or dataset.max_length
     packs = len(Packed(lengths.kept, lengths.tokens, budget, 0)) if len(tokens) else 0
@@ -152,7 +153,7 @@ def unpack_command(
         f"{report.kept} were there"
     )
     for failure in report.failures:
-        typer.secho(f"failed: {failure}", fg="red", err=True)
+        typer.secho(printable(f"failed: {failure}"), fg="red", err=True)
     if report.failures:
         raise typer.Exit(1)
 

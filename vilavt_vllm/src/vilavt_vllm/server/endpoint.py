@@ -12,7 +12,7 @@ import asyncio
 import logging
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
+from vilavt_core.conversation import text_problem
 from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.failures import one_line
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, FinishReason, format_turn, without_tags
+from vilavt_core.regions import Picture
 from vilavt_core.results import ChatResult, Event, Finished, Sample
 from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
@@ -37,6 +39,7 @@ from .. import compat
 from ..episodes import settings_of_engine
 from ..errors import BusyError, EngineFailure, LimitError, RequestError
 from ..online import AsyncVilavtLLM
+from .budget import PictureBudget, Reservation
 from .fields import short
 from .gate import Draining, DrainingEngine, Gate
 from .history import History
@@ -102,7 +105,8 @@ class Loop:
             max_total_pixels=options.max_video_pixels,
             max_seconds=options.max_video_seconds,
         )
-        self.pictures = Pictures(config, image_limits, settings.preset.rules, video_limits)
+        self.pictures = Pictures(config, image_limits, settings.preset.rules, options.max_body_bytes, video_limits)
+        self.budget = PictureBudget(options.max_request_pixels, options.max_picture_memory)
         self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.running = 0
 
@@ -121,10 +125,10 @@ class Loop:
             )
         self.running += 1
         metrics().running.inc()
-        driver, finish = None, "aborted"
+        driver, finish, reservation = None, "aborted", self.budget.reservation()
         try:
             try:
-                driver, talk = await self._driver(request)
+                driver, talk = await self._driver(request, reservation)
             except Exception:
                 finish = "refused"
                 raise
@@ -137,11 +141,12 @@ class Loop:
                             self.history.keep([*talk[:-1], replace(talk[-1], answer=event.result.answer)], driver)
                     yield event
         finally:
+            reservation.release()
             self.running -= 1
             metrics().running.dec()
             metrics().finished(driver, finish)
 
-    async def _driver(self, request: ChatRequest) -> tuple[Driver, list[Exchange]]:
+    async def _driver(self, request: ChatRequest, reservation: Reservation) -> tuple[Driver, list[Exchange]]:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
         settings = self.llm.settings
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
@@ -150,28 +155,34 @@ class Loop:
         count = sum(image.least for exchange in talk for image in exchange.images)
         if count > limits.max_images:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
+        self._check_text(talk, limits)
         *past, last = talk
         before = self.history.find(past) if past else None
         if past:
             metrics().follow_ups.labels("rebuilt" if before is None else "kept").inc()
+        needed = talk if before is None else [last]
+        *earlier, shown = await self.pictures.load([one.images for one in needed], limits.max_images, reservation)
         if past and before is None:
-            before = await self._rebuild(past, limits)
-        sample = replace(await self._sample(last, limits), seed=request.seed)
+            before = await self._rebuild(past, limits, earlier)
+        sample = Sample(shown, last.question, seed=request.seed, limits=limits)
         stream = bool(request.stream)
         if before is None:
             return Driver(sample, settings, name="request", stream=stream, sampling=sampling), talk
         return await self.llm.follow_up(before, sample, stream=stream, sampling=sampling), talk
 
-    async def _sample(self, exchange: Exchange, limits: Limits) -> Sample:
-        """A question with its pictures loaded."""
-        images = await self.pictures.load_all(exchange.images, limits.max_images)
-        return Sample(images, exchange.question, limits=limits)
+    def _check_text(self, talk: list[Exchange], limits: Limits) -> None:
+        """Refuse by its length what cannot fit: encoding it would keep the thread of all conversations busy."""
+        if limits.max_context is None:
+            return
+        characters = sum(len(one.question) + len(one.answer or "") for one in talk)
+        if problem := text_problem(characters, limits.max_context, self.llm.settings.tokenizer):
+            raise RequestError(f"messages: {problem}; send less, or start the server with a larger --max-model-len")
 
-    async def _rebuild(self, past: list[Exchange], limits: Limits) -> Driver:
+    async def _rebuild(self, past: list[Exchange], limits: Limits, pictures: Sequence[list[Picture]]) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
         driver: Driver | None = None
-        for exchange in past:
-            sample = await self._sample(exchange, limits)
+        for exchange, shown in zip(past, pictures, strict=True):
+            sample = Sample(shown, exchange.question, limits=limits)
             driver = await asyncio.get_running_loop().run_in_executor(
                 self.llm.worker, self._replay, driver, sample, exchange
             )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from typing import Any
 from PIL import Image
 from vllm.multimodal.media import MediaConnector, MediaIO
 
+from vilavt_core.download import shown_url
 from vilavt_core.errors import ImageError
-from vilavt_core.images import ImageLimits, load_image, plain_base64
+from vilavt_core.failures import quoted_error
+from vilavt_core.images import ImageLimits, decoding_cost, image_file, load_image, plain_base64
 from vilavt_core.protocol import Rules
 from vilavt_core.regions import Picture
 from vilavt_core.sources import Video
 from vilavt_core.video import VideoLimits, read_frames
 
-from ..errors import RequestError
+from ..errors import BusyError, LimitError, RequestError
+from .budget import Reservation
 from .options import NO_DOMAINS
 from .requests import SentPicture, SentVideo
 
@@ -35,31 +39,31 @@ _FLAGS = {
 """Field of `VideoLimits` -> what raises it here."""
 
 
-class PictureIO(MediaIO[Image.Image]):
-    """Turns what vLLM's connector fetched into a picture."""
+class PictureIO(MediaIO[bytes]):
+    """The file of a picture as vLLM's connector fetched it, not decoded."""
 
-    def __init__(self, limits: ImageLimits, rules: Rules) -> None:
-        self.limits, self.rules = limits, rules
+    def __init__(self, limits: ImageLimits) -> None:
+        self.limits = limits
 
     def get_max_bytes(self) -> int:
         """At which a download is cut off."""
         return self.limits.max_bytes
 
-    def load_bytes(self, data: bytes) -> Image.Image:
-        """From an encoded file.
+    def load_bytes(self, data: bytes) -> bytes:
+        """Of an encoded file.
 
         Raises:
-            ImageError: too large, too many pixels, or not a picture.
+            ImageError: too large.
         """
-        return load_image(data, self.limits, rules=self.rules)
+        return image_file(data, self.limits)
 
-    def load_base64(self, media_type: str, data: str) -> Image.Image:
+    def load_base64(self, media_type: str, data: str) -> bytes:
         """From a data URL."""
         return self.load_bytes(_decoded(data, self.limits.max_bytes, "--max-image-bytes"))
 
-    def load_file(self, filepath: Path) -> Image.Image:
-        """From a local file that the connector has allowed."""
-        return load_image(filepath, self.limits, rules=self.rules)
+    def load_file(self, filepath: Path) -> bytes:
+        """Of a local file that the connector has allowed."""
+        return image_file(filepath, self.limits)
 
 
 class VideoIO(MediaIO[list[Picture]]):
@@ -116,13 +120,20 @@ class Pictures:
         model_config: vLLM's, for ``--allowed-media-domains`` and ``--allowed-local-media-path``.
         limits: pixels and bytes of one file.
         rules: of the preset.
+        max_bytes: of the picture files of one request together.
         video_limits: caps on the videos of a request.
     """
 
     def __init__(
-        self, model_config: Any, limits: ImageLimits, rules: Rules, video_limits: VideoLimits | None = None
+        self,
+        model_config: Any,
+        limits: ImageLimits,
+        rules: Rules,
+        max_bytes: int,
+        video_limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
     ) -> None:
-        self._io, self.video_limits = PictureIO(limits, rules), video_limits or VideoLimits()
+        self.limits, self.rules, self.max_bytes, self.video_limits = limits, rules, max_bytes, video_limits
+        self._io = PictureIO(limits)
         self._connector = MediaConnector(
             allowed_local_media_path=model_config.allowed_local_media_path,
             allowed_media_domains=model_config.allowed_media_domains,
@@ -135,63 +146,91 @@ class Pictures:
             "file": ("--allowed-local-media-path", model_config.allowed_local_media_path),
         }
 
-    async def load(self, url: str) -> Image.Image:
-        """One picture, RGB.
+    async def load(
+        self, sent: Sequence[Sequence[SentPicture | SentVideo]], most: int, reservation: Reservation
+    ) -> list[list[Picture]]:
+        """The pictures of every question of a request, in order; of a video its frames.
 
-        Raises:
-            ImageError: it is too large, or not a picture.
-            ValueError: the URL is not allowed, or cannot be fetched.
-        """
-        return await self._load(url, self._io, "picture")
-
-    async def load_all(self, sent: Sequence[SentPicture | SentVideo], most: int) -> list[Picture]:
-        """All of a question, in order; of a video its frames.
+        No picture is decoded before all are fetched and their sizes are known. The frames of video files are outside
+        the reservation: `VideoLimits` bounds them.
 
         Args:
-            sent: the pictures and videos.
-            most: images that there may be.
+            sent: the pictures and videos of each question.
+            most: images that one question may have.
+            reservation: of the request.
 
         Raises:
-            ImageError: one cannot be used, or there are too many frames or pixels.
-            ValueError: as `load`.
+            ImageError: one is too large, or not a picture; or there are too many frames or pixels.
+            LimitError: together they are too large.
+            BusyError: there is no memory for them now.
+            ValueError: a URL is not allowed, or cannot be fetched.
         """
+        stills = [one for question in sent for one in question if isinstance(one, SentPicture) or one.is_frames]
+        urls = [url for one in stills for url in ([one.url] if isinstance(one, SentPicture) else one.urls)]
+        pictures = await self.decode(urls, reservation)
+        return [await self._shown(question, most, pictures) for question in sent]
+
+    async def decode(self, urls: Iterable[str], reservation: Reservation) -> dict[str, Image.Image]:
+        """Pictures by URL, RGB; errors as `load`."""
+        files: dict[str, bytes] = {}
+        for url in urls:
+            if url in files:
+                continue
+            files[url] = await self._fetch(url, self._io, "picture")
+            held = sum(map(len, files.values()))
+            if held > self.max_bytes:
+                raise LimitError(
+                    f"the first {len(files)} images of the request have {held} bytes, at most {self.max_bytes} are "
+                    "allowed; send smaller ones, or raise it with --max-body-bytes"
+                )
+        costs = [await asyncio.to_thread(decoding_cost, data, self.limits) for data in files.values()]
+        reservation.take(costs, sum(map(len, files.values())))
+        pictures: dict[str, Image.Image] = {}
+        for url in list(files):
+            try:
+                pictures[url] = await asyncio.to_thread(load_image, files.pop(url), self.limits, rules=self.rules)
+            except MemoryError as error:
+                raise BusyError(f"{error}; try again later, or send a smaller picture") from error
+        reservation.decoded(costs)
+        return pictures
+
+    async def _shown(
+        self, sent: Sequence[SentPicture | SentVideo], most: int, pictures: dict[str, Image.Image]
+    ) -> list[Picture]:
         out: list[Picture] = []
         pixels = self.video_limits.max_total_pixels
         for place, one in enumerate(sent):
-            room = most - len(out) - (len(sent) - place - 1)
             if isinstance(one, SentPicture):
-                shown = [Picture(await self.load(one.url))]
+                shown = [Picture(pictures[one.url])]
             elif one.is_frames:
-                shown = [
-                    Picture(await self.load(url), time=None if one.fps is None else i / one.fps)
-                    for i, url in enumerate(one.urls)
-                ]
+                times = [None if one.fps is None else i / one.fps for i in range(len(one.urls))]
+                shown = [Picture(pictures[url], time=time) for url, time in zip(one.urls, times, strict=True)]
             else:
-                shown = await self._frames(one, room, pixels)
+                shown = await self._frames(one, most - len(out) - (len(sent) - place - 1), pixels)
                 pixels -= sum(frame.image.width * frame.image.height for frame in shown)
             out += [replace(picture, bounds=one.bounds) for picture in shown]
         return out
 
     async def _frames(self, sent: SentVideo, most: int, pixels: int) -> list[Picture]:
         (url,) = sent.urls
-        video = Video(b"", sent.frames, sent.fps, sent.rule, name="" if url[:5].lower() == "data:" else url[:200])
+        video = Video(b"", sent.frames, sent.fps, sent.rule, name="" if url[:5].lower() == "data:" else shown_url(url))
         limits = replace(self.video_limits, max_frames=most, max_total_pixels=pixels)
         try:
-            frames: list[Picture] = await self._load(url, VideoIO(video, limits), "video")
+            frames: list[Picture] = await self._fetch(url, VideoIO(video, limits), "video")
         except ImageError as error:
             raise ImageError(_LIMIT.sub(lambda found: _FLAGS.get(found[1], found[0]), str(error))) from None
         return frames
 
-    async def _load(self, url: str, io: MediaIO[Any], kind: str) -> Any:
+    async def _fetch(self, url: str, io: MediaIO[Any], kind: str) -> Any:
         flag, allowed = self._flags.get(url[:4].lower(), ("", True))
         if not allowed:
             raise RequestError(
-                f"{url[:100]}: this server fetches no such URL; send the {kind} as a data URL, or start the "
+                f"{shown_url(url)}: this server fetches no such URL; send the {kind} as a data URL, or start the "
                 f"server with {flag}"
             )
         try:
             return await self._connector.load_from_url_async(url, io)
-        except ValueError:
+        except ImageError:
             raise
         except Exception as error:  # whatever the network or the file system says, it is about this URL
-            raise RequestError(f"{url[:100]}: cannot be fetched: {error or type(error).__name__}") from error
+            raise RequestError(f"{shown_url(url)}: cannot be fetched: {quoted_error(error)}") from error

@@ -33,6 +33,11 @@ class ServerOptions:
         300_000_000, "pixels of all frames of a request's videos together, checked before they are decoded"
     )
     max_video_seconds: float = described(60.0, "that reading one video may take")
+    max_request_pixels: int = described(200_000_000, "pixels of all pictures of a request as sent")
+    max_picture_memory: int = described(
+        8 * 1024**3,
+        "bytes that the pictures of all running requests may take, decoding included; what does not fit gets 503",
+    )
     max_body_bytes: int = described(256 * 1024 * 1024, "bytes of a request")
     max_episodes: int = described(256, "questions answered at the same time; more get 503")
     max_conversations: int = described(
