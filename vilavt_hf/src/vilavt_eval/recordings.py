@@ -210,7 +210,7 @@ def recording_of_row(row: Mapping[str, Any], line: int, benchmark: Benchmark | N
     seconds = row.get("turn_seconds")
     turns = [str(text) for text in texts] if isinstance(texts, list) else []
     times = seconds if isinstance(seconds, list) and len(seconds) == len(turns) else [None] * len(turns)
-    key = "images" if benchmark is None else benchmark.keys.images
+    key = (None if benchmark is None else benchmark.keys.images) or "images"
     named = row.get(key) or row.get("images") or row.get("image") or []
     sources = [str(path) for path in (named if isinstance(named, list) else [named])]
     shown = row.get("shown") or {}
