@@ -293,6 +293,7 @@ def open_local(model: str, options: BackendOptions) -> Backend:
         prompts=options.prompts,
         seed=options.seed,
         image_limits=options.image_limits,
+        allow_urls=options.allow_urls,
         **settings,
     )
     chat.settings = replace(chat.settings, limits=options.change_limits(chat.settings.limits))

@@ -19,6 +19,7 @@ def open_llm(model: str, options: BackendOptions) -> VilavtLLM:
         prompts=options.prompts,
         concurrency=options.concurrency,
         image_limits=options.image_limits,
+        allow_urls=options.allow_urls,
         **{"dtype": options.dtype, **options.engine},
     )
     llm.settings = replace(llm.settings, limits=options.change_limits(llm.settings.limits))

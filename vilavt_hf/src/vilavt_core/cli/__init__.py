@@ -39,7 +39,11 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "ask": Subcommand("vilavt_hf.cli.chat:ask", "Ask a checkpoint about pictures, and watch it zoom."),
+    "ask": Subcommand("vilavt_hf.cli.chat:ask", "Ask a checkpoint or a server about pictures, and watch it zoom."),
+    "chat": Subcommand(
+        "vilavt_core.cli.talk:chat", "Talk with a checkpoint or a server about pictures, in the terminal."
+    ),
+    "web": Subcommand("vilavt_core.cli.web:web", "Open a page in which pictures are dropped and asked about."),
     "demo": Subcommand(
         "vilavt_hf.cli.chat:demo",
         "Watch a real, tiny ViLaVT answer three questions it was not trained on.",

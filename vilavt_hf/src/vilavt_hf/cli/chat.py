@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vilavt_core.backends import is_url
+from vilavt_core.cli.model_options import limits_of, open_model
 from vilavt_core.cli.quiet import load_quietly
-from vilavt_core.errors import CheckpointError, ImageError
+from vilavt_core.cli.showing import markup, plain, show
+from vilavt_core.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.console import Console
 
-    from vilavt_core.results import ChatResult, Event
+    from vilavt_core.backends import Backend
+    from vilavt_core.results import ChatResult
 
     from ..chat import VilavtChat
 
@@ -41,7 +42,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Type the weights are loaded as
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Annotated[str, typer.Option(help="Checkpoint folder in our format, or a hub id.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL of a running vilavt-serve (…/v1).")],
     image: Annotated[list[str], typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the conversation as an HTML page.")] = None,
@@ -56,25 +57,31 @@ def ask(
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
 ) -> None:
-    """Ask a checkpoint about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
+    """Ask a checkpoint or a server about pictures, and watch it zoom. Exit code 3: it ended without an answer."""
     from rich.console import Console
 
-    from vilavt_core.settings import preset_of
+    from vilavt_core.dialogue import note_of
 
-    settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
-    if preset is not None:
-        settings["preset"] = preset
-    if temperature is not None:
-        settings["sampling"] = replace(preset_of(model, preset).sampling, temperature=temperature)
     _check_writable(trace, picture)
-    chat = _load(model, device, dtype, attention=attention, **settings)
-    changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
-    chat.settings = replace(
-        chat.settings,
-        limits=replace(chat.settings.limits, **{name: value for name, value in changes.items() if value is not None}),
+    if is_url(model) and picture is not None:
+        raise typer.BadParameter(f"--picture {picture}: a server tells no pixels; pass --trace, or a checkpoint")
+    if is_url(model) and not allow_urls and any(map(is_url, image)):  # a checkpoint's own loading refuses them
+        raise ImageError("pictures are URLs; pass --allow-urls to let the server fetch them, or download the files")
+    backend: Backend = open_model(
+        model,
+        preset=preset,
+        limits=limits_of(max_turns, max_new_tokens, None),
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        attention=attention,
+        allow_urls=allow_urls,
     )
     console = Console(stderr=as_json, highlight=False)
-    result = _show(console, chat.stream(image, question))
+    if note := note_of(model, backend):
+        console.print(note, style="yellow", markup=False)
+    result = show(console, backend.stream(image, question))
     if as_json:
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
     _write(console, [result], trace, picture)
@@ -105,13 +112,13 @@ def demo(
     results, right = [], 0
     for image, question, expected in questions:
         console.rule(style="dim")
-        console.print(_plain(question), style="bold", markup=False)
-        result = _show(console, chat.stream(image, question))
+        console.print(plain(question), style="bold", markup=False)
+        result = show(console, chat.stream(image, question))
         results.append(result)
         correct = (result.answer or "").strip() == expected.strip()
         right += correct
         verdict = "[green]right[/]" if correct else "[red]wrong[/]"
-        console.print(f"  {verdict}, the answer is {_markup(expected)}")
+        console.print(f"  {verdict}, the answer is {markup(expected)}")
     console.rule(style="dim")
     console.print(f"{right} of {len(questions)} right")
     _write(console, results, out, picture)
@@ -125,53 +132,6 @@ def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **
 
     load_quietly()
     return VilavtChat.from_pretrained(name, dtype=dtype.value, device=device, attn_implementation=attention, **settings)
-
-
-def _show(console: Console, events: Iterable[Event]) -> ChatResult:
-    """Print a conversation as it happens."""
-    from vilavt_core.results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
-
-    open_turn = -1
-    for event in events:
-        if isinstance(event, TextDelta):
-            if event.turn != open_turn:
-                console.print(f"\n[dim]turn {event.turn + 1}[/]  ", end="")
-                open_turn = event.turn
-            console.print(_plain(event.text), end="", markup=False, style="dim", soft_wrap=True)
-        elif isinstance(event, CropsEvent):
-            console.print()
-            for image in event.images:
-                box = ", ".join(f"{value:g}" for value in image.box or ())
-                console.print(
-                    f"  [cyan]image {image.index}[/]: region \\[{box}] of image {image.parent}, "
-                    f"shown at {image.width} x {image.height} px"
-                )
-        elif isinstance(event, RefusedEvent):
-            console.print(f"\n  [yellow]refused[/]: {_markup(event.problem)}")
-        elif isinstance(event, AnswerEvent):
-            console.print(f"\n  [bold]answer: {_markup(event.answer)}[/]")
-        elif isinstance(event, Finished):
-            result = event.result
-            if result.answer is None and result.episode is not None:
-                console.print(f"\n  [red]no answer[/] ({result.finish}): {_markup(result.episode.detail)}")
-            work = result.work
-            console.print(
-                f"  [dim]{len(result.turns)} turns, {work.tokens_decoded} tokens sampled one by one, "
-                f"{work.patches_encoded} patches encoded, {result.seconds:.1f} s[/]"
-            )
-            return result
-    raise CheckpointError("the conversation ended without a result")
-
-
-def _plain(text: str) -> str:
-    """Without control characters: what a model or a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _markup(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(_plain(text))
 
 
 def _check_writable(*paths: Path | None) -> None:

@@ -13,19 +13,22 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.images import ImageLimits
+from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, format_turn
 from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.settings import read_chat_settings
 from vilavt_core.validation import dotted, problems
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATH, MODELS, SETTINGS = "/v1/chat/completions", "/v1/models", f"/v1{SETTINGS_PATH}"
+TEMPLATES = Path(__file__).parent / "templates"
 RAW = "/v1/raw/"
 """Prefix under which a client that runs the loop itself finds both as vLLM made them."""
 
@@ -74,6 +78,8 @@ class Loop:
         self.pictures = Pictures(config, image_limits, settings.preset.rules)
         self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.running = 0
+        found = read_chat_settings(config.model, hub={"revision": config.revision})
+        self.note = found.note if found else ""
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
@@ -171,6 +177,8 @@ class VilavtEndpoint:
                 app.add_api_route(raw, route.endpoint, methods=[*route.methods], dependencies=route.dependencies)
         app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
         app.add_api_route(SETTINGS, settings, methods=["GET"], response_model=None)
+        if not any(getattr(route, "path", None) == "/" for route in app.routes):
+            app.add_api_route("/", front_page, methods=["GET"], response_model=None, include_in_schema=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Prepare the loop."""
@@ -188,7 +196,15 @@ async def settings(raw: Request) -> Response:
     if loop is None:
         return _error(EngineFailure("this server has no engine"), 501)
     provenance = loop.llm.settings.provenance(loop.options.seed)
-    return JSONResponse(settings_body(loop.models.model_name(), provenance))
+    return JSONResponse(settings_body(loop.models.model_name(), provenance, loop.note))
+
+
+async def front_page(raw: Request) -> Response:
+    """What this server is, and how it is asked: for whoever opens its address in a browser."""
+    loop: Loop | None = raw.app.state.vilavt_loop
+    model, note = ("", "") if loop is None else (loop.models.model_name(), loop.note)
+    url = f"{str(raw.base_url).rstrip('/')}/v1"
+    return HTMLResponse(render("front.html", TEMPLATES, title="vilavt-serve", model=model, note=note, url=url))
 
 
 async def chat_completions(raw: Request) -> Response:
