@@ -108,7 +108,7 @@ class ScriptedConversation:
             yield TextDelta(1, f"<think>So.</think><answer>{answer}</answer>")
             yield AnswerEvent(1, answer, "So.")
             turns = (
-                Turn(0, format_turn(call), call, 20, image_indices=(len(views) - 1,), feedback="", views=tuple(views[-1:])),
+                Turn(0, format_turn(call), call, 20, tuple(views[-1:]), (len(views) - 1,), feedback=""),
                 Turn(1, answer, Answer(answer), 5),
             )  # fmt: skip
             episode = Result(

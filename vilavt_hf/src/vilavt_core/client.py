@@ -91,8 +91,8 @@ class ServerClient(AskingBackend):
     ) -> Self:
         """See `vilavt_core.backends.Backend.varied`."""
         before, twin = self.options, copy.copy(self)
-        changes = {"limits": {**before.limits, **(limits or {})}, "sampling": {**before.sampling, **(sampling or {})}}
-        twin._set(replace(before, preset=preset or before.preset, **changes))
+        options = replace(before, preset=preset or before.preset, limits={**before.limits, **(limits or {})})
+        twin._set(replace(options, sampling={**before.sampling, **(sampling or {})}))
         return twin
 
     def provenance(self, seed: int, limits: Limits | None = None) -> Provenance:

@@ -131,9 +131,7 @@ class ConversationSettings:
         if preset is not None:
             fitted = fitting_limits(preset.limits, **self.fits) if self.fits else preset.limits
             base = replace(self, preset=preset, limits=fitted, sampling=preset.sampling)
-        return replace(
-            base, limits=replace(base.limits, **limits), sampling=replace(base.sampling, **sampling)
-        )
+        return replace(base, limits=replace(base.limits, **limits), sampling=replace(base.sampling, **sampling))
 
     def provenance(self, seed: int, limits: Limits | None = None, sampling: Sampling | None = None) -> Provenance:
         """What a result with this seed depends on; None is what these settings say."""

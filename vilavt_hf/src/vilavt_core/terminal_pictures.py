@@ -28,8 +28,8 @@ _CELL = 8
 
 
 def way_of(environment: Mapping[str, str]) -> Way:
-    """How a terminal with these environment variables shows pictures. Inside tmux and screen, which swallow what they do
-    not know: half blocks.
+    """How a terminal with these environment variables shows pictures. Inside tmux and screen, which swallow what they
+    do not know: half blocks.
     """
     program, term = environment.get("TERM_PROGRAM", ""), environment.get("TERM", "")
     if "TMUX" in environment or term.startswith(("screen", "tmux")):

@@ -32,7 +32,8 @@ COLUMNS = 40
 def chat(
     model: options.Model,
     image: Annotated[
-        list[str] | None, typer.Option(help="Picture to begin with: a path, or a URL with --allow-urls. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Picture to begin with: a path, or a URL with --allow-urls. May be repeated."),
     ] = None,
     video: Annotated[list[str] | None, typer.Option(help="Video to begin with, likewise; after the pictures.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video, uniform in time. Default: 32.")] = None,
@@ -111,7 +112,9 @@ class Prompt:
         self.commands = {
             "/image": Command(self.image, "PATH", "show a picture with the next question"),
             "/video": Command(self.video, "PATH", "show the frames of a video with the next question"),
-            "/trace": Command(self.trace, "FILE", "write everything so far as a page, or as JSON if FILE ends in .json"),
+            "/trace": Command(
+                self.trace, "FILE", "write everything so far as a page, or as JSON if FILE ends in .json"
+            ),
             "/reset": Command(self.reset, "", "forget pictures, questions and answers"),
             "/help": Command(self.help, "", "this list"),
         }
@@ -259,5 +262,3 @@ def _history(file: Path | None) -> Iterator[None]:
                 file.chmod(0o600)
             except OSError as error:
                 typer.echo(f"vilavt chat: {file}: the history was not kept: {error.strerror}", err=True)
-
-

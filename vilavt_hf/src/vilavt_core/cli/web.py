@@ -20,7 +20,9 @@ USERS = "VILAVT_WEB_AUTH"
 def web(
     model: options.Model,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
-    host: Annotated[str, typer.Option(help="Address to serve on; any but this machine's own needs --auth.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; any but this machine's own needs --auth.")
+    ] = "127.0.0.1",
     auth: Annotated[
         str | None,
         typer.Option(metavar="FILE", help=f"Ask for a name and a password: one USER:PASSWORD a line; or set {USERS}."),
@@ -41,9 +43,7 @@ def web(
     """
     users = _users(auth, os.environ.get(USERS))
     if not users and not _is_loopback(host):
-        raise EngineError(
-            f"--host {host} lets everybody who reaches this machine ask, and sends pictures unprotected; add --auth FILE"
-        )
+        raise EngineError(f"--host {host} lets everybody who reaches this machine ask; add --auth FILE")
     if find_spec("gradio") is None:  # before the model is loaded, not after it
         raise EngineError('the web app needs gradio: pip install "vilavt-hf[web]"')
 

@@ -193,7 +193,11 @@ class _Settings:
         limits = {"max_turns": int(turns), "max_pixels": pixels}
         return Wishes(
             chosen,
-            {name: value for name, value in limits.items() if value is not None and value != getattr(told.limits, name)},
+            {
+                name: value
+                for name, value in limits.items()
+                if value is not None and value != getattr(told.limits, name)
+            },
             {} if temperature == told.sampling.temperature else {"temperature": temperature},
             int(seed or 0),
         )

@@ -20,6 +20,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 PARENT, CROP, THUMB = 900, 448, 256
 """Longest sides in pixels: of a picture with boxes on it, of a crop, of a picture beside its question."""
+LEAST_PARENT, LEAST_CROP = 224, 168
+"""Pixels that they are wide on the page at least; smaller ones are enlarged."""
 
 
 def question(text: str, given: Sequence[Given]) -> str:
@@ -41,7 +43,13 @@ def zoom(query: str, cuts: Sequence[Cut], dialogue: Dialogue) -> str:
         parents.setdefault((cut.parent, cut.given), []).append(cut)
     maps = [_map(parent, given, on_it, dialogue) for (parent, given), on_it in parents.items()]
     crops = [
-        {"index": cut.index, "colour": colour(cut.index), "url": data_url(cut.image, CROP), "size": cut.image.size}
+        {
+            "index": cut.index,
+            "colour": colour(cut.index),
+            "url": data_url(cut.image, CROP),
+            "size": cut.image.size,
+            "width": min(CROP, max(LEAST_CROP, cut.image.width)),
+        }
         for cut in cuts
     ]
     return _exhibit("zoom", query=query, maps=maps, crops=crops)
@@ -97,6 +105,7 @@ def _map(parent: int | None, given: int, cuts: Sequence[Cut], dialogue: Dialogue
     return {
         "label": source.label if parent is None else f"image {parent}",
         "url": data_url(image, PARENT),
+        "width": max(LEAST_PARENT, image.width),
         "boxes": [{"index": cut.index, "colour": colour(cut.index), "place": _percent(cut.box)} for cut in cuts],
     }
 
