@@ -293,11 +293,16 @@ def web(session: nox.Session) -> None:
     """The web app in a headless browser: Debian's Chromium where it is installed, else the one that Playwright brings;
     not in CI, because of the browser. What needs none (`tests/core/test_dialogue.py`, `test_talk.py`) is.
     """
-    _install(session, NEWEST, *TEST_TOOLS, "gradio>=6,<7", "playwright>=1.49", "openai>=1.50")
+    known = _known_good("web")  # of its own: Gradio wants an older pillow than all else here
+    session.install(TORCH, "numpy", *known)
+    host = (f"transformers=={NEWEST}", "./vilavt_hf[web,video,server]")
+    session.install(*host, *PYTEST, "playwright>=1.49", *known)
+    _compile(session)
     if shutil.which("chromium") is None:
         session.run("playwright", "install", "--with-deps", "chromium")
     session.env["HF_HUB_OFFLINE"] = "1"
     session.run("pytest", *(session.posargs or ["tests/web"]))
+    _record(session, "web")
 
 
 @nox.session

@@ -46,14 +46,20 @@ def open_page(browser):
     assert elsewhere == [], "the page asked another machine"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="session")
+def free_port():
+    """Gives ports that nobody listens on."""
+
+    def found() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return found
 
 
 @pytest.fixture(scope="module")
-def serve_app():
+def serve_app(free_port):
     """Serves the app over a backend: `serve_app(model, backend, **access)` gives its address."""
     pages = []
 

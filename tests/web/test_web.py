@@ -3,7 +3,11 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -277,10 +281,10 @@ def test_the_keyboard_is_enough(scripted, open_page, red):
     """Tab, Enter, typing: choosing a file, asking, stopping, asking again."""
     scripted.backend.pause, scripted.backend.words = 0.2, 1000
     page = open_page(scripted.url)
+    page.wait_for_function("document.activeElement.tagName == 'TEXTAREA'")  # where the page itself puts the focus
+    page.on("filechooser", lambda chooser: chooser.set_files(str(red)))  # long before: the browser is told in its time
     tab_to(page, "upload")
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files(str(red))
+    page.keyboard.press("Enter")
     page.locator("#question .thumbnail-item").wait_for()
     tab_to(page, "textarea")
     page.keyboard.type("what?")
@@ -381,3 +385,18 @@ def test_a_server_tells_no_pixels_and_its_crops_are_shown_all_the_same(stub_serv
     assert colour == [200, 0, 0]
     assert not any(isinstance(event, CropsEvent) and event.views for event in open_backend(stub_server.url).stream(
         [tmp_path / "corner.png"], "what?"))  # fmt: skip
+
+
+def test_the_command_serves_says_where_and_ends_with_ctrl_c(stub_server, free_port):
+    command = [sys.executable, "-c", "from vilavt_core.cli import main; main()", "web", "--model", stub_server.url]
+    port = str(free_port())
+    with subprocess.Popen([*command, "--port", port], stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        assert line.startswith(f"http://127.0.0.1:{port}/")
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).status == 200
+        taken = subprocess.run([*command, "--port", port], capture_output=True, text=True)
+        assert taken.returncode == 1
+        assert f"127.0.0.1:{port} cannot be served" in taken.stderr
+        assert "Traceback" not in taken.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0

@@ -16,6 +16,7 @@ from ..results import Provenance
 from ..shipped import shipped
 from ..sources import ImageSource, Video
 from ..video import SUFFIXES, VideoLimits
+from . import exhibits
 from .desk import Desk, Desks
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def build(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
             else:
                 taken = desk.put(value.get("text") or "", sources, wish)
             shown = gr.update(value=None if taken else {"text": value.get("text") or "", "files": []})
-            return shown, desk.thread, gr.update(interactive=taken)
+            waits = exhibits.thread([exhibits.remark("waits for its turn …")]) if taken else ""
+            return shown, desk.thread, waits, gr.update(interactive=taken)
 
         def answer(request: gr.Request) -> Iterator[Any]:
             desk = desks.of(str(request.session_hash))
@@ -144,7 +146,7 @@ def build(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         side_by_side = backend.concurrency if is_url(model) else 1  # a local engine is no thread's but one's
-        box.submit(put, [box, *wishes], [box, thread, stop], queue=False, **quiet).then(
+        box.submit(put, [box, *wishes], [box, thread, now, stop], queue=False, **quiet).then(
             answer, None, [thread, now, links, stop], concurrency_limit=side_by_side, trigger_mode="multiple", **quiet
         )
         stop.click(end, queue=False, **quiet)
