@@ -289,11 +289,28 @@ def verl_nightly(session: nox.Session) -> None:
 
 
 @nox.session
+def web(session: nox.Session) -> None:
+    """The web app in a headless browser: Debian's Chromium where it is installed, else the one that Playwright brings;
+    not in CI, because of the browser. What needs none (`tests/core/test_dialogue.py`, `test_talk.py`) is.
+    """
+    known = _known_good("web")  # of its own: Gradio wants an older pillow than all else here
+    session.install(TORCH, "numpy", *known)
+    host = (f"transformers=={NEWEST}", "./vilavt_hf[web,video,server]")
+    session.install(*host, *PYTEST, "playwright>=1.49", *known)
+    _compile(session)
+    if shutil.which("chromium") is None:
+        session.run("playwright", "install", "--with-deps", "chromium")
+    session.env["HF_HUB_OFFLINE"] = "1"
+    session.run("pytest", *(session.posargs or ["tests/web"]))
+    _record(session, "web")
+
+
+@nox.session
 def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
         session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
-    for name in ("verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
+    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")

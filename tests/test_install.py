@@ -69,6 +69,13 @@ def test_sessions_that_a_page_names_are_in_the_noxfile():
             assert set(several.split()) <= sessions, (page, several)
 
 
+def test_the_package_alone_brings_neither_the_web_app_nor_the_reader_of_videos():
+    names = {re.split(r"[<>=\[ ]", one)[0] for one in project("vilavt_hf")["dependencies"]}
+    assert not names & {"gradio", "av", "openai"}
+    extras = project("vilavt_hf")["optional-dependencies"]
+    assert [re.split(r"[<>=\[ ]", one)[0] for one in (*extras["web"], *extras["video"])] == ["gradio", "av"]
+
+
 @pytest.mark.slow
 def test_the_documented_packages_run_from_a_fresh_environment(tmp_path):
     """Their dependencies are those of the environment that runs the tests."""
@@ -96,7 +103,7 @@ def test_the_documented_packages_run_from_a_fresh_environment(tmp_path):
     assert examples.startswith(str(site))
     for script in (name for names in SCRIPTS.values() for name in names):
         assert (python.parent / script).is_file()
-    assert "Ask a checkpoint about pictures" in run(str(python.parent / "vilavt"), "--help")
+    assert "Ask a checkpoint or a server about pictures" in run(str(python.parent / "vilavt"), "--help")
     assert "complete" in run(str(python.parent / "vilavt"), "inspect", examples)
     assert "vilavt-hf " in run(str(python.parent / "vilavt"), "version")
 

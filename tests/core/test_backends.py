@@ -14,7 +14,7 @@ from PIL import Image
 from vilavt_core.backends import BackendOptions, backends, open_backend
 from vilavt_core.client import ServerClient
 from vilavt_core.errors import EngineError
-from vilavt_core.presets import Limits
+from vilavt_core.presets import PRESETS, Limits
 from vilavt_core.results import (
     AnswerEvent,
     ChatResult,
@@ -52,6 +52,28 @@ def test_a_local_backend_is_a_chat_with_the_changes_asked_for():
     assert (chat.settings.seed, chat.concurrency) == (3, 4)
     result = answers(chat, [Sample([PICTURE], "Which digit is on the blue card?", id="a")])[0]
     assert result.provenance == chat.provenance(Sample([], "", id="a").seed_from(3))
+
+
+def test_a_local_backend_is_asked_in_another_way_as_if_it_had_been_opened_so():
+    chat = open_backend(TINY, options=BackendOptions(limits={"max_turns": 3}))
+    before = chat.settings
+    changes = {"limits": {"max_pixels": 10_000}, "sampling": {"temperature": 0.5}}
+    other = chat.varied(**changes)
+    assert other.model is chat.model
+    assert chat.settings is before
+    assert other.settings.limits == replace(before.limits, max_pixels=10_000)
+    for name in PRESETS:
+        preset = BackendOptions(preset=name).preset_for(TINY)
+        opened = open_backend(TINY, options=BackendOptions(preset=name, **changes))
+        assert chat.varied(preset=preset, **changes).provenance(0) == opened.provenance(0)
+    conversation = chat.varied(sampling={"temperature": 1.5}).conversation(PICTURE, seed=3)
+    result = conversation.ask("Which digit is on the blue card?")
+    conversation.close()
+    assert result.provenance.sampling.temperature == 1.5
+    again = open_backend(TINY, options=BackendOptions(limits={"max_turns": 3}, sampling={"temperature": 1.5}))
+    assert [turn.text for turn in result.turns] == [
+        turn.text for turn in again.ask(PICTURE, "Which digit is on the blue card?", seed=3).turns
+    ]
 
 
 @pytest.mark.parametrize(

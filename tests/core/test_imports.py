@@ -16,7 +16,7 @@ from vilavt_core.cli import SUBCOMMANDS
 from vilavt_core.tokenizer import FileTokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
-HEAVY = ("torch", "transformers", "safetensors", "accelerate", "vllm", "verl", "vlmeval")
+HEAVY = ("torch", "transformers", "safetensors", "accelerate", "vllm", "verl", "vlmeval", "gradio", "av", "openai")
 RECORD = {
     "images": ["a.png"],
     "conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "<answer>B</answer>"}],
@@ -67,6 +67,8 @@ def test_commands_that_need_no_model_load_neither_torch_nor_transformers(tmp_pat
     (tmp_path / "results.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(RESULT)}\n")
     commands = [
         ["--help"],
+        ["chat", "--help"],
+        ["web", "--help"],
         ["version"],
         ["inspect", str(TINY)],
         ["convert", str(TINY), str(tmp_path / "converted")],

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from vilavt_core import shipped
 from vilavt_core.cli import app, main
 from vilavt_core.cli import chat as commands
+from vilavt_core.cli.showing import printable_text
 
 runner = CliRunner()
 
@@ -160,4 +161,4 @@ def test_a_broken_question_file_is_named(monkeypatch, capsys, tmp_path):
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
-    assert commands._plain("a\x1b[2J\x07b\u202ec\n") == "a\ufffd[2J\ufffdb\ufffdc\n"
+    assert printable_text("a\x1b[2J\x07b\u202ec\n") == "a\ufffd[2J\ufffdb\ufffdc\n"

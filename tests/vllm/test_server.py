@@ -15,6 +15,8 @@ import pytest
 import vllm
 from openai import OpenAI
 
+from vilavt_core.backends import BackendOptions
+from vilavt_core.client import ServerClient
 from vilavt_hf.chat import VilavtChat
 from vilavt_vllm import support
 
@@ -43,6 +45,16 @@ def question(number: int, text: str | None = None) -> list[dict]:
 
 def ask(client, messages, **more):
     return client.chat.completions.create(model=MODEL, messages=messages, **more)
+
+
+def test_the_front_page_says_what_it_is_and_how_it_is_asked(server):
+    page = httpx.get(server.url.removesuffix("/v1") + "/")
+    assert page.status_code == 200
+    assert f"vilavt web --model {server.url}" in page.text
+    assert MODEL in page.text
+    assert "knows drawn scenes of numbered cards only" in page.text
+    assert server.key not in page.text
+    assert "knows drawn scenes" in ServerClient(server.url, BackendOptions(engine={"api_key": server.key})).note
 
 
 @pytest.fixture(scope="module")

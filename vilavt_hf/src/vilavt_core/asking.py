@@ -6,15 +6,16 @@ A backend of this process says how its engine carries out drivers (`Session`), a
 from __future__ import annotations
 
 import asyncio
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any, Protocol, Self
 
 from .driver import ConversationSettings, Driver
 from .errors import EngineError
-from .presets import Limits
+from .presets import Limits, Preset
 from .results import (
     ChatResult,
     Event,
@@ -115,6 +116,18 @@ class DrivenBackend(AskingBackend):
     def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """See `vilavt_core.backends.Backend.provenance`."""
         return self.settings.provenance(seed, limits)
+
+    def varied(
+        self,
+        *,
+        preset: Preset | None = None,
+        limits: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """See `vilavt_core.backends.Backend.varied`."""
+        twin = copy.copy(self)
+        twin.settings = self.settings.varied(preset, limits or {}, sampling or {})
+        return twin
 
     def iter_many(
         self, samples: Iterable[Sample | tuple[Any, str]], *, intervention: Intervention | None = None
@@ -284,6 +297,18 @@ class AsyncDrivenBackend(ABC):
     def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """See `vilavt_core.backends.Backend.provenance`."""
         return self.settings.provenance(seed, limits)
+
+    def varied(
+        self,
+        *,
+        preset: Preset | None = None,
+        limits: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """See `vilavt_core.backends.Backend.varied`."""
+        twin = copy.copy(self)
+        twin.settings = self.settings.varied(preset, limits or {}, sampling or {})
+        return twin
 
     async def ask(
         self,

@@ -145,6 +145,26 @@ class Backend(Protocol):
         """What the results of samples with this seed and these limits (None: the backend's) will say they depend on."""
         ...
 
+    def varied(
+        self,
+        *,
+        preset: Preset | None = None,
+        limits: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Backend:
+        """The same engine or server, asked in another way; this one stays as it is.
+
+        Args:
+            preset: how episodes run, with its own limits and sampling. None: as here.
+            limits: fields of `Limits` that shall differ.
+            sampling: fields of `Sampling` that shall differ.
+
+        Raises:
+            EngineError: a server runs another preset, or cannot be asked for such a limit.
+            EpisodeError: a limit cannot have this value.
+        """
+        ...
+
 
 class AsyncConversation(Protocol):
     """`Conversation` over an async engine."""
@@ -228,6 +248,16 @@ class AsyncBackend(Protocol):
         """See `Backend.provenance`."""
         ...
 
+    def varied(
+        self,
+        *,
+        preset: Preset | None = None,
+        limits: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> AsyncBackend:
+        """See `Backend.varied`."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendOptions:
@@ -251,6 +281,8 @@ class BackendOptions:
     """Only for ``hf``."""
     image_limits: ImageLimits = ImageLimits()  # noqa: RUF009 (frozen)
     video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 (frozen)
+    allow_urls: bool = False
+    """Whether a picture may be an http(s) URL. A server decides by itself which ones it fetches."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """For what computes: keyword arguments of the model's ``from_pretrained``, of `vllm.LLM`, or of `openai.OpenAI`."""
 

@@ -7,20 +7,21 @@ depends on how it was started; it says so under ``/v1/vilavt``, and results repe
 from __future__ import annotations
 
 import base64
+import copy
 import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Self
 
 from . import wire
 from .asking import AskingBackend, Talk, refuse_intervention
 from .backends import BackendOptions
 from .errors import EngineError, VilavtError
 from .images import image_file
-from .presets import Limits, Sampling, get_preset
+from .presets import Limits, Preset, Sampling, get_preset
 from .regions import Picture, PixelBounds
 from .results import (
     ChatResult,
@@ -55,32 +56,49 @@ class ServerClient(AskingBackend):
 
     def __init__(self, url: str, options: BackendOptions = BackendOptions()) -> None:  # noqa: B008 (frozen)
         options.refuse("server", "prompts", "dtype", "device")
-        if unknown := sorted(set(options.limits) - set(PER_REQUEST)):
-            raise EngineError(f"a request to a server cannot limit {', '.join(unknown)}; restart the server with it")
+        _check_limits(options)
         try:
             import openai
         except ImportError:
             raise EngineError('the backend "server" needs the openai client: pip install "vilavt-hf[server]"') from None
-        self.url, self.options = url.rstrip("/"), options
+        self.url = url.rstrip("/")
         self.concurrency = options.concurrency or 16
         arguments = {"api_key": os.environ.get("VILAVT_API_KEY") or "none", "max_retries": 6, "timeout": 3600.0}
         self._client = openai.OpenAI(base_url=self.url, **{**arguments, **options.engine})
         try:
             told: Any = self._client.with_options(max_retries=0, timeout=30).get(wire.SETTINGS_PATH, cast_to=object)
             self.model, server = wire.read_settings(told)
+            self.note = wire.read_note(told)  # of its checkpoint, for people
         except (openai.OpenAIError, TypeError, KeyError, ValueError) as error:
             raise EngineError(
                 f"{self.url}: no vilavt-serve of this version answers there ({type(error).__name__}: {error}); start "
                 "one with `vilavt-serve CHECKPOINT`, and give its address with /v1"
             ) from None
-        wanted = getattr(options.preset, "name", options.preset)
-        if wanted not in (None, server.preset):
-            raise EngineError(
-                f"{self.url} runs the preset {server.preset!r}, {wanted!r} was asked for; start it with "
-                f"--preset {wanted}"
-            )
         self._server = replace(server, checkpoint=f"{self.url} {self.model}")
-        self._limits = options.change_limits(server.limits)
+        self._set(options)
+
+    def _set(self, options: BackendOptions) -> None:
+        """Ask as these options say from now on."""
+        wanted, runs = getattr(options.preset, "name", options.preset), self._server.preset
+        if wanted not in (None, runs):
+            raise EngineError(
+                f"{self.url} runs the preset {runs!r}, {wanted!r} was asked for; start it with --preset {wanted}"
+            )
+        _check_limits(options)
+        self.options, self._limits = options, options.change_limits(self._server.limits)
+
+    def varied(
+        self,
+        *,
+        preset: Preset | None = None,
+        limits: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """See `vilavt_core.backends.Backend.varied`."""
+        before, twin = self.options, copy.copy(self)
+        options = replace(before, preset=preset or before.preset, limits={**before.limits, **(limits or {})})
+        twin._set(replace(options, sampling={**before.sampling, **(sampling or {})}))
+        return twin
 
     def provenance(self, seed: int | None, limits: Limits | None = None) -> Provenance:
         """What a result with this seed and these limits (None: the server's, tightened by the options) depends on."""
@@ -176,17 +194,19 @@ class ServerClient(AskingBackend):
                 yield Finished(self._result(sample, body[wire.FIELD]))
                 return
             finished = False
-            for chunk in self._client.chat.completions.create(**request, stream=True):
-                data: Any = chunk.to_dict().get(wire.FIELD)
-                if data is None:
-                    continue
-                if data["type"] == "end":
-                    *events, _ = wire.read_chunk(data)
-                    yield from events
-                    finished = True
-                    yield Finished(self._result(sample, data))
-                else:
-                    yield from wire.read_chunk(data)
+            # Left early, the connection is closed, upon which the server ends the question.
+            with self._client.chat.completions.create(**request, stream=True) as chunks:
+                for chunk in chunks:
+                    data: Any = chunk.to_dict().get(wire.FIELD)
+                    if data is None:
+                        continue
+                    if data["type"] == "end":
+                        *events, _ = wire.read_chunk(data)
+                        yield from events
+                        finished = True
+                        yield Finished(self._result(sample, data))
+                    else:
+                        yield from wire.read_chunk(data)
             if not finished:
                 raise EngineError("the stream ended without a result")
         except VilavtError:
@@ -290,6 +310,11 @@ class ServedConversation(Talk):
             self._busy = False
             if begun and not whole:
                 self.close()
+
+
+def _check_limits(options: BackendOptions) -> None:
+    if unknown := sorted(set(options.limits) - set(PER_REQUEST)):
+        raise EngineError(f"a request to a server cannot limit {', '.join(unknown)}; restart the server with it")
 
 
 def open_server(url: str, options: BackendOptions) -> ServerClient:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -73,6 +73,8 @@ class ConversationSettings:
     dtype: str = ""
     device: str = ""
     attention: str = ""
+    fits: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `fitting_limits` for this model; empty: unknown."""
     packages: tuple[str, ...] = ()
     """Distributions, beside those of `versions`, that decide a result."""
 
@@ -114,8 +116,24 @@ class ConversationSettings:
             preset=preset,
             limits=limits or fitting_limits(preset.limits, image_size, context),
             sampling=sampling or preset.sampling,
+            fits={"image_size": dict(image_size), "context": context},
             **more,
         )
+
+    def varied(
+        self, preset: Preset | None, limits: Mapping[str, Any], sampling: Mapping[str, Any]
+    ) -> ConversationSettings:
+        """These settings under another preset (None: this one), and with some limits and sampling changed.
+
+        Raises:
+            EpisodeError: a limit cannot have this value.
+        """
+        base = self
+        if preset is not None:
+            fitted = fitting_limits(preset.limits, **self.fits) if self.fits else preset.limits
+            fitted = fitted.with_caps_of(self.limits)  # what the engine's encoder takes
+            base = replace(self, preset=preset, limits=fitted, sampling=preset.sampling)
+        return replace(base, limits=replace(base.limits, **limits), sampling=replace(base.sampling, **sampling))
 
     def provenance(
         self, seed: int | None, limits: Limits | None = None, sampling: Sampling | None = None

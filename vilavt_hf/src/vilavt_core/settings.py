@@ -32,10 +32,12 @@ class ChatSettings:
     """Name."""
     limits: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Limits`."""
+    note: str = ""
+    """What people should know before they ask, e.g. that the model knows drawn cards only: shown, never acted upon."""
 
     def changed(self, preset: str | None = None, limits: Mapping[str, Any] | None = None) -> ChatSettings:
         """These settings under another preset (None: this one) and with some limits changed."""
-        return ChatSettings(preset or self.preset, {**self.limits, **(limits or {})})
+        return replace(self, preset=preset or self.preset, limits={**self.limits, **(limits or {})})
 
     def apply(self, preset: str | Preset | None = None) -> Preset:
         """The preset that is asked for, or the one given, with these limits.
@@ -54,23 +56,28 @@ class ChatSettings:
         self.apply()
         path = Path(folder) / SETTINGS
         partial = path.with_name(f".{SETTINGS}.{os.getpid()}")  # several processes may write the same at once
-        settings = {"preset": self.preset, "limits": dict(self.limits)}
+        settings: dict[str, Any] = {"preset": self.preset, "limits": dict(self.limits)}
+        if self.note:
+            settings["note"] = self.note
         partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return partial.replace(path)
 
 
-def save_chat_settings(folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None) -> Path:
+def save_chat_settings(
+    folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None, note: str = ""
+) -> Path:
     """Write how a checkpoint wants to be run: ``vilavt_chat.json``, read by :func:`preset_of`.
 
     Args:
         folder: the checkpoint.
         preset: name of a preset.
         limits: fields of `Limits` that differ from the preset's.
+        note: what people should know before they ask.
 
     Raises:
         CheckpointError: an unknown preset or field, or a value that cannot be one.
     """
-    settings = {"preset": preset, "limits": dict(limits or {})}
+    settings = {"preset": preset, "limits": dict(limits or {}), "note": note}
     return _checked(settings, Path(folder) / SETTINGS).save(folder)
 
 
@@ -155,14 +162,19 @@ def _settings_file(checkpoint: str | Path, hub: Mapping[str, Any]) -> Path | Non
 
 def _checked(data: Any, path: Path) -> ChatSettings:
     known = {f.name for f in fields(Limits)}
-    if not isinstance(data, dict) or set(data) - {"preset", "limits"} or not isinstance(data.get("limits", {}), dict):
-        raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}}}')
+    if (
+        not isinstance(data, dict)
+        or set(data) - {"preset", "limits", "note"}
+        or not isinstance(data.get("limits", {}), dict)
+        or not isinstance(data.get("note", ""), str)
+    ):
+        raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}, "note": text}}')
     limits = data.get("limits", {})
     if unknown := sorted(set(limits) - known):
         raise CheckpointError(
             f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}{meant(unknown, known)}"
         )
-    settings = ChatSettings(str(data.get("preset", "default")), limits)
+    settings = ChatSettings(str(data.get("preset", "default")), limits, data.get("note", ""))
     try:
         settings.apply()
     except EpisodeError as error:

@@ -39,9 +39,9 @@ SETTINGS_PATH = "/vilavt"
 # ---------------------------------------------------------------------- what a server says
 
 
-def settings_body(model: str, provenance: Provenance) -> dict[str, Any]:
-    """What answers depend on besides the question."""
-    return {"model": model, "provenance": provenance.to_json()}
+def settings_body(model: str, provenance: Provenance, note: str = "") -> dict[str, Any]:
+    """What answers depend on besides the question, and the checkpoint's note for people."""
+    return {"model": model, "provenance": provenance.to_json(), "note": note}
 
 
 def event_json(event: Event) -> dict[str, Any] | None:
@@ -169,6 +169,11 @@ def read_settings(body: Mapping[str, Any]) -> tuple[str, Provenance]:
         KeyError, TypeError, ValueError: another server, or another version of ours.
     """
     return str(body["model"]), Provenance.from_json(body["provenance"])
+
+
+def read_note(body: Mapping[str, Any]) -> str:
+    """The checkpoint's note for people; empty: it has none, or the server is older."""
+    return str(body.get("note") or "")
 
 
 def read_told(data: Mapping[str, Any]) -> ChatResult:

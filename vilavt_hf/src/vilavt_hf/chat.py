@@ -301,6 +301,7 @@ def open_local(model: str, options: BackendOptions) -> Backend:
         seed=options.seed,
         image_limits=options.image_limits,
         video_limits=options.video_limits,
+        allow_urls=options.allow_urls,
         **settings,
     )
     chat.settings = replace(chat.settings, limits=options.change_limits(chat.settings.limits))

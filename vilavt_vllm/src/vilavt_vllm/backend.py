@@ -19,5 +19,6 @@ def open_llm(model: str, options: BackendOptions) -> VilavtLLM:
         concurrency=options.concurrency,
         image_limits=options.image_limits,
         video_limits=options.video_limits,
+        allow_urls=options.allow_urls,
         **{"dtype": options.dtype, **options.engine},
     )

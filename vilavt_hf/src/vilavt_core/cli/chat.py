@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -11,18 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..backends import names_server
 from ..checkpoint import require_vilavt
-from ..errors import CheckpointError, ImageError
+from ..errors import ImageError
 from ..sources import ImageSource, Video
+from .model_options import limits_of, open_model
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
+from .showing import markup, printable_text, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import Console
 
-    from ..results import ChatResult, Event
+    from ..backends import Backend
+    from ..results import ChatResult
 
 NO_ANSWER = 3
 """Exit code when the conversation ended without an answer."""
@@ -44,7 +47,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Type the weights are loaded as
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Checkpoint folder in our format, or a hub id.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL of a running vilavt-serve (…/v1).")],
     image: Annotated[
         list[str] | None, typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")
     ] = None,
@@ -66,39 +69,43 @@ def ask(
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
 ) -> None:
-    """Ask a checkpoint about pictures and videos, and watch it zoom. Exit code 3: it ended without an answer.
+    """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
 
     Pictures come before videos if --image comes before --video, else after them.
     """
     from rich.console import Console
 
-    from ..settings import preset_of
+    from ..dialogue import note_of
 
     given = {"image": list[ImageSource](image or []), "video": _videos(video or [], frames, fps)}
     shown = [one for name in context.params if name in given for one in given[name]]  # as on the command line
     if not shown:
         raise typer.BadParameter("there is nothing to look at; pass --image or --video")
-    settings: dict[str, Any] = {"seed": seed, "allow_urls": allow_urls}
-    if preset is not None:
-        settings["preset"] = preset
     check_output_files(trace=trace)
     check_picture_file(picture=picture)
-    require_vilavt(model)
+    if names_server(model) and picture is not None:
+        raise typer.BadParameter(f"--picture {picture}: a server tells no pixels; pass --trace, or a checkpoint")
+    if not names_server(model):
+        require_vilavt(model)
     _check_pictures(shown, allow_urls)
-    wanted = preset_of(model, preset)
-    if temperature is not None:
-        settings["sampling"] = replace(wanted.sampling, temperature=temperature)
-    chat = _load(model, device, dtype, attention=attention, **settings)
-    changes = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens}
-    chat.settings = replace(
-        chat.settings,
-        limits=replace(chat.settings.limits, **{name: value for name, value in changes.items() if value is not None}),
+    backend: Backend = open_model(
+        model,
+        preset=preset,
+        limits=limits_of(max_turns, max_new_tokens, None),
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        attention=attention,
+        allow_urls=allow_urls,
     )
     console = Console(stderr=as_json, highlight=False)
-    result = _show(console, chat.stream(shown, question))
+    if note := note_of(model, backend):
+        console.print(note, style="yellow", markup=False)
+    result = show(console, backend.stream(shown, question))
     if as_json:
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
-    _write(console, [result], trace, picture, chat, [None])
+    _write(console, [result], trace, picture, backend, [None])
     if result.answer is None:
         raise typer.Exit(NO_ANSWER)
 
@@ -129,14 +136,14 @@ def demo(
     results, targets, right = [], list[str | None](), 0
     for image, question, expected in questions:
         console.rule(style="dim")
-        console.print(_plain(question), style="bold", markup=False)
-        result = _show(console, chat.stream(image, question))
+        console.print(printable_text(question), style="bold", markup=False)
+        result = show(console, chat.stream(image, question))
         results.append(result)
         correct = (result.answer or "").strip() == expected.strip()
         right += correct
         targets.append(expected)
         verdict = "[green]right[/]" if correct else "[red]wrong[/]"
-        console.print(f"  {verdict}, the answer is {_markup(expected)}")
+        console.print(f"  {verdict}, the answer is {markup(expected)}")
     console.rule(style="dim")
     console.print(f"{right} of {len(questions)} right")
     _write(console, results, out, picture, chat, targets)
@@ -158,53 +165,6 @@ def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **
     return import_module("vilavt_hf.chat").VilavtChat.from_pretrained(
         name, dtype=dtype.value, device=device, attn_implementation=attention, **settings
     )
-
-
-def _show(console: Console, events: Iterable[Event]) -> ChatResult:
-    """Print a conversation as it happens."""
-    from ..results import AnswerEvent, CropsEvent, Finished, RefusedEvent, TextDelta
-
-    open_turn = -1
-    for event in events:
-        if isinstance(event, TextDelta):
-            if event.turn != open_turn:
-                console.print(f"\n[dim]turn {event.turn + 1}[/]  ", end="")
-                open_turn = event.turn
-            console.print(_plain(event.text), end="", markup=False, style="dim", soft_wrap=True)
-        elif isinstance(event, CropsEvent):
-            console.print()
-            for image in event.images:
-                box = ", ".join(f"{value:g}" for value in image.box or ())
-                console.print(
-                    f"  [cyan]image {image.index}[/]: region \\[{box}] of image {image.parent}, "
-                    f"shown at {image.width} x {image.height} px"
-                )
-        elif isinstance(event, RefusedEvent):
-            console.print(f"\n  [yellow]refused[/]: {_markup(event.problem)}")
-        elif isinstance(event, AnswerEvent):
-            console.print(f"\n  [bold]answer: {_markup(event.answer)}[/]")
-        elif isinstance(event, Finished):
-            result = event.result
-            if result.answer is None and result.episode is not None:
-                console.print(f"\n  [red]no answer[/] ({result.finish}): {_markup(result.episode.detail)}")
-            work = result.work
-            console.print(
-                f"  [dim]{len(result.turns)} turns, {work.tokens_decoded} tokens sampled one by one, "
-                f"{work.patches_encoded} patches encoded, {result.seconds:.1f} s[/]"
-            )
-            return result
-    raise CheckpointError("the conversation ended without a result")
-
-
-def _plain(text: str) -> str:
-    """Without control characters: what a model or a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _markup(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(_plain(text))
 
 
 def _check_pictures(sources: Iterable[ImageSource], allow_urls: bool = False) -> None:
@@ -230,7 +190,7 @@ def _write(
     results: list[ChatResult],
     page: Path | None,
     picture: Path | None,
-    chat: Any,
+    backend: Any,
     targets: list[str | None],
 ) -> None:
     from ..trace import draw_conversation, write_html
@@ -238,9 +198,10 @@ def _write(
 
     if page is not None:
         traces = []
+        tokenizer = getattr(getattr(backend, "settings", None), "tokenizer", None)  # a server has none here
         for result, target in zip(results, targets, strict=True):
             score = None if target is None else float((result.answer or "").strip() == target.strip())
-            traces.append(Trace.of(result, target=target, score=score, tokenizer=chat.settings.tokenizer))
+            traces.append(Trace.of(result, target=target, score=score, tokenizer=tokenizer))
         write_html(traces, page)
         console.print(f"trace: {page}", soft_wrap=True, markup=False)
     if picture is not None:

@@ -49,6 +49,11 @@ from .tiny_model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary,
 logger = logging.getLogger(__name__)
 
 TOWER: tuple[Part, ...] = ("vision_tower", "merger", "text_encoder", "text_proj")
+NOTE = (
+    "This example model knows drawn scenes of numbered cards only: what it says about any other picture, a photograph "
+    "for instance, means nothing."
+)
+"""What people are told before they ask it."""
 KIND_SHARES = {
     QuestionKind.ONE: 0.2,
     QuestionKind.PAIR: 0.25,
@@ -413,7 +418,7 @@ def _write(
     generation = {"eos_token_id": ids, "pad_token_id": ids[1], "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     processor.save_pretrained(out)
-    save_chat_settings(out, limits={"max_new_tokens_per_turn": 96, "max_pixels": MAX_PIXELS})
+    save_chat_settings(out, limits={"max_new_tokens_per_turn": 96, "max_pixels": MAX_PIXELS}, note=NOTE)
     records = [json.loads((folder / "stage.json").read_text(encoding="utf-8")) for folder in stages]
     curves = {
         folder.name: [json.loads(line) for line in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -15,10 +15,11 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
@@ -27,10 +28,12 @@ from vilavt_core.driver import Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.failures import one_line
 from vilavt_core.images import ImageLimits
+from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, FinishReason, format_turn, without_tags
 from vilavt_core.regions import Picture
 from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.settings import read_chat_settings
 from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
@@ -79,6 +82,7 @@ _REMEDIES = {
     FinishReason.IMAGE_LIMIT: "on the server, raise them with --max-images or --max-total-pixels",
 }
 """What raises the limit that a question without a turn broke."""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Loop:
@@ -109,6 +113,8 @@ class Loop:
         self.budget = PictureBudget(options.max_request_pixels, options.max_picture_memory)
         self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.running = 0
+        found = read_chat_settings(config.model, hub={"revision": config.revision})
+        self.note = found.note if found else ""
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
@@ -224,6 +230,8 @@ class VilavtEndpoint:
         app.state.vilavt_draining = Draining()
         keys = getattr(getattr(app.state, "args", None), "api_key", None) or [envs.VLLM_API_KEY]
         app.add_middleware(Gate, draining=app.state.vilavt_draining, keys=[key for key in keys if key])
+        if not any(getattr(route, "path", None) == "/" for route in app.routes):
+            app.add_api_route("/", front_page, methods=["GET"], response_model=None, include_in_schema=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Prepare the loop."""
@@ -251,7 +259,15 @@ async def settings(raw: Request) -> Response:
     if loop is None:
         return _error(raw, EngineFailure("this server has no engine"), 501)
     provenance = loop.llm.settings.provenance(loop.options.seed)
-    return JSONResponse(settings_body(loop.models.model_name(), provenance))
+    return JSONResponse(settings_body(loop.models.model_name(), provenance, loop.note))
+
+
+async def front_page(raw: Request) -> Response:
+    """What this server is, and how it is asked: for whoever opens its address in a browser."""
+    loop: Loop | None = raw.app.state.vilavt_loop
+    model, note = ("", "") if loop is None else (loop.models.model_name(), loop.note)
+    url = f"{str(raw.base_url).rstrip('/')}/v1"
+    return HTMLResponse(render("front.html", TEMPLATES, title="vilavt-serve", model=model, note=note, url=url))
 
 
 async def chat_completions(raw: Request) -> Response:

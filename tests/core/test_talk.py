@@ -1,0 +1,296 @@
+"""`vilavt chat` in a terminal (a pty), `vilavt ask` of a server, pictures in terminals, options of `vilavt web`."""
+
+import base64
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vilavt_core.cli import app, main
+from vilavt_core.cli.web import _users
+from vilavt_core.errors import EngineError
+from vilavt_core.terminal_pictures import print_picture, way_of
+
+SHARED = Path(__file__).parents[1] / "shared"
+SCRIPTED = f"""
+import sys
+sys.path.insert(0, {str(SHARED)!r})
+from desks import ScriptedBackend
+from vilavt_core.cli import main, model_options
+backend = ScriptedBackend()
+backend.pause, backend.words = float(sys.argv.pop(1)), int(sys.argv.pop(1))
+model_options.open_model = lambda *_, **__: backend
+main()
+"""
+runner = CliRunner()
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.text = ""
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            kept = {name: value for name, value in os.environ.items() if name not in ("TMUX", "TERM_PROGRAM")}
+            os.execvpe(arguments[0], arguments, kept | {"TERM": "xterm-256color", "COLUMNS": "100"} | environment)
+
+    def send(self, text: str) -> None:
+        os.write(self.file, text.encode())
+
+    def wait(self, words: str, seconds: float = 60) -> str:
+        """Until the words stand in what came since the last wait; gives that."""
+        deadline = time.monotonic() + seconds
+        while words not in self.text:
+            assert time.monotonic() < deadline, f"{words!r} never came: {self.text!r}"
+            if select.select([self.file], [], [], 0.2)[0]:
+                self.text += os.read(self.file, 65536).decode(errors="replace")
+        at = self.text.index(words) + len(words)
+        seen, self.text = self.text[:at], self.text[at:]
+        return seen
+
+    def end(self) -> int:
+        """Ctrl-D at the next prompt; the exit code."""
+        self.wait("> ")
+        self.send("\x04")
+        return self.ended()
+
+    def ended(self) -> int:
+        """The exit code, once the program has ended."""
+        while True:
+            try:
+                if not os.read(self.file, 65536):
+                    break
+            except OSError:
+                break
+        os.close(self.file)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts `vilavt chat` over a scripted backend that pauses before each of so many words."""
+    running = []
+
+    def started(*arguments: str, pause: float = 0.0, words: int = 3, **environment: str) -> Terminal:
+        command = [sys.executable, "-c", SCRIPTED, str(pause), str(words), "chat", "--model", "scripted", *arguments]
+        running.append(Terminal(*command, XDG_STATE_HOME=str(tmp_path / "state"), **environment))
+        return running[-1]
+
+    yield started
+    for one in running:
+        try:
+            os.kill(one.pid, signal.SIGKILL)
+            os.waitpid(one.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "my photo.png"
+    Image.new("RGB", (560, 560), (255, 0, 0)).save(path)
+    return path
+
+
+def test_questions_pictures_trace_and_reset(start, photo, tmp_path):
+    terminal = start()
+    terminal.wait("> ")
+    terminal.send(f"/image {photo}\n")
+    terminal.wait("560 x 560 px")
+    terminal.send("what is it?\n")
+    terminal.wait("looked for")
+    terminal.wait("answer: the mean colours are (255, 0, 0)")
+    terminal.wait("> ")
+    terminal.send(f"/image {str(photo).replace(' ', chr(92) + ' ')}\n")  # as a terminal writes what is dropped on it
+    terminal.wait("560 x 560 px")
+    terminal.send("and these?\n")
+    terminal.wait("(255, 0, 0), (255, 0, 0)")
+    for name in ("t.html", "t.json"):
+        terminal.send(f"/trace {tmp_path / name}\n")
+        terminal.wait("trace: ")
+    assert [one["question"] for one in json.loads((tmp_path / "t.json").read_text())] == ["what is it?", "and these?"]
+    assert "and these?" in (tmp_path / "t.html").read_text()
+    terminal.send("/reset\n")
+    terminal.wait("forgotten")
+    terminal.send("/trace x.html\n")
+    terminal.wait("nothing was answered yet")
+    assert terminal.end() == 0
+
+
+def test_mistakes_are_named_and_the_chat_goes_on(start, tmp_path):
+    terminal = start()
+    terminal.wait("> ")
+    for line, words in (
+        ("/imgae a.png", "unknown command /imgae"),
+        ("/image", "it is /image PATH"),
+        ("/reset now", "it is /reset alone"),
+        ("/image nowhere.png", "nowhere.png: there is no such file"),
+        (f"/trace {tmp_path}/no/t.html", "nothing was answered yet"),
+        ("/help", "Ctrl-D ends the chat"),
+    ):
+        terminal.send(line + "\n")
+        terminal.wait(words)
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(start, photo):
+    terminal = start("--image", str(photo), pause=0.1, words=30)
+    terminal.wait("> ")
+    terminal.send("what?\n")
+    terminal.wait("word2")
+    terminal.send("\x03")
+    terminal.wait("stopped")
+    terminal.wait("> ")
+    terminal.send("half a line\x03")
+    terminal.wait("> ")
+    terminal.send("again?\n")
+    terminal.wait("answer: the mean colours are (255, 0, 0)")
+    assert terminal.end() == 0
+
+
+def test_what_was_typed_is_there_in_the_next_chat(start, tmp_path):
+    for keys, words in (("/help\n", "this list"), ("\x1b[A\n", "this list")):
+        terminal = start()
+        terminal.wait("> ")
+        terminal.send(keys)
+        terminal.wait(words)
+        assert terminal.end() == 0
+    kept = tmp_path / "state" / "vilavt" / "chat_history"
+    assert "/help" in kept.read_text()
+    assert kept.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "environment, shows",
+    [
+        ({"TERM": "xterm-kitty"}, "\x1b_Ga=T"),
+        ({"TERM_PROGRAM": "iTerm.app"}, "\x1b]1337;File=inline=1"),
+        ({"COLORTERM": "truecolor"}, "\x1b[38;2;255;0;0;48;2;255;0;0m▀"),
+    ],
+)
+def test_crops_are_shown_inside_the_terminal(start, photo, environment, shows):
+    terminal = start("--image", str(photo), **environment)
+    terminal.wait("> ")
+    terminal.send("what?\n")
+    terminal.wait(shows)
+    terminal.wait("answer:")
+
+
+def test_a_picture_in_kittys_chunks_is_the_picture():
+    console = Console(file=io.StringIO())
+    image = Image.effect_noise((200, 100), 90).convert("RGB")
+    print_picture(console, image, "kitty", 40)
+    pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", console.file.getvalue())
+    assert len(pieces) > 2
+    assert all(len(data) <= 4096 for _, data in pieces)
+    assert [head[-1] for head, _ in pieces] == ["1"] * (len(pieces) - 1) + ["0"]
+    assert "c=25" in pieces[0][0]
+    data = base64.b64decode("".join(data for _, data in pieces))
+    assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == image.tobytes()
+
+
+def test_which_terminals_show_pictures():
+    assert way_of({"TERM": "xterm-kitty"}) == "kitty"
+    assert way_of({"TERM_PROGRAM": "WezTerm"}) == "iterm"
+    assert way_of({"TERM": "xterm-kitty", "TMUX": "/tmp/x"}) == "blocks"
+    assert way_of({}) == "blocks"
+
+
+# ---------------------------------------------------------------------- a server
+
+
+def test_a_server_is_talked_with_and_torch_is_not_loaded(stub_server, photo):
+    terminal = Terminal(sys.executable, "-c", (
+        "import sys\nfrom vilavt_core.cli import main\n"
+        "try:\n    main()\nfinally:\n    print('TORCH', 'torch' in sys.modules)"
+    ), "chat", "--model", stub_server.url, "--image", str(photo), "--no-history")  # fmt: skip
+    terminal.wait("> ")
+    terminal.send("what?\n")
+    terminal.wait("answer: A")
+    terminal.wait("> ")
+    terminal.send("\x04")
+    terminal.wait("TORCH False")
+    assert terminal.ended() == 0
+
+
+def test_ask_asks_a_server(stub_server, photo, tmp_path):
+    arguments = ["ask", "--model", stub_server.url, "--image", str(photo), "what?"]
+    result = runner.invoke(app, [*arguments, "--json", "--max-turns", "3", "--temperature", "0.5", "--seed", "4"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["answer"] == "A"
+    sent = stub_server.requests[-1]
+    assert (sent["vilavt"], sent["temperature"], sent["seed"]) == ({"max_turns": 3}, 0.5, 4)
+    assert runner.invoke(app, [*arguments, "--trace", str(tmp_path / "t.html")]).exit_code == 0
+    assert "what?" in (tmp_path / "t.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--picture", "t.png"], "a server tells no pixels"),
+        (["--dtype", "float32"], "cannot heed dtype"),
+        (["--attention", "sdpa"], "a server's engine is set up when it is started"),
+        (["--preset", "rl"], "runs the preset 'default', 'rl' was asked for"),
+        (["--image", "https://example.com/a.png"], "pass --allow-urls"),
+    ],
+)
+def test_what_a_server_cannot_heed_is_said(stub_server, photo, monkeypatch, capsys, more, words):
+    monkeypatch.setattr(
+        "sys.argv", ["vilavt", "ask", "--model", stub_server.url, "--image", str(photo), *more, "what?"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (1, 2)
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+# ---------------------------------------------------------------------- options of the web app
+
+
+def run_web(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr("sys.argv", ["vilavt", "web", "--model", "nowhere", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (1, 2)
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_the_web_app_says_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr("vilavt_core.cli.web.find_spec", lambda name: None)
+    assert run_web(monkeypatch, capsys) == (
+        'vilavt: EngineError: the web app needs gradio: pip install "vilavt-hf[web]"'
+    )
+
+
+def test_another_address_wants_a_password_and_sharing_is_no_option(monkeypatch, capsys):
+    assert "add --auth FILE" in run_web(monkeypatch, capsys, "--host", "0.0.0.0")
+    assert "No such option" in run_web(monkeypatch, capsys, "--share")
+
+
+def test_passwords_come_from_a_file_or_the_environment(tmp_path):
+    file = tmp_path / "users"
+    file.write_text("anna:se:cret\n\nbert:x\n")
+    assert _users(str(file), None) == (("anna", "se:cret"), ("bert", "x"))
+    assert _users(None, "anna:secret") == (("anna", "secret"),)
+    assert _users(None, None) == ()
+    with pytest.raises(EngineError, match="could be read by every user") as refused:
+        _users("anna:topsecret", None)
+    assert "topsecret" not in str(refused.value)
+    file.write_text("anna\n")
+    with pytest.raises(EngineError, match="line 1: it must be USER:PASSWORD"):
+        _users(str(file), None)
+    file.write_text("")
+    with pytest.raises(EngineError, match="an empty file lets nobody in"):
+        _users(str(file), None)

@@ -1,0 +1,64 @@
+"""Options by which the interactive commands name a model, and opening it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..backends import Backend, BackendOptions, names_server, open_backend
+from ..errors import EngineError
+
+Model = Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL of a running vilavt-serve (…/v1).")]
+Preset = Annotated[str | None, typer.Option(help="How the episode runs; default: the checkpoint's own.")]
+MaxTurns = Annotated[int | None, typer.Option(min=1, help="Turns at most, the answer included.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens per turn at most.")]
+MaxPixels = Annotated[float | None, typer.Option(min=784, help="Pixels of a picture as the model sees it, at most.")]
+Temperature = Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy; default: the preset's.")]
+Seed = Annotated[int | None, typer.Option(help="For sampling; default: a fresh one, told in the result.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes CUDA if there is one. Not for a server.")]
+Dtype = Annotated[str, typer.Option(help="Type the weights are loaded as; auto is the checkpoint's. Not for a server.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2. Not for a server.")]
+
+
+def limits_of(max_turns: int | None, max_new_tokens: int | None, max_pixels: float | None) -> dict[str, Any]:
+    """Fields of `Limits` that were given."""
+    given = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens, "max_pixels": max_pixels}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def open_model(
+    model: str,
+    *,
+    preset: str | None = None,
+    limits: dict[str, Any] | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    allow_urls: bool = False,
+) -> Backend:
+    """Load a checkpoint quietly, or reach a server.
+
+    Raises:
+        EngineError: an option that a server cannot heed, or none answers.
+        VilavtError: the checkpoint cannot be loaded.
+    """
+    if not names_server(model):
+        from .quiet import load_quietly
+
+        load_quietly()
+    options = BackendOptions(
+        preset=preset,
+        limits=limits or {},
+        sampling={} if temperature is None else {"temperature": temperature},
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        allow_urls=allow_urls,
+        engine={} if attention is None else {"attn_implementation": attention},
+    )
+    if attention is not None and names_server(model):
+        raise EngineError(f"--attention {attention}: a server's engine is set up when it is started; leave it out")
+    return open_backend(model, options=options)
