@@ -46,7 +46,7 @@ def write_results(path: Path, answers: dict[str, str], **more) -> Path:
     lines = []
     for key, answer in answers.items():
         record = {"images": ["a.png"], "question": "Which?"} | more
-        question = Question(key, record, (path.parent / "a.png",), "Which?", "multiple choice", (), "A", None)
+        question = Question(key, record, (path.parent / "a.png",), (), "Which?", "multiple choice", (), "A", None)
         lines.append(json.dumps(row_of(question, result(answer=answer))))
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
@@ -270,7 +270,7 @@ def test_folders_are_read_and_what_is_no_conversation_in_them_is_left_out(tmp_pa
 
 def test_failed_questions_are_shown_with_their_error(tmp_path):
     failed = replace(result(), episode=None, error=ValueError("boom"))
-    question = Question("x", {"images": ["a.png"]}, (), "Which?", "multiple choice", (), "A", None)
+    question = Question("x", {"images": ["a.png"]}, (), (), "Which?", "multiple choice", (), "A", None)
     (tmp_path / "r.jsonl").write_text(json.dumps(row_of(question, failed)) + "\n")
     out = shown([tmp_path / "r.jsonl"], tmp_path / "out")
     assert "ValueError: boom" in (out / "pages/00001.html").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ Place = Literal["inside", "beside"]
 
 
 def render(
-    template: str, folder: Path | None = None, *, script: str = "", pictures: Place = "inside", **values: Any
+    template: str, folder: Path | None = None, *, script: str = "", pictures_at: Place = "inside", **values: Any
 ) -> Markup:
     """Fill a template in.
 
@@ -32,7 +32,7 @@ def render(
         template: its file name.
         folder: where it is, besides `TEMPLATES`, which it may extend and include.
         script: file name of the only script that the page may run, put into it; empty: it runs none.
-        pictures: where the page may have its pictures.
+        pictures_at: where the page may have its pictures.
         values: what it shows. Text is escaped; only what `render` has returned stands as it is.
 
     Returns:
@@ -42,16 +42,16 @@ def render(
 
     environment = _environment(folder)
     source = environment.loader.get_source(environment, script)[0] if script and environment.loader else ""
-    head = {"policy": policy(source, pictures), "script": Markup(source)}
+    head = {"policy": policy(source, pictures_at), "script": Markup(source)}
     text = environment.get_template(template).render(head | values)
     # A result file can hold lone surrogates, which cannot be written as UTF-8.
     return Markup(text.encode("utf-8", "replace").decode())
 
 
-def policy(script: str, pictures: Place) -> str:
+def policy(script: str, pictures_at: Place) -> str:
     """The Content-Security-Policy of a page: nothing from elsewhere, and only this script, known by its hash."""
     allowed = ["default-src 'none'", "style-src 'unsafe-inline'", "base-uri 'none'", "form-action 'none'"]
-    allowed.append("img-src data:" if pictures == "inside" else "img-src 'self' file: data:")
+    allowed.append("img-src data:" if pictures_at == "inside" else "img-src 'self' file: data:")
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         allowed.append(f"script-src 'sha256-{digest}'")

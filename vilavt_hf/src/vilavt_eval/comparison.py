@@ -267,7 +267,7 @@ def write_side_by_side(
         "side_by_side.html",
         TEMPLATES,
         script=SCRIPT,
-        pictures="beside",
+        pictures_at="beside",
         title=f"{comparison.first} against {comparison.second}",
         summary=summary,
         questions=questions,
