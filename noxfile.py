@@ -243,7 +243,7 @@ def _install_verl_and_vllm(session: nox.Session) -> None:
     """verl and the newest vLLM that takes the same transformers, with our packages, on the CPU."""
     known = _known_good("verl-vllm")
     session.install(TORCH, "numpy", *known)
-    tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling>=1.26", "openai", "editables", "av>=14")
+    tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling>=1.26", "openai", "editables")
     session.install(*VERL, VERLS_VLLM, TORCHVISION, *tools, *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     session.install("./vilavt_hf[tiny,math,video]", *known)
