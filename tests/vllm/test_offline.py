@@ -50,7 +50,10 @@ def answered(llm, samples):
 
 def test_limits_come_from_the_checkpoint_and_fit_the_engine(llm, chat):
     assert chat.settings.limits.max_images > 32  # what this engine allows (conftest.py)
-    assert llm.settings.limits == replace(chat.settings.limits, max_images=32)
+    own = replace(llm.settings.limits, max_inquiry_images=None, max_inquiry_pixels=None)
+    assert own == replace(chat.settings.limits, max_images=32)
+    assert llm.settings.limits.max_inquiry_images == 16  # what its encoder takes, which decides the pixels too
+    assert llm.settings.limits.max_inquiry_pixels > llm.settings.limits.max_pixels
     assert llm.settings.limits.max_context == 4096
     assert llm.settings.preset == chat.settings.preset
 

@@ -48,7 +48,7 @@ def ask(client, messages, **more):
 
 
 def test_the_front_page_says_what_it_is_and_how_it_is_asked(server):
-    page = httpx.get(server.url.removesuffix("/v1") + "/")
+    page = httpx.get(server.url.removesuffix("/v1") + "/", headers={"Authorization": f"Bearer {server.key}"})
     assert page.status_code == 200
     assert f"vilavt web --model {server.url}" in page.text
     assert MODEL in page.text

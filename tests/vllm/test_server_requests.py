@@ -265,7 +265,7 @@ LIMITS = ImageLimits()
 def load(url: str, limits: ImageLimits = LIMITS, **allowed):
     config = SimpleNamespace(**{"allowed_local_media_path": "", "allowed_media_domains": None, **allowed})
     pictures = Pictures(config, limits, "strict", max_bytes=10**9)
-    return asyncio.run(pictures.load([url], PictureBudget(10**9, 10**10).reservation()))[url]
+    return asyncio.run(pictures.decode([url], PictureBudget(10**9, 10**10).reservation()))[url]
 
 
 def test_pictures_come_from_data_urls_and_from_allowed_folders_only():
