@@ -221,6 +221,7 @@ def hf_newest(session: nox.Session) -> None:
 def hf_oldest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the oldest supported transformers."""
     _install(session, OLDEST, *TEST_TOOLS)
+    session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
     session.env["VILAVT_HANDOFF"] = HANDOFF
     _pytest(session, *HF_TESTS)
     if not session.posargs:
