@@ -61,6 +61,8 @@ CHAT_SETTINGS = frozenset(
 TEMPLATE_KEEPS_SETTINGS_APART = (
     "processor_kwargs" in inspect.signature(transformers.ProcessorMixin.apply_chat_template).parameters
 )
+# Older ones mark other tokens than the assistant's once an image has become many tokens.
+MASKS_COUNT_IMAGES = hasattr(transformers.ProcessorMixin, "_adjust_assistant_masks_indices")
 
 # The PIL backend needs no torchvision, and gives the same pixels in every version and host.
 PilImageProcessor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor

@@ -273,7 +273,8 @@ class VilavtProcessor(ProcessorMixin):
                 settings of `__call__`.
 
         Raises:
-            ProcessorError: an argument that neither the template nor the processor heeds.
+            ProcessorError: an argument that neither the template nor the processor heeds, or that this transformers
+                carries out wrongly.
         """
         variables = _variables(chat_template, self.chat_template)
         of_call = dict(processor_kwargs or {})
@@ -295,6 +296,13 @@ class VilavtProcessor(ProcessorMixin):
                 f"apply_chat_template: {', '.join(of_call)} is for the processor's call, which tokenize=False leaves "
                 "out; pass tokenize=True, or the argument to the call"
             )
+        if of_template.get("return_assistant_tokens_mask") and not compat.MASKS_COUNT_IMAGES:
+            several = [conversation] if conversation and isinstance(conversation[0], Mapping) else conversation
+            if any(map(_pictures_of, several)):
+                raise ProcessorError(
+                    "apply_chat_template: return_assistant_tokens_mask with images needs a newer transformers: "
+                    f"{compat.transformers.__version__} does not count the tokens of images"
+                )
         if compat.TEMPLATE_KEEPS_SETTINGS_APART:
             of_template |= {name: of_call.pop(name) for name in ("return_tensors",) if name in of_call}
             return super().apply_chat_template(conversation, chat_template, processor_kwargs=of_call, **of_template)
