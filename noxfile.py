@@ -219,8 +219,8 @@ def hf_newest(session: nox.Session) -> None:
 
 @nox.session
 def hf_oldest(session: nox.Session) -> None:
-    """The method's, the command's and the model's tests on the oldest supported transformers; evaluation and hostile input
-    know no transformers, `hf_newest` has run them.
+    """The tests of method, command and model on the oldest supported transformers; evaluation and hostile input know no
+    transformers, `hf_newest` has run them.
     """
     _install(session, OLDEST, *TEST_TOOLS)
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
