@@ -161,7 +161,7 @@ def test_sampling_without_a_seed_differs_from_time_to_time_and_each_can_be_repea
     limits = replace(LIMITS, max_new_tokens_per_turn=6)
     chat = VilavtChat(tiny_model, processor, limits=limits, prompts="tiny", sampling=Sampling(temperature=2.0))
     drawn = chat.ask_many([(picture(0), "what?")] * 4)
-    assert len({tuple(result.record.token_ids) for result in drawn}) == 4
+    assert len({tuple(result.record.token_ids) for result in drawn}) > 1  # two of them may be alike by chance
     assert len({result.provenance.seed for result in drawn}) == 4
     again = chat.ask(picture(0), "what?", seed=drawn[1].provenance.seed)
     assert again.record.token_ids == drawn[1].record.token_ids
@@ -182,7 +182,8 @@ def test_a_follow_up_without_a_seed_draws_by_the_one_that_its_result_tells(tiny_
         return finished.result.provenance.seed, finished.result.turns[0].text
 
     fresh = [second(None) for _ in range(4)]
-    assert len({seed for seed, _ in fresh}) == len({text for _, text in fresh}) == 4
+    assert len({seed for seed, _ in fresh}) == 4
+    assert len({text for _, text in fresh}) > 1  # two of them may be alike by chance
     assert [second(seed) for seed, _ in fresh] == fresh
 
 

@@ -137,13 +137,14 @@ def test_sampling_without_a_seed_differs_from_time_to_time_and_each_can_be_repea
     hot = VilavtLLM(llm.llm, sampling=Sampling(temperature=2.0))
     same = [(samples[0].images, samples[0].question)] * 4
     drawn = hot.ask_many(same)
-    assert len({tuple(result.record.token_ids) for result in drawn}) == 4
+    assert len({result.provenance.seed for result in drawn}) == 4
+    assert len({tuple(result.record.token_ids) for result in drawn}) > 1  # two of them may be alike by chance
     again = hot.ask(*same[1], seed=drawn[1].provenance.seed)
     assert again.record.token_ids == drawn[1].record.token_ids
     seeded = [VilavtLLM(llm.llm, sampling=Sampling(temperature=2.0), seed=3).ask_many(same) for _ in range(2)]
     places = [[tuple(result.record.token_ids) for result in results] for results in seeded]
     assert places[0] == places[1]
-    assert len(set(places[0])) == 4
+    assert len(set(places[0])) > 1
 
 
 def test_a_request_that_vllm_ends_is_an_error_of_that_sample(llm, samples):
