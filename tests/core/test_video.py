@@ -177,7 +177,7 @@ def test_damage_anywhere_is_an_image_error_or_frames(data):
     began = time.monotonic()
     with contextlib.suppress(ImageError):
         read_frames(Video(bytes(file), frames=3), VideoLimits(max_seconds=5))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Hostile:
     make: Callable[[], bytes]
     refused: str | None
     """What the error says, as a pattern; None: it loads, or is refused as damaged."""
-    seconds: float = 2.0
+    seconds: float = 20.0
     megabytes: int = 100
     """That reading it may take, beside the file."""
 

@@ -218,7 +218,7 @@ def test_running_requests_finish_and_new_ones_are_sent_elsewhere():
     assert (late.status_code, "Retry-After" in late.headers) == (503, True)
     assert "being stopped" in late.json()["error"]["message"]
     assert health.status_code == 200
-    assert took < 2
+    assert took < 30
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5])
@@ -233,7 +233,7 @@ def test_what_does_not_end_in_time_is_told_why(seconds):
     assert stream.text.startswith("data: 1\n\n")
     assert "--shutdown-timeout" in json.loads(told[6:])["error"]["message"]
     assert done == "data: [DONE]"
-    assert seconds <= took < seconds + 2
+    assert seconds <= took < seconds + 30
 
 
 def test_an_engine_client_is_otherwise_the_one_behind_it():
