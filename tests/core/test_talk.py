@@ -61,7 +61,7 @@ class Terminal:
         return seen
 
     def interrupt(self, words: str) -> None:
-        """Ctrl-C until the words come: a signal that reaches readline between two keys stops it at the next key only."""
+        """Ctrl-C until the words come: one that comes between two keys stops readline at the next."""
         deadline = time.monotonic() + 60
         while words not in self.text and time.monotonic() < deadline:
             self.send("\x03")
