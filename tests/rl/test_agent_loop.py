@@ -12,6 +12,7 @@ import yaml
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
+from vilavt_core.errors import VilavtError
 from vilavt_rl.data import read_rows
 
 CALL = (
@@ -164,6 +165,22 @@ def test_a_trajectory_never_outgrows_the_response_length(worker, rows_file: Path
     assert int(lengths.max()) <= 192 + 320
     assert out.non_tensor_batch["finish"][0] in ("turn_limit", "context_limit")
     assert calls[-1]["params"]["max_tokens"] <= 192 + 320 - len(calls[-1]["prompt"])
+
+
+def test_a_row_that_cannot_be_answered_ends_its_own_trajectory_with_an_error_that_names_it(
+    worker, rows_file: Path, tmp_path: Path
+) -> None:
+    # verl then trains on the others: test_grpo_vllm.py, nightly, because it takes one more start of Ray and vLLM.
+    row = read_rows(rows_file)[0]
+    broken = tmp_path / "broken.png"
+    whole = Path(str(row.images[0])).read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    for faulty, says in (
+        (replace(row, id="cut-short", images=(str(broken),)), r"broken\.png: the picture is damaged or cut short"),
+        (replace(row, id="too-long", question="What is on it? " * 600), r"sample too-long: its first turn has \d+ "),
+    ):
+        with pytest.raises(VilavtError, match=says):
+            run(worker, [faulty], [CALL, ANSWER])
 
 
 def rebuilt(worker, **changes):

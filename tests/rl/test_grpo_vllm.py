@@ -203,6 +203,7 @@ def test_the_documentation_lists_what_that_run_overrides() -> None:
         assert f"`{override.lstrip('+')}`" in text
 
 
+@pytest.mark.nightly("one more start of Ray and vLLM; test_agent_loop.py holds our part, the rest is verl's")
 def test_what_cannot_be_answered_costs_its_own_trajectories_and_the_run_goes_on(
     start_grpo, work: Path, data: Path, loop: Path, tiny: Path
 ) -> None:
