@@ -12,17 +12,12 @@ from ..ending import resumable
 from ..errors import DataError
 from ..failures import printable
 from ..spelling import did_you_mean
-from .running import check_output_files, choice
+from .running import check_output_files, choice, group
 
 if TYPE_CHECKING:
     from ..data.dataset import SftDataset
 
-data_app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Training data: check it, count it, unpack its archives.",
-)
+data_app = group("Training data: check it, count it, unpack its archives.")
 
 What = Annotated[list[str] | None, typer.Argument(help="Data sets by name, or annotation files (.jsonl, .json).")]
 Model = Annotated[str | None, typer.Option("--model", help="Checkpoint whose tokenizer and prompts count.")]
