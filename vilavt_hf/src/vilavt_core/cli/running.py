@@ -17,7 +17,6 @@ from ..outputs import file_problem, folder_problem
 from ..spelling import did_you_mean
 from ..versions import version_of
 
-
 _UsageError: Any = typer.BadParameter.__mro__[1]
 """Of whichever click this typer stands on, its own or the package."""
 
