@@ -15,6 +15,7 @@ from vilavt_core.backends import BackendOptions, backends, open_backend
 from vilavt_core.client import ServerClient
 from vilavt_core.errors import EngineError
 from vilavt_core.presets import PRESETS, Limits
+from vilavt_core.regions import Picture, PixelBounds
 from vilavt_core.results import (
     AnswerEvent,
     ChatResult,
@@ -135,6 +136,21 @@ def test_a_server_gets_pictures_question_limits_sampling_and_seed(stub_server):
     assert (result.billed.prompt, result.billed.cached, result.billed.sampled) == (10, 4, 25)
     assert told["provenance"]["checkpoint"] == f"{stub_server.url} stub"
     assert told["provenance"]["fingerprint"] == "f" * 64
+
+
+def test_a_server_gets_the_bounds_of_each_picture_whoever_says_them(stub_server):
+    client = open_backend(stub_server.url)
+    image, low, high = Image.open(PICTURE), PixelBounds(max_pixels=784.0), PixelBounds(min_pixels=3136.0)
+    carried = [Picture(image, bounds=low), PICTURE, Picture(image, bounds=high)]
+    client.ask(carried, "?")
+    answers(client, [Sample(carried, "?", bounds=[PixelBounds(), high, low])])
+    client.conversation(carried[0]).ask("?", images=carried[2])
+    sent = [
+        [{key: value for key, value in part.items() if key.endswith("pixels")} for part in parts if "image_url" in part]
+        for parts in (request["messages"][0]["content"] for request in stub_server.requests)
+    ]
+    most, least = {"max_pixels": 784.0}, {"min_pixels": 3136.0}
+    assert sent == [[most, {}, least], [{}, least, most], [most, least]]
 
 
 def test_the_provenance_of_a_server_is_known_before_it_is_asked(stub_server):

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
+from typer import Context
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from vilavt_core import ending
 from vilavt_core.checkpoint import judge_checkpoint, require_vilavt
 from vilavt_core.cli import SUBCOMMANDS, main
+from vilavt_core.cli import app as vilavt
 from vilavt_core.doctor import Status, examine
 from vilavt_core.errors import CheckpointError, EngineError
 from vilavt_core.failures import is_from_outside, loading, one_line
 from vilavt_core.outputs import file_problem, folder_problem
 from vilavt_core.spelling import did_you_mean
+from vilavt_rl.cli import app as vilavt_rl
+from vilavt_rl.cli import main as main_rl
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -320,6 +328,52 @@ def test_a_misspelt_name_is_told_what_it_means(command, tmp_path, arguments, mea
     assert code in (1, 2)
     assert len(lines) == 1, lines
     assert f"did you mean {meant}?" in lines[0]
+
+
+def _below(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """A command and all its subcommands, with the words that call them."""
+    yield words, command
+    if isinstance(command, TyperGroup):
+        for name in command.list_commands(None):
+            found = command.resolve_command(Context(command), [name])[1]
+            yield from _below(found, (*words, name))
+
+
+EVERY = [
+    (program, *found)
+    for program, app in (("vilavt", vilavt), ("vilavt-rl", vilavt_rl))
+    for found in _below(get_command(app))
+]
+
+
+@pytest.mark.parametrize("program, words, found", EVERY, ids=[" ".join([program, *w]) for program, w, _ in EVERY])
+def test_misuse_is_one_line_at_every_level_of_both_commands(monkeypatch, capsys, program, words, found):
+    def told(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", [program, *words, *more])
+        with pytest.raises(SystemExit) as ended:
+            {"vilavt": main, "vilavt-rl": main_rl}[program]()
+        out, error = capsys.readouterr()
+        assert (ended.value.code, out, len(error.splitlines())) == (2, "", 1), error
+        return error
+
+    if words != ("verl",):  # hands options on to verl
+        assert told("--hlep") == f"{program}: there is no option --hlep; did you mean '--help'?\n"
+        assert told("--xyzzy").startswith(f"{program}: there is no option --xyzzy; `")
+    if isinstance(found, TyperGroup):
+        for name in found.list_commands(None):
+            misspelt = f"{name[:-1]}x{name[-1]}"
+            assert told(misspelt) == f"{program}: there is no command {misspelt!r}; did you mean {name!r}?\n"
+        assert told("xyzzy").startswith(f"{program}: there is no command 'xyzzy'; there are ")
+
+
+def test_a_group_without_a_subcommand_shows_its_help_page(capsys, monkeypatch):
+    for words in ((), ("data",), ("tiny",)):
+        monkeypatch.setattr("sys.argv", ["vilavt", *words])
+        with pytest.raises(SystemExit):
+            main()
+        out, error = capsys.readouterr()
+        assert "Commands" in out
+        assert error == ""
 
 
 @given(known=st.lists(st.text("abcxyz_", min_size=3), min_size=1, unique=True))

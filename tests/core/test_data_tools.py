@@ -172,6 +172,66 @@ def test_a_check_needs_to_know_whose_tokens_count(annotations):
     assert done.exit_code == 2
 
 
+@pytest.fixture
+def run_file(annotations, tiny_checkpoint, tmp_path):
+    """Configuration of a run that trains on two sound records and validates on a sound and a broken one."""
+    annotations([GOOD, GOOD])
+    held_out = [changed(images=["a.png", "gone.png"]), GOOD]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in held_out))
+    (tmp_path / "sets.yaml").write_text(
+        "datasets: [{name: set, annotations: set.jsonl}, {name: held, annotations: held.jsonl}]"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{path: {tiny_checkpoint}}}\noutput: {{folder: {tmp_path / 'out'}}}\n"
+        f"data: {{use: [set], validation: [held], registry: {tmp_path / 'sets.yaml'}}}\n"
+    )
+    return path
+
+
+def test_a_check_of_a_run_looks_at_what_it_validates_on_too(run_file, tmp_path):
+    report_file = tmp_path / "report.json"
+    arguments = ["data", "check", "--config", str(run_file), "--workers", "0", "--json", str(report_file)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "4 records (2 of them to validate on), 1 errors, 0 warnings" in done.output
+    report = json.loads(report_file.read_text())
+    assert report["records"] == 4
+    assert [(f["sample"], f["kind"]) for f in report["findings"]] == [("held[0]", "missing file")]
+
+
+def test_stats_of_a_run_count_what_it_validates_on_but_not_among_the_packs(run_file, tmp_path):
+    reports = []
+    for text in (run_file.read_text(), run_file.read_text().replace("validation: [held], ", "")):
+        run_file.write_text(text)
+        arguments = ["data", "stats", "--config", str(run_file), "--workers", "0", "--json", str(tmp_path / "s.json")]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        reports.append(json.loads((tmp_path / "s.json").read_text()))
+    with_validation, without = reports
+    (row,) = with_validation["data_sets"][1:]
+    assert (row["name"], row["samples"], row["dropped"]) == ("validation: held", 1, {"missing file": 1})
+    assert with_validation | {"data_sets": with_validation["data_sets"][:1]} == without
+
+
+@pytest.mark.parametrize("command", ["check", "stats"])
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--config", "{run}", "{set}"], "WHAT"),
+        (["--config", "{run}", "--model", "x"], "--model"),
+        (["--config", "{run}", "--max-length", "24576"], "--max-length"),
+        (["--config", "{run}", "--crops", "cut"], "--crops"),
+        (["{set}", "--model", "{tiny}", "--root", "x"], "--root"),
+        (["set", "--registry", "{sets}", "--model", "{tiny}", "--images", "x"], "--images"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(run_file, tiny_checkpoint, tmp_path, command, arguments, named):
+    places = {"run": run_file, "set": tmp_path / "set.jsonl", "sets": tmp_path / "sets.yaml", "tiny": tiny_checkpoint}
+    done = CliRunner().invoke(app, ["data", command, *(a.format(**places) for a in arguments)])
+    assert done.exit_code == 2
+    assert f"{named} has no effect: " in done.stderr
+
+
 # ------------------------------------------------------------------------------------------- unpack
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import yaml
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
 from vilavt_core.errors import VilavtError
+from vilavt_rl import equal_rewards
 from vilavt_rl.data import read_rows
 
 CALL = (
@@ -276,6 +278,42 @@ def test_verls_reward_workers_get_the_same_reward(played, rows_file: Path) -> No
     assert compute_score("x", ANSWER, "7", {"question_type": "numerical"}, version="published")[
         "score"
     ] == pytest.approx(1)
+
+
+class RewardWorker:
+    """Stands for the handle of verl's reward workers: the same reward manager, without Ray."""
+
+    def __init__(self, worker) -> None:
+        from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+        from verl.utils import hf_tokenizer
+
+        from vilavt_rl.verl.reward import compute_score
+
+        tokenizer = hf_tokenizer(worker.tokenizer.name_or_path)
+        self.make = partial(NaiveRewardManager, worker.config, tokenizer, compute_score)
+        self.compute_score = self
+
+    async def remote(self, data):
+        return await self.make().run_single(data)
+
+
+@pytest.mark.parametrize("who", ["the agent loop", "verl's reward workers"])
+@pytest.mark.parametrize("answers, warnings", [(["8", "9"], 1), (["7", "9"], 0)])
+def test_a_run_whose_rewards_are_all_equal_says_so_whoever_computes_them(
+    worker, rows_file: Path, monkeypatch, caplog, who: str, answers: list[str], warnings: int
+) -> None:
+    monkeypatch.setattr(equal_rewards, "seen", equal_rewards.EqualRewards())
+    other = rebuilt(worker, reward=None) if who != "the agent loop" else worker
+    if other is not worker:
+        other.reward_loop_worker_handles = [RewardWorker(worker)]
+    rows = [replace(row, answer=answer) for row, answer in zip(read_rows(rows_file), answers * 2, strict=False)]
+    for step in range(equal_rewards.BATCHES):
+        run(other, rows, [ANSWER], global_steps=step, reward_model={"ground_truth": answers[step % 2]},
+            data_source="x", extra_info={"question_type": "numerical"})  # fmt: skip
+    told = [record.getMessage() for record in caplog.records if record.name == "vilavt_rl.equal_rewards"]
+    assert len(told) == warnings
+    if told:
+        assert f"rewards of the last {equal_rewards.BATCHES} batches are 0;" in told[0]
 
 
 def test_a_run_that_saves_notes_how_its_checkpoints_are_run(worker, rows_file: Path, tmp_path: Path) -> None:

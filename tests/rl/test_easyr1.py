@@ -23,6 +23,7 @@ from vilavt_core.presets import get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Sample
 from vilavt_core.shipped import recipe_text
+from vilavt_rl import equal_rewards
 from vilavt_rl.data import read_rows
 from vilavt_rl.easyr1 import batch, engine, reward, worker
 from vilavt_rl.easyr1.block import Settings
@@ -219,6 +220,27 @@ def test_the_reward_file_has_easyr1s_signature() -> None:
     assert (reward.REWARD_NAME, reward.REWARD_TYPE) == ("vilavt", "batch")
     assert [score["overall"] for score in found] == pytest.approx([1.0, 0.5])
     assert {"overall", "format", "accuracy"} <= found[0].keys()
+
+
+@pytest.mark.parametrize("answers, warnings", [(["8", "9"], 1), (["7", "9"], 0)])
+@pytest.mark.parametrize("route", ["manager", "file"])
+def test_a_run_whose_rewards_are_all_equal_says_so(
+    played, tokenizer, rows_file: Path, monkeypatch, caplog, route: str, answers: list[str], warnings: int
+) -> None:
+    monkeypatch.setattr(equal_rewards, "seen", equal_rewards.EqualRewards())
+    tensors, objects = packed(played[0], tokenizer)
+    row = read_rows(rows_file)[0].to_json()
+    rows = np.empty(2, dtype=object)
+    rows[:] = [row | {"answer": answer} for answer in answers]
+    data = SimpleNamespace(batch=tensors, non_tensor_batch={"row": rows, "messages": objects["messages"]})
+    manager = reward.VilavtRewardManager(SimpleNamespace(reward_function_kwargs={}))
+    inputs = [{"response": ANSWER, "response_length": 9, "ground_truth": answer} for answer in answers]
+    for _ in range(equal_rewards.REWARDS // 2):
+        manager.compute_reward(data) if route == "manager" else reward.compute_score(inputs)
+    told = [record.getMessage() for record in caplog.records if record.name == "vilavt_rl.equal_rewards"]
+    assert len(told) == warnings
+    if told:
+        assert f"all {equal_rewards.REWARDS} rewards of the last {equal_rewards.REWARDS // 2} batches are 0" in told[0]
 
 
 def test_the_dataset_gives_what_the_trainer_splits(rows_file: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from vilavt_core.backends import Backend
 from vilavt_core.errors import EngineError, ImageError
 from vilavt_core.presets import Limits
+from vilavt_core.regions import Picture, PixelBounds
 from vilavt_core.results import (
     AnswerEvent,
     CropsEvent,
@@ -95,6 +96,7 @@ def conforms(backend: Backend, *, local: bool = False, pixels: bool = True) -> N
     results = _asks(backend, pixels)
     _streams(backend, results, pixels)
     _continues(backend)
+    _heeds_samples(backend)
     _fails_alone(backend)
     _leaves_early(backend)
     if find_spec("av") is not None:  # a distribution may be tested without the extra
@@ -181,6 +183,39 @@ def _continues(backend: Backend) -> None:
     closed.close()
     with pytest.raises(EngineError, match="was closed"):
         closed.ask("?")
+
+
+def _heeds_samples(backend: Backend) -> None:
+    """Everything that a `Sample` and a `Picture` say has its effect: alone, among others, in a follow-up."""
+    small, plain = Image.open(picture(0)).convert("RGB"), Image.open(picture(1)).convert("RGB")
+    low, high = PixelBounds(max_pixels=9 * 784), PixelBounds(min_pixels=30 * 784)
+    icon = plain.resize((56, 56))
+    one_turn = _one_turn(backend)
+    said = Sample([small, icon, plain], "Which?", id="own", seed=7, limits=one_turn, bounds=[low, high, PixelBounds()])
+    carried = replace(said, images=[Picture(small, bounds=low), Picture(icon, bounds=high), plain], bounds=())
+    over = replace(carried, bounds=[PixelBounds(), low, high])  # a sample's bounds win over its pictures'
+    usual = replace(said, bounds=())
+    results = backend.ask_many([said, carried, over, usual])
+    shown = [[image.width * image.height for image in result.images] for result in results]
+    full, tiny = shown[3][0], shown[3][1]
+    assert full > 9 * 784
+    assert tiny == 4 * 784
+    assert shown[0] == shown[1]
+    assert shown[0][0] <= 9 * 784
+    assert shown[0][1] >= 30 * 784
+    assert shown[0][2] == full
+    assert shown[2][:2] == [full, tiny]
+    assert shown[2][2] == full
+    for result in results:
+        assert (result.sample_id, result.provenance.seed, len(result.turns)) == ("own", 7, 1)
+        assert result.provenance.limits.max_turns == 1
+    talk = backend.conversation(Picture(small, bounds=low), limits=one_turn)
+    first = talk.ask("Which?")
+    second = talk.ask("And this?", images=[Picture(icon, bounds=high), plain])
+    assert first.images[0].width * first.images[0].height == shown[0][0]
+    assert [image.width * image.height for image in second.images] == shown[0]
+    streamed = list(backend.stream([Picture(small, bounds=low)], "Which?", limits=one_turn))[-1].result
+    assert [image.width * image.height for image in streamed.images] == shown[0][:1]
 
 
 def _fails_alone(backend: Backend) -> None:

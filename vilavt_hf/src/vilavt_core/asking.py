@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any, Protocol, Self
@@ -20,12 +20,13 @@ from .results import (
     ChatResult,
     Event,
     Finished,
+    Images,
     Intervention,
     Provenance,
     Sample,
     Timings,
+    sample_images,
 )
-from .sources import ImageSource, image_list
 
 
 class Session(Protocol):
@@ -55,7 +56,7 @@ class AskingBackend(ABC):
 
     def ask(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -63,7 +64,7 @@ class AskingBackend(ABC):
         limits: Limits | None = None,
     ) -> ChatResult:
         """See `vilavt_core.backends.Backend.ask`."""
-        (result,) = self.ask_many([Sample(image_list(images), question, id, seed, limits)])
+        (result,) = self.ask_many([Sample(sample_images(images), question, id, seed, limits)])
         if result.error is not None:
             raise result.error
         return result
@@ -151,7 +152,7 @@ class DrivenBackend(AskingBackend):
 
     def stream(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -164,14 +165,14 @@ class DrivenBackend(AskingBackend):
 
     def conversation(
         self,
-        images: ImageSource | Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         id: str | None = None,
         seed: int | None = None,
         limits: Limits | None = None,
     ) -> DrivenConversation:
         """See `vilavt_core.backends.Backend.conversation`."""
-        return DrivenConversation(self.settings, self._session(), Sample(image_list(images), "", id, seed, limits))
+        return DrivenConversation(self.settings, self._session(), Sample(sample_images(images), "", id, seed, limits))
 
 
 class Talk:
@@ -206,13 +207,13 @@ class _DrivenTalk(Talk):
         self._settings = settings
         self._last: Driver | None = None
 
-    def _first(self, question: str, images: ImageSource | Sequence[ImageSource], stream: bool) -> Driver:
+    def _first(self, question: str, images: Images, stream: bool) -> Driver:
         """The driver of the first question."""
-        sample = replace(self._sample, question=question, images=[*self._sample.images, *image_list(images)])
+        sample = replace(self._sample, question=question, images=[*self._sample.images, *sample_images(images)])
         return Driver(sample, self._settings, stream=stream)
 
-    def _following(self, question: str, images: ImageSource | Sequence[ImageSource]) -> Sample:
-        return replace(self._sample, question=question, images=image_list(images))
+    def _following(self, question: str, images: Images) -> Sample:
+        return replace(self._sample, question=question, images=sample_images(images))
 
     def _ended(self, driver: Driver, error: Exception | None) -> None:
         """Remember a finished question. One that ended before its first turn left nothing to continue."""
@@ -229,14 +230,14 @@ class DrivenConversation(_DrivenTalk):
         super().__init__(settings, sample)
         self._session = session
 
-    def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+    def ask(self, question: str, images: Images = ()) -> ChatResult:
         """See `vilavt_core.backends.Conversation.ask`."""
         for event in self._events(question, images, stream=False):
             if isinstance(event, Finished):
                 return event.result
         raise EngineError("the conversation ended without a result")
 
-    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> Iterator[Event]:
+    def stream(self, question: str, images: Images = ()) -> Iterator[Event]:
         """See `vilavt_core.backends.Conversation.stream`."""
         return self._events(question, images, stream=True)
 
@@ -251,7 +252,7 @@ class DrivenConversation(_DrivenTalk):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _events(self, question: str, images: ImageSource | Sequence[ImageSource], *, stream: bool) -> Iterator[Event]:
+    def _events(self, question: str, images: Images, *, stream: bool) -> Iterator[Event]:
         self._check()
         if self._last is None:
             driver = self._first(question, images, stream)
@@ -312,7 +313,7 @@ class AsyncDrivenBackend(ABC):
 
     async def ask(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -320,7 +321,7 @@ class AsyncDrivenBackend(ABC):
         limits: Limits | None = None,
     ) -> ChatResult:
         """See `vilavt_core.backends.Backend.ask`."""
-        (result,) = await self.ask_many([Sample(image_list(images), question, id, seed, limits)])
+        (result,) = await self.ask_many([Sample(sample_images(images), question, id, seed, limits)])
         if result.error is not None:
             raise result.error
         return result
@@ -374,7 +375,7 @@ class AsyncDrivenBackend(ABC):
 
     async def stream(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -388,14 +389,14 @@ class AsyncDrivenBackend(ABC):
 
     def conversation(
         self,
-        images: ImageSource | Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         id: str | None = None,
         seed: int | None = None,
         limits: Limits | None = None,
     ) -> AsyncDrivenConversation:
         """See `vilavt_core.backends.Backend.conversation`."""
-        return AsyncDrivenConversation(self, Sample(image_list(images), "", id, seed, limits))
+        return AsyncDrivenConversation(self, Sample(sample_images(images), "", id, seed, limits))
 
 
 class AsyncDrivenConversation(_DrivenTalk):
@@ -405,7 +406,7 @@ class AsyncDrivenConversation(_DrivenTalk):
         super().__init__(backend.settings, sample)
         self._backend = backend
 
-    async def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+    async def ask(self, question: str, images: Images = ()) -> ChatResult:
         """See `vilavt_core.backends.Conversation.ask`."""
         async with aclosing(self._events(question, images, stream=False)) as events:
             async for event in events:
@@ -413,7 +414,7 @@ class AsyncDrivenConversation(_DrivenTalk):
                     return event.result
         raise EngineError("the conversation ended without a result")
 
-    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> AsyncGenerator[Event, None]:
+    def stream(self, question: str, images: Images = ()) -> AsyncGenerator[Event, None]:
         """See `vilavt_core.backends.Conversation.stream`."""
         return self._events(question, images, stream=True)
 
@@ -421,9 +422,7 @@ class AsyncDrivenConversation(_DrivenTalk):
         """See `vilavt_core.backends.Conversation.close`."""
         self._closed = True
 
-    async def _events(
-        self, question: str, images: ImageSource | Sequence[ImageSource], *, stream: bool
-    ) -> AsyncGenerator[Event, None]:
+    async def _events(self, question: str, images: Images, *, stream: bool) -> AsyncGenerator[Event, None]:
         self._check()
         if self._last is None:
             driver = self._first(question, images, stream)

@@ -8,7 +8,7 @@ package reaches another one's engine without importing it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any, Protocol
@@ -17,9 +17,8 @@ from .errors import EngineError
 from .images import ImageLimits
 from .presets import Limits, Preset, Sampling
 from .prompts import PromptSet
-from .results import ChatResult, Event, Intervention, Provenance, Sample, Timings
+from .results import ChatResult, Event, Images, Intervention, Provenance, Sample, Timings
 from .settings import preset_of
-from .sources import ImageSource
 from .spelling import did_you_mean, meant
 from .video import VideoLimits
 
@@ -29,7 +28,7 @@ GROUP = "vilavt.backends"
 class Conversation(Protocol):
     """Several questions about the same images; an engine computes of each only what it adds."""
 
-    def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+    def ask(self, question: str, images: Images = ()) -> ChatResult:
         """Ask the next question, about further `images` too if given; the result's turns are this question's.
 
         Raises:
@@ -37,7 +36,7 @@ class Conversation(Protocol):
         """
         ...
 
-    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> Iterator[Event]:
+    def stream(self, question: str, images: Images = ()) -> Iterator[Event]:
         """Like `ask`, as events; `Finished` comes last. Leaving the loop early closes the conversation."""
         ...
 
@@ -61,7 +60,7 @@ class Backend(Protocol):
 
     def ask(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -116,7 +115,7 @@ class Backend(Protocol):
 
     def stream(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -132,7 +131,7 @@ class Backend(Protocol):
 
     def conversation(
         self,
-        images: ImageSource | Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         id: str | None = None,
         seed: int | None = None,
@@ -169,11 +168,11 @@ class Backend(Protocol):
 class AsyncConversation(Protocol):
     """`Conversation` over an async engine."""
 
-    async def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+    async def ask(self, question: str, images: Images = ()) -> ChatResult:
         """See `Conversation.ask`."""
         ...
 
-    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> AsyncIterator[Event]:
+    def stream(self, question: str, images: Images = ()) -> AsyncIterator[Event]:
         """See `Conversation.stream`."""
         ...
 
@@ -195,7 +194,7 @@ class AsyncBackend(Protocol):
 
     async def ask(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -223,7 +222,7 @@ class AsyncBackend(Protocol):
 
     def stream(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -235,7 +234,7 @@ class AsyncBackend(Protocol):
 
     def conversation(
         self,
-        images: ImageSource | Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         id: str | None = None,
         seed: int | None = None,

@@ -27,13 +27,15 @@ from .results import (
     ChatResult,
     Event,
     Finished,
+    Images,
     Intervention,
     Provenance,
     Sample,
     Timings,
     Work,
+    sample_images,
 )
-from .sources import ImageSource, Video, image_list
+from .sources import ImageSource, Video
 from .video import video_file
 
 logger = logging.getLogger(__name__)
@@ -129,7 +131,7 @@ class ServerClient(AskingBackend):
 
     def stream(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Images,
         question: str,
         *,
         id: str | None = None,
@@ -141,14 +143,14 @@ class ServerClient(AskingBackend):
 
     def conversation(
         self,
-        images: ImageSource | Sequence[ImageSource] = (),
+        images: Images = (),
         *,
         id: str | None = None,
         seed: int | None = None,
         limits: Limits | None = None,
     ) -> ServedConversation:
         """See `vilavt_core.backends.Backend.conversation`."""
-        return ServedConversation(self, Sample(image_list(images), "", id, seed, limits))
+        return ServedConversation(self, Sample(sample_images(images), "", id, seed, limits))
 
     def _ask(self, sample: Sample, place: int) -> ChatResult:
         began = time.perf_counter()
@@ -230,7 +232,8 @@ class ServerClient(AskingBackend):
 
     def message(self, sample: Sample) -> dict[str, Any]:
         """A question as a message."""
-        bounds = sample.bounds or [PixelBounds()] * len(sample.images)
+        own = [image.bounds if isinstance(image, Picture) else PixelBounds() for image in sample.images]
+        bounds = sample.bounds or own
         parts = [self._part(image, bound) for image, bound in zip(sample.images, bounds, strict=True)]
         return {"role": "user", "content": [*parts, {"type": "text", "text": sample.question}]}
 
@@ -277,13 +280,13 @@ class ServedConversation(Talk):
         self._client = client
         self._messages: list[dict[str, Any]] = []
 
-    def ask(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> ChatResult:
+    def ask(self, question: str, images: Images = ()) -> ChatResult:
         """See `vilavt_core.backends.Conversation.ask`."""
         (finished,) = self._events(question, images, stream=False)
         assert isinstance(finished, Finished)
         return finished.result
 
-    def stream(self, question: str, images: ImageSource | Sequence[ImageSource] = ()) -> Iterator[Event]:
+    def stream(self, question: str, images: Images = ()) -> Iterator[Event]:
         """See `vilavt_core.backends.Conversation.stream`; the text is that of the thoughts."""
         return self._events(question, images, stream=True)
 
@@ -291,10 +294,10 @@ class ServedConversation(Talk):
         """See `vilavt_core.backends.Conversation.close`."""
         self._closed = True
 
-    def _events(self, question: str, images: ImageSource | Sequence[ImageSource], *, stream: bool) -> Iterator[Event]:
+    def _events(self, question: str, images: Images, *, stream: bool) -> Iterator[Event]:
         self._check()
         first = () if self._messages else self._sample.images
-        sample = replace(self._sample, question=question, images=[*first, *image_list(images)])
+        sample = replace(self._sample, question=question, images=[*first, *sample_images(images)])
         asked, whole, begun = self._client.message(sample), False, False
         self._busy = True
         try:

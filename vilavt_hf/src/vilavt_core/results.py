@@ -15,6 +15,18 @@ from .protocol import Answer, Region, ToolCall
 from .regions import Picture, PixelBounds, View
 from .sources import ImageSource, image_list, type_name
 
+Images = ImageSource | Picture | Sequence[ImageSource | Picture]
+"""What a question may be about: one picture or several, in any form; a `Picture` is loaded already."""
+
+
+def sample_images(images: Images) -> list[ImageSource | Picture]:
+    """One picture or several as a list; see `vilavt_core.sources.image_list`.
+
+    Raises:
+        ImageError: it is neither a picture nor an ordered collection; names its type.
+    """
+    return [images] if isinstance(images, Picture) else list(image_list(images))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -32,7 +44,8 @@ class Sample:
     limits: Limits | None = None
     """Instead of the chat's, e.g. ``max_turns=1`` for an answer without zoom."""
     bounds: Sequence[PixelBounds] = ()
-    """Of each image, on its pixels as the encoder sees it, within the limits; empty: the limits alone."""
+    """Of each image, on its pixels as the encoder sees it, within the limits; empty: those of each `Picture`, else the
+    limits alone."""
     data: Any = None
     """Anything; not read here, handed to the hooks of an `Intervention`."""
 
@@ -46,7 +59,7 @@ class Sample:
         where = "" if self.id is None else f"sample {self.id}: "
         if not isinstance(self.question, str):
             raise EngineError(f"{where}the question is a {type_name(self.question)}, it must be text; check the order")
-        object.__setattr__(self, "images", image_list(self.images))  # type: ignore[arg-type]
+        object.__setattr__(self, "images", sample_images(self.images))
         if self.bounds and len(self.bounds) != len(self.images):
             raise EngineError(
                 f"{where}{len(self.bounds)} bounds for {len(self.images)} images; give one for each, or none"

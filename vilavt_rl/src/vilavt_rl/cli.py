@@ -27,6 +27,7 @@ from vilavt_core.cli.running import (
     check_output_files,
     check_output_folders,
     check_picture_file,
+    group,
     version_option,
 )
 from vilavt_core.ending import ending
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="GRPO for ViLaVT in unmodified verl and EasyR1.",
 )
-tiny_app = typer.Typer(no_args_is_help=True, help="Data and a checkpoint to see GRPO learn on a CPU.")
+tiny_app = group("Data and a checkpoint to see GRPO learn on a CPU.")
 app.add_typer(tiny_app, name="tiny")
 
 

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,17 +13,12 @@ from ..ending import resumable
 from ..errors import DataError
 from ..failures import printable
 from ..spelling import did_you_mean
-from .running import check_output_files, choice
+from .running import check_output_files, choice, group
 
 if TYPE_CHECKING:
     from ..data.dataset import SftDataset
 
-data_app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Training data: check it, count it, unpack its archives.",
-)
+data_app = group("Training data: check it, count it, unpack its archives.")
 
 What = Annotated[list[str] | None, typer.Argument(help="Data sets by name, or annotation files (.jsonl, .json).")]
 Model = Annotated[str | None, typer.Option("--model", help="Checkpoint whose tokenizer and prompts count.")]
@@ -39,6 +35,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the re
 
 @data_app.command("check")
 def check_command(
+    context: typer.Context,
     what: What = None,
     model: Model = None,
     config: Config = None,
@@ -53,12 +50,18 @@ def check_command(
     workers: Workers = 2,
     json_file: JsonFile = None,
 ) -> None:
-    """Check every record: files, image marks, query mapping, boxes and queries, length. Exit code 1 if any fails."""
+    """Check every record: files, image marks, query mapping, boxes and queries, length. Exit code 1 if any fails.
+
+    With --config also the records that the run validates on.
+    """
     from ..data.check import check
 
     check_output_files(json=json_file)
-    dataset = _dataset(what, model, config, registry, root, images, crops, max_length, max_pixels)
-    findings = list(check(dataset, decode=decode, workers=workers, progress=True))
+    datasets = _datasets(context, what, model, config, registry, root, images, crops, max_length, max_pixels)
+    records = sum(map(len, datasets))
+    findings = [
+        finding for dataset in datasets for finding in check(dataset, decode=decode, workers=workers, progress=True)
+    ]
     counts = Counter((finding.severity, finding.kind) for finding in findings)
     shown: Counter[tuple[str, str]] = Counter()
     for finding in findings:
@@ -71,10 +74,11 @@ def check_command(
             typer.echo(f"… {count - 3} more {severity}s of kind {kind!r}")
     errors = sum(n for (severity, _), n in counts.items() if severity == "error")
     warnings = len(findings) - errors
-    typer.echo(f"{len(dataset)} records, {errors} errors, {warnings} warnings")
+    validated = f" ({len(datasets[1])} of them to validate on)" if datasets[1:] else ""
+    typer.echo(f"{records} records{validated}, {errors} errors, {warnings} warnings")
     if json_file is not None:
         report = {
-            "records": len(dataset),
+            "records": records,
             "errors": errors,
             "warnings": warnings,
             "kinds": {f"{severity}: {kind}": count for (severity, kind), count in sorted(counts.items())},
@@ -87,6 +91,7 @@ def check_command(
 
 @data_app.command("stats")
 def stats_command(
+    context: typer.Context,
     what: What = None,
     model: Model = None,
     config: Config = None,
@@ -100,7 +105,10 @@ def stats_command(
     workers: Workers = 2,
     json_file: JsonFile = None,
 ) -> None:
-    """Samples, turns, images and tokens of every data set, and what packing saves."""
+    """Samples, turns, images and tokens of every data set, and what packing saves.
+
+    With --config also of those that the run validates on, which count for no pack.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -109,9 +117,14 @@ def stats_command(
     from ..data.order import Packed
 
     check_output_files(json=json_file)
-    dataset = _dataset(what, model, config, registry, root, images, crops, max_length, max_pixels)
+    dataset, *validation = _datasets(
+        context, what, model, config, registry, root, images, crops, max_length, max_pixels
+    )
     lengths = Lengths.of(list(measure(dataset, workers=workers, progress=True).values()))
     rows = statistics(dataset, lengths)
+    for held_out in validation:
+        measured = Lengths.of(list(measure(held_out, workers=workers, progress=True).values()))
+        rows += [replace(row, name=f"validation: {row.name}") for row in statistics(held_out, measured)]
     columns = ("samples", "left out", "turns", "images", "tokens", "of images", "trained", "50%", "90%", "99%", "max")
     table = Table("data set", *columns)
     for column in table.columns[1:]:
@@ -172,7 +185,8 @@ def _beside(name: str) -> list[str]:
     return [str(Path(name).with_name(path.name)) for path in folder.iterdir()] if folder.is_dir() else []
 
 
-def _dataset(
+def _datasets(
+    context: typer.Context,
     what: list[str] | None,
     model: str | None,
     config: Path | None,
@@ -182,7 +196,8 @@ def _dataset(
     crops: str,
     max_length: int,
     max_pixels: float,
-) -> "SftDataset":
+) -> "list[SftDataset]":
+    """What is named; of a configuration what it trains on, and then what it validates on, if it does."""
     from ..data.dataset import SftDataset
     from ..data.registry import DataSource, Registry
     from ..data.rendering import RenderSettings
@@ -190,7 +205,11 @@ def _dataset(
     from ..training_set import make_dataset, make_renderer
 
     if config is not None:
-        return make_dataset(SftConfig.load(config))
+        _refuse_given(context, _OF_FILES, "--config names the data and how it is read; change its file")
+        run = SftConfig.load(config)
+        training = make_dataset(run)
+        validation = [make_dataset(run, names=run.data.validation)] if run.data.validation else []
+        return [training, *validation]
     if not what or model is None:
         raise typer.BadParameter("name data sets or annotation files and a --model, or a --config")
     choice(crops, ("files", "cut"), "--crops")
@@ -202,4 +221,22 @@ def _dataset(
         else known.find(_data_set(name))
         for name in what
     ]
-    return SftDataset(sources, make_renderer(model, RenderSettings(max_pixels)), max_length=max_length)
+    files = sum(Path(name).is_file() for name in what)
+    if not files:
+        _refuse_given(context, ("images", "crops"), "no annotation file is named, and data sets say this themselves")
+    if files == len(what):
+        _refuse_given(context, ("registry", "root"), "only annotation files are named, no data set")
+    return [SftDataset(sources, make_renderer(model, RenderSettings(max_pixels)), max_length=max_length)]
+
+
+_OF_FILES = ("what", "model", "registry", "root", "images", "crops", "max_length", "max_pixels")
+"""Parameters that a configuration decides."""
+
+
+def _refuse_given(context: typer.Context, names: Sequence[str], because: str) -> None:
+    """Stop if one of these parameters was given on the command line: it would have no effect."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            option = next((name for name in parameter.opts if name.startswith("--")), "WHAT")
+            raise typer.BadParameter(f"{option} has no effect: {because}")

@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .running import check_output_folders
+from .running import check_output_folders, group
 
-prompts_app = typer.Typer(
-    help="Prompt sets: show one, or import one from a checkout of the published system.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+prompts_app = group("Prompt sets: show one, or import one from a checkout of the published system.")
 
 
 @prompts_app.command("import")

@@ -4,7 +4,8 @@ the work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,12 @@ from ..outputs import file_problem, folder_problem
 from ..spelling import did_you_mean
 from ..versions import version_of
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""Of whichever click this typer stands on, its own or the package."""
 
-class Commands(TyperGroup):
-    """The root of a command with subcommands: tells wrong options and Ctrl-C in a line, and what a misspelt name meant.
 
-    Errors are told by `ending`, around it.
-    """
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand."""
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:  # typer would draw a box around it
-            say(str(self.name), error.format_message().removeprefix("Invalid value: "))
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as error:
-            raise typer.Exit(tell(str(self.name), error) or STOPPED) from None
+class Group(TyperGroup):
+    """A group of subcommands, at whatever level: says what a misspelt name meant."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The subcommand that `args` begin with."""
@@ -40,6 +31,56 @@ class Commands(TyperGroup):
             hint = did_you_mean(args[0], names) or f"; there are {', '.join(names)}"
             raise typer.BadParameter(f"there is no command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
+
+
+class Commands(Group):
+    """The root of a command with subcommands: tells wrong use of it and of all below it, and Ctrl-C, in a line.
+
+    Errors are told by `ending`, around it.
+    """
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """See the parent's; reads the options before the subcommand."""
+        with self._telling():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        with self._telling():
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except _UsageError as error:  # typer would draw a box around it
+            if type(error).__name__ == "NoArgsIsHelpError":  # prints the help page
+                raise
+            say(str(self.name), _misuse(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            raise typer.Exit(tell(str(self.name), error) or STOPPED) from None
+
+
+def group(help: str) -> typer.Typer:
+    """An empty group of subcommands below one of our commands.
+
+    Args:
+        help: of its help page.
+    """
+    return typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=help)
+
+
+def _misuse(error: Any) -> str:
+    """One line on how a command was misused."""
+    option = getattr(error, "option_name", None)
+    if option is None or error.ctx is None or isinstance(error, typer.BadParameter):
+        return error.format_message().removeprefix("Invalid value: ")
+    known = [name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts]
+    if option in known:  # without its value
+        return error.format_message()
+    hint = did_you_mean(option, known) or f"; `{error.ctx.command_path} --help` lists them"
+    return f"there is no option {option}{hint}"
 
 
 def version_option(program: str, distribution: str) -> Any:

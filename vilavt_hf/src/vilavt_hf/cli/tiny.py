@@ -12,15 +12,10 @@ import typer
 from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.checkpoint.writing import check_destination
 from vilavt_core.cli.allocator import keep_freed_memory
-from vilavt_core.cli.running import check_output_files, check_output_folders, choice
+from vilavt_core.cli.running import check_output_files, check_output_folders, choice, group
 from vilavt_core.ending import resumable
 
-tiny_app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="The tiny example model: build it, evaluate it, draw its scenes.",
-)
+tiny_app = group("The tiny example model: build it, evaluate it, draw its scenes.")
 
 
 @tiny_app.command("build")
