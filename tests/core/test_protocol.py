@@ -202,6 +202,18 @@ def test_no_tag_of_the_protocol_is_ever_part_of_an_answer(parts):
     assert isinstance(parse_turn(format_turn(Answer(without_tags("".join(parts))))), Answer)
 
 
+@given(st.lists(st.sampled_from(["<", ">", "/", "an", "swer", "answer", "<answer>", "</answer>", "<tool>", "x"])))
+def test_no_tag_is_left_that_others_stood_within(parts):
+    text = "".join(parts)
+    assert not any(tag in without_tags(text) for tag in TAGS_OF_THE_PROTOCOL)
+    assert any(tag in text for tag in TAGS_OF_THE_PROTOCOL) or without_tags(text) == text
+
+
+def test_tags_within_tags_are_taken_out_in_one_pass():
+    assert without_tags("<ans" * 200_000 + "wer>" * 200_000) == ""
+    assert len(without_tags("<ans>" * 200_000)) == 1_000_000
+
+
 def test_of_a_key_named_twice_published_rules_take_the_last():
     text = '<tool>{"region": [{"index": 0, "index": 1, "bbox_2d": [1, 2, 3, 4]}], "query": "x"}</tool>'
     assert reason(text) is MalformedReason.DUPLICATE_KEY

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from vilavt_core import shipped
 from vilavt_core.cli import app, main
 from vilavt_core.cli import chat as commands
-from vilavt_core.cli.showing import printable_text
+from vilavt_core.failures import printable_text
 
 runner = CliRunner()
 

@@ -2,21 +2,39 @@
 
 import csv
 import json
+import logging
 import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from measuring import measured
 from typer.testing import CliRunner
 
 from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_core.checkpoint.layout import Checkpoint
+from vilavt_core.checkpoint.writing import staged_folder
 from vilavt_core.cli import app
+from vilavt_core.cli.showing import json_text
+from vilavt_core.data.annotations import Annotations
+from vilavt_core.data.dataset import Lengths, Measure
+from vilavt_core.data.unpack import DONE, unpack
 from vilavt_core.ending import say
-from vilavt_core.errors import CheckpointError, DataError
-from vilavt_core.failures import quoted
+from vilavt_core.errors import CheckpointError, DataError, EpisodeError, EvaluationError
+from vilavt_core.failures import PrintableFormatter, quoted
+from vilavt_core.json_text import parse_json
+from vilavt_core.outputs import whole_file
+from vilavt_core.presets import Limits
+from vilavt_core.prompts import PromptSet
+from vilavt_core.settings import SETTINGS, ChatSettings, preset_of
 from vilavt_core.yaml_config import parse_change, read_keys
 from vilavt_eval.report import _write_rows
+from vilavt_eval.result_file import RunFiles
+from vilavt_eval.sharding import Shard
 
 WRONG = (5, -1, 1.5, True, "x", [], ["x", 1], {}, {"a": 1}, [[]], 10**40)
 FIELDS = ("vision_config", "text_config", "text_encoder_config", "architectures", "model_type", "tie_word_embeddings")
@@ -175,3 +193,273 @@ def test_an_error_line_does_nothing_to_the_terminal(capsys):
 def test_a_quotation_is_short_and_without_addresses():
     assert quoted("x" * 10_000_000) == f"{'x' * 200}… (10000000 characters)"
     assert quoted(f"bad {object()}") == "bad <object object>"
+
+
+JSON = {
+    "deep list": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
+    "deep enough": b"[" * 500 + b"]" * 500,
+    "digits": b'{"preset": ' + b"9" * 5000 + b"}",
+    "bytes": b"\xff\xfe\x00",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_a_hostile_json_text_is_a_value_error(name):
+    found, seconds, grown = measured(lambda: parse_json(JSON[name]))
+    assert isinstance(found, ValueError)
+    assert seconds < 3
+    assert grown < 100 * 2**20
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_every_reader_of_json_names_the_file_that_is_hostile(tmp_path, name):
+    for path, read in {
+        SETTINGS: lambda _: preset_of(tmp_path),
+        "a.json": Annotations,
+        "a.jsonl": lambda path: list(Annotations(path)),
+        "n.jsonl": lambda path: RunFiles(tmp_path, "n", {}).answered(),
+    }.items():
+        (tmp_path / path).write_bytes(JSON[name] + b"\n")
+        found, _, _ = measured(lambda read=read, path=path: read(tmp_path / path))
+        if path != "a.jsonl" or name != "empty":  # a line without anything is no record
+            assert isinstance(found, CheckpointError | DataError | EvaluationError)
+            assert path in str(found)
+            assert len(str(found)) < 500
+        (tmp_path / path).unlink()
+
+
+VALUES = [*WRONG, None, float("nan"), "\x1b[2J", "x" * 1_000_000]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
+def test_settings_of_a_checkpoint_of_wrong_types_are_told(tmp_path, value):
+    for key in ("preset", "limits", "note", "\x1b[2J"):
+        (tmp_path / SETTINGS).write_text(json.dumps({key: value}))
+        found, _, _ = measured(lambda: preset_of(tmp_path))
+        if not (key == "note" and isinstance(value, str)) and not (key == "limits" and value == {}):
+            assert isinstance(found, CheckpointError)
+            assert len(str(found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "value", [value for value in VALUES if value not in (5, 1.5, None, 10**40)], ids=lambda value: repr(value)[:20]
+)
+@pytest.mark.parametrize("name", list(Limits.__dataclass_fields__))
+def test_limits_of_a_checkpoint_of_wrong_types_are_told(tmp_path, name, value):
+    (tmp_path / SETTINGS).write_text(json.dumps({"limits": {name: value}}))
+    found, _, _ = measured(lambda: preset_of(tmp_path))
+    assert isinstance(found, CheckpointError)
+    assert f"Limits.{name} is" in str(found)
+    assert len(str(found)) < 1000
+
+
+def test_a_limit_that_counts_is_a_whole_number():
+    with pytest.raises(EpisodeError, match=r"max_turns is 1\.5, it must be a whole number"):
+        Limits(max_turns=1.5)
+    assert Limits(max_turns=np.int64(2), max_pixels=np.float32(1e6)).max_turns == 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling", "folder"])
+def test_settings_that_are_no_file_are_not_passed_over(tmp_path, kind):
+    path = tmp_path / SETTINGS
+    {"pipe": os.mkfifo, "dangling": lambda path: path.symlink_to("nowhere"), "folder": Path.mkdir}[kind](path)
+    with pytest.raises(CheckpointError, match=r"vilavt_chat\.json is no file"):
+        preset_of(tmp_path)
+
+
+ROW = {"question_id": "1", "response": "A"}
+
+
+@pytest.mark.parametrize("value", [1.5, True, [], ["x"], {}, {"a": 1}], ids=repr)
+def test_a_run_is_not_resumed_from_rows_without_a_name(tmp_path, value):
+    lines = [{"run": {"format": 1}}, {**ROW, "question_id": value}]
+    (tmp_path / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        EvaluationError, match=r"n\.jsonl, line 2: question_id is .* it must be a text or a whole number"
+    ):
+        RunFiles(tmp_path, "n", {}).answered()
+
+
+def planted(path: Path) -> Path:
+    """A link where a file is going to be written, to one that must not be."""
+    precious = path.parent / "precious"
+    precious.write_text("kept")
+    path.symlink_to(precious)
+    return precious
+
+
+def test_no_planted_link_is_written_through(tmp_path):
+    for number, write in enumerate((_write_whole, _save_settings, _save_lengths, _merge_rows, _unpack)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in ("a", SETTINGS, "a.npz", "n.jsonl", DONE):
+            for partial in (
+                f".{name}.partial",
+                f"{name}.partial",
+                f".{name}.{os.getpid()}",
+                f".{name}.{os.getpid()}.partial",
+            ):
+                planted(folder / partial)
+        write(folder)
+        assert (folder / "precious").read_text() == "kept"
+
+
+def _write_whole(folder: Path) -> None:
+    with whole_file(folder / "a") as file:
+        file.write(b"new")
+    assert (folder / "a").read_bytes() == b"new"
+
+
+def _save_settings(folder: Path) -> None:
+    assert ChatSettings(note="x").save(folder).is_file()
+
+
+def _save_lengths(folder: Path) -> None:
+    Lengths.of([Measure(1, 1, 0, 0, 1)]).save(folder / "a.npz")
+    assert Lengths.load(folder / "a.npz").tokens.tolist() == [1]
+
+
+def _merge_rows(folder: Path) -> None:
+    files = RunFiles(folder, "n", {})
+    with files.writer(Shard(0, 1)) as writer:
+        writer.write(ROW)
+    assert files.merge(["1"])
+
+
+def _unpack(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+        archive.writestr("a", "new")
+    assert unpack(folder).failures == []
+    assert (folder / "a").read_text() == "new"
+
+
+def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a") as file:
+        file.write(b"new"[: 1 // 0])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY", b"x" * 1000, "other", "short", "words", "pickle"])
+def test_damaged_lengths_of_an_earlier_start_are_told(tmp_path, content):
+    path, ones = tmp_path / "a.npz", np.ones(3, np.int64)
+    columns = dict.fromkeys(("tokens", "trained", "image_tokens", "images", "turns", "cut_from", "pictures"), ones)
+    problems = np.array("{}")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        odd = {"short": ones[:2], "words": np.array(["x"] * 3), "pickle": np.array([{}] * 3)}.get(content, ones)
+        columns = {"tokens": ones} if content == "other" else {**columns, "images": odd}
+        np.savez(path, problems=problems, **columns)
+    with pytest.raises(DataError, match=r"a\.npz: no lengths of samples"):
+        Lengths.load(path)
+
+
+@pytest.mark.parametrize("name", [".", "./.", "z.zip", "./z.zip", DONE])
+def test_an_entry_that_is_no_file_of_its_own_is_refused(tmp_path, name):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+        archive.writestr(name, "evil")
+        archive.writestr("b", "good")
+    (failure,) = unpack(folder).failures
+    assert "is no name for a file" in failure
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["in", "in/z.zip"]
+
+
+def test_a_point_in_the_name_of_an_entry_is_passed_over(tmp_path):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("./a/./b", "good")
+    assert unpack(tmp_path).failures == []
+    assert (tmp_path / "a" / "b").read_text() == "good"
+
+
+KILLED = """
+import os, sys
+from vilavt_core.checkpoint import writing
+
+renamed, rename = [], os.rename
+
+def killed(*names):
+    if len(renamed) == int(sys.argv[2]):
+        os._exit(9)
+    renamed.append(names)
+    rename(*names)
+
+os.rename = killed
+with writing.staged_folder(sys.argv[1], force=True) as partial:
+    (partial / "config.json").write_text('{"model_type": "new"}')
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_checkpoint_whose_replacement_was_killed_is_there_or_told_where(tmp_path, renames, caplog):
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "config.json").write_text('{"model_type": "old"}')
+    code = subprocess.run([sys.executable, "-c", KILLED, str(target), str(renames)], timeout=120).returncode
+    assert code == (0 if renames == 2 else 9)
+    if renames != 1:
+        assert json.loads((target / "config.json").read_text())["model_type"] == ("new" if renames else "old")
+        return
+    with pytest.raises(CheckpointError, match=r"mine was being replaced when its process was killed") as caught:
+        Checkpoint.open(target)
+    (former,) = tmp_path.glob("mine.replaced-*")
+    (new,) = tmp_path.glob("mine.partial-*")
+    assert str(former) in str(caught.value)
+    assert str(new) in str(caught.value)
+    with caplog.at_level(logging.WARNING), staged_folder(target) as partial:
+        (partial / "config.json").write_text("{}")
+    assert str(former) in caplog.text
+    assert json.loads((former / "config.json").read_text())["model_type"] == "old"
+
+
+def test_a_relative_name_of_a_folder_that_was_being_replaced_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine.replaced-7").mkdir(parents=True)
+    result = CliRunner().invoke(app, ["inspect", "runs/mine"])
+    assert isinstance(result.exception, CheckpointError)
+    assert "was being replaced" in str(result.exception)
+
+
+def test_a_log_line_does_nothing_to_the_terminal():
+    record = logging.LogRecord("a", logging.WARNING, "", 1, "bad\x1b[2J%s\x9b2J", ("\x07",), None)
+    line = PrintableFormatter().format(record)
+    assert line.isprintable()
+
+
+def test_json_on_a_terminal_is_exact_and_does_nothing_to_it():
+    value = {"answer": "\x1b[2J\x9b2J\x7f 猫 \n"}
+    text = json_text(value)
+    assert json.loads(text) == value
+    assert text.isprintable()
+    assert "猫" in text
+
+
+EVIL = "\x1b[2J\x9b2J[/bold]\x07"
+
+
+def test_what_commands_print_of_files_does_nothing_to_the_terminal(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "prompts.json").write_text(json.dumps({"name": EVIL, "version": EVIL, EVIL: 1}))
+    for name, text in PromptSet.load("default").templates.items():
+        (tmp_path / "set" / f"{name}.txt").write_text(text + EVIL)
+    results = tmp_path / "r"
+    results.mkdir()
+    run = {"run": {"format": 1, "model": EVIL, "benchmark": EVIL}}
+    rows = [run, {"question_id": EVIL, "response": EVIL, "answer": EVIL, "problem_type": EVIL, "category": EVIL}]
+    (results / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({EVIL: EVIL, "images": [EVIL], "conversations": EVIL}) + "\n")
+    commands = [
+        ["prompts", "show", str(tmp_path / "set")],
+        ["score", str(results)],
+        ["score", str(results), "--out", str(tmp_path / "out")],
+        ["view", str(results), "--out", str(tmp_path / "pages")],
+        ["inspect", str(folder_of(tmp_path, {"model_type": EVIL, "architectures": [EVIL]}, shard({EVIL: EVIL})))],
+        ["doctor", "--model", str(tmp_path)],
+    ]
+    for command in commands:
+        result = CliRunner().invoke(app, command)
+        assert all(c.isprintable() or c == "\n" for c in result.output), command

@@ -5,6 +5,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -452,6 +453,40 @@ def test_many_ignored_fields_are_counted_instead_of_listed():
     notes = [{**TEXT, "cache_control": {"type": "ephemeral"}}] * 150
     ignored = ChatRequest.model_validate({"messages": [{"role": "user", "content": notes}]}).ignored()
     assert (len(ignored), ignored[-1]) == (101, "… and 50 more")
+
+
+LONG = " ".join(f"It was {number} o'clock." for number in range(60))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_tokens": 16}, {"max_completion_tokens": 1}, {"vilavt": {"max_new_tokens_per_turn": 8, "max_turns": 1}}],
+    ids=str,
+)
+@pytest.mark.parametrize("said", [LONG, "", "<answer>", "<tool>{}</tool>", "<think>", "</answer>x", " \n", None])
+def test_no_limit_of_a_request_bounds_what_was_said_before_it(app, limits, said, monkeypatch):
+    allowed = []
+
+    async def cut_off(driver):
+        driver.start()
+        allowed.append(driver.request.max_new_tokens)
+        for event in driver.take([], finish="length"):
+            yield event
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.state.vilavt_loop.llm, "events", cut_off)
+        response = post(app, {"messages": [USER, {"role": "assistant", "content": said}, USER], **limits})
+    assert response.status_code == 200, response.text
+    assert response.json()["vilavt"]["finish"] == "length"
+    assert allowed == [next(iter(limits.get("vilavt", limits).values()))]
+
+
+def test_a_history_beyond_the_context_is_refused_with_the_numbers(app):
+    response = post(app, {"messages": [USER, {**SAID, "content": LONG}, USER], "vilavt": {"max_context": 300}})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert re.search(r"so far has \d{3,4} tokens, at most 300 are allowed", message)
+    assert "--max-model-len" in message
 
 
 def test_the_readme_shows_the_rule():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import VilavtError
-from .failures import is_from_outside, one_line, printable
+from .failures import PrintableFormatter, is_from_outside, one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,13 @@ def resumable(how: str = "the same command goes on where it stopped") -> Iterato
         yield
     except KeyboardInterrupt as stop:
         raise Stopped(how) from stop
+
+
+def start_logging(level: int) -> None:
+    """Log lines on stderr, for a whole command: printable, whatever they quote."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def tell(program: str, error: BaseException) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,19 @@ def printable(text: str) -> str:
     """In one line, and without characters that a terminal would act upon."""
     line = " ".join(text.splitlines())
     return line if line.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def printable_text(text: str) -> str:
+    """Without control characters but line breaks and tabs: what a model or a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Of log lines, which quote files, models and servers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with the traceback if there is one."""
+        return printable_text(super().format(record))
 
 
 def quoted(text: object) -> str:

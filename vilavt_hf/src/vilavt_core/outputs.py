@@ -1,11 +1,16 @@
-"""Whether a command can write its results where it is told to, found out before the work."""
+"""Whether a command can write its results where it is told to, found out before the work; a file written whole or not
+at all.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _TRIAL = b"\0" * 4096
 """What is written, and removed again, to find out."""
@@ -47,6 +52,25 @@ def folder_problem(path: str | Path) -> str | None:
         return _trial(place, path)
     except (OSError, ValueError) as error:
         return _cannot(path, error)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path` that takes its name when the block succeeds, and is gone if it fails.
+
+    It is made anew: nothing that lies under its name, a link say, is written through.
+    """
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # the name alone may be as long as one can be
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _present_file_problem(path: Path) -> str | None:

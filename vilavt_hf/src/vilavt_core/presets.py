@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
 from .errors import EpisodeError
+from .failures import quoted
 from .protocol import Rules
 from .regions import MIN_PIXELS
 from .spelling import did_you_mean, meant
@@ -83,10 +84,12 @@ class Limits:
             if value is None and f.default is None:
                 continue
             unlimited = ", or None for unlimited" if f.default is None else ""
-            if not isinstance(value, Real):
-                raise EpisodeError(f"Limits.{f.name} is {value!r}, it must be a number{unlimited}")
+            counts = str(f.type).startswith("int")
+            if isinstance(value, bool) or not isinstance(value, Integral if counts else Real) or value != value:
+                kind = "whole number" if counts else "number"
+                raise EpisodeError(f"Limits.{f.name} is {quoted(repr(value))}, it must be a {kind}{unlimited}")
             if value < least:
-                raise EpisodeError(f"Limits.{f.name} is {value}, it must be at least {least}{unlimited}")
+                raise EpisodeError(f"Limits.{f.name} is {quoted(value)}, it must be at least {least}{unlimited}")
         for name in ("max_pixels", "crop_max_pixels", "max_inquiry_pixels"):
             if (value := getattr(self, name)) is not None and value < self.min_pixels:
                 raise EpisodeError(
@@ -193,7 +196,7 @@ class Preset:
         known = [f.name for f in fields(Limits)]
         if unknown := sorted(set(changes) - set(known)):
             raise EpisodeError(
-                f"unknown limits {', '.join(unknown)}; known are {', '.join(known)}{meant(unknown, known)}"
+                f"unknown limits {quoted(', '.join(unknown))}; known are {', '.join(known)}{meant(unknown, known)}"
             )
         return replace(self, limits=replace(self.limits, **changes))
 
@@ -293,7 +296,9 @@ def get_preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
-        raise EpisodeError(f"no preset {preset!r}; known are {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}")
+        raise EpisodeError(
+            f"no preset {quoted(repr(preset))}; known are {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}"
+        )
     return PRESETS[preset]
 
 

@@ -34,7 +34,7 @@ TAGS = (
     *(ANSWER_OPEN, ANSWER_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE),
 )
 """All tags of the protocol."""
-_TAG = re.compile("|".join(map(re.escape, TAGS)))
+_LONGEST_TAG = max(map(len, TAGS))
 
 IMAGE_MARK = "<image>"
 """Stands in the text of a question or of a training record where an image belongs."""
@@ -420,8 +420,15 @@ def format_tool_call(call: ToolCall) -> str:
 
 
 def without_tags(text: str) -> str:
-    """Text without the protocol's tags, so that it can stand in a turn as the answer of somebody who knows none."""
-    return _TAG.sub("", text)
+    """Text without the protocol's tags, so that it can stand in a turn as the answer of somebody who knows none; nor is
+    one left that the text around another makes, as in ``<an<answer>swer>``.
+    """
+    kept: list[str] = []
+    for piece in re.findall("[^>]*>|[^>]+", text):
+        kept += piece
+        end = "".join(kept[-_LONGEST_TAG:])
+        del kept[len(kept) - max((len(tag) for tag in TAGS if end.endswith(tag)), default=0) :]
+    return "".join(kept)
 
 
 def format_answer(text: str) -> str:

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, EpisodeError
+from .failures import quoted, quoted_error
+from .json_text import parse_json
+from .outputs import whole_file
 from .presets import Limits, Preset, get_preset
 from .regions import MAX_PIXELS
 from .spelling import meant
@@ -55,12 +58,12 @@ class ChatSettings:
         """
         self.apply()
         path = Path(folder) / SETTINGS
-        partial = path.with_name(f".{SETTINGS}.{os.getpid()}")  # several processes may write the same at once
         settings: dict[str, Any] = {"preset": self.preset, "limits": dict(self.limits)}
         if self.note:
             settings["note"] = self.note
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return partial.replace(path)
+        with whole_file(path) as file:  # several processes may write the same at once
+            file.write((json.dumps(settings, indent=2) + "\n").encode())
+        return path
 
 
 def save_chat_settings(
@@ -95,9 +98,9 @@ def read_chat_settings(checkpoint: str | Path, *, hub: Mapping[str, Any] | None 
     if path is None:
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {quoted_error(error)}") from None
     return _checked(data, path)
 
 
@@ -145,6 +148,8 @@ def is_hub_id(name: str | Path) -> bool:
 def _settings_file(checkpoint: str | Path, hub: Mapping[str, Any]) -> Path | None:
     if not is_hub_id(checkpoint):
         path = Path(checkpoint) / SETTINGS
+        if os.path.lexists(path) and not path.is_file():
+            raise CheckpointError(f"{path} is no file, or a link to none; put it right, or take it away")
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -166,15 +171,16 @@ def _checked(data: Any, path: Path) -> ChatSettings:
         not isinstance(data, dict)
         or set(data) - {"preset", "limits", "note"}
         or not isinstance(data.get("limits", {}), dict)
-        or not isinstance(data.get("note", ""), str)
+        or not all(isinstance(data.get(name, ""), str) for name in ("preset", "note"))
     ):
         raise CheckpointError(f'{path}: it must be {{"preset": name, "limits": {{…}}, "note": text}}')
     limits = data.get("limits", {})
     if unknown := sorted(set(limits) - known):
         raise CheckpointError(
-            f"{path}: unknown limits {', '.join(unknown)}; known are {', '.join(sorted(known))}{meant(unknown, known)}"
+            f"{path}: unknown limits {quoted(', '.join(unknown))}; known are {', '.join(sorted(known))}"
+            f"{meant(unknown, known)}"
         )
-    settings = ChatSettings(str(data.get("preset", "default")), limits, data.get("note", ""))
+    settings = ChatSettings(data.get("preset", "default"), limits, data.get("note", ""))
     try:
         settings.apply()
     except EpisodeError as error:

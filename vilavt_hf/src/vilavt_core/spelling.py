@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST = 100
+"""Characters of a name that is likened to others, which would take seconds of a megabyte."""
+
 
 def did_you_mean(written: object, known: Iterable[object]) -> str:
     """``; did you mean 'late'?`` for the known name that is written most alike, to end an error with; else nothing.
@@ -11,6 +14,8 @@ def did_you_mean(written: object, known: Iterable[object]) -> str:
         written: what was given.
         known: what there is.
     """
+    if len(str(written)) > _LONGEST:
+        return ""
     names = {str(name).lower(): str(name) for name in known}
     found = get_close_matches(str(written).lower(), names, n=1)
     return f"; did you mean {names[found[0]]!r}?" if found else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vilavt_core.errors import BenchmarkError
+from vilavt_core.json_text import parse_json
 from vilavt_core.pages import render
 from vilavt_core.viewer import SCRIPT, Trace, shown_talk
 
@@ -288,7 +288,7 @@ def _rows_at(places: set[tuple[str, int]]) -> dict[tuple[str, int], Mapping[str,
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
     for path in sorted({path for path, _ in places}):
         with open(path, "rb") as file:
-            found |= {(path, n): json.loads(raw) for n, raw in enumerate(file, 1) if (path, n) in places}
+            found |= {(path, n): parse_json(raw) for n, raw in enumerate(file, 1) if (path, n) in places}
     return found
 
 

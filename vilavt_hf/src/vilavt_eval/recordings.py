@@ -4,7 +4,6 @@ VLMEvalKit runs. Nothing that a file says is trusted: what is no conversation is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from vilavt_core.conversation import ShownImage, Turn
 from vilavt_core.errors import EvaluationError, ImageError, RegionError, VilavtError
+from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits, get_preset
 from vilavt_core.protocol import ToolCall, parse_turn
 from vilavt_core.regions import WHOLE, Gallery, Picture, share_budget
@@ -291,10 +291,10 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
         yield from read_lines(path)
         return
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be read: {error.strerror}; check the path") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise EvaluationError(f"{path}: no JSON: {error}; files of one object per line end in .jsonl") from None
     yield from enumerate(data if isinstance(data, list) else [data], 1)
 

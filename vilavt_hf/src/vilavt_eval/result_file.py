@@ -21,6 +21,9 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from vilavt_core.errors import EvaluationError
+from vilavt_core.failures import quoted, quoted_error
+from vilavt_core.json_text import parse_json
+from vilavt_core.outputs import whole_file
 
 from .sharding import PATIENCE, Shard
 
@@ -78,13 +81,20 @@ def lines(path: Path) -> Iterator[Line]:
             if not raw.endswith(b"\n"):
                 return
             try:
-                data = json.loads(raw)
+                data = parse_json(raw)
                 if not isinstance(data, dict):
                     raise ValueError("no JSON object")
             except ValueError as error:
                 raise EvaluationError(
-                    f"{path}, line {number}: {error}; the file was changed by something else, move it away"
+                    f"{path}, line {number}: {quoted_error(error)}; the file was changed by something else, move it "
+                    "away"
                 ) from None
+            question = data.get("question_id")
+            if isinstance(question, bool) or not isinstance(question, QuestionId | None):
+                raise EvaluationError(
+                    f"{path}, line {number}: question_id is {quoted(repr(question))}, it must be a text or a whole "
+                    "number; the file was changed by something else, move it away"
+                )
             yield Line(offset, len(raw), data)
             offset += len(raw)
 
@@ -124,7 +134,7 @@ class RunFiles:
             line.data["question_id"]
             for path in self._existing()
             for line in lines(path)
-            if "question_id" in line.data and not line.data.get("error")
+            if line.data.get("question_id") is not None and not line.data.get("error")
         }
 
     def writer(self, shard: Shard) -> Writer:
@@ -159,20 +169,15 @@ class RunFiles:
                 return False
             if found == [self.merged]:
                 return True
-            partial = self.merged.with_name(self.merged.name + ".partial")
             files = [path.open("rb") for path in found]
             try:
-                with partial.open("wb") as out:
+                with whole_file(self.merged) as out:
                     out.write(_encoded({"run": self.run | {"shard": None}}))
                     for question in dict.fromkeys((*ids, *where)):
                         number, offset, length, _ = where[question]
                         files[number].seek(offset)
                         out.write(files[number].read(length))
-                    out.flush()
-                    os.fsync(out.fileno())
-                partial.replace(self.merged)
             finally:
-                partial.unlink(missing_ok=True)
                 for file in files:
                     file.close()
             for path in found:
@@ -202,7 +207,10 @@ class RunFiles:
         if not isinstance(before, dict):
             raise EvaluationError(f"{path} does not begin with a run line; move it away, or name another --out")
         if changes := differences(before, self.run):
-            said = "; ".join(f"{name} was {old!r}, now it is {new!r}" for name, old, new in changes[:4])
+            said = "; ".join(
+                f"{quoted(name)} was {quoted(repr(old))}, now it is {quoted(repr(new))}"
+                for name, old, new in changes[:4]
+            )
             more = f" (and {len(changes) - 4} more)" if len(changes) > 4 else ""
             raise EvaluationError(
                 f"{path} holds results of another run: {said}{more}. Go on as it was begun, name another --out, or "

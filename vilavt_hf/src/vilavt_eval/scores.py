@@ -23,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vilavt_core.errors import BenchmarkError, ScoringError
+from vilavt_core.failures import quoted
+from vilavt_core.json_text import MAX_DEPTH, parse_json
 from vilavt_core.scoring import bare_option, known_options, unwrapped
 from vilavt_core.scoring.published import evaluation_score
 
@@ -34,8 +36,6 @@ logger = logging.getLogger(__name__)
 Scorer = Literal["strict", "published"]
 SEED_IN_NAME = re.compile(r"[-_.]*seed[-_]?(\d+)")
 """As in the names of published result files."""
-MAX_DEPTH = 100
-"""Deepest nesting of a line that is read; a row needs 3. Deeper ones could not be written down again."""
 SHOWN = 200
 """Characters of a prediction or target that are kept for listings."""
 
@@ -207,23 +207,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if not raw.strip():
                 continue
             try:
-                data = json.loads(raw)
-                if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(data):
-                    raise RecursionError
-                yield number, data
-            except (ValueError, RecursionError):
+                yield number, parse_json(raw)
+            except ValueError:
                 yield number, Flaw.NOT_JSON if raw.endswith(b"\n") else Flaw.CUT_OFF
-
-
-def _is_deep(data: Any) -> bool:
-    """Whether data is nested deeper than `MAX_DEPTH`; goes down level by level, without recursion."""
-    level = [data]
-    for _ in range(MAX_DEPTH):
-        below = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
-        level = [child for children in below for child in children]
-        if not level:
-            return False
-    return True
 
 
 def response_of(row: Mapping[str, Any]) -> Any:
@@ -248,7 +234,7 @@ def _named(path: Path, run: Mapping[str, Any]) -> Benchmark | None:
     shipped = shipped_benchmark(name)
     if written is not None:
         try:
-            own = read_benchmark(written, f"{path}, definition of {name!r}")
+            own = read_benchmark(written, f"{path}, definition of {quoted(repr(name))}")
         except BenchmarkError as error:
             choice = "FILE.yaml" if shipped is None else f"{shipped.name} (the package's), or FILE.yaml"
             raise BenchmarkError(f"{error}; name the definition with --benchmark {choice}") from None
@@ -264,8 +250,8 @@ def _named(path: Path, run: Mapping[str, Any]) -> Benchmark | None:
         return own
     if shipped is None:
         raise BenchmarkError(
-            f"{path}: no benchmark {name!r} is known ({', '.join(known_benchmarks())}), and the file does not hold its "
-            "definition; name one with --benchmark FILE.yaml"
+            f"{path}: no benchmark {quoted(repr(name))} is known ({', '.join(known_benchmarks())}), and the file does "
+            "not hold its definition; name one with --benchmark FILE.yaml"
         )
     if version is not None and version != shipped.version:
         logger.warning(

@@ -30,7 +30,7 @@ from vilavt_core.cli.running import (
     group,
     version_option,
 )
-from vilavt_core.ending import ending
+from vilavt_core.ending import ending, start_logging
 from vilavt_core.failures import loading
 
 app = typer.Typer(
@@ -49,9 +49,7 @@ def _options(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what the libraries do; show tracebacks."),
     version: bool = version_option("vilavt-rl", "vilavt-rl"),
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    start_logging(logging.INFO if verbose else logging.WARNING)
 
 
 @app.command("verl", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -90,8 +88,8 @@ def doctor_command() -> None:
     import warnings
 
     from rich.console import Console
-    from rich.markup import escape
 
+    from vilavt_core.cli.showing import markup
     from vilavt_core.doctor import Status
 
     from .doctor import checks
@@ -102,11 +100,11 @@ def doctor_command() -> None:
     for check in checks(None, False):
         failed = failed or check.status is Status.FAILED
         console.print(
-            f"[{colours[check.status]}]{check.status.value:>6}[/]  [bold]{escape(check.name)}[/]: "
-            f"{escape(check.detail)}"
+            f"[{colours[check.status]}]{check.status.value:>6}[/]  [bold]{markup(check.name)}[/]: "
+            f"{markup(check.detail)}"
         )
         if check.remedy:
-            console.print(f"        {escape(check.remedy)}")
+            console.print(f"        {markup(check.remedy)}")
     if failed:
         raise typer.Exit(1)
 

@@ -44,6 +44,7 @@ from vilavt_core.checkpoint.writing import (
     write_safetensors,
 )
 from vilavt_core.errors import CheckpointError, EpisodeError
+from vilavt_core.failures import one_line, quoted
 from vilavt_core.settings import ChatSettings, describe_preset, preset_of, read_chat_settings
 
 from .run_settings import noted_settings
@@ -212,14 +213,20 @@ def _rank_files(folder: Path) -> list[Path]:
     found: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := _SHARD_FILE.fullmatch(path.name):
-            found.setdefault(int(match[1]), {})[int(match[2])] = path
+            ranks = found.setdefault(int(match[1]), {})
+            if (rank := int(match[2])) in ranks:
+                raise CheckpointError(f"{path} and {ranks[rank]} are the same rank; move one of them away")
+            ranks[rank] = path
     if len(found) > 1:
         raise CheckpointError(f"{folder} holds shards of world sizes {sorted(found)}; move all but one run's away")
     ((world_size, ranks),) = found.items()
-    missing = sorted(set(range(world_size)) - ranks.keys())
-    if missing or world_size < 1:
+    if world_size < 1:
+        raise CheckpointError(f"{folder} has shards of world size {world_size}; it was not written by FSDP")
+    # Not a set of all ranks: a file's name can make it as large as it likes.
+    missing = list(itertools.islice((rank for rank in range(world_size) if rank not in ranks), 8))
+    if missing:
         raise CheckpointError(
-            f"{folder} has {len(ranks)} of {world_size} shards; missing rank {', '.join(map(str, missing[:8]))} "
+            f"{folder} has {len(ranks)} of {world_size} shards; missing rank {', '.join(map(str, missing))} "
             f"(model_world_size_{world_size}_rank_{missing[0]}.pt); copy it from the machine that wrote it"
         )
     if extra := sorted(ranks.keys() - set(range(world_size))):
@@ -298,16 +305,34 @@ def _load_rank(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} cannot be read ({reason[:300]}); it is {hint}") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, it must hold tensors by name")
     tensors: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
+        if not isinstance(name, str) or not _is_plain(value):
+            raise CheckpointError(
+                f"{path}: {quoted(repr(name))} is no ordinary tensor with a name; it was not written by FSDP"
+            )
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         if published_name(name) in tensors:
-            raise CheckpointError(f"{path} holds {published_name(name)} twice")
+            raise CheckpointError(f"{path} holds {quoted(published_name(name))} twice")
         tensors[published_name(name)] = value
     return tensors
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether what a rank holds of a tensor is dense, in memory, and of a type that a checkpoint may have."""
+    local = getattr(value, "_local_tensor", None) if isinstance(value, DTensor) else value
+    return (
+        isinstance(local, torch.Tensor)
+        and local.layout is torch.strided
+        and local.device.type == "cpu"
+        and local.dtype in _SAFETENSORS_DTYPES
+        and (local.is_contiguous() or local.numel() <= local.untyped_storage().nbytes() // local.itemsize)
+    )
 
 
 def _expected_or_empty(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -330,7 +355,13 @@ def _plan(
     for name in names:
         values = [state[name] for state in ranks]
         if all(isinstance(value, DTensor) for value in values):
-            plans[name], mesh = _plan_dtensor(name, values, files)
+            try:
+                plans[name], mesh = _plan_dtensor(name, values, files)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{quoted(name)}: how it is placed on the ranks cannot be read ({one_line(error)}); the shards are "
+                    "damaged, or not written by FSDP"
+                ) from error
         elif any(isinstance(value, DTensor) for value in values):
             raise CheckpointError(f"{name} is a DTensor on some ranks only")
         else:
@@ -360,7 +391,11 @@ def _plan_dtensor(name: str, values: list[Any], files: list[Path]) -> tuple[_Pla
     index = tuple(slice(None) if i in sharded else 0 for i in range(ranks.dim()))
     order = ranks[index].flatten().tolist()
     dim = spec.placements[sharded[0]].dim if sharded else 0
-    length = sum(values[rank]._local_tensor.shape[dim] for rank in order) if shape else 0
+    parts = [tuple(values[rank]._local_tensor.shape) for rank in order]
+    others = [(*part[:dim], *part[dim + 1 :]) for part in (shape, *parts)]
+    if any(one != others[0] for one in others) or any(len(part) != len(shape) for part in parts):
+        raise CheckpointError(f"{name} has parts of shapes {parts[:4]}, which cannot make up {list(shape)}")
+    length = sum(part[dim] for part in parts) if shape else 0
     if shape and length != shape[dim]:
         raise CheckpointError(
             f"{name}: the parts of {[files[rank].name for rank in order]} add up to {length} along dimension {dim}, "
@@ -379,6 +414,10 @@ def _plan_plain(name: str, values: list[torch.Tensor], expected: tuple[int, ...]
     """Not a DTensor: a single process, a tensor FSDP left alone, or (old versions) parts along the first dimension."""
     first = values[0]
     shape = tuple(first.shape)
+    if any(value.shape[1:] != first.shape[1:] or value.dim() != first.dim() for value in values):
+        raise CheckpointError(
+            f"{name} has parts of shapes {[list(value.shape) for value in values[:4]]}, which make up no tensor"
+        )
     joined = (sum(len(value) for value in values), *shape[1:]) if shape else ()
     if len(values) == 1 or (expected is None and not shape) or shape == expected:
         return _Plan(name, shape, first.dtype, (0,))

@@ -15,6 +15,7 @@ from typing import Any
 
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.episode import Episode, Limits
+from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Sampling, get_preset
 from vilavt_core.results import ChatResult, Provenance, Work
 from vilavt_core.trace import write_html
@@ -126,7 +127,7 @@ def read_rollouts(run: str | Path) -> Iterator[Rollout]:
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
             try:
-                found.append(Rollout.from_json(json.loads(line)))
+                found.append(Rollout.from_json(parse_json(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise RowError(f"{file}, line {number}: not a rollout: {error}") from None
     yield from sorted(found, key=lambda rollout: (rollout.step, rollout.group))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from vilavt_core.checkpoint import require_vilavt
+from vilavt_core.json_text import parse_json
 
 
 def require_servable(model: str, arguments: Mapping[str, Any]) -> None:
@@ -28,7 +28,7 @@ def require_servable(model: str, arguments: Mapping[str, Any]) -> None:
 def _overrides(given: Any) -> Mapping[str, Any]:
     if isinstance(given, str):
         try:
-            given = json.loads(given)
+            given = parse_json(given)
         except ValueError:
             return {}  # vLLM says so
     return given if isinstance(given, Mapping) else {}

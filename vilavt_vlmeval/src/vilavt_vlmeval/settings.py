@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create
 
 from vilavt_core.backends import BackendOptions, names_server
 from vilavt_core.images import BENCHMARK_IMAGES
+from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits, Sampling, optional_fields
 from vilavt_core.shipped import shipped
 from vilavt_core.sources import Video
@@ -29,7 +29,7 @@ ELSEWHERE = ("AUTOLOAD",)
 
 
 def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 _Overrides = create_model("_Overrides", **optional_fields(Limits), **optional_fields(Sampling))

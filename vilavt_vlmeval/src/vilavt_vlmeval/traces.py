@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vilavt_core.json_text import parse_json
+
 from .errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue
             if isinstance(row, dict) and {"key", "answer", "error"} <= row.keys():

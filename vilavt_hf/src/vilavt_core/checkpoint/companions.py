@@ -1,6 +1,5 @@
 """Everything a checkpoint needs beside weights and configuration: processor, tokenizers, chat template, prompts."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -202,6 +201,6 @@ def _name_our_processor(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = read_json(path)
         if value.get("processor_class") in _STOCK_PROCESSORS:
             write_json(path, {**value, "processor_class": "VilavtProcessor"})

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..failures import one_line
 from ..settings import is_hub_id
-from .layout import CONFIG, no_checkpoint
+from .layout import CONFIG, interrupted, no_checkpoint
 
 
 def checkpoint_folder(checkpoint: str | os.PathLike) -> Path:
@@ -52,7 +52,7 @@ def hub_config(name: str, hub: Mapping[str, Any]) -> Path:
 
 def names_hub_id(name: str) -> bool:
     """Whether a checkpoint is named by a hub id: it is written like one, and nothing here is called so."""
-    return is_hub_id(name) and not os.path.lexists(name)
+    return is_hub_id(name) and not os.path.lexists(name) and not interrupted(name)
 
 
 def _unavailable(name: str, error: Exception) -> CheckpointError:

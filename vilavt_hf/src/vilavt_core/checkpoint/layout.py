@@ -28,11 +28,14 @@ from ..architecture import (
 )
 from ..errors import CheckpointError
 from ..failures import quoted, quoted_error
+from ..json_text import parse_json
 from ..spelling import did_you_mean
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+PARTIAL, REPLACED = ".partial-", ".replaced-"
+"""Between the name of a folder and the number of the process that makes or replaces it."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -110,10 +113,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > _MAX_HEADER:
         raise CheckpointError(f"{path} has {size} bytes, at most {_MAX_HEADER} are read")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({quoted_error(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
@@ -275,9 +278,35 @@ def _take_out_wrong_types(config: dict[str, Any]) -> list[str]:
     return problems
 
 
+def interrupted(target: str | os.PathLike) -> str:
+    """Where the former content of a folder is that was being replaced when its process was killed; empty: nowhere, or
+    the folder is there.
+    """
+    target = Path(os.path.abspath(target))
+    try:
+        left = [] if os.path.lexists(target) else left_by_killed(target)
+    except OSError:
+        return ""
+    former = [path for path in left if path.name.startswith(f"{target.name}{REPLACED}")]
+    if not former:
+        return ""
+    whole = [path for path in left if path not in former and (path / CONFIG).is_file()]
+    new = f"; {whole[0]} is what should have taken its place" if whole else ""
+    return f"{target} was being replaced when its process was killed: what it was is {former[0]}, rename it back{new}"
+
+
+def left_by_killed(target: Path) -> list[Path]:
+    """Folders beside it that killed processes left: half made ones, and former ones."""
+    beginnings = (f"{target.name}{PARTIAL}", f"{target.name}{REPLACED}")
+    found = target.parent.iterdir() if target.parent.is_dir() else ()
+    return sorted(path for path in found if path.name.startswith(beginnings))
+
+
 def no_checkpoint(root: Path) -> str:
     """What a folder is that is no checkpoint, and what to do."""
     if not os.path.lexists(root):
+        if hint := interrupted(root):
+            return hint
         found = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
         hint = did_you_mean(root.name, found) or "; check the path"
         return f"{root}: no such folder, and not a hub id (owner/name){hint}"

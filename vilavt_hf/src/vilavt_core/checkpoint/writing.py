@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..outputs import folder_problem
-from .layout import CONFIG, INDEX, TensorEntry
+from .layout import CONFIG, INDEX, PARTIAL, REPLACED, TensorEntry, interrupted, left_by_killed
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,13 @@ def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterat
     """
     check_destination(destination, force)
     target = Path(os.path.abspath(destination))
-    for stale in target.parent.glob(f"{target.name}.partial-*"):
-        logger.warning("%s was left by an interrupted run and can be deleted", stale)
+    if hint := interrupted(target):
+        logger.warning("%s", hint)
+    else:
+        for stale in left_by_killed(target):
+            logger.warning("%s was left by an interrupted run and can be deleted", stale)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f"{target.name}{PARTIAL}{os.getpid()}")
     partial.mkdir()
     try:
         yield partial
@@ -80,10 +83,14 @@ def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterat
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Give a finished folder its name, once all of it is on disk; a folder of that name is replaced as a whole."""
+    """Give a finished folder its name, once all of it is on disk; a folder of that name is replaced as a whole.
+
+    No system call does both at once everywhere: killed between the two, the former folder is there under another name,
+    which `interrupted` tells.
+    """
     _sync_tree(partial)
     if os.path.lexists(target):
-        replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+        replaced = target.with_name(f"{target.name}{REPLACED}{os.getpid()}")
         os.rename(target, replaced)
         try:
             os.rename(partial, target)

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ..ending import ending
+from ..ending import ending, start_logging
 from .running import Commands, version_option
 
 
@@ -138,9 +138,7 @@ def _options(
 ) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot show must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    start_logging(logging.INFO if verbose else logging.WARNING)
 
 
 def main() -> None:

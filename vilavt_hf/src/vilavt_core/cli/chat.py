@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +12,13 @@ import typer
 from ..backends import names_server
 from ..checkpoint import require_vilavt
 from ..errors import ImageError
+from ..failures import printable_text
+from ..json_text import parse_json
 from ..sources import ImageSource, Video
 from .model_options import limits_of, open_model
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
-from .showing import markup, printable_text, show
+from .showing import json_text, markup, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,10 +102,10 @@ def ask(
     )
     console = Console(stderr=as_json, highlight=False)
     if note := note_of(model, backend):
-        console.print(note, style="yellow", markup=False)
+        console.print(printable_text(note), style="yellow", markup=False)
     result = show(console, backend.stream(shown, question))
     if as_json:
-        typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
+        typer.echo(json_text(result.to_json(), 2))
     _write(console, [result], trace, picture, backend, [None])
     if result.answer is None:
         raise typer.Exit(NO_ANSWER)
@@ -132,7 +133,7 @@ def demo(
     _check_pictures([str(image) for image, _, _ in questions])
     chat = _load(name, device, dtype)
     parameters = sum(p.numel() for p in chat.model.parameters())
-    console.print(f"[bold]{Path(name).name}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
+    console.print(f"[bold]{markup(Path(name).name)}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
     results, targets, right = [], list[str | None](), 0
     for image, question, expected in questions:
         console.rule(style="dim")
@@ -212,7 +213,7 @@ def _write(
 def _questions(path: Path) -> list[tuple[Path, str, str]]:
     """Picture, question and expected answer of every entry."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = parse_json(path.read_text(encoding="utf-8-sig"))
         return [(path.parent / str(e["image"]), str(e["question"]), str(e.get("answer", ""))) for e in entries]
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}; check --data") from None

@@ -62,8 +62,8 @@ def convert(
         verify=verify,
     )
     typer.echo(f"{destination}: {report.tensors} tensors, {readable_size(report.nbytes)}, {report.weights.value}")
-    typer.echo(f"query encoder settings from {report.text_encoder_config}")
-    typer.echo(f"brought along: {', '.join(report.companions.brought) or 'nothing'}")
+    typer.echo(printable(f"query encoder settings from {report.text_encoder_config}"))
+    typer.echo(printable(f"brought along: {', '.join(report.companions.brought) or 'nothing'}"))
     if report.verified:
         typer.echo("verified: names, shapes, types and bytes of all tensors match")
     show_remarks(report.notes, report.missing)
@@ -125,9 +125,9 @@ def init(
         f"seed {report.seed})"
     )
     typer.echo(f"query-aware blocks: {_list(report.query_aware_blocks)}")
-    typer.echo("new: " + ", ".join(report.new_tensors))
+    typer.echo(printable("new: " + ", ".join(report.new_tensors)))
     if report.ignored:
-        typer.echo(f"left out of the query encoder: {', '.join(report.ignored)}")
+        typer.echo(printable(f"left out of the query encoder: {', '.join(report.ignored)}"))
     show_remarks(report.notes, report.missing)
 
 

@@ -14,6 +14,7 @@ from ..errors import DataError
 from ..failures import printable
 from ..spelling import did_you_mean
 from .running import check_output_files, choice, group
+from .showing import markup
 
 if TYPE_CHECKING:
     from ..data.dataset import SftDataset
@@ -133,7 +134,7 @@ def stats_command(
         share = [100 * part / max(1, row.tokens) for part in (row.image_tokens, row.trained_tokens)]
         figures: list[Any] = [row.samples, sum(row.dropped.values()), row.turns, row.images, row.tokens]
         cells = [*(f"{n:,}" for n in figures), *(f"{s:.0f} %" for s in share)]
-        table.add_row(row.name, *cells, *(f"{n:,}" for n in row.length_quantiles.values()))
+        table.add_row(markup(row.name), *cells, *(f"{n:,}" for n in row.length_quantiles.values()))
     Console().print(table)
     for row in rows:
         for kind, count in sorted(row.dropped.items()):

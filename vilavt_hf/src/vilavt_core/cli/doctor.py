@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .showing import markup
+
 
 def doctor(
     model: Annotated[Path | None, typer.Option("--model", "-m", help="Checkpoint folder to check too.")] = None,
@@ -17,7 +19,6 @@ def doctor(
 ) -> None:
     """Check this installation; exit code 1 if something has to be done."""
     from rich.console import Console
-    from rich.markup import escape
 
     from ..doctor import Check, Status, examine
 
@@ -30,9 +31,9 @@ def doctor(
         found.append(check)
         if not as_json:
             mark = f"[{colours[check.status]}]{check.status.value:>6}[/]"
-            console.print(f"{mark}  [bold]{escape(check.name)}[/]: {escape(check.detail)}")
+            console.print(f"{mark}  [bold]{markup(check.name)}[/]: {markup(check.detail)}")
             if check.remedy:
-                console.print(f"        {escape(check.remedy)}")
+                console.print(f"        {markup(check.remedy)}")
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in found], indent=2))
     if any(check.status is Status.FAILED for check in found):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..failures import printable, printable_text, quoted
 from .running import check_output_folders, group
 
 prompts_app = group("Prompt sets: show one, or import one from a checkout of the published system.")
@@ -31,7 +33,7 @@ def import_command(
     report = import_prompts(checkout, name)
     report.prompts.save(out)
     for line in report.lines():
-        typer.echo(line)
+        typer.echo(printable(line))
     typer.echo(f"wrote {len(report.prompts.templates)} templates to {out} (sha256 {report.prompts.sha256[:16]})")
 
 
@@ -53,8 +55,9 @@ def show_command(
             raise PromptError(
                 f"prompt set {prompts.name!r} has no template {template!r}; it has {sorted(prompts.templates)}"
             )
-        typer.echo(prompts.templates[template], nl=False)
+        text = prompts.templates[template]
+        typer.echo(printable_text(text) if sys.stdout.isatty() else text, nl=False)
         return
-    typer.echo(f"{prompts.name}, version {prompts.version}, sha256 {prompts.sha256}")
+    typer.echo(f"{quoted(prompts.name)}, version {quoted(prompts.version)}, sha256 {prompts.sha256}")
     for key, text in prompts.templates.items():
-        typer.echo(f"\n--- {key}: {TEMPLATES[key].purpose}\n{text}")
+        typer.echo(f"\n--- {key}: {TEMPLATES[key].purpose}\n{printable_text(text)}")

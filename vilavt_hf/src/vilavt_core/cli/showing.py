@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
+from ..failures import printable_text
 from ..results import AnswerEvent, ChatResult, CropsEvent, Event, Finished, RefusedEvent, TextDelta
 
 if TYPE_CHECKING:
@@ -61,9 +64,10 @@ def show(
     raise EngineError("the conversation ended without a result")
 
 
-def printable_text(text: str) -> str:
-    """Without control characters: what a model or a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON that a terminal shows and does not act upon: what it would act upon is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def markup(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..failures import printable_text
 from . import model_options as options
 from .showing import markup, show
 
@@ -79,7 +80,7 @@ def chat(
     for path in video or ():
         prompt.video(path)
     if note := note_of(model, opened):
-        console.print(note, style="yellow", markup=False)
+        console.print(printable_text(note), style="yellow", markup=False)
     with _history(_history_file() if history and sys.stdin.isatty() else None):
         prompt.run()
 

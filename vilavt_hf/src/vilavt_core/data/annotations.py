@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..json_text import parse_json
 
 
 class Annotations:
@@ -50,7 +51,7 @@ class Annotations:
         return ends, starts
 
     def _scan_list(self) -> tuple[list[int], list[int]]:
-        records = self._rows() if self.path.suffix == ".parquet" else json.loads(self.path.read_bytes())
+        records = self._rows() if self.path.suffix == ".parquet" else parse_json(self.path.read_bytes())
         if not isinstance(records, list):
             raise ValueError(f"it holds a {type(records).__name__}")
         parts = [json.dumps(record).encode() for record in records]
@@ -82,11 +83,9 @@ class Annotations:
         else:
             raw = self._bytes[start:end]
         try:
-            return json.loads(raw)
+            return parse_json(raw)
         except ValueError as error:
             raise DataError(f"{self.path}, record {i}: not JSON: {error}", "schema") from None
-        except RecursionError:
-            raise DataError(f"{self.path}, record {i}: nested too deeply to be read; remove it", "schema") from None
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))

@@ -13,6 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError
+from ..failures import quoted_error
+from ..json_text import parse_json
+from ..outputs import whole_file
 from .annotations import Annotations
 from .example import Dropped, Example
 from .parallel import in_processes
@@ -245,19 +248,29 @@ class Lengths:
     def save(self, path: Path) -> None:
         """Write to an ``.npz`` file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             np.savez_compressed(
                 file, problems=np.array(json.dumps(self.problems)), **{name: getattr(self, name) for name in _COLUMNS}
             )
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Lengths":
-        """What `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            problems = {int(i): (kind, text) for i, (kind, text) in json.loads(str(file["problems"])).items()}
-            return cls(**{name: file[name] for name in _COLUMNS}, problems=problems)
+        """What `save` wrote.
+
+        Raises:
+            DataError: it is damaged, or something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                problems = {int(i): (kind, text) for i, (kind, text) in parse_json(str(file["problems"])).items()}
+                columns = {name: file[name] for name in _COLUMNS}
+                if any(one.shape != columns["tokens"].shape or one.dtype.kind not in "iu" for one in columns.values()):
+                    raise ValueError("its columns are no whole numbers, one for each sample")
+        except Exception as error:  # numpy, its zip reader and its headers have errors of their own
+            if isinstance(error, MemoryError):
+                raise
+            raise DataError(f"{path}: no lengths of samples: {quoted_error(error)}", "lengths") from None
+        return cls(**columns, problems=problems)
 
 
 _COLUMNS = ("tokens", "trained", "image_tokens", "images", "turns", "cut_from", "pictures")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..json_text import parse_json
+from ..outputs import whole_file
 
 DONE = ".unpacked.json"
 """In the folder: archives that are unpacked, so that they are not read again."""
@@ -84,7 +86,7 @@ def _safe_entries(opened: zipfile.ZipFile, archive: Path) -> list[tuple[Path, zi
     entries = []
     for info in opened.infolist():
         name = info.filename
-        parts = name.rstrip("/").split("/")
+        parts = [part for part in name.rstrip("/").split("/") if part != "."]
         escapes = name.startswith("/") or re.match(r"[A-Za-z]:", name) or "\\" in info.orig_filename
         path = home.joinpath(*parts)
         if escapes or ".." in parts or "" in parts or not path.resolve().is_relative_to(home):
@@ -93,6 +95,11 @@ def _safe_entries(opened: zipfile.ZipFile, archive: Path) -> list[tuple[Path, zi
             )
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DataError(f"{archive}: the entry {name!r} is a link; nothing of it is unpacked", "unpack")
+        if not info.is_dir() and (not parts or path in (archive.parent.resolve() / archive.name, home / DONE)):
+            raise DataError(
+                f"{archive}: the entry {name!r} is no name for a file of a training set; nothing of it is unpacked",
+                "unpack",
+            )
         if info.flag_bits & 1:
             raise DataError(f"{archive}: the entry {name!r} is encrypted; nothing of it is unpacked", "unpack")
         if not info.is_dir():
@@ -121,16 +128,10 @@ def _extract(
                 bar.update(info.file_size)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            try:
-                with opened.open(info) as source, partial.open("wb") as target:
-                    while chunk := source.read(_CHUNK):  # the end of the entry checks its checksum
-                        target.write(chunk)
-                        bar.update(len(chunk))
-                partial.replace(path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+            with opened.open(info) as source, whole_file(path) as target:
+                while chunk := source.read(_CHUNK):  # the end of the entry checks its checksum
+                    target.write(chunk)
+                    bar.update(len(chunk))
             report.written += 1
             report.nbytes += info.file_size
 
@@ -154,12 +155,12 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 def _read_done(root: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((root / DONE).read_text(encoding="utf-8")))
+        found = parse_json((root / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_done(root: Path, done: dict[str, Any]) -> None:
-    partial = root / f"{DONE}.partial"
-    partial.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-    partial.replace(root / DONE)
+    with whole_file(root / DONE) as file:
+        file.write((json.dumps(done, indent=1) + "\n").encode())

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import PromptError
+from ..json_text import parse_json
 from ..spelling import did_you_mean
 
 FORMAT = 1
@@ -207,7 +208,7 @@ class PromptSet:
                 f"{did_you_mean(path_or_name, builtin_names())}"
             )
         try:
-            manifest = json.loads(manifest_file.read_text(encoding="utf-8-sig"))
+            manifest = parse_json(manifest_file.read_text(encoding="utf-8-sig"))
             if not isinstance(manifest, dict):
                 raise ValueError("it is not an object")
             texts = {
@@ -215,7 +216,7 @@ class PromptSet:
                 for n in TEMPLATES
                 if (directory / f"{n}.txt").is_file()
             }
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise PromptError(f"prompt set {str(directory)!r} cannot be read: {error}") from None
         if manifest.get("format", FORMAT) != FORMAT:
             raise PromptError(

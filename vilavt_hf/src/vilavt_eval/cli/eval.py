@@ -15,6 +15,7 @@ import typer
 from vilavt_core.cli.quiet import load_quietly
 from vilavt_core.cli.running import check_output_files, check_output_folders
 from vilavt_core.ending import resumable
+from vilavt_core.failures import printable_text
 
 from .score import show_summary
 
@@ -184,9 +185,9 @@ def latency(
         _questions(benchmark, data, image_root, True, setting.backend != "server"),
         levels=levels,
         count=questions,
-        progress=lambda line: typer.echo(line, err=True),
+        progress=lambda line: typer.echo(printable_text(line), err=True),
     )
-    typer.echo(report.to_markdown())
+    typer.echo(printable_text(report.to_markdown()))
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     if markdown is not None:
@@ -237,7 +238,7 @@ def _show_scores(questions: Questions, finished: Mapping[str, list[Path]]) -> No
     typer.echo(f"wrote {chart}", err=True)
     if scored:
         table = ablation_table(full, scored)
-        typer.echo(table.to_markdown())
+        typer.echo(printable_text(table.to_markdown()))
         stem = finished["full"][0].with_name(f"{name}-ablations")
         stem.with_suffix(".md").write_text(table.to_markdown(), encoding="utf-8")
         stem.with_suffix(".json").write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import typer
 
 from vilavt_core.cli.running import check_output_folders, choice
 from vilavt_core.errors import BenchmarkError
+from vilavt_core.failures import printable
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
@@ -98,7 +99,7 @@ def _scored(paths: list[Path], definition: "Benchmark | None") -> list["ScoredFi
             try:
                 found[file] = found.get(file) or score_file(file, definition)
             except BenchmarkError as error:
-                typer.secho(f"left out: {error}", fg="yellow", err=True)
+                typer.secho(printable(f"left out: {error}"), fg="yellow", err=True)
         if not found.keys() & set(inside):
             raise BenchmarkError(f"{path}: none of the {len(inside)} result files in this folder can be scored")
     return list(found.values())

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vilavt_core.errors import BenchmarkError, EvaluationError
+from vilavt_core.failures import printable, quoted
 
 Runs = Annotated[
     list[Path],
@@ -62,7 +63,7 @@ def view(
             except (BenchmarkError, EvaluationError) as error:
                 if file == path:
                     raise
-                typer.secho(f"left out: {error}", fg="yellow", err=True)
+                typer.secho(printable(f"left out: {error}"), fg="yellow", err=True)
                 continue
             if limit is not None:
                 recordings = replace(recordings, entries=recordings.entries[:limit])
@@ -81,12 +82,13 @@ def view(
         progress=lambda entries: tqdm(entries, desc="pages", unit="page", delay=2),
     )
     if written.problems:
-        typer.secho(f"{len(written.problems)} lines hold no conversation, first {written.problems[0]}", err=True)
+        first = quoted(written.problems[0])
+        typer.secho(f"{len(written.problems)} lines hold no conversation, first {first}", err=True)
     if written.missing:
         name, why = next(iter(written.missing.items()))
         typer.secho(
-            f"{len(written.missing)} pictures cannot be shown, first {name}: {why}; say where they are with "
-            "--image-root or --data",
+            f"{len(written.missing)} pictures cannot be shown, first {quoted(name)}: {quoted(why)}; say where they are "
+            "with --image-root or --data",
             fg="yellow",
             err=True,
         )

@@ -11,6 +11,8 @@ import typer
 
 from vilavt_core.cli.chat import Device, Dtype, DtypeOption
 from vilavt_core.cli.quiet import load_quietly
+from vilavt_core.cli.showing import json_text
+from vilavt_core.failures import printable_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +108,9 @@ def attention(
         captions = [[_caption(i, one.box, one.index) for i, one in enumerate(regions)]]
     else:
         result = chat.ask(image, question)
-        typer.echo(f"answer: {result.answer}" if result.answer else f"no answer ({result.finish})", err=as_json)
+        typer.echo(
+            f"answer: {printable_text(result.answer)}" if result.answer else f"no answer ({result.finish})", err=as_json
+        )
         inquiries, captions = _zoom_calls(result)
         if not inquiries:
             typer.echo("the model answered without a zoom call: there is nothing to draw", err=True)
@@ -122,7 +126,7 @@ def attention(
     if as_json:
         told = None if result is None else result.to_json()
         calls = [one.to_json() for one in drawn]
-        typer.echo(json.dumps({**record, "conversation": told, "calls": calls}, ensure_ascii=False))
+        typer.echo(json_text({**record, "conversation": told, "calls": calls}))
 
 
 def _zoom_calls(result: ChatResult) -> tuple[list[Inquiry], list[list[str]]]:

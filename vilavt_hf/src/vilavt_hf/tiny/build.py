@@ -260,7 +260,7 @@ def run_stage(
     frozen = {part for part, rate in rates.items() if rate == 0}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(find_part(name) not in frozen)
-    start = time.time()
+    start = time.monotonic()
     args = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=stage.steps,
@@ -307,7 +307,7 @@ def run_stage(
     record = {
         **dataclasses.asdict(stage),
         "seed": seed,
-        "seconds": round(time.time() - start),
+        "seconds": round(time.monotonic() - start),
         "examples": stage.steps * stage.batch,
         "ranks": args.world_size,
     }

@@ -4,13 +4,13 @@ import logging
 import sys
 
 from vilavt_core.cli.sft import check_run, goes_on
-from vilavt_core.ending import ending, resumable
+from vilavt_core.ending import ending, resumable, start_logging
 from vilavt_core.sft_config import SftConfig
 
 
 def main() -> None:
     """Train; errors are told as by every command."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.WARNING)
     if len(sys.argv) < 2:
         sys.exit("usage: torchrun … -m vilavt_hf.train CONFIG.yaml [section.key=value …]")
     with ending("vilavt"):

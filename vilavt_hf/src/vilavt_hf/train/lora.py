@@ -1,6 +1,5 @@
 """Low-rank adapters on the language model, through peft."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from vilavt_core.checkpoint.layout import ADAPTER_CONFIG
 from vilavt_core.checkpoint.writing import check_destination, staged_folder
 from vilavt_core.errors import TrainingError
 from vilavt_core.failures import loading
+from vilavt_core.json_text import parse_json
 from vilavt_core.sft_config import LoraSettings
 
 from ..modeling_vilavt import VilavtForConditionalGeneration
@@ -65,8 +65,8 @@ def merge_adapter(
     adapter = Path(adapter)
     check_destination(destination)
     try:
-        named = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
+        named = parse_json((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
         raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}: {error}; name an adapter's folder") from None
     base = base or named
     if not base:

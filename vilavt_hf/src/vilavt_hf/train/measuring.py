@@ -1,10 +1,14 @@
 """Lengths of all samples before the first step: every rank measures its share."""
 
+import logging
 from pathlib import Path
 
 from vilavt_core.data.dataset import Lengths, SftDataset, measure
+from vilavt_core.errors import DataError
 
 from .ranks import all_agree, gathered, rank_and_world
+
+logger = logging.getLogger(__name__)
 
 
 def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = None, progress: bool = False) -> Lengths:
@@ -19,8 +23,8 @@ def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = N
     """
     file = None if cache is None else cache / f"measures-{dataset.fingerprint[:16]}.npz"
     rank, world = rank_and_world()
-    found = all_agree(file is not None and file.is_file())
-    known = Lengths.load(file) if found and file is not None else None
+    known = None if file is None else _known(file, len(dataset))
+    known = known if all_agree(known is not None) else None
     share = range(rank, len(dataset), world)
     mine = measure(dataset, share, known=known, workers=workers, progress=progress and rank == 0)
     new = {i: one for part in gathered(mine) for i, one in part.items()}
@@ -30,3 +34,17 @@ def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = N
     if file is not None and rank == 0:
         lengths.save(file)
     return lengths
+
+
+def _known(file: Path, count: int) -> Lengths | None:
+    """Lengths of an earlier start; None: there are none that can be read, of so many samples."""
+    if not file.is_file():
+        return None
+    try:
+        lengths = Lengths.load(file)
+        if len(lengths.tokens) != count:
+            raise DataError(f"{file}: lengths of {len(lengths.tokens)} samples, the data set has {count}", "lengths")
+        return lengths
+    except DataError as error:
+        logger.warning("%s; all samples are measured again", error)
+        return None

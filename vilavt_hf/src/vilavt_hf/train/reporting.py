@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from vilavt_core.json_text import parse_json
+
 
 class LastStep(TrainerCallback):
     """Logs and validates the last step, whatever the intervals are."""
@@ -29,7 +31,7 @@ class StepFile(TrainerCallback):
     """
 
     def __init__(self, path: Path):
-        self.path, self.start = path, time.time()
+        self.path, self.start = path, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what is still true."""
@@ -41,7 +43,7 @@ class StepFile(TrainerCallback):
 
     def append(self, step: int, figures: Mapping[str, Any]) -> None:
         """Add a line."""
-        line = {"step": step, "seconds": round(time.time() - self.start, 2), **figures}
+        line = {"step": step, "seconds": round(time.monotonic() - self.start, 2), **figures}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -71,11 +73,11 @@ class ConsoleReport(TrainerCallback):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task: Any = None
-        self.begin, self.first_step = time.time(), 0
+        self.begin, self.first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""
-        self.begin, self.first_step = time.time(), state.global_step
+        self.begin, self.first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         columns = (
@@ -106,7 +108,7 @@ class ConsoleReport(TrainerCallback):
             self.bar.update(self.task, figures=figures)
         else:
             done, to_do = state.global_step - self.first_step, state.max_steps - state.global_step
-            left = time_left(time.time() - self.begin, done, to_do)
+            left = time_left(time.monotonic() - self.begin, done, to_do)
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  {figures}  {left}", highlight=False, soft_wrap=True
             )
@@ -144,9 +146,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = parse_json(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+            lines.append(line)
     return lines
 
 

@@ -1,6 +1,5 @@
 """Going on with a run that was broken off: only if it is the same run."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from vilavt_core.checkpoint.build_info import PROVENANCE
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, digest
 from vilavt_core.errors import TrainingError
+from vilavt_core.json_text import parse_json
 from vilavt_core.sft_config import SftConfig
 
 from .trainer import checkpoints
@@ -74,9 +74,9 @@ def resume_from(config: SftConfig, record: Mapping[str, Any]) -> Path | None:
         wanted = found[-1]
     folder = Path(wanted)
     try:
-        details = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["details"]
+        details = parse_json((folder / PROVENANCE).read_text(encoding="utf-8"))["details"]
         then = _what_decides_the_curve(SftConfig.model_validate(details["config"])) | details["resume"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{folder} is no checkpoint of a run of ours: {PROVENANCE}: {error}") from None
     now = _what_decides_the_curve(config) | record["resume"]
     changed = [key for key in now | then if then.get(key) != now.get(key)]

@@ -27,6 +27,7 @@ from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, Packed, Shuffled
 from vilavt_core.errors import TrainingError
 from vilavt_core.failures import loading
+from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits
 from vilavt_core.settings import describe_preset
 from vilavt_core.sft_config import SftConfig
@@ -302,7 +303,7 @@ def _parallel_settings(config: SftConfig) -> dict[str, Any]:
         shipped = resources.files("vilavt_hf.train") / "parallel" / f"{parallel.strategy}.json"
         return json.loads(shipped.read_text(encoding="utf-8"))
     try:
-        return json.loads(parallel.settings.read_text(encoding="utf-8-sig"))
+        return parse_json(parallel.settings.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{parallel.settings}: cannot be read: {error}; it must be a JSON object") from None
 

@@ -1,6 +1,5 @@
 """Validation of a run: loss and right answers on samples that are not trained on, and the checkpoint that is best."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from vilavt_core.data.dataset import Lengths, SftDataset
 from vilavt_core.data.order import Order, RankShare, digest
 from vilavt_core.data.schema import EpisodeRecord, read_record
 from vilavt_core.errors import ImageError, TrainingError
+from vilavt_core.failures import one_line, quoted
+from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.protocol import Answer, parse_turn, unbox
 from vilavt_core.results import Sample
@@ -236,11 +237,16 @@ class Best:
 
     def _kept(self) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.folder / PROVENANCE).read_text(encoding="utf-8"))["details"]
+            record = parse_json((self.folder / PROVENANCE).read_text(encoding="utf-8"))["details"]
             kept = {"step": record["step"], **record["validation"]}
-        except (OSError, ValueError, KeyError):
+            figure = kept.get(self.measured_by, 0.0)
+            if not isinstance(figure, int | float):
+                raise ValueError(f"{self.measured_by} is {quoted(figure)!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if self.folder.exists():
+                logger.warning("%s does not say how it was measured (%s): it is replaced", self.folder, one_line(error))
             return None
-        if kept["data"] == self.data and self.measured_by in kept:
+        if kept.get("data") == self.data and self.measured_by in kept:
             return kept
         logger.warning("%s was measured on other validation data, or by another figure: it is replaced", self.folder)
         return None

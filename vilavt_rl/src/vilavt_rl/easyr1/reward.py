@@ -7,7 +7,6 @@ conversation are other tokens than the sampled ones. ``python -m vilavt_rl.easyr
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vilavt_core.json_text import parse_json
 from vilavt_core.scoring import read_options
 from vilavt_rl import equal_rewards
 from vilavt_rl.data import Row
@@ -48,7 +48,7 @@ def compute_score(reward_inputs: Sequence[dict[str, Any]], **settings: Any) -> l
 
 def _task(ground_truth: Any) -> Task:
     try:
-        found = json.loads(ground_truth)
+        found = parse_json(ground_truth)
     except (TypeError, ValueError):
         found = None
     if isinstance(found, dict) and "answer" in found:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Sequence
@@ -186,9 +187,12 @@ class Loop:
 
     async def _rebuild(self, past: list[Exchange], limits: Limits, pictures: Sequence[list[Picture]]) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
+        # What was said is not sampled here, so this request's bound on sampling does not hold for it. Whether all of it
+        # fits into the context is seen where the new question is appended.
+        unbounded = replace(limits, max_new_tokens_per_turn=sys.maxsize, max_context=None)
         driver: Driver | None = None
         for exchange, shown in zip(past, pictures, strict=True):
-            sample = Sample(shown, exchange.question, limits=limits)
+            sample = Sample(shown, exchange.question, limits=unbounded)
             driver = await asyncio.get_running_loop().run_in_executor(
                 self.llm.worker, self._replay, driver, sample, exchange
             )
