@@ -110,6 +110,12 @@ def sampling_params(driver: Driver) -> SamplingParams:
     )
 
 
+def gave_up(driver: Driver, output: RequestOutput) -> bool:
+    """Whether vLLM ended the driver's request with an error of its own before it sampled anything."""
+    completion = output.outputs[0]
+    return completion.finish_reason == "error" and not completion.token_ids and not driver.sampled
+
+
 def take(driver: Driver, output: RequestOutput) -> list[Event]:
     """What vLLM returned for the driver's request: all of it, or, while streaming, what is new. A request that vLLM
     gave up on ends the question with an `EngineFailure`.

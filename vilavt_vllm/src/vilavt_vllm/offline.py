@@ -119,7 +119,8 @@ class LLMSession:
                 return
             name = f"vilavt-{next(_NUMBERS)}"
             try:
-                engine.add_request(name, to_prompt(driver.request), sampling_params(driver))
+                (prompt,) = self.llm.renderer.render_cmpl([to_prompt(driver.request)])  # type: ignore[list-item]
+                engine.add_request(name, prompt, sampling_params(driver))
             except Exception as error:
                 logger.debug("sample %s was refused", driver.name, exc_info=True)
                 yield driver, driver.fail(error)

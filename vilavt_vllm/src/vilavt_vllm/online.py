@@ -18,9 +18,10 @@ from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import Sampling
 from vilavt_core.results import Event, Sample
 
-from .episodes import sampling_params, settings_of_engine, take, to_prompt
+from .episodes import gave_up, sampling_params, settings_of_engine, take, to_prompt
 
 if TYPE_CHECKING:
+    from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
 
 _NUMBERS = itertools.count()
@@ -72,12 +73,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
             yield event
         while driver.request is not None:
             try:
-                outputs = self.engine.generate(
-                    to_prompt(driver.request),  # type: ignore[arg-type]
-                    sampling_params(driver),
-                    f"vilavt-{next(_NUMBERS)}",
-                )
-                async with aclosing(outputs):
+                async with aclosing(self._outputs(driver)) as outputs:
                     async for output in outputs:
                         if output.finished:  # decodes, crops and resizes
                             events = await threads.run_in_executor(self.worker, take, driver, output)
@@ -89,6 +85,28 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
                             break
             except Exception as error:
                 yield driver.fail(error)
+
+    async def _outputs(self, driver: Driver) -> AsyncGenerator[RequestOutput, None]:
+        """What vLLM makes of the driver's request.
+
+        The prompt is rendered here and not by `generate`: vLLM's cache of encoded pictures is made for one thread, the
+        renderer's. A request that never reaches the engine, because its client has hung up, leaves that cache ahead of
+        the engine's, and the next one about the same picture fails: it is sent again, with the pictures.
+        """
+        assert driver.request is not None
+        for last_try in (False, True):
+            (prompt,) = await self.engine.renderer.render_cmpl_async(
+                [to_prompt(driver.request)],  # type: ignore[list-item]
+                skip_mm_cache=last_try,
+            )
+            outputs = self.engine.generate(prompt, sampling_params(driver), f"vilavt-{next(_NUMBERS)}")
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if not last_try and gave_up(driver, output):
+                        break
+                    yield output
+                else:
+                    return
 
     def shutdown(self) -> None:
         """Stop the engine."""
