@@ -2,10 +2,18 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from vilavt_core.errors import CheckpointError, EngineError
+from vilavt_core.results import Sample
+from vilavt_vllm import VilavtLLM
+from vilavt_vllm.episodes import lora_arguments, lora_of, require_lora
 
 pytestmark = pytest.mark.engine
 
@@ -33,14 +41,15 @@ def adapter(tiny, tmp_path_factory):
     return folder, merged
 
 
-def test_an_adapter_gives_the_numbers_of_the_merged_model_and_leaves_the_encoder_alone(
-    start, tiny, tools, pictures, adapter
-):
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
+@pytest.fixture(scope="module")
+def engine(start, tiny):
+    return start(tiny.path, enable_lora=True, max_lora_rank=RANK, max_loras=2)
 
+
+def test_an_adapter_gives_the_numbers_of_the_merged_model_and_leaves_the_encoder_alone(
+    engine, tiny, tools, pictures, adapter
+):
     folder, merged = adapter
-    engine = start(tiny.path, enable_lora=True, max_lora_rank=RANK)
     prompt, images = tools.conversation(("the red button", 2)), pictures[:3]
     plain = engine.next_logprobs(prompt, images)
     assert tools.difference(plain, tools.reference(tiny, prompt, images)) <= 1e-3
@@ -54,3 +63,31 @@ def test_an_adapter_gives_the_numbers_of_the_merged_model_and_leaves_the_encoder
     assert tools.difference(adapted, expected) <= 1e-3
     assert tools.difference(adapted, plain) > 1e-2
     assert engine.counts.inquiries == encoded
+
+
+def test_conversations_are_answered_by_the_adapter_that_they_name(engine, pictures, adapter):
+    folder, changes = adapter[0], {"max_new_tokens_per_turn": 8, "max_turns": 1}
+    asked = [Sample([pictures[0]], "What is it?", id="a")]
+    backends = [VilavtLLM(engine.llm, adapter=one, limit_changes=changes) for one in (None, folder)]
+    plain, adapted = (backend.ask_many(asked)[0] for backend in backends)
+    assert [plain.error, adapted.error] == [None, None]
+    assert adapted.provenance.fingerprint.startswith(f"{plain.provenance.fingerprint}+")
+    first = adapted.record.loss_mask.index(1)
+    prompt, said = adapted.record.token_ids[:first], adapted.record.token_ids[first : first + 8]
+    assert plain.record.token_ids[:first] == prompt
+    assert plain.record.token_ids[first : first + 8] != said
+    request = {"prompt_token_ids": prompt, "multi_modal_data": {"image": list(adapted.record.inquiries)}}
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    (output,) = engine.llm.generate([request], params, use_tqdm=False, lora_request=LoRARequest("b", 2, str(folder)))
+    assert list(output.outputs[0].token_ids[: len(said)]) == said
+
+
+def test_an_engine_without_adapters_and_a_folder_without_one_are_refused_by_name(adapter, tmp_path):
+    lora = lora_of(adapter[0])
+    assert lora_arguments(lora) == {"enable_lora": True, "max_lora_rank": RANK}
+    assert lora_arguments(None) == {}
+    require_lora(None, SimpleNamespace(lora_config=None))
+    with pytest.raises(EngineError, match="runs without LoRA adapters; start it with enable_lora=True"):
+        require_lora(lora, SimpleNamespace(lora_config=None))
+    with pytest.raises(CheckpointError, match=r"no adapter_config\.json in it"):
+        lora_of(tmp_path)

@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
+from family import picture
 
 from vilavt_core.driver import Driver
 from vilavt_core.results import AnswerEvent, CropsEvent, Finished, Sample, TextDelta, ToolCallEvent
 from vilavt_vllm import AsyncVilavtLLM
+from vilavt_vllm.episodes import to_prompt
 
 pytestmark = pytest.mark.engine
 
@@ -118,3 +121,35 @@ def test_cancelling_a_task_aborts_its_request_and_the_engine_goes_on(finish, llm
     unfinished, result = finish(cancel())
     assert not unfinished
     assert result.answer == ASKED[0]["answer"]
+
+
+def test_pictures_are_encoded_in_the_one_thread_that_vllm_has_for_them(finish, llm, monkeypatch):
+    processor, threads = llm.engine.renderer.mm_processor, set()
+
+    def watched(*args, **kwargs):
+        threads.add(threading.get_ident())
+        return type(processor).apply(processor, *args, **kwargs)
+
+    monkeypatch.setattr(processor, "apply", watched)
+
+    async def ask():
+        own = asyncio.get_running_loop().run_in_executor(llm.engine.renderer._mm_executor, threading.get_ident)
+        return await own, await llm.ask_many([sample(0), sample(1)])
+
+    thread, results = finish(ask())
+    assert [result.answer for result in results] == [asked["answer"] for asked in ASKED[:2]]
+    assert threads == {thread}
+
+
+def test_a_picture_that_vllm_takes_for_sent_already_is_sent_again(finish, llm):
+    async def ask():
+        question = Sample([picture(77, 112, 112)], "What is it?")
+        lost = Driver(question, llm.settings)
+        lost.start()
+        # Its client hangs up here: rendered, and never handed to the engine.
+        await llm.engine.renderer.render_cmpl_async([to_prompt(lost.request)])
+        return (await llm.ask_many([question]))[0]
+
+    result = finish(ask())
+    assert result.error is None
+    assert result.turns

@@ -402,7 +402,7 @@ def app() -> FastAPI:
     engine = SimpleNamespace(model_config=ModelConfig(model=CHECKPOINT))
     asyncio.run(endpoint.init_state(engine, app.state, Namespace(vilavt=ServerOptions())))
 
-    async def events(driver):
+    async def events(driver, handling):
         for event in [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]:
             yield event
 

@@ -22,8 +22,10 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
+from vllm.lora.request import LoRARequest
 
 from vilavt_core.conversation import Thoughts, longest_token
+from vilavt_core.driver import Driver
 from vilavt_core.images import DecodingCost, ImageLimits
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.protocol import FinishReason
@@ -31,6 +33,7 @@ from vilavt_core.regions import PixelBounds
 from vilavt_core.results import BilledTokens, TextDelta
 from vilavt_core.wire import Reply, finish_reason
 from vilavt_vllm import register, support
+from vilavt_vllm.episodes import Handling
 from vilavt_vllm.errors import LimitError, RequestError
 
 if problem := support.server_problem(vllm_version):
@@ -384,8 +387,11 @@ def app():
     register()
     config = ModelConfig(model=CHECKPOINT)
 
+    async def render(prompts, **_):
+        return prompts
+
     def build(**options) -> FastAPI:
-        engine = SimpleNamespace(model_config=config)
+        engine = SimpleNamespace(model_config=config, renderer=SimpleNamespace(render_cmpl_async=render))
         app, endpoint = FastAPI(), VilavtEndpoint()
         endpoint.attach_router(app)
         app.state.openai_serving_models = SimpleNamespace(
@@ -559,7 +565,7 @@ def test_a_hostile_picture_is_400_and_the_server_goes_on(app, file):
 def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app, error, status, stream):
     server = app()
 
-    def generate(*_):
+    def generate(*_, **__):
         raise error
 
     server.state.vilavt_loop.llm.engine.generate = generate
@@ -612,7 +618,7 @@ def test_a_server_samples_with_a_fresh_seed_unless_it_is_told_one(app):
     def seeds(server, **fields):
         asked = []
 
-        def generate(prompt, params, name):
+        def generate(prompt, params, name, **_):
             asked.append(params.seed)
             raise VLLMValidationError("enough")
 
@@ -626,6 +632,87 @@ def test_a_server_samples_with_a_fresh_seed_unless_it_is_told_one(app):
     assert len(set(seeds(app(), temperature=1.0, seed=3))) == 1
     assert len(set(seeds(app(seed=3), temperature=1.0))) == 1
     assert seeds(app()) == [None] * 4  # greedy
+
+
+def adapter(folder: Path, weights: bytes = b"weights") -> LoRARequest:
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return LoRARequest("polite", 3, str(folder))
+
+
+class Answering:
+    """A server whose engine answers at once, and remembers what it was told of each question."""
+
+    def __init__(self, server: FastAPI) -> None:
+        self.server, self.loop = server, server.state.vilavt_loop
+        self.told: list[Handling] = []
+        self.drivers: list[Driver] = []
+
+        async def events(driver, handling):
+            self.told.append(handling)
+            self.drivers.append(driver)
+            for event in [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]:
+                yield event
+
+        self.loop.llm.events = events
+
+    def post(self, *earlier: str, headers=(), **fields) -> httpx.Response:
+        body = question(data_url(png(30, 30)), **fields)
+        for answer in earlier:
+            body["messages"] += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And?"}]
+        return post(self.server, body, **dict(headers))
+
+
+def test_an_adapter_that_the_models_list_names_answers_and_is_on_record(app, tmp_path):
+    served = Answering(app())
+    lora = adapter(tmp_path)
+    served.loop.models.lora_requests = {"polite": lora}
+    alone, adapted = served.post(model="tiny"), served.post(model="polite")
+    assert [handling.lora for handling in served.told] == [None, lora]
+    assert adapted.json()["model"] == "polite"
+    prints = [reply.json()["vilavt"]["provenance"]["fingerprint"] for reply in (alone, adapted)]
+    assert prints[1].startswith(f"{prints[0]}+")
+    adapter(tmp_path, b"other weights")
+    assert served.post(model="polite").json()["vilavt"]["provenance"]["fingerprint"] not in prints
+    missing = served.post(model="rude")
+    assert (missing.status_code, error_of(missing)) == (404, "no model 'rude' here; GET /v1/models lists them")
+
+
+def test_a_follow_up_continues_what_the_same_adapter_said(app, tmp_path):
+    served = Answering(app())
+    served.loop.models.lora_requests = {"polite": adapter(tmp_path)}
+    served.post(model="polite")
+    served.post("4", model="polite")
+    served.post("4", model="tiny")  # it has not said that
+    thoughts = [driver.result.transcript.count("Red.") for driver in served.drivers]
+    assert thoughts == [1, 2, 1]  # what is rebuilt from the messages has no thoughts
+
+
+def test_the_engines_requests_are_called_after_the_response_and_carry_the_trace(app):
+    server, asked = app(), []
+
+    def generate(prompt, params, name, **more):
+        asked.append((name, more))
+        raise VLLMValidationError("enough")
+
+    server.state.vilavt_loop.llm.engine.generate = generate
+    body = question(data_url(png(30, 30)))
+    for _ in range(2):
+        post(server, body, **{"X-Request-Id": "mine", "traceparent": "00-1-2-01"})
+    (first, more), (second, _) = asked
+    assert first.startswith("chatcmpl-mine-0-")
+    assert second.startswith("chatcmpl-mine-0-")
+    assert first != second
+    assert more["trace_headers"] == {"traceparent": "00-1-2-01"}
+
+
+def test_a_priority_reaches_an_engine_that_schedules_by_it_and_is_listed_as_ignored_by_others(app):
+    served = Answering(app())
+    assert served.post(priority=-2).json()["vilavt"]["ignored"] == ["priority"]
+    served.loop.by_priority = True
+    assert served.post(priority=-2).json()["vilavt"]["ignored"] == []
+    assert served.post(priority=None).json()["vilavt"]["ignored"] == []
+    assert [handling.priority for handling in served.told] == [0, -2, 0]
 
 
 def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_place(app):
@@ -665,7 +752,7 @@ class Streaming:
         server.state.sse_keep_alive = keep_alive
         server.state.vilavt_loop.llm.engine.generate = self.generate
 
-    async def generate(self, *_):
+    async def generate(self, *_, **__):
         await self.go.wait()
         raise VLLMValidationError("sampled")
         yield

@@ -72,7 +72,7 @@ class Served:
         asyncio.run(endpoint.init_state(engine, self.app.state, Namespace(vilavt=options)))
         self.loop = self.app.state.vilavt_loop
 
-        async def events(driver):
+        async def events(driver, handling):
             told = [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]
             gallery = driver.episode.gallery
             self.shown = [Picture(s, time=v.time) for s, v in zip(gallery.sources, gallery.views, strict=True)]

@@ -100,7 +100,8 @@ class Reply:
 
     def __init__(self, model: str, ignored: Sequence[str] = (), name: str | None = None) -> None:
         self.ignored = tuple(ignored)
-        self.head = {"id": f"chatcmpl-{name or uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.id = f"chatcmpl-{name or uuid.uuid4().hex}"
+        self.head = {"id": self.id, "created": int(time.time()), "model": model}
         self._turn = -1
         self._thoughts = Thoughts()
         self._thought_turns: list[int] = []

@@ -5,17 +5,24 @@ The offline engine, the async one and the server hand the same drivers to vLLM, 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from vllm import SamplingParams
+from vllm.config.lora import MaxLoRARanks
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from vilavt_core.checkpoint import fingerprint
+from vilavt_core.checkpoint.layout import ADAPTER_CONFIG
 from vilavt_core.conversation import Request
 from vilavt_core.driver import ConversationSettings, Driver
+from vilavt_core.errors import CheckpointError, EngineError
 from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event
@@ -84,6 +91,81 @@ def settings_of_engine(
     return replace(settings, limits=info.limits.within(replace(own, **(changes or {}))))
 
 
+# ---------------------------------------------------------------- LoRA adapters
+
+
+def lora_of(adapter: str | Path) -> LoRARequest:
+    """An adapter of the language model, as vLLM takes it.
+
+    Args:
+        adapter: folder as peft writes it.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    folder = Path(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: no {ADAPTER_CONFIG} in it; name the folder of a LoRA adapter as peft writes it"
+        )
+    return LoRARequest(folder.name, 1, str(folder))
+
+
+def lora_arguments(lora: LoRARequest | None) -> dict[str, Any]:
+    """Arguments of an engine that can apply the adapter; none if there is none."""
+    if lora is None:
+        return {}
+    rank = int(json.loads((Path(lora.path) / ADAPTER_CONFIG).read_text()).get("r", 0))
+    ranks = sorted(get_args(MaxLoRARanks))
+    return {"enable_lora": True, "max_lora_rank": next((one for one in ranks if one >= rank), ranks[-1])}
+
+
+def require_lora(lora: LoRARequest | None, vllm_config: Any) -> None:
+    """Stop if an engine that runs already cannot apply the adapter.
+
+    Raises:
+        EngineError: it was started without LoRA.
+    """
+    if lora is not None and vllm_config.lora_config is None:
+        raise EngineError(f"{lora.path}: the engine runs without LoRA adapters; start it with enable_lora=True")
+
+
+def adapted(settings: ConversationSettings, lora: LoRARequest | None) -> ConversationSettings:
+    """Settings of the model with an adapter: answers depend on it, so their fingerprint names its files too."""
+    if lora is None:
+        return settings
+    files = sorted(Path(lora.path).glob("adapter_*"))
+    known = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return replace(settings, fingerprint=f"{settings.fingerprint}+{_digest(known) if known else lora.path}")
+
+
+@lru_cache(maxsize=64)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    """SHA-256 (hex) of files; each is a path, and what tells that it was written anew."""
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What an engine is told of a question beside its tokens."""
+
+    name: str = "vilavt"
+    """Beginning of its requests' ids, which vLLM logs."""
+    lora: LoRARequest | None = None
+    """The adapter that answers it; None: the model alone."""
+    priority: int = 0
+    """Lower comes first, if the engine schedules by priority."""
+    trace_headers: Mapping[str, str] | None = None
+    """Of the request that asked it, for vLLM's spans."""
+
+
 def to_prompt(request: Request) -> dict[str, Any]:
     """A request as a vLLM prompt: the whole stream and every inquiry so far; vLLM's caches know most of it."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(request.all_token_ids)}
@@ -108,6 +190,12 @@ def sampling_params(driver: Driver) -> SamplingParams:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if driver.stream else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def gave_up(driver: Driver, output: RequestOutput) -> bool:
+    """Whether vLLM ended the driver's request with an error of its own before it sampled anything."""
+    completion = output.outputs[0]
+    return completion.finish_reason == "error" and not completion.token_ids and not driver.sampled
 
 
 def take(driver: Driver, output: RequestOutput) -> list[Event]:

@@ -27,6 +27,10 @@ class RequestError(VilavtError):
     """A request to the server is not one it can answer; the message names the field."""
 
 
+class ModelMissingError(VilavtError):
+    """A request to the server names a model that it does not serve."""
+
+
 class BusyError(VilavtError):
     """The server has as many conversations running as it allows."""
 

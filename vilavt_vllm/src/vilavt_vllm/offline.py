@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM
+from vllm.lora.request import LoRARequest
 
 from vilavt_core.asking import DrivenBackend, refuse_intervention
 from vilavt_core.driver import Driver
@@ -21,7 +22,16 @@ from vilavt_core.results import Event, Intervention
 from vilavt_core.video import VideoLimits
 
 from .checkpoints import require_servable
-from .episodes import sampling_params, settings_of_engine, take, to_prompt
+from .episodes import (
+    adapted,
+    lora_arguments,
+    lora_of,
+    require_lora,
+    sampling_params,
+    settings_of_engine,
+    take,
+    to_prompt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +54,11 @@ class VilavtLLM(DrivenBackend):
         concurrency: conversations in flight. None: vLLM's ``max_num_seqs``.
         image_limits, video_limits: caps on files.
         allow_urls: whether an image may be an http(s) URL.
+        adapter: folder of a LoRA adapter of the language model, which then answers.
         engine_args: for `vllm.LLM`, e.g. ``tensor_parallel_size=2``; none if `model` is one already.
 
     Raises:
-        EngineError: arguments for an engine that runs already.
+        EngineError: arguments for an engine that runs already, or an adapter for one without LoRA.
         VilavtError: the checkpoint cannot be used, its settings are wrong, or vLLM refuses an argument.
     """
 
@@ -65,8 +76,10 @@ class VilavtLLM(DrivenBackend):
         image_limits: ImageLimits = ImageLimits(),  # noqa: B008 (frozen)
         video_limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
         allow_urls: bool = False,
+        adapter: str | Path | None = None,
         **engine_args: Any,
     ) -> None:
+        self.lora = None if adapter is None else lora_of(adapter)
         if isinstance(model, LLM):
             if engine_args:
                 raise EngineError(f"{', '.join(engine_args)}: the LLM that was given runs already; pass it to vllm.LLM")
@@ -74,9 +87,10 @@ class VilavtLLM(DrivenBackend):
         else:
             require_servable(str(model), engine_args)
             with loading(str(model)):
-                self.llm = LLM(model=str(model), **engine_args)
+                self.llm = LLM(model=str(model), **{**lora_arguments(self.lora), **engine_args})
         config: Any = self.llm.llm_engine.vllm_config
-        self.settings = settings_of_engine(
+        require_lora(self.lora, config)
+        settings = settings_of_engine(
             config.model_config,
             preset=preset,
             limits=limits,
@@ -89,11 +103,12 @@ class VilavtLLM(DrivenBackend):
             allow_urls=allow_urls,
             device=str(config.device_config.device_type),
         )
+        self.settings = adapted(settings, self.lora)
         self.concurrency = concurrency or config.scheduler_config.max_num_seqs
 
     def _session(self, intervention: Intervention | None = None) -> LLMSession:
         refuse_intervention(intervention, "VilavtLLM")
-        return LLMSession(self.llm, self.concurrency)
+        return LLMSession(self.llm, self.concurrency, self.lora)
 
 
 class LLMSession:
@@ -103,10 +118,11 @@ class LLMSession:
     Args:
         llm: the engine.
         concurrency: conversations in flight.
+        lora: the adapter that answers.
     """
 
-    def __init__(self, llm: LLM, concurrency: int) -> None:
-        self.llm, self.concurrency = llm, concurrency
+    def __init__(self, llm: LLM, concurrency: int, lora: LoRARequest | None = None) -> None:
+        self.llm, self.concurrency, self.lora = llm, concurrency, lora
 
     def run(self, drivers: Iterator[Driver]) -> Generator[tuple[Driver, Event], None, None]:
         """Carry out conversations; leaving the loop early aborts what is running."""
@@ -119,7 +135,8 @@ class LLMSession:
                 return
             name = f"vilavt-{next(_NUMBERS)}"
             try:
-                engine.add_request(name, to_prompt(driver.request), sampling_params(driver))
+                (prompt,) = self.llm.renderer.render_cmpl([to_prompt(driver.request)])  # type: ignore[list-item]
+                engine.add_request(name, prompt, sampling_params(driver), lora_request=self.lora)
             except Exception as error:
                 logger.debug("sample %s was refused", driver.name, exc_info=True)
                 yield driver, driver.fail(error)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm import AsyncEngineArgs
@@ -18,9 +19,20 @@ from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import Sampling
 from vilavt_core.results import Event, Sample
 
-from .episodes import sampling_params, settings_of_engine, take, to_prompt
+from .episodes import (
+    Handling,
+    adapted,
+    gave_up,
+    lora_arguments,
+    lora_of,
+    sampling_params,
+    settings_of_engine,
+    take,
+    to_prompt,
+)
 
 if TYPE_CHECKING:
+    from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
 
 _NUMBERS = itertools.count()
@@ -33,28 +45,44 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         engine: vLLM's `AsyncLLM`, or the engine client of its API server.
         settings: see `settings_of_engine`.
         concurrency: conversations that `ask_many` and `iter_many` run side by side.
+        handling: of questions for which `events` is told nothing else.
     """
 
-    def __init__(self, engine: EngineClient, settings: ConversationSettings, concurrency: int = 64) -> None:
-        self.engine, self.settings, self.concurrency = engine, settings, concurrency
+    def __init__(
+        self,
+        engine: EngineClient,
+        settings: ConversationSettings,
+        concurrency: int = 64,
+        handling: Handling = Handling(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.engine, self.settings, self.concurrency, self.handling = engine, settings, concurrency, handling
         # Pictures must not hold up the event loop; one thread, because tokenizers must not be shared by two.
         self.worker = ThreadPoolExecutor(1, "vilavt-episodes")
 
     @classmethod
     def from_checkpoint(
-        cls, model: str, *, engine_args: dict[str, Any] | None = None, **settings: Any
+        cls,
+        model: str,
+        *,
+        engine_args: dict[str, Any] | None = None,
+        adapter: str | Path | None = None,
+        **settings: Any,
     ) -> AsyncVilavtLLM:
         """Start an engine for a checkpoint.
 
         Args:
             model: folder or hub id.
             engine_args: for `vllm.AsyncEngineArgs`.
+            adapter: folder of a LoRA adapter of the language model, which then answers.
             settings: for `settings_of_engine`: preset, limits, sampling, prompts, seed, …
         """
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **(engine_args or {})))
+        lora = None if adapter is None else lora_of(adapter)
+        arguments = {**lora_arguments(lora), **(engine_args or {})}
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **arguments))
         config: Any = engine.vllm_config
         settings.setdefault("device", str(config.device_config.device_type))
-        return cls(engine, settings_of_engine(config.model_config, **settings))
+        own = adapted(settings_of_engine(config.model_config, **settings), lora)
+        return cls(engine, own, handling=Handling(lora=lora))
 
     async def follow_up(
         self, before: Driver, sample: Sample, *, stream: bool = False, sampling: Sampling | None = None
@@ -63,21 +91,20 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         following = partial(before.follow_up, sample, stream=stream, sampling=sampling)
         return await asyncio.get_running_loop().run_in_executor(self.worker, following)
 
-    async def events(self, driver: Driver) -> AsyncGenerator[Event, None]:
+    async def events(self, driver: Driver, handling: Handling | None = None) -> AsyncGenerator[Event, None]:
         """Carry out a question; `Finished` comes last, also if it failed. Cancelling the task, or closing the
         iterator, aborts the request in the engine.
+
+        Args:
+            driver: the question.
+            handling: None: as of all questions.
         """
         threads = asyncio.get_running_loop()
         for event in await threads.run_in_executor(self.worker, driver.start):
             yield event
         while driver.request is not None:
             try:
-                outputs = self.engine.generate(
-                    to_prompt(driver.request),  # type: ignore[arg-type]
-                    sampling_params(driver),
-                    f"vilavt-{next(_NUMBERS)}",
-                )
-                async with aclosing(outputs):
+                async with aclosing(self._outputs(driver, handling or self.handling)) as outputs:
                     async for output in outputs:
                         if output.finished:  # decodes, crops and resizes
                             events = await threads.run_in_executor(self.worker, take, driver, output)
@@ -89,6 +116,35 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
                             break
             except Exception as error:
                 yield driver.fail(error)
+
+    async def _outputs(self, driver: Driver, handling: Handling) -> AsyncGenerator[RequestOutput, None]:
+        """What vLLM makes of the driver's request.
+
+        The prompt is rendered here and not by `generate`: vLLM's cache of encoded pictures is made for one thread, the
+        renderer's. A request that never reaches the engine, because its client has hung up, leaves that cache ahead of
+        the engine's, and the next one about the same picture fails: it is sent again, with the pictures.
+        """
+        assert driver.request is not None
+        for last_try in (False, True):
+            (prompt,) = await self.engine.renderer.render_cmpl_async(
+                [to_prompt(driver.request)],  # type: ignore[list-item]
+                skip_mm_cache=last_try,
+            )
+            outputs = self.engine.generate(
+                prompt,
+                sampling_params(driver),
+                f"{handling.name}-{driver.request.turn}-{next(_NUMBERS)}",  # a client may use its name twice
+                lora_request=handling.lora,
+                trace_headers=handling.trace_headers,
+                priority=handling.priority,
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if not last_try and gave_up(driver, output):
+                        break
+                    yield output
+                else:
+                    return
 
     def shutdown(self) -> None:
         """Stop the engine."""

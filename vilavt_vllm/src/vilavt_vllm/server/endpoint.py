@@ -13,7 +13,7 @@ import logging
 import sys
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from vilavt_core.conversation import text_problem
-from vilavt_core.driver import Driver
+from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.errors import VilavtError
 from vilavt_core.failures import one_line
 from vilavt_core.images import ImageLimits
@@ -40,8 +40,8 @@ from vilavt_core.video import VideoLimits
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
 from .. import compat
-from ..episodes import settings_of_engine
-from ..errors import BusyError, EngineFailure, LimitError, RequestError
+from ..episodes import Handling, adapted, settings_of_engine
+from ..errors import BusyError, EngineFailure, LimitError, ModelMissingError, RequestError
 from ..online import AsyncVilavtLLM
 from .budget import PictureBudget, Reservation
 from .fields import short
@@ -55,9 +55,11 @@ from .requests import ChatRequest, Exchange, exchanges, place
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
 from vllm import envs  # noqa: E402
 from vllm.exceptions import GracefulHTTPError, VLLMClientError  # noqa: E402
+from vllm.tracing import extract_trace_headers  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.lora.request import LoRARequest
     from vllm.tasks import SupportedTask
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,8 @@ class Loop:
             device=str(getattr(getattr(getattr(state, "vllm_config", None), "device_config", None), "device_type", "")),
         )
         self.llm = AsyncVilavtLLM(engine, settings)
+        scheduler: Any = getattr(getattr(state, "vllm_config", None), "scheduler_config", None)
+        self.by_priority = getattr(scheduler, "policy", "fcfs") == "priority"
         self.models = state.openai_serving_models
         video_limits = VideoLimits(
             max_bytes=options.max_video_bytes,
@@ -117,7 +121,26 @@ class Loop:
         found = read_chat_settings(config.model, hub={"revision": config.revision})
         self.note = found.note if found else ""
 
-    async def answer(self, request: ChatRequest) -> AsyncGenerator[Any, None]:
+    def handling(self, request: ChatRequest, name: str, headers: Mapping[str, str]) -> Handling:
+        """What the engine is told of a request.
+
+        Args:
+            request: the body.
+            name: of its requests in the engine's log.
+            headers: of the request.
+
+        Raises:
+            ModelMissingError: no model or adapter has the name that the request asks for.
+        """
+        lora, model = None, request.model
+        if model is not None and not self.models.is_base_model(model):
+            lora = getattr(self.models, "lora_requests", {}).get(model)
+            if lora is None:
+                raise ModelMissingError(f"no model {short(repr(model))} here; GET /v1/models lists them")
+        priority = request.priority if self.by_priority else None
+        return Handling(name, lora, priority or 0, extract_trace_headers(headers) or None)
+
+    async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
         remembers it for follow-up questions.
 
@@ -135,17 +158,18 @@ class Loop:
         driver, finish, reservation = None, "aborted", self.budget.reservation()
         try:
             try:
-                driver, talk = await self._driver(request, reservation)
+                driver, talk = await self._driver(request, handling.lora, reservation)
             except Exception:
                 finish = "refused"
                 raise
             yield driver
-            async with aclosing(self.llm.events(driver)) as events:
+            async with aclosing(self.llm.events(driver, handling)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
                         finish = event.result.finish
                         if event.result.answer is not None:
-                            self.history.keep([*talk[:-1], replace(talk[-1], answer=event.result.answer)], driver)
+                            talk = [*talk[:-1], replace(talk[-1], answer=event.result.answer)]
+                            self.history.keep(talk, driver, handling.lora)
                     yield event
         finally:
             reservation.release()
@@ -153,9 +177,11 @@ class Loop:
             metrics().running.dec()
             metrics().finished(driver, finish)
 
-    async def _driver(self, request: ChatRequest, reservation: Reservation) -> tuple[Driver, list[Exchange]]:
+    async def _driver(
+        self, request: ChatRequest, lora: LoRARequest | None, reservation: Reservation
+    ) -> tuple[Driver, list[Exchange]]:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
-        settings = self.llm.settings
+        settings = await asyncio.to_thread(adapted, self.llm.settings, lora)
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
         request.check_bounds(limits)
         talk = exchanges(request.messages, request.frames)
@@ -164,13 +190,13 @@ class Loop:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
         self._check_text(talk, limits)
         *past, last = talk
-        before = self.history.find(past) if past else None
+        before = self.history.find(past, lora) if past else None
         if past:
             metrics().follow_ups.labels("rebuilt" if before is None else "kept").inc()
         needed = talk if before is None else [last]
         *earlier, shown = await self.pictures.load([one.images for one in needed], limits.max_images, reservation)
         if past and before is None:
-            before = await self._rebuild(past, limits, earlier)
+            before = await self._rebuild(past, settings, limits, earlier)
         sample = Sample(shown, last.question, seed=request.seed, limits=limits)
         stream = bool(request.stream)
         if before is None:
@@ -185,7 +211,13 @@ class Loop:
         if problem := text_problem(characters, limits.max_context, self.llm.settings.tokenizer):
             raise RequestError(f"messages: {problem}; send less, or start the server with a larger --max-model-len")
 
-    async def _rebuild(self, past: list[Exchange], limits: Limits, pictures: Sequence[list[Picture]]) -> Driver:
+    async def _rebuild(
+        self,
+        past: list[Exchange],
+        settings: ConversationSettings,
+        limits: Limits,
+        pictures: Sequence[list[Picture]],
+    ) -> Driver:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
         # What was said is not sampled here, so this request's bound on sampling does not hold for it. Whether all of it
         # fits into the context is seen where the new question is appended.
@@ -194,24 +226,9 @@ class Loop:
         for exchange, shown in zip(past, pictures, strict=True):
             sample = Sample(shown, exchange.question, limits=unbounded)
             driver = await asyncio.get_running_loop().run_in_executor(
-                self.llm.worker, self._replay, driver, sample, exchange
+                self.llm.worker, _replay, driver, settings, sample, exchange
             )
         assert driver is not None
-        return driver
-
-    def _replay(self, before: Driver | None, sample: Sample, exchange: Exchange) -> Driver:
-        """A question with the answer that the client says it got, without the model."""
-        settings = self.llm.settings
-        driver = Driver(sample, settings, name="request") if before is None else before.follow_up(sample)
-        driver.start()
-        if driver.request is not None:
-            driver.take_text(format_turn(Answer(without_tags(exchange.answer or ""))))
-        if driver.result.error is not None:
-            raise driver.result.error
-        if not driver.result.turns:
-            raise _refusal(driver.result) or RequestError(
-                f"an earlier question of the conversation cannot be asked here: {driver.result.finish}"
-            )
         return driver
 
 
@@ -249,6 +266,21 @@ class VilavtEndpoint:
         state.engine_client = DrainingEngine(engine_client, state.vilavt_draining, state)
 
 
+def _replay(before: Driver | None, settings: ConversationSettings, sample: Sample, exchange: Exchange) -> Driver:
+    """A question with the answer that the client says it got, without the model."""
+    driver = Driver(sample, settings, name="request") if before is None else before.follow_up(sample)
+    driver.start()
+    if driver.request is not None:
+        driver.take_text(format_turn(Answer(without_tags(exchange.answer or ""))))
+    if driver.result.error is not None:
+        raise driver.result.error
+    if not driver.result.turns:
+        raise _refusal(driver.result) or RequestError(
+            f"an earlier question of the conversation cannot be asked here: {driver.result.finish}"
+        )
+    return driver
+
+
 async def refused(raw: Request) -> Response:
     """Say where to go instead of a route that would answer with one turn."""
     path = raw.scope["route"].path
@@ -281,10 +313,8 @@ async def chat_completions(raw: Request) -> Response:
         return _error(raw, EngineFailure("this server has no engine"), 501)
     try:
         request = await _parsed(raw, loop.options)
-        if request.model is not None and not loop.models.is_base_model(request.model):
-            return _error(raw, RequestError(f"no model {request.model!r} here; GET /v1/models lists them"), 404)
-        reply = Reply(request.model or loop.models.model_name(), request.ignored(), _name(raw))
-        answer = loop.answer(request)
+        reply = Reply(request.model or loop.models.model_name(), request.ignored(loop.by_priority), _name(raw))
+        answer = loop.answer(request, loop.handling(request, reply.id, raw.headers))
         if request.stream:
             first = await _unless_disconnected(raw, _begun(answer))
             if first is None:
@@ -303,6 +333,8 @@ async def chat_completions(raw: Request) -> Response:
         finished = await _unless_disconnected(raw, _last(answer))
     except BusyError as error:
         return _error(raw, error, 503, {"Retry-After": "1"})
+    except ModelMissingError as error:
+        return _error(raw, error, 404)
     except (VilavtError, ValueError) as error:
         return _error(raw, error, 400)
     if finished is None:

@@ -7,11 +7,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vilavt_core.driver import Driver
 
 from .requests import Exchange, SentPicture, SentVideo
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 
 class History:
@@ -31,17 +34,17 @@ class History:
     def __len__(self) -> int:
         return len(self._drivers)
 
-    def find(self, exchanges: Sequence[Exchange]) -> Driver | None:
-        """The driver that answered the last of these exchanges."""
-        key = _key(exchanges)
+    def find(self, exchanges: Sequence[Exchange], lora: LoRARequest | None = None) -> Driver | None:
+        """The driver that answered the last of these exchanges, with the adapter or without one."""
+        key = _key(exchanges, lora)
         if key not in self._drivers:
             return None
         self._drivers.move_to_end(key)
         return self._drivers[key][0]
 
-    def keep(self, exchanges: Sequence[Exchange], driver: Driver) -> None:
+    def keep(self, exchanges: Sequence[Exchange], driver: Driver, lora: LoRARequest | None = None) -> None:
         """Remember a finished question under its exchanges, the answer included."""
-        key = _key(exchanges)
+        key = _key(exchanges, lora)
         _, before = self._drivers.pop(key, (None, 0))
         self._drivers[key] = driver, driver.picture_bytes
         self.bytes += driver.picture_bytes - before
@@ -58,8 +61,10 @@ def _shown(image: SentPicture | SentVideo) -> list[Any]:
     return [urls, image.is_frames, image.frames, image.fps, image.rule, *astuple(image.bounds)]
 
 
-def _key(exchanges: Sequence[Exchange]) -> str:
-    """Of what was shown and said. Blanks in an answer do not count: clients strip and wrap what they show."""
+def _key(exchanges: Sequence[Exchange], lora: LoRARequest | None) -> str:
+    """Of who was asked, and of what was shown and said. Blanks in an answer do not count: clients strip and wrap what
+    they show.
+    """
     data = [
         [
             [_shown(image) for image in exchange.images],
@@ -68,4 +73,4 @@ def _key(exchanges: Sequence[Exchange]) -> str:
         ]
         for exchange in exchanges
     ]
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([lora and lora.lora_name, data]).encode()).hexdigest()

@@ -450,6 +450,8 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
     seed: int | None = Field(None, ge=-MAX_SEED, lt=MAX_SEED)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    priority: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """For an engine that schedules by it."""
     mm_processor_kwargs: ProcessorKwargs | None = None
     """Of videos; as vLLM's clients say it for a whole request."""
     media_io_kwargs: MediaKwargs | None = None
@@ -472,13 +474,16 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         """Which are taken of videos of which their parts say nothing."""
         return next((one for one in (self.mm_processor_kwargs, self._of_media) if one is not None and one.said), None)
 
-    def ignored(self) -> tuple[str, ...]:
+    def ignored(self, by_priority: bool = False) -> tuple[str, ...]:
         """Fields that were accepted and have no effect: for ``vilavt.ignored`` of the response. See `fields`.
+
+        Args:
+            by_priority: whether the engine schedules requests by their priority.
 
         Raises:
             RequestError: a field would change the answer and cannot be honoured; names it.
         """
-        found: list[str] = []
+        found: list[str] = ["priority"] if self.priority and not by_priority else []
         objects: list[tuple[str, Extended]] = [("", self)]
         objects += [(f"messages[{number}]", message) for number, message in enumerate(self.messages)]
         for name in ("stream_options", "mm_processor_kwargs", "media_io_kwargs"):
