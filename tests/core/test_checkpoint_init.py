@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
-from vilavt_core.checkpoint import Checkpoint, fingerprint, initialise_checkpoint, inspect_checkpoint, writing
+from vilavt_core.checkpoint import (
+    Checkpoint,
+    convert_checkpoint,
+    fingerprint,
+    initialise_checkpoint,
+    inspect_checkpoint,
+    writing,
+)
 from vilavt_core.checkpoint.initialise import _encode
 from vilavt_core.cli import app
 from vilavt_core.errors import CheckpointError
@@ -77,6 +84,32 @@ def test_result_has_the_bytes_of_both_sources_and_random_projections(golden, bas
         len(encoder_tensors(golden)),
     )
     assert report.query_aware_blocks == (4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("where", ["flat", "flat and nested", "nested"])
+def test_a_tied_base_stays_tied_in_every_reader(base, encoder, tmp_path, where):
+    """The 3B shape: no LM head on disk, and the hub's file says so at its top level alone."""
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    if where != "flat":
+        text = Qwen2_5_VLForConditionalGeneration.config_class(**config).get_text_config().to_dict()
+        config["text_config"] = text | {"tie_word_embeddings": True}
+    if where != "nested":
+        config["tie_word_embeddings"] = True
+    (base / "config.json").write_text(json.dumps(config))
+    initialise_checkpoint(base, encoder, tmp_path / "out")
+    convert_checkpoint(tmp_path / "out", tmp_path / "again")
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        written = json.loads((folder / "config.json").read_text())
+        assert written["tie_word_embeddings"] is written["text_config"]["tie_word_embeddings"] is True
+        for cls in (VilavtForConditionalGeneration, AutoModelForImageTextToText):
+            model = cls.from_pretrained(folder)
+            assert model.lm_head.weight is model.get_input_embeddings().weight
+        model.save_pretrained(tmp_path / "saved" / folder.name)
+        VilavtForConditionalGeneration.from_pretrained(tmp_path / "saved" / folder.name)
 
 
 def test_new_weights_are_normal_with_the_published_deviation_and_biases_are_zero(base, encoder, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -90,6 +92,38 @@ def test_versions_are_compared_by_number(version, status):
     check = doctor.in_range("vllm", version, (0, 32), (0, 34), "vllm>=0.32,<0.34")
     assert check.status == status
     assert bool(check.remedy) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    "version, status, said",
+    [
+        ("4.56.9", "failed", "accepted from 4.57 to below 6.0"),
+        ("4.57.6", "ok", "tested from 4.57 to 5.23"),
+        ("5.0.0rc1", "ok", "tested from 4.57 to 5.23"),
+        ("5.23.9", "ok", "tested from 4.57 to 5.23"),
+        ("5.24.0", "note", "not tested: accepted from 4.57 to below 6.0, tested from 4.57 to 5.23"),
+        ("5.100", "note", "not tested"),
+        ("6.0.0", "failed", "accepted from 4.57 to below 6.0"),
+        ("main", "failed", "accepted from"),
+    ],
+)
+def test_a_version_that_is_accepted_is_not_called_tested(version, status, said):
+    check = doctor.in_range(
+        "transformers", version, (4, 57), (6, 0), "transformers>=4.57,<6", tested=((4, 57), (5, 23))
+    )
+    assert (check.status, bool(check.remedy)) == (status, status == "failed")
+    assert check.detail.startswith(f"{version}, {said}")
+
+
+def test_the_versions_of_transformers_are_those_of_the_package_and_of_its_tests():
+    root = Path(__file__).parents[2]
+    low, high = ("{}.{}".format(*bound) for bound in doctor.TRANSFORMERS)
+    needs = tomllib.loads((root / "vilavt_hf" / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"transformers>={low},<{high.removesuffix('.0')}" in needs
+    found = sorted(path.stem for path in (root / "tests" / "constraints").glob("transformers-*.txt"))
+    oldest, newest = (tuple(map(int, name.partition("-")[2].split(".")[:2])) for name in found)
+    assert doctor.TESTED_TRANSFORMERS[0] == oldest
+    assert newest <= doctor.TESTED_TRANSFORMERS[1] < doctor.TRANSFORMERS[1]
 
 
 def test_packages_of_different_releases_are_refused(hosts, monkeypatch):

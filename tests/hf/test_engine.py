@@ -134,6 +134,19 @@ def test_six_turns_with_two_regions_each_equal_a_full_prefill(tiny_model, proces
     assert_reuse_is_exact(tiny_model, processor, talk, script.seen["a"], rows["a"])
 
 
+def test_reuse_stays_exact_once_the_old_name_of_the_cache_is_gone(only_new_name, tiny_model, processor, tokenizer):
+    script = Script()
+    talk = Talk(tokenizer, "a", turns=3)
+    rows = run(Engine(tiny_model, processor.encode_inquiries, choose=script), [talk])
+    assert_reuse_is_exact(tiny_model, processor, talk, script.seen["a"], rows["a"])
+    assert rows["a"].work.tokens_prefilled < len(talk.tokens)
+
+
+def test_the_engine_uses_nothing_deprecated(tiny_model, processor, tokenizer, deprecations):
+    run(Engine(tiny_model, processor.encode_inquiries), [Talk(tokenizer, name, turns=2) for name in "ab"])
+    assert deprecations() == []
+
+
 @pytest.mark.parametrize("batch", [2, 8])
 def test_a_batch_of_different_lengths_equals_a_full_prefill_of_each(tiny_model, processor, tokenizer, batch):
     script = Script({"bb": [40, 41, tokenizer.convert_tokens_to_ids("<|im_end|>")]})

@@ -1,11 +1,13 @@
 """The model as its users drive it: inputs, batches, gradients, freezing, precision, generation."""
 
+import inspect
 import itertools
 import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 from vilavt_core.errors import GroupError, ProcessorError
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtVisionConfig, compat
@@ -361,38 +363,80 @@ def test_num_return_sequences_repeats_whole_samples(tiny_model):
     assert returned[:, -6:].tolist() == greedy[:, -6:].repeat_interleave(3, 0).tolist()
 
 
-@torch.no_grad()
-def test_a_kv_cache_with_explicit_positions_equals_one_prefill(tiny_model):
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+def logits_in_steps(model, inputs, name):
+    """Logits of one prompt computed in three steps, the cache passed as `name`, and the cache."""
     from transformers import DynamicCache
 
-    inputs = batch(tiny_model, [1])
-    full = tiny_model(**inputs).logits
     seen = {}
-    hook = tiny_model.model.language_model.register_forward_pre_hook(
+    hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    tiny_model(**inputs)
+    model(**inputs)
     hook.remove()
     positions = seen["position_ids"][-3:]
     features = compat.pooled(
-        tiny_model.model.get_image_features(
+        model.model.get_image_features(
             *(inputs[n] for n in ("pixel_values", "image_grid_thw", "query_ids", "query_attention_mask")),
             images_per_query=inputs["images_per_query"],
         )
     )
-    embeds = tiny_model.get_input_embeddings()(inputs["input_ids"])
-    embeds[inputs["input_ids"] == tiny_model.config.image_token_id] = torch.cat(tuple(features))
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[inputs["input_ids"] == model.config.image_token_id] = torch.cat(tuple(features))
     cache, out = DynamicCache(), []
     for start, stop in ((0, 11), (11, 20), (20, embeds.shape[1])):
-        step = tiny_model(
+        step = model(
             inputs_embeds=embeds[:, start:stop],
             position_ids=positions[:, :, start:stop],
-            past_key_values=cache,
             use_cache=True,
             attention_mask=torch.ones(1, stop, dtype=torch.long),
+            **{name: cache},
         )
         out.append(step.logits)
-    torch.testing.assert_close(torch.cat(out, 1), full, rtol=0, atol=1e-4)
+    return torch.cat(out, 1), cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_kv_cache_with_explicit_positions_equals_one_prefill(tiny_model, name):
+    inputs = batch(tiny_model, [1])
+    logits, cache = logits_in_steps(tiny_model, inputs, name)
+    torch.testing.assert_close(logits, tiny_model(**inputs).logits, rtol=0, atol=1e-4)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+def test_two_caches_are_refused(tiny_model):
+    from transformers import DynamicCache
+
+    inputs = batch(tiny_model, [1])
+    for model in (tiny_model, tiny_model.model):
+        with pytest.raises(ProcessorError, match="two caches"):
+            model(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+def test_the_cache_has_the_name_that_the_installed_forward_has():
+    names = inspect.signature(qwen.Qwen2_5_VLForConditionalGeneration.forward).parameters
+    assert [name for name in CACHE_NAMES if name in names] == [compat.CACHE]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_either_name_of_the_cache_is_heeded_once_the_old_one_is_gone(only_new_name, tiny_model, name):
+    inputs = batch(tiny_model, [1])
+    logits, cache = logits_in_steps(tiny_model, inputs, name)
+    torch.testing.assert_close(logits, tiny_model(**inputs).logits, rtol=0, atol=1e-4)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+def test_nothing_deprecated_is_used_with_a_cache(tiny_model, deprecations):
+    inputs = batch(tiny_model, [0, 1], side="left")
+    generate(tiny_model, inputs)
+    with torch.no_grad():
+        for name in CACHE_NAMES:
+            logits_in_steps(tiny_model, batch(tiny_model, [1]), name)
+    assert deprecations() == []
 
 
 @torch.no_grad()

@@ -17,8 +17,12 @@ from pathlib import Path
 from .versions import OURS, installed, version_of
 
 GROUP, CHECKPOINT_GROUP = "vilavt.checks", "vilavt.checkpoint_checks"
-TRANSFORMERS = ((4, 57), (6, 0))
-"""Supported versions, from and below."""
+Version = tuple[int, int]
+"""Major and minor number."""
+TRANSFORMERS: tuple[Version, Version] = ((4, 57), (6, 0))
+"""Accepted versions, from and below: what vilavt-hf asks for."""
+TESTED_TRANSFORMERS: tuple[Version, Version] = ((4, 57), (5, 24))
+"""The first and the last version that the tests were run with."""
 
 
 class Status(StrEnum):
@@ -53,13 +57,39 @@ def guarded(name: str, run: Callable[[], Check | str], remedy: str = "") -> Chec
     return found if isinstance(found, Check) else Check(name, Status.OK, found)
 
 
-def in_range(name: str, version: str, low: tuple[int, int], high: tuple[int, int], install: str) -> Check:
-    """Whether ``low <= version < high``, by major and minor number."""
+def in_range(
+    name: str,
+    version: str,
+    low: Version,
+    high: Version,
+    install: str,
+    *,
+    tested: tuple[Version, Version] | None = None,
+) -> Check:
+    """Whether ``low <= version < high``, by major and minor number, and whether tests have seen such a version.
+
+    Args:
+        name: of the check.
+        version: what is installed.
+        low, high: what is accepted, from and below.
+        install: requirement for pip.
+        tested: the first and the last version that was tested. None: all that are accepted.
+    """
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    wanted = f"{low[0]}.{low[1]} to below {high[0]}.{high[1]}"
-    if numbers and low <= (int(numbers[1]), int(numbers[2])) < high:
-        return Check(name, Status.OK, f"{version}, tested from {wanted}")
-    return Check(name, Status.FAILED, f"{version}, tested from {wanted}", f'pip install "{install}"')
+    accepted = f"{_dotted(low)} to below {_dotted(high)}"
+    found = numbers and (int(numbers[1]), int(numbers[2]))
+    if not found or not low <= found < high:
+        return Check(name, Status.FAILED, f"{version}, accepted from {accepted}", f'pip install "{install}"')
+    if tested is None:
+        return Check(name, Status.OK, f"{version}, tested from {accepted}")
+    span = f"tested from {_dotted(tested[0])} to {_dotted(tested[1])}"
+    if tested[0] <= found <= tested[1]:
+        return Check(name, Status.OK, f"{version}, {span}")
+    return Check(name, Status.NOTE, f"{version}, not tested: accepted from {accepted}, {span}; nothing stops it")
+
+
+def _dotted(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def examine(checkpoint: str | Path | None = None, *, load: bool = False) -> Iterator[Check]:
@@ -98,7 +128,8 @@ def _versions() -> Check:
 
 
 def _transformers() -> Check:
-    return in_range("transformers", metadata.version("transformers"), *TRANSFORMERS, "transformers>=4.57,<6")
+    version = metadata.version("transformers")
+    return in_range("transformers", version, *TRANSFORMERS, "transformers>=4.57,<6", tested=TESTED_TRANSFORMERS)
 
 
 def _checkpoint(folder: Path) -> Check:

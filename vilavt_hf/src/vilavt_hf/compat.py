@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.utils import chat_template_utils
 
-from vilavt_core.errors import EngineError
+from vilavt_core.errors import EngineError, ProcessorError
 from vilavt_core.failures import one_line
 from vilavt_core.spelling import did_you_mean
 
@@ -35,6 +35,9 @@ TAKES_MM_TOKEN_TYPE_IDS = "mm_token_type_ids" in inspect.signature(qwen.Qwen2_5_
 VISION_OUTPUT_HAS_STATES = TAKES_MM_TOKEN_TYPE_IDS
 # Newer 5.x `generate` encodes images before it repeats inputs for beams; 4.57 and 5.10 repeat pixels sample by sample.
 GENERATE_ENCODES_FIRST = not hasattr(qwen.Qwen2_5_VLForConditionalGeneration, "_get_image_nums_and_video_nums")
+
+# Newer 5.x call the cache of keys and values ``cache``, and warn about the old name until it goes.
+CACHE = "cache" if "cache" in inspect.signature(qwen.Qwen2_5_VLModel.forward).parameters else "past_key_values"
 
 # Newer sdpa attention treats the query heads of one key-value head as rows of one matrix, if there is a mask.
 PACKS_QUERY_HEADS = hasattr(sdpa_attention, "pack_gqa")
@@ -165,6 +168,17 @@ def vision_output(
 def pooled(output: Any) -> Any:
     """Inverse of `vision_output`: the merged features of a tower or `get_image_features` output."""
     return output.pooler_output if hasattr(output, "pooler_output") else output
+
+
+def cache_argument(past_key_values: Any, cache: Any) -> dict[str, Any]:
+    """A cache, given under either name, as the installed transformers takes it.
+
+    Raises:
+        ProcessorError: there are two.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ProcessorError("there are two caches: past_key_values and cache are one argument; pass one of them")
+    return {CACHE: past_key_values if cache is None else cache}
 
 
 def register_key_names(class_name: str, renames: dict[str, str]) -> None:

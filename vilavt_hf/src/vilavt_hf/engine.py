@@ -540,9 +540,9 @@ class Engine:
             inputs_embeds=embeds,
             attention_mask=compat.decoder_mask(self.model.model, mask, embeds),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{compat.CACHE: cache},
         )
         return out.logits[:, -1]
 

@@ -339,6 +339,7 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
         image_to_query_mapping: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The parent's forward on embeddings in which the (conditioned) image features are already in place.
@@ -350,6 +351,8 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
                 concatenated, in prompt order.
             mm_token_type_ids: optional everywhere, derived from ``input_ids``.
             mm_encoder_outputs: ``{"image": features}`` already encoded, as newer `generate` passes them.
+            past_key_values, cache: two names of one argument, the cache of keys and values; both are taken whatever
+                the installed transformers calls it.
         """
         if kwargs.pop("pixel_values_videos", None) is not None:
             raise GroupError("ViLaVT takes video frames as images (pixel_values), not pixel_values_videos")
@@ -370,7 +373,7 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **compat.cache_argument(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             image_grid_thw=image_grid_thw,
             **kwargs,
@@ -416,6 +419,7 @@ class VilavtForConditionalGeneration(_CompleteCheckpoint, qwen.Qwen2_5_VLForCond
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: Any = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Logits (B, L, vocab) and, given `labels` (B, L; -100 ignored), the loss. Inputs: `VilavtModel.forward`."""
@@ -433,7 +437,7 @@ class VilavtForConditionalGeneration(_CompleteCheckpoint, qwen.Qwen2_5_VLForCond
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **compat.cache_argument(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,

@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ..architecture import query_encoder_tensors
+from ..architecture import is_tied, query_encoder_tensors
 from ..errors import CheckpointError
 from .layout import CONFIG, read_json
 
@@ -46,7 +46,8 @@ def vilavt_config(
 
     Everything else is kept. ``embedding_model_path`` is dropped: the query encoder is in the checkpoint and is never
     fetched. Text settings are written nested *and*, if they were, flat, as published files have them; RoPE settings in
-    the form that transformers 4.57 reads and 5.x accepts.
+    the form that transformers 4.57 reads and 5.x accepts. An LM head that is tied to the embedding is said to be in both
+    places, of which either version reads one.
 
     Args:
         config: either flavour, or a stock Qwen2.5-VL's; not modified.
@@ -63,6 +64,10 @@ def vilavt_config(
         text = {key: deepcopy(out[key]) for key in _TEXT_KEYS if key in out}
         out["text_config"] = {"model_type": "qwen2_5_vl_text", **text}
     out["text_config"]["architectures"] = [architecture]
+    tied = is_tied(config)
+    for section in (out, out["text_config"]):  # 4.57 reads the nested one, 5.x the other
+        if tied or "tie_word_embeddings" in section:
+            section["tie_word_embeddings"] = tied
     out["text_encoder_config"] = deepcopy(dict(text_encoder))
     for section in (out, out["text_config"], out["text_encoder_config"]):
         _write_rope_for_both_versions(section)
