@@ -229,3 +229,16 @@ def hub_cache(tmp_path, monkeypatch):
         return tmp_path / "hub"
 
     return fill
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that matplotlib has drawn, which stay readable: axes, lines, bars, legends."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    yield figures
+    monkeypatch.undo()
+    for figure in figures:
+        pyplot.close(figure)

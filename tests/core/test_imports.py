@@ -63,6 +63,7 @@ def test_commands_that_need_no_model_load_neither_torch_nor_transformers(tmp_pat
     """One after the other in one interpreter, which forgets no module; `data check` counts tokens and is the last."""
     Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
     (tmp_path / "set.jsonl").write_text(json.dumps(RECORD) + "\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     head = {"run": {"benchmark": {"name": "VSI-Bench"}, "seed": 0}}
     (tmp_path / "results.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(RESULT)}\n")
     commands = [
@@ -74,6 +75,7 @@ def test_commands_that_need_no_model_load_neither_torch_nor_transformers(tmp_pat
         ["convert", str(TINY), str(tmp_path / "converted")],
         ["score", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "scores")],
         ["view", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "view")],
+        ["curve", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "curve.png")],
         ["prompts", "show", "default"],
         ["doctor"],
         ["data", "check", str(tmp_path / "set.jsonl"), "--model", str(TINY), "--workers", "0"],

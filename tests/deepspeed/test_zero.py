@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.curves import read_log
 from vilavt_hf import VilavtProcessor
 from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import MAX_PIXELS
-from vilavt_hf.train.reporting import read_log
 
 pytestmark = pytest.mark.timeout(4000)
 

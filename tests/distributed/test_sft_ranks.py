@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vilavt_core.checkpoint import inspect_checkpoint
+from vilavt_core.curves import read_log
 from vilavt_core.data.dataset import SftDataset
 from vilavt_core.data.order import Shuffled
 from vilavt_core.sft_config import SftConfig
@@ -22,7 +23,6 @@ from vilavt_hf import VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.tiny.records import REGISTRY, write_training_set
 from vilavt_hf.tiny.scenes import MAX_PIXELS
 from vilavt_hf.train.collator import VilavtCollator
-from vilavt_hf.train.reporting import read_log
 from vilavt_hf.train.run import Run, make_dataset
 
 pytestmark = pytest.mark.timeout(1100)

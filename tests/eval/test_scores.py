@@ -18,7 +18,7 @@ from vilavt_core.errors import BenchmarkError
 from vilavt_core.scoring import QuestionType
 from vilavt_eval.definition import load_benchmark
 from vilavt_eval.metrics import find_metric
-from vilavt_eval.report import write_report
+from vilavt_eval.report import label, write_report
 from vilavt_eval.scores import Flaw, ScoredFile, score_file
 from vilavt_eval.statistics import wilson
 from vilavt_eval.summary import FigureKind, Summary, settings_of, summarise
@@ -510,6 +510,35 @@ def test_a_report_holds_every_figure_flaw_and_difference_in_all_its_forms(tmp_pa
     assert "the published program would have ended" in text
     assert png.read_bytes().startswith(b"\x89PNG")
     assert len(csv.read_text().splitlines()) >= 4
+
+
+def test_the_bars_of_a_report_are_its_scores_and_their_whiskers_its_intervals(tmp_path, drawn):
+    ours = [row(i, "AB"[i % 3 == 0], category="near" if i % 2 else "far") for i in range(40)]
+    theirs = [row(i, "AB"[i % 5 == 0], category="near" if i % 2 else "far") for i in range(40)]
+    summaries = []
+    for name, rows in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / name).mkdir()
+        file = scored(tmp_path / name, *rows, run={"benchmark": "ERQA", "model": name, "seed": 0})
+        summaries.append((summarise([file], resamples=50), [file]))
+    write_report(tmp_path / "out", summaries)
+    (figure,) = drawn
+    (axis,) = figure.axes
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    assert {"overall", "near", "far"} <= set(names)
+    bars = [container for container in axis.containers if hasattr(container, "patches")]
+    assert [container.get_label() for container in bars] == [summary.name for summary, _ in summaries]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [summary.name for summary, _ in summaries]
+    assert "95 % intervals" in axis.get_xlabel()
+    for container, (summary, _) in zip(bars, summaries, strict=True):
+        (_, _, (whiskers,)) = container.errorbar.lines
+        ends = [(low, high) for (low, _), (high, _) in whiskers.get_segments()]
+        found = [(bar.get_width(), *span) for bar, span in zip(container.patches, ends, strict=True)]
+        expected = [figure for figure in summary.figures if label(figure) in names]
+        assert len(found) == len(expected) == len(names)
+        for (width, low, high), one in zip(found, expected, strict=True):
+            assert width == pytest.approx(100 * one.score)
+            assert (low, high) == pytest.approx((100 * one.interval.low, 100 * one.interval.high))
+            assert 0 < low < width < high < 100
 
 
 def test_a_plot_of_many_or_long_names_stays_a_picture_and_tables_have_them_all_in_short(tmp_path):

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_core.cli import app
+from vilavt_core.curves import read_log
 from vilavt_core.data.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
 from vilavt_core.errors import CheckpointError, DataError, TrainingError
 from vilavt_core.prompts import PromptSet
@@ -32,7 +33,7 @@ from vilavt_core.sft_config import SftConfig, describe
 from vilavt_core.shipped import recipe_names
 from vilavt_hf import VilavtChat, VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.train.lora import merge_adapter
-from vilavt_hf.train.reporting import read_log, time_left
+from vilavt_hf.train.reporting import time_left
 from vilavt_hf.train.run import Run
 from vilavt_hf.train.validating import same_answer
 

@@ -273,7 +273,9 @@ def test_verls_reward_workers_get_the_same_reward(played, rows_file: Path) -> No
         (Message("assistant", CALL), Message("user", "<tool_response>…</tool_response>"), Message("assistant", ANSWER))
     ).to_json()
     info = {"question_type": "numerical", "messages": messages, "sampled_tokens": 80}
-    assert compute_score("tiny-one", "", "7", info) == pytest.approx({"score": 1, "acc": 1, "format": 1, "zooms": 1})
+    assert compute_score("tiny-one", "", "7", info) == pytest.approx(
+        {"score": 1, "acc": 1, "format": 1, "zooms": 1, "zoomed": 1, "turns": 2}
+    )
     assert compute_score("tiny-one", "", "8", info)["score"] == pytest.approx(0)
     assert compute_score("x", ANSWER, "7", {"question_type": "numerical"}, version="published")[
         "score"

@@ -68,12 +68,14 @@ def test_a_run_saves_more_than_once(work: Path, first: list[dict]) -> None:
 
 
 def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
-    from vilavt_rl.tiny import plot_curves, read_curve
+    from vilavt_core.curves import draw
+    from vilavt_rl.curves import RewardLog, reward_panels
 
-    rewards, accuracies = read_curve(work / "first.jsonl")
-    assert [step for step, _ in rewards] == [1, 2]
-    assert [step for step, _ in accuracies] == [2]
-    assert plot_curves([work / "first.jsonl"], work / "curve.png").stat().st_size > 1000
+    log = RewardLog.read(work / "first.jsonl")
+    assert [step for step, _ in log.reward] == [1, 2]
+    assert [step for step, _ in log.held_out_accuracy] == [step for step, _ in log.held_out_zoomed] == [2]
+    assert all(turns == step["num_turns/mean"] / 2 for (_, turns), step in zip(log.turns, first, strict=True))
+    assert draw(reward_panels([("first", log)]), work / "curve.png").stat().st_size > 1000
 
 
 @pytest.mark.nightly("one more start of Ray")

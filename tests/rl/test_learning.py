@@ -50,7 +50,7 @@ def work() -> Path:
 @pytest.fixture(scope="module")
 def curves(work: Path) -> dict[str, tuple[list, list]]:
     """(rewards, held-out accuracies) by step, of each engine."""
-    from vilavt_rl.tiny import read_curve
+    from vilavt_rl.curves import RewardLog
 
     out = {}
     for engine, recipe in ENGINES.items():
@@ -64,8 +64,9 @@ def curves(work: Path) -> dict[str, tuple[list, list]]:
             "data.val_files=tiny-data/val.jsonl",
         )
         metrics = work / "vilavt" / f"{recipe}.jsonl"
-        vilavt_rl(work, f"{recipe}-curve", "tiny", "curve", str(metrics), "--out", f"{recipe}.png")
-        out[engine] = read_curve(metrics)
+        vilavt_rl(work, f"{recipe}-curve", "curve", str(metrics), "--out", f"{recipe}.png")
+        log = RewardLog.read(metrics)
+        out[engine] = list(log.reward), list(log.held_out_accuracy)
     report(work, out)
     return out
 

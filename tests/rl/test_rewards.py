@@ -151,7 +151,8 @@ def test_a_call_that_only_the_published_rules_read_is_a_zoom_if_the_episode_carr
 def test_metrics_carry_the_data_type() -> None:
     found = reward(of(CALL, REPLY, RIGHT), A).metrics("vsi")
     assert found == pytest.approx(
-        {"overall": 1, "accuracy": 1, "format": 1, "zooms": 1, "vsi_accuracy": 1, "vsi_format": 1}
+        {"overall": 1, "accuracy": 1, "format": 1, "zooms": 1, "zoomed": 1, "turns": 2}
+        | {"vsi_accuracy": 1, "vsi_format": 1}
     )
 
 

@@ -32,7 +32,7 @@ _EXTRAS = {
     "ray": "ray",
 }
 """Packages that some commands need -> the extra that brings them."""
-_EVALUATION = ("eval", "eval-latency", "score", "view")
+_EVALUATION = ("eval", "eval-latency", "score", "view", "curve")
 """Commands for which the smaller extra ``eval`` is enough."""
 
 

@@ -60,6 +60,10 @@ class TrainingError(VilavtError):
     """A training run was set up against its contract, or cannot go on."""
 
 
+class LogError(VilavtError):
+    """What a training run has logged cannot be read, or cannot be drawn."""
+
+
 class ScoringError(VilavtError):
     """A question cannot be scored: its type is unknown, its target does not fit the type, or a package is missing."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,6 @@ from vilavt_core.cli.running import (
     Commands,
     check_output_files,
     check_output_folders,
-    check_picture_file,
     group,
     version_option,
 )
@@ -205,6 +205,39 @@ def replay_command(
     typer.echo(str(write_page(islice(chosen, limit), settings, out, model=weights, processor=processor)))
 
 
+@app.command("curve")
+def curve_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN…",
+            help="What the file logger of verl (PROJECT/EXPERIMENT.jsonl) or EasyR1 (experiment_log.jsonl) wrote, or a "
+            "folder of checkpoints with it or with rollouts; finished or not; several.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png, .svg or .pdf file.")] = Path("curve.png"),
+    rollouts: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a run's checkpoints, if it is not the default; one for each RUN, in their order."),
+    ] = None,
+) -> None:
+    """Draw reward, accuracy, the share of episodes that zoom and turns over the steps of one run or several."""
+    from vilavt_core.curves import check_chart_file, draw, run_names
+
+    check_output_files(out=out)
+    check_chart_file(out)
+    if rollouts and len(rollouts) != len(runs):
+        raise typer.BadParameter(
+            f"{len(rollouts)} folders for {len(runs)} runs: name one for each, or none", param_hint="--rollouts"
+        )
+    from .curves import RewardLog, reward_panels
+
+    names = run_names(runs)
+    places: Sequence[Path | None] = rollouts or [None] * len(runs)
+    logs = [RewardLog.read(run, kept) for run, kept in zip(runs, places, strict=True)]
+    typer.echo(str(draw(reward_panels(list(zip(names, logs, strict=True))), out)))
+
+
 @tiny_app.command("data")
 def tiny_data_command(
     out: Annotated[Path, typer.Option(help="Folder.")],
@@ -218,23 +251,6 @@ def tiny_data_command(
 
     typer.echo(str(write_data(out, count=train, split="train", seed=seed, name="train")))
     typer.echo(str(write_data(out, count=val, split="heldout", seed=seed + 1, name="val")))
-
-
-@tiny_app.command("curve")
-def tiny_curve_command(
-    metrics: Annotated[
-        list[Path], typer.Argument(help="What verl's file logger wrote (trainer.logger=[console,file]); several runs.")
-    ],
-    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curve.png"),
-) -> None:
-    """Draw reward and held-out accuracy over the steps of one run or several."""
-    check_picture_file(out=out)
-    for path in metrics:
-        if not path.is_file():
-            raise typer.BadParameter(f"{path}: there is no such file", param_hint="METRICS")
-    from .tiny import plot_curves
-
-    typer.echo(str(plot_curves(metrics, out)))
 
 
 @tiny_app.command("checkpoint")

@@ -136,6 +136,13 @@ class Reward:
     """0 or 1."""
     zooms: int
     """Tool calls that were carried out."""
+    turns: int
+    """Of the assistant."""
+
+    @property
+    def zoomed(self) -> bool:
+        """Whether there was a zoom at all: its mean over a batch is the share of episodes that zoom."""
+        return self.zooms > 0
 
     def metrics(self, data_type: str = "") -> dict[str, float]:
         """Numbers for a trainer's log; with a data type also ``{data_type}_accuracy`` and ``{data_type}_format``."""
@@ -144,6 +151,8 @@ class Reward:
             "accuracy": self.accuracy,
             "format": self.format,
             "zooms": float(self.zooms),
+            "zoomed": float(self.zoomed),
+            "turns": float(self.turns),
         }
         if data_type:
             out |= {f"{data_type}_accuracy": self.accuracy, f"{data_type}_format": self.format}
@@ -164,7 +173,8 @@ def reward(trajectory: Trajectory, task: Task, settings: RewardSettings = Reward
         total += settings.tool_bonus * (zooms > 0)
         total -= settings.length_penalty * _overlong(trajectory.sampled_tokens, settings)
         total = max(0.0, total)  # what a wrong answer gets
-    return Reward(total, right, formed, zooms)
+    turns = sum(message.role == "assistant" for message in trajectory.messages)
+    return Reward(total, right, formed, zooms, turns)
 
 
 def _zoomed(message: Message) -> bool:

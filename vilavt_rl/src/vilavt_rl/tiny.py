@@ -8,7 +8,6 @@ does not. That zooming pays is for GRPO to find out, from right and wrong alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,43 +94,3 @@ def build_start(
     model.auxiliary = None
     note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps, then come guesses"
     return publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
-
-
-def read_curve(metrics: str | Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, mean reward of the rollouts) and (step, accuracy on the validation questions), from verl's file logger.
-
-    The accuracy is the mean over kinds of questions.
-    """
-    rewards, accuracies = [], []
-    for line in Path(metrics).read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        step, data = entry["step"], entry["data"]
-        if "critic/score/mean" in data:
-            rewards.append((step, data["critic/score/mean"]))
-        kinds = [v for k, v in data.items() if k.startswith("val-core/") and k.endswith("/acc/mean@1")]
-        if kinds:
-            accuracies.append((step, sum(kinds) / len(kinds)))
-    return rewards, accuracies
-
-
-def plot_curves(metrics: Sequence[str | Path], out: str | Path) -> Path:
-    """Draw :func:`read_curve` of one run or several as a PNG; a run is called like its file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    for number, file in enumerate(metrics):
-        rewards, accuracies = read_curve(file)
-        run = f"{Path(file).stem}: " if len(metrics) > 1 else ""
-        axis.plot(*zip(*rewards, strict=True), color=f"C{number}", alpha=0.35, label=f"{run}reward, temperature 1")
-        if accuracies:
-            label = f"{run}held-out accuracy, greedy"
-            axis.plot(*zip(*accuracies, strict=True), marker=".", color=f"C{number}", label=label)
-    axis.set(xlabel="step", ylim=(0, 1))
-    axis.legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out, dpi=90)
-    pyplot.close(figure)
-    return Path(out)

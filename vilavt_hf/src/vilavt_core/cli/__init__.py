@@ -89,6 +89,10 @@ SUBCOMMANDS = {
     ),
     "data": Subcommand("vilavt_core.cli.data:data_app", "Training data: check it, count it, unpack its archives."),
     "sft": Subcommand("vilavt_core.cli.sft:sft", "Fine-tune a checkpoint on conversations."),
+    "curve": Subcommand(
+        "vilavt_core.cli.curve:curve",
+        "Draw loss, right answers, learning rate and gradient norm of one run of `vilavt sft` or several.",
+    ),
     "recipe": Subcommand("vilavt_core.cli.recipe:recipe", "Print a recipe of `vilavt sft`, to copy and edit."),
     "merge-lora": Subcommand(
         "vilavt_core.cli.sft:merge_lora",

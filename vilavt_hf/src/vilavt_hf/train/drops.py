@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from vilavt_core.curves import read_log
 from vilavt_core.data.dataset import Lengths, SftDataset
 from vilavt_core.data.example import Dropped
 from vilavt_core.errors import TrainingError
 from vilavt_core.sft_config import SftConfig
 
 from .ranks import gathered
-from .reporting import read_log
 
 logger = logging.getLogger(__name__)
 

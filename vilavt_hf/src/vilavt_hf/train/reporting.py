@@ -1,8 +1,8 @@
-"""What a run shows and leaves behind: the console, ``log.jsonl``, a picture of the loss."""
+"""What a run shows and writes down: the console, ``log.jsonl``, ``validation.jsonl``."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from vilavt_core.json_text import parse_json
+from vilavt_core.curves import read_log
 
 
 class LastStep(TrainerCallback):
@@ -137,51 +137,3 @@ def time_left(seconds: float, done: int, to_do: int) -> str:
         to_do: steps.
     """
     return f"left {timedelta(seconds=round(seconds / max(1, done) * to_do))}"
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `LogFile`; an unfinished last line is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = parse_json(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
-            lines.append(line)
-    return lines
-
-
-def plot_losses(lines: Sequence[dict[str, Any]], path: Path, validations: Sequence[dict[str, Any]] = ()) -> None:
-    """Draw loss (with its running mean), that of validations, their right answers, and gradient norm over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1))
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-    top.plot(steps, losses, color="0.75", linewidth=1, label="loss")
-    mean, means = losses[0], []
-    for i, loss in enumerate(losses):
-        mean += (loss - mean) * max(0.05, 1 / (i + 1))
-        means.append(mean)
-    top.plot(steps, means, label="running mean")
-    if validations:
-        top.plot([v["step"] for v in validations], [v["loss"] for v in validations], "o-", label="validation")
-    asked = [(v["step"], v["answers_right"]) for v in validations if "answers_right" in v]
-    if asked:
-        share = top.twinx()
-        share.plot(*zip(*asked, strict=True), "s--", color="tab:green")
-        share.set(ylabel="answers right (green)", ylim=(0, 1))
-    top.set(ylabel="loss per token")
-    top.legend()
-    norms = [(line["step"], line["grad_norm"]) for line in lines if "grad_norm" in line]
-    if norms:
-        bottom.plot(*zip(*norms, strict=True), color="0.5", linewidth=1)
-    bottom.set(xlabel="step", ylabel="gradient norm")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)

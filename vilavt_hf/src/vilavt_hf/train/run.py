@@ -23,6 +23,7 @@ from vilavt_core.checkpoint.config import set_dtype
 from vilavt_core.checkpoint.hub import checkpoint_folder
 from vilavt_core.checkpoint.layout import CONFIG
 from vilavt_core.checkpoint.writing import replace_folder, write_json
+from vilavt_core.curves import draw, read_log
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, Packed, Shuffled
 from vilavt_core.errors import TrainingError
@@ -31,6 +32,7 @@ from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits
 from vilavt_core.settings import describe_preset
 from vilavt_core.sft_config import SftConfig
+from vilavt_core.training_curves import LOG, VALIDATION, TrainingLog, training_panels
 from vilavt_core.training_set import make_dataset
 
 from .. import compat
@@ -40,7 +42,7 @@ from .collator import VilavtCollator
 from .drops import Drops
 from .lora import add_adapters, merge_adapter
 from .measuring import measure_all
-from .reporting import ConsoleReport, LastStep, LogFile, ValidationFile, plot_losses, read_log
+from .reporting import ConsoleReport, LastStep, LogFile, ValidationFile
 from .resuming import describe_run, resume_from
 from .trainer import StableDecay, VilavtTrainer
 from .training_model import VilavtForTraining, freeze
@@ -48,9 +50,8 @@ from .validating import Best, Figures, Validation
 
 logger = logging.getLogger(__name__)
 
-FINAL, MERGED, BEST, LOG, LOSS, DROPPED = "final", "merged", "best", "log.jsonl", "loss.png", "dropped.jsonl"
-VALIDATION = "validation.jsonl"
-"""What a run leaves in its folder, beside its checkpoints."""
+FINAL, MERGED, BEST, LOSS, DROPPED = "final", "merged", "best", "loss.png", "dropped.jsonl"
+"""What a run leaves in its folder, beside its logs and checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Run:
         lines = read_log(out / LOG)
         if trainer.args.process_index == 0:
             if lines and find_spec("matplotlib"):
-                plot_losses(lines, out / LOSS, read_log(out / VALIDATION))
+                draw(training_panels([(out.name, TrainingLog.read(out))]), out / LOSS)
             if config.lora is not None and config.lora.merge:
                 with _whole_models(trainer.args):
                     merge_adapter(folder, _fresh(out / MERGED), base=config.model.path, dtype=config.output.final_dtype)

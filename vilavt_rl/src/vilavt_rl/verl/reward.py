@@ -51,4 +51,5 @@ def compute_score(
 
 def score_fields(found: Reward) -> dict[str, float]:
     """Metrics under the names that verl knows: it averages each per ``data_source``, and calls ``acc`` the core one."""
-    return {"acc": found.accuracy, "format": found.format, "zooms": float(found.zooms)}
+    metrics = found.metrics()
+    return {"acc": found.accuracy, **{name: metrics[name] for name in ("format", "zooms", "zoomed", "turns")}}
