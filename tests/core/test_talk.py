@@ -61,7 +61,7 @@ class Terminal:
         return seen
 
     def interrupt(self, words: str) -> None:
-        """Ctrl-C until the words come: readline reads on if a signal reaches it between two keys, at the next it stops."""
+        """Ctrl-C until the words come: readline misses a signal between two keys, the next one it sees."""
         deadline = time.monotonic() + 60
         while words not in self.text and time.monotonic() < deadline:
             self.send("\x03")
