@@ -1,27 +1,40 @@
 """What `look` measures against all attention of a second, slow tower; its cost; pictures; `vilavt attention`."""
 
+import base64
+import io
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from slow_tower import patch_places, slow_tower
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from vilavt_core.attention import AttentionPicture, Heat, QueryDifference
-from vilavt_core.attention_figure import draw_attention, overlay
+from vilavt_core.attention_figure import TINTS, draw_attention, overlay, tint
 from vilavt_core.cli import app, main
+from vilavt_core.cli.talk import Prompt
 from vilavt_core.conversation import Inquiry
+from vilavt_core.dialogue import Dialogue, Wishes
 from vilavt_core.errors import AttentionError
 from vilavt_core.protocol import Region
+from vilavt_core.results import ChatResult
+from vilavt_core.trace import write_html
+from vilavt_core.watching import require_watched, with_attention, zooms
+from vilavt_core.web.desk import Desk
 from vilavt_hf import attention_maps, compat
 from vilavt_hf.attention_maps import Patch, attention_of, compare_queries, look, picture_of, words_of, zoom
 from vilavt_hf.chat import VilavtChat
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ASKED = json.loads((EXAMPLES / "pictures" / "questions.json").read_text())
 ATOL = 2e-5  # fp32 softmax, two summation orders, four blocks of peaked attention
 GRIDS = [(1, 6, 8), (1, 4, 4), (2, 6, 4), (1, 4, 8), (1, 2, 6)]
 COUNTS = [1, 3, 0, 1]
@@ -389,3 +402,240 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert ended.value.code == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("vilavt-attention*"))
+
+
+# ---------------------------------------------------------------------- in results, traces and the web app
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return VilavtChat.from_pretrained(EXAMPLES / "vilavt-tiny", device="cpu", dtype="float32")
+
+
+def asked(chat, number: int) -> ChatResult:
+    return chat.ask(EXAMPLES / "pictures" / ASKED[number]["image"], ASKED[number]["question"])
+
+
+@pytest.fixture(scope="module")
+def watched(chat):
+    """Two zooms, one into the crop of the other; and one zoom of two regions."""
+    return [with_attention(chat, asked(chat, number)) for number in (0, 2)]
+
+
+def maps_of(picture: AttentionPicture) -> list:
+    return [layer.to_json() for layer in picture.layers]
+
+
+def test_the_attention_of_a_result_is_that_of_each_of_its_zooms_and_json_carries_it(chat, watched):
+    assert [[one.image_indices for one in result.attention] for result in watched] == [[(1,), (2,)], [(1, 2)]]
+    for result in watched:
+        calls = [turn.action.query for turn in result.turns[:-1]]
+        assert [one.query for one in result.attention] == calls
+        for picture, inquiry in zip(result.attention, zooms(result), strict=True):
+            assert maps_of(picture) == maps_of(attention_of(chat.model, chat.processor, inquiry))
+        told = json.loads(json.dumps(result.to_json()))
+        again = ChatResult.from_json(told)
+        assert again.to_json()["attention"] == told["attention"]
+        assert [one.captions for one in again.attention] == [one.captions for one in result.attention]
+        assert with_attention(chat, again) is again  # what has it is not measured again
+    assert "attention" not in asked(chat, 0).to_json()
+
+
+def test_of_a_follow_up_only_its_own_zooms_are_measured(chat):
+    talk = chat.conversation(EXAMPLES / "pictures" / ASKED[0]["image"])
+    first = talk.ask(ASKED[0]["question"])
+    second = talk.ask("Which digit is on the purple card?")
+    talk.close()
+    for result in (first, second):
+        shown = [index for turn in result.turns for index in turn.image_indices]
+        assert [index for one in with_attention(chat, result).attention for index in one.image_indices] == shown
+    assert set(first.turns[0].image_indices).isdisjoint(second.turns[0].image_indices)
+
+
+def test_what_gives_no_attention_says_so(chat, build_model, processor):
+    class Server:
+        pass
+
+    with pytest.raises(AttentionError, match="a server gives no attention; load the checkpoint here"):
+        with_attention(Server(), asked(chat, 0))
+    with pytest.raises(AttentionError, match="its images are not here"):
+        with_attention(chat, replace(asked(chat, 0), record=None))
+    blind = VilavtChat(build_model(integration_point=None), processor)
+    with pytest.raises(AttentionError, match="no vision block of this checkpoint is query-aware"):
+        require_watched(blind)
+
+
+def over(page: str) -> list[tuple[int, Image.Image]]:
+    """The maps that a page can lay over its crops, with their numbers."""
+    found = re.findall(r'<img class="heat" data-heat="(\d+)"[^>]*? src="data:image/png;base64,([^"]+)"', page)
+    return [(int(number), Image.open(io.BytesIO(base64.b64decode(data)))) for number, data in found]
+
+
+def test_a_page_has_every_map_over_its_crop_in_16_steps_and_a_name_for_each(watched, tmp_path):
+    for result in watched:
+        page = write_html(result, tmp_path / "page.html").read_text(encoding="utf-8")
+        expected = [
+            heat.maps[place]
+            for picture in result.attention
+            for place in range(len(picture.sizes))
+            for layer in picture.layers
+            for heat in layer.heats
+        ]
+        drawn = over(page)
+        assert len(drawn) == len(expected)
+        for (_, image), heat in zip(drawn, expected, strict=True):
+            levels = np.asarray(image, dtype=np.float64) / (TINTS - 1)
+            assert levels.shape == heat.shape
+            assert abs(levels - heat / 255).max() <= 0.5 / (TINTS - 1) + 1e-9
+        options = {int(number) for number in re.findall(r'<option value="(\d+)">', page)}
+        assert options == {number for number, _ in drawn}
+        assert page.count('<div class="attention">') == len(result.attention)
+        assert 'optgroup label="mean of blocks"' in page
+        assert "looks at the query (up to" in page
+    plain = write_html(replace(watched[0], attention=()), tmp_path / "plain.html").read_text(encoding="utf-8")
+    assert 'class="heat"' not in plain
+    assert '<div class="attention">' not in plain
+
+
+def test_a_page_as_read_from_json_has_the_same_maps(watched, tmp_path):
+    again = ChatResult.from_json(json.loads(json.dumps(watched[1].to_json())))
+    pages = [write_html(one, tmp_path / "page.html").read_text(encoding="utf-8") for one in (watched[1], again)]
+    first, second = ([(n, image.tobytes()) for n, image in over(page)] for page in pages)
+    assert first == second != []
+
+
+def test_a_map_over_a_picture_in_grey_is_the_overlay_and_takes_half_a_byte_per_patch():
+    levels = np.random.default_rng(0).integers(TINTS, size=(48, 64)).astype(np.uint8)
+    heat = Heat("received", "times even", 1.0, 1.0, (levels * (255 // (TINTS - 1)),))
+    image = Image.effect_noise((64 * 14, 48 * 14), 60).convert("RGB")
+    laid = image.convert("L").convert("RGBA")
+    laid.alpha_composite(tint(heat, 0).convert("RGBA").resize(image.size, Image.Resampling.NEAREST))
+    apart = np.abs(np.asarray(laid.convert("RGB"), dtype=float) - np.asarray(overlay(image, heat, 0), dtype=float))
+    assert apart.max() <= 2  # each of them rounds
+    buffer = io.BytesIO()
+    tint(heat, 0).save(buffer, "PNG")
+    assert len(buffer.getvalue()) <= 64 * 48 / 2 + 300
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"captions": ["one", "too", "many"]},
+        {"sizes": [[56, 56]] * 5},
+        {"words": ["a"] * 40},
+        {"image_indices": ["x"]},
+        {"image_indices": 3},
+        {"layers": [{"block": "<b>", "head": None, "mass": [], "words": [], "heats": []}]},
+    ],
+)
+def test_attention_that_no_measuring_gives_is_refused(watched, broken):
+    told = watched[1].attention[0].to_json()
+    with pytest.raises((ValueError, TypeError)):
+        AttentionPicture.from_json(told | broken)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), None])
+def test_a_map_that_is_too_large_or_no_picture_is_refused(size):
+    buffer = io.BytesIO(b"no picture")
+    if size:
+        Image.new("L", size).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    heat = {"name": "received", "unit": "share", "scale": 1.0, "highest": 1.0, "signed": False}
+    with pytest.raises(ValueError, match=r"at most 262144 patches|cannot be read"):
+        Heat.from_json({**heat, "maps": [url]})
+
+
+def test_ask_and_demo_record_attention_when_they_are_told_to(chat, tmp_path):
+    picture, question = str(EXAMPLES / "pictures" / ASKED[0]["image"]), ASKED[0]["question"]
+    base = ["ask", question, "--model", str(EXAMPLES / "vilavt-tiny"), "--image", picture, "--device", "cpu"]
+    trace = tmp_path / "t.html"
+    done = runner.invoke(app, [*base, "--trace", str(trace), "--json", "--attention-maps"])
+    assert done.exit_code == 0, done.output
+    result = ChatResult.from_json(json.loads(done.stdout))
+    assert [one.image_indices for one in result.attention] == [(1,), (2,)]
+    assert len(over(trace.read_text(encoding="utf-8"))) == sum(
+        len(layer.heats) for one in result.attention for layer in one.layers
+    )
+    done = runner.invoke(app, ["demo", "--out", str(trace), "--device", "cpu", "--attention-maps"])
+    assert done.exit_code == 0, done.output
+    assert trace.read_text(encoding="utf-8").count('<div class="attention">') == sum(
+        len(zooms(asked(chat, number))) for number in range(len(ASKED))
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ask", "what?", "--image", "p.png", "--model", "CKPT"], 2, "pass --trace or"),
+        (["ask", "what?", "--image", "p.png", "--model", "http://127.0.0.1:9/v1", "--json"], 1, "gives no attention"),
+        (["chat", "--model", "http://127.0.0.1:9/v1"], 1, "gives no attention"),
+    ],
+)
+def test_attention_that_nothing_shows_or_nothing_gives_is_refused_before_anything_is_asked(
+    monkeypatch, capsys, arguments, code, message
+):
+    monkeypatch.setattr("sys.argv", ["vilavt", *arguments, "--attention-maps"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_chat_writes_traces_with_attention_when_it_is_told_to(chat, tmp_path):
+    page, data = tmp_path / "t.html", tmp_path / "t.json"
+    for wanted in (False, True):
+        prompt = Prompt(Console(quiet=True), Dialogue(chat), None, None, None, wanted)
+        prompt.image(str(EXAMPLES / "pictures" / ASKED[0]["image"]))
+        prompt.ask(ASKED[0]["question"])
+        prompt.trace(str(page))
+        prompt.trace(str(data))
+        assert bool(over(page.read_text(encoding="utf-8"))) == wanted
+        assert ("attention" in json.loads(data.read_text())[0]) == wanted
+
+
+def test_a_dialogue_is_watched_afterwards_and_the_desk_lays_the_maps_over_the_crops_it_shows(chat):
+    desk = Desk(chat)
+    for number in (0, 2):  # the second question begins anew, its crops have the numbers of the first one's
+        desk.put(ASKED[number]["question"], [EXAMPLES / "pictures" / ASKED[number]["image"]], Wishes(seed=number))
+        for _ in desk.answer():
+            pass
+    assert desk.watchable
+    assert "vv-heat" not in desk.thread
+    desk.watch()
+    assert not desk.watchable
+    pictures = [one for result in desk.dialogue.results for one in result.attention]
+    zoomed = [html for html in desk.shown if 'class="vv-zoom"' in html]
+    assert len(zoomed) == len(pictures) == 3
+    for html, picture in zip(zoomed, pictures, strict=True):
+        shown = re.findall(r'<img class="vv-heat" data-heat="\d+" alt="" src="data:image/png;base64,([^"]+)"', html)
+        heats = picture.layers[0].heats
+        drawn = [Image.open(io.BytesIO(base64.b64decode(data))).tobytes() for data in shown]
+        assert drawn == [tint(heat, place).tobytes() for place in range(len(picture.sizes)) for heat in heats]
+    assert len({re.search(r'id="(vv-zoom-\d+)"', html)[1] for html in zoomed}) == 3
+    assert [len(result["attention"]) for result in json.loads(desk.trace("json"))] == [2, 1]
+
+
+def test_the_zooms_of_a_question_that_was_stopped_are_not_taken_for_those_of_the_next(chat):
+    desk = Desk(chat)
+    picture = EXAMPLES / "pictures" / ASKED[0]["image"]
+    desk.put(ASKED[0]["question"], [picture], Wishes())
+    for _ in desk.answer():
+        if any("vv-zoom" in html for html in desk.shown):
+            desk.dialogue.stop()
+    assert not desk.watchable
+    desk.put(ASKED[0]["question"], [], Wishes())
+    for _ in desk.answer():
+        pass
+    desk.watch()
+    assert ["vv-heat" in html for html in desk.shown if 'class="vv-zoom"' in html] == [False, True, True]
+
+
+def test_a_backend_without_attention_is_told_on_the_page(chat):
+    class Blind:
+        provenance = chat.provenance
+
+    desk = Desk(Blind())
+    desk.watch()
+    assert "gives no attention" in desk.shown[-1]
+    with pytest.raises(AttentionError):
+        Dialogue(Blind()).watch()

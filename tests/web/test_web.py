@@ -14,8 +14,11 @@ import pytest
 from clips import clip, marked
 from PIL import Image, ImageChops, ImageStat
 
+from vilavt_core.attention_figure import tint
 from vilavt_core.backends import open_backend
+from vilavt_core.drawing import png_url
 from vilavt_core.results import CropsEvent
+from vilavt_core.watching import with_attention
 
 ROOT = Path(__file__).parents[2]
 TINY, PICTURES = ROOT / "examples" / "vilavt-tiny", ROOT / "examples" / "pictures"
@@ -59,6 +62,11 @@ def ask(page, question: str, *files: Path, wait: bool = True) -> None:
     if wait:
         page.locator(".vv-answer").nth(answers).wait_for()
         page.locator("#stop:disabled").wait_for()
+
+
+def trace_of(page, kind: str) -> str:
+    """Address of this visitor's trace."""
+    return page.locator(f".vv-links a[href$='.{kind}']").first.get_attribute("href")
 
 
 def box_of(page, selector: str) -> tuple[float, float, float, float]:
@@ -106,6 +114,43 @@ def test_crops_of_one_zoom_are_side_by_side(tiny, open_page):
     (x1, y1, w1, _), (x2, y2, *_) = (box_of(page, f".vv-crop >> nth={n}") for n in range(2))
     assert x1 + w1 <= x2
     assert y1 == y2
+
+
+def test_the_attention_of_every_zoom_lies_over_its_crops_when_it_is_asked_for(tiny, open_page):
+    url, backend = tiny
+    page = open_page(url)
+    assert page.locator("#attention").is_disabled()
+    ask(page, NESTED["question"], PICTURES / NESTED["image"])
+    assert page.locator(".vv-heat").count() == 0
+    page.locator("#attention").focus()
+    page.keyboard.press("Enter")
+    page.locator("#attention:disabled").wait_for()
+    ours = with_attention(backend, backend.ask(PICTURES / NESTED["image"], NESTED["question"]))
+    zooms = page.locator(".vv-zoom")
+    assert zooms.count() == len(ours.attention) == 2
+    for number, picture in enumerate(ours.attention):
+        zoom, heats = zooms.nth(number), picture.layers[0].heats
+        assert zoom.locator(".vv-looks input").count() == len(heats) + 1
+        for place, index in enumerate(picture.image_indices):
+            crop = zoom.locator(f".vv-crop[data-index='{index}']")
+            assert crop.locator(".vv-heat:visible").get_attribute("src") == png_url(tint(heats[0], place))
+            below, over = (crop.locator(name).first.bounding_box() for name in (".vv-under > img", ".vv-heat:visible"))
+            assert over == pytest.approx(below, abs=1)
+        zoom.locator(".vv-looks input[value='2']").check()
+        assert zoom.locator(".vv-heat:visible").first.get_attribute("src") == png_url(tint(heats[1], 0))
+        zoom.locator(".vv-looks input[value='0']").check()
+        assert zoom.locator(".vv-heat:visible").count() == 0
+    page.locator(".vv-links a").first.wait_for()
+    trace = page.evaluate("url => fetch(url).then(answer => answer.json())", trace_of(page, "json"))
+    assert trace[0]["attention"] == [picture.to_json() for picture in ours.attention]
+
+
+def test_a_backend_that_gives_no_attention_says_so(scripted, open_page, red):
+    page = open_page(scripted.url)
+    ask(page, "what?", red)
+    page.locator("#attention").click()
+    page.locator(".vv-problem").wait_for()
+    assert "gives no attention" in page.locator(".vv-problem").inner_text()
 
 
 def test_the_picture_in_the_docs_is_this_page(tiny, open_page, tmp_path):

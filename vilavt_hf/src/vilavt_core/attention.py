@@ -24,6 +24,9 @@ Unit = Literal["times even", "share", "distance"]
 """Of a heat. ``times even``: how often more than if attention were spread evenly over all keys; ``share``: of a patch's
 attention, from 0 to 1; ``distance``: 1 - cosine of two feature vectors."""
 
+MOST_PATCHES = 2**18
+"""Of one map that is read from JSON: a crop of 7,000 x 7,000 pixels has fewer."""
+
 CLIPPED = 99.0
 """Percentile that a map's full brightness stands for: one patch that draws a hundred times what the others do would
 leave the rest black."""
@@ -80,8 +83,11 @@ class Heat:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        maps = tuple(np.asarray(_decode(url)) for url in data["maps"])
-        return cls(data["name"], data["unit"], data["scale"], data["highest"], maps, data["signed"])
+        maps = tuple(np.asarray(_decode(url, "L", MOST_PATCHES)) for url in data["maps"])
+        scale, highest = float(data["scale"]), float(data["highest"])
+        if not (0 < scale < float("inf") and 0 <= highest < float("inf")):
+            raise ValueError(f"a heat of scale {scale} and highest value {highest}")
+        return cls(str(data["name"]), data["unit"], scale, highest, maps, bool(data["signed"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +140,12 @@ class Layer:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
+        block, head = (None if data[name] is None else int(data[name]) for name in ("block", "head"))
         return cls(
-            data["block"],
-            data["head"],
-            tuple(map(tuple, data["mass"])),
-            tuple(data["words"]),
+            block,
+            head,
+            tuple(tuple(map(float, row)) for row in data["mass"]),
+            tuple(map(float, data["words"])),
             tuple(map(Heat.from_json, data["heats"])),
         )
 
@@ -158,6 +165,8 @@ class AttentionPicture:
     """(image, row, column) of the chosen patches, whose heats are ``patch 0``, …"""
     layers: tuple[Layer, ...]
     """The mean of the blocks first, if there are several; it alone has the heats of single words."""
+    image_indices: tuple[int, ...] = ()
+    """Place of each image in its conversation, counted from 0."""
     images: tuple[Image.Image, ...] = ()
     """As the encoder gets them; none if it was read from JSON that left them out."""
 
@@ -169,6 +178,7 @@ class AttentionPicture:
             "captions": list(self.captions),
             "sizes": [list(size) for size in self.sizes],
             "patches": [list(patch) for patch in self.patches],
+            "image_indices": list(self.image_indices),
             "layers": [layer.to_json() for layer in self.layers],
         }
         return out | ({"images": [png_url(image) for image in self.images]} if include_images else {})
@@ -180,15 +190,35 @@ class AttentionPicture:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        return cls(
-            data["query"],
-            tuple(data["words"]),
-            tuple(data["captions"]),
+        picture = cls(
+            str(data["query"]),
+            tuple(map(str, data["words"])),
+            tuple(map(str, data["captions"])),
             tuple((int(width), int(height)) for width, height in data["sizes"]),
             tuple((int(image), int(row), int(column)) for image, row, column in data["patches"]),
             tuple(map(Layer.from_json, data["layers"])),
+            tuple(map(int, data.get("image_indices", ()))),
             tuple(map(_decode, data.get("images", ()))),
         )
+        picture._check()
+        return picture
+
+    def _check(self) -> None:
+        """Raise what a file can say that no measuring gives.
+
+        Raises:
+            ValueError: numbers of images or words disagree.
+        """
+        images = len(self.sizes)
+        counts = {len(self.captions), len(self.image_indices or self.sizes)}
+        counts |= {len(heat.maps) for layer in self.layers for heat in layer.heats}
+        counts |= {len(layer.mass) for layer in self.layers}
+        counts |= {len(row) - 1 for layer in self.layers for row in layer.mass}
+        if counts - {images}:
+            raise ValueError(f"attention of {images} images with parts of {sorted(counts - {images})}")
+        for layer in self.layers:
+            if len(layer.words) != len(self.words):
+                raise ValueError(f"attention at {len(layer.words)} words of a query of {len(self.words)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,10 +266,18 @@ class QueryDifference:
         )
 
 
-def _decode(url: str) -> Image.Image:
+def _decode(url: str, mode: str | None = None, most_pixels: int | None = None) -> Image.Image:
+    """The picture of a PNG data URL; of this mode and with no more pixels, if they are given."""
     head, _, data = url.partition(",")
     if head != "data:image/png;base64":
-        raise ValueError(f"{head!r} is not a PNG data URL")
-    image = Image.open(io.BytesIO(base64.b64decode(data)))
-    image.load()
+        raise ValueError(f"{head[:80]!r} is not a PNG data URL")
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"])
+        if most_pixels is not None and image.width * image.height > most_pixels:
+            raise ValueError(f"a map of {image.width} x {image.height}, at most {most_pixels} patches are read")
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"a map that cannot be read: {error}") from None
+    if mode is not None and image.mode != mode:
+        raise ValueError(f"a map of mode {image.mode}; it must be {mode}")
     return image

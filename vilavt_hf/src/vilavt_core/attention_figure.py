@@ -15,6 +15,10 @@ from .errors import AttentionError
 
 _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 """Black, violet, red, orange, yellow: darker is less, in grey too."""
+_COVER, _COVER_MORE = 0.45, 0.4
+"""Of an image, how much a heat of 0 covers, and how much more one of full brightness."""
+TINTS = 16
+"""Steps of brightness of a heat that lies over a picture of a page."""
 _LESS, _MORE = (33, 102, 172), (215, 48, 31)
 _TILE, _LABEL, _WORDS, _GAP, _LINE_STEP = 132, 216, 190, 22, 17
 """Units: the longest side of a crop (shorter where there are many), the columns of text, the room between columns."""
@@ -77,9 +81,26 @@ def overlay(
         value = np.clip(pixels / 255 * dim, 0, 1)
         points = np.linspace(0, 1, len(_HEAT))
         paint = np.stack([np.interp(value, points, [tint[c] for tint in _HEAT]) for c in range(3)], -1)
-        cover = 0.45 + 0.4 * value[..., None]
+        cover = _COVER + _COVER_MORE * value[..., None]
     mixed = (1 - cover) * grey + cover * paint
     return Image.fromarray(np.clip(np.round(mixed), 0, 255).astype(np.uint8))
+
+
+def tint(heat: Heat, index: int) -> Image.Image:
+    """The colours of an unsigned heat, to lie over an image in grey as `overlay` draws it: a pixel per patch, mode P of
+    `TINTS` colours with their opacity. As PNG it takes half a byte per patch at most, and some 200 bytes.
+
+    Args:
+        heat: of the inquiry.
+        index: of the image in it.
+    """
+    steps = np.linspace(0, 1, TINTS)
+    paint = np.stack([np.interp(steps, np.linspace(0, 1, len(_HEAT)), [one[c] for one in _HEAT]) for c in range(3)], -1)
+    levels = np.round(heat.maps[index].astype(np.float64) / 255 * (TINTS - 1)).astype(np.uint8)
+    image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
+    image.putpalette(np.round(paint).astype(np.uint8).tobytes())
+    image.info["transparency"] = bytes(round(255 * (_COVER + _COVER_MORE * step)) for step in steps)
+    return image
 
 
 class _Pen:
@@ -96,18 +117,18 @@ class _Pen:
 
     def picture(self, picture: AttentionPicture, show: str) -> Image.Image:
         """One query."""
-        headers = ["", _heading(show, picture), "looks at the query", "words of the query"]
+        headers = ["", heading(show, picture), "looks at the query", "words of the query"]
         rows = [[self.label(["as encoded"]), self.crops(picture, captions=True)]]
         top = max((share for layer in picture.layers for share in layer.words), default=0)
         for layer in picture.layers:
             heat = layer.heat(show)
-            lines = [layer.title, f"seen: {_most(heat)}"]
+            lines = [layer.title, f"seen: {most_of(heat)}"]
             row = [self.crops(picture, heat)]
             if picture.words:
                 asked = layer.heat("query")
-                lines.append(f"query: {_most(asked)}")
+                lines.append(f"query: {most_of(asked)}")
                 row += [self.crops(picture, asked), self.words(picture.words, layer.words, top)]
-            rows.append([self.label([*lines, *_mass_lines(layer, picture)]), *row])
+            rows.append([self.label([*lines, *mass_lines(layer, picture)]), *row])
         if not picture.words:
             headers = headers[:2]
         query = picture.query if picture.words else "(no query)"
@@ -142,7 +163,7 @@ class _Pen:
         for a, b, changed, moved in zip(before.layers, after.layers, change.layers, change.moved, strict=True):
             seen = [layer.heat("received") for layer in (a, b, changed)]
             full = max(heat.scale for heat in seen[:2])
-            lines = [a.title, f"A, B: up to {full:.2g} × even", f"B - A: {_most(seen[2])}; full colour: {most:.2g}"]
+            lines = [a.title, f"A, B: up to {full:.2g} × even", f"B - A: {most_of(seen[2])}; full colour: {most:.2g}"]
             row = [self.label([*lines, f"attention moved: {100 * moved:.1f} %"])]
             row += [self.crops(before, heat, limit) for heat, limit in zip(seen, (full, full, most), strict=True)]
             row += [self.words(one.words, layer.words, top) for one, layer in ((before, a), (after, b)) if one.words]
@@ -253,9 +274,18 @@ class _Pen:
         return canvas
 
 
-def _heading(show: str, picture: AttentionPicture) -> str:
-    """What a heat shows, in words."""
+def heading(show: str, picture: AttentionPicture) -> str:
+    """What a heat shows, in words.
+
+    Args:
+        show: its name; see `Heat`.
+        picture: that it belongs to.
+    """
     kind, _, number = show.partition(" ")
+    if kind == "query":
+        return "looks at the query"
+    if kind == "word" and number.isdigit() and int(number) < len(picture.words):
+        return f"looks at “{picture.words[int(number)]}”"
     if kind == "region" and number.isdigit() and int(number) < len(picture.captions):
         return f"where {_short(picture.captions[int(number)])} looks"
     if kind == "patch" and number.isdigit() and int(number) < len(picture.patches):
@@ -269,14 +299,14 @@ def _short(caption: str) -> str:
     return caption.partition(":")[0]
 
 
-def _most(heat: Heat) -> str:
-    """What full brightness stands for."""
+def most_of(heat: Heat) -> str:
+    """What full brightness of a heat stands for, in words."""
     if not heat.highest:
         return "nothing"
     return f"up to {100 * heat.scale:.1f} %" if heat.unit == "share" else f"up to {heat.scale:.2g} × even"
 
 
-def _mass_lines(layer: Layer, picture: AttentionPicture) -> list[str]:
+def mass_lines(layer: Layer, picture: AttentionPicture) -> list[str]:
     """For each image how much it looks at itself, the others, the query; no lines where they would be too many."""
     if len(picture.captions) > 4:
         return []

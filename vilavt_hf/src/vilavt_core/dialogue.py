@@ -27,6 +27,7 @@ from .results import ChatResult, CropsEvent, Event, Finished
 from .settings import read_chat_settings
 from .sources import ImageSource, Video, source_name
 from .video import read_frames
+from .watching import require_watched, with_attention
 
 PREVIEW = 1280
 """Longest side of what is kept decoded of a picture, in pixels."""
@@ -156,6 +157,23 @@ class Dialogue:
         finally:
             if not whole:
                 self._forget()
+            if self._closed:
+                self.reset()
+            self._busy.release()
+
+    def watch(self) -> None:
+        """Measure the attention of all zooms in `results` that have none yet.
+
+        Raises:
+            AttentionError: the backend gives no attention.
+            EngineError: a question is being answered.
+        """
+        require_watched(self.backend)
+        if not self._busy.acquire(blocking=False):
+            raise EngineError("a question is still being answered; stop it, or wait for its answer")
+        try:
+            self.results = [with_attention(self.backend, result) for result in self.results]
+        finally:
             if self._closed:
                 self.reset()
             self._busy.release()

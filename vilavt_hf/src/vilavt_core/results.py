@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from .attention import AttentionPicture
 from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
 from .errors import EngineError
 from .presets import Limits, Sampling
@@ -248,6 +249,8 @@ class ChatResult:
     """Fields of the request that a server accepted and did not use."""
     transcript: str = ""
     """Everything that the model saw and said, special tokens spelled out, an image as ``<image WxH>``."""
+    attention: tuple[AttentionPicture, ...] = ()
+    """Where the patches of each zoom look, if somebody measured it (`vilavt_core.watching.with_attention`)."""
 
     @property
     def answer(self) -> str | None:
@@ -301,6 +304,8 @@ class ChatResult:
         out["seconds"] = self.seconds
         out["provenance"] = self.provenance.to_json()
         out["transcript"] = self.transcript
+        if self.attention:
+            out["attention"] = [picture.to_json() for picture in self.attention]
         return out
 
     @classmethod
@@ -324,6 +329,7 @@ class ChatResult:
             billed=BilledTokens(**data["billed"]),
             fallback=None if fallback is None else Result.from_json(fallback),
             transcript=data.get("transcript", ""),
+            attention=tuple(map(AttentionPicture.from_json, data.get("attention", ()))),
         )
 
 

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .attention import AttentionPicture
+from .attention_figure import heading, mass_lines, most_of, tint
 from .conversation import Record, ShownImage, Turn
-from .drawing import colour, picture_url
+from .drawing import colour, picture_url, png_url
 from .protocol import Answer, Box, Malformed, NoAction, ToolCall
 from .regions import FACTOR
 from .results import ChatResult
@@ -80,6 +82,8 @@ class Trace:
     transcript: str = ""
     """Everything that the model saw and said, as text."""
     tokens: Sequence[ShownToken] = ()
+    attention: Sequence[AttentionPicture] = ()
+    """Where the patches of its zooms look."""
 
     @classmethod
     def of(
@@ -121,6 +125,7 @@ class Trace:
             score=score,
             seconds=result.seconds or None,
             transcript=result.transcript,
+            attention=result.attention,
             **({"facts": facts_of(result)} | more),
         )
 
@@ -217,7 +222,7 @@ def _question(trace: Trace, figures: Sequence[Mapping[str, Any]], number: int, p
         "run": trace.run,
         "text": trace.question,
         "sample_id": trace.sample_id,
-        "turns": [_turn(turn, known, number, anchor) for turn in trace.turns],
+        "turns": [_turn(turn, known, number, anchor, trace.attention) for turn in trace.turns],
         "timeline": _timeline(trace, anchor),
         "answer": trace.answer,
         "no_answer": no_answer,
@@ -236,8 +241,16 @@ def _question(trace: Trace, figures: Sequence[Mapping[str, Any]], number: int, p
     }
 
 
-def _turn(turn: Turn, figures: Mapping[int, Mapping[str, Any]], number: int, anchor: str) -> dict[str, Any]:
+def _turn(
+    turn: Turn,
+    figures: Mapping[int, Mapping[str, Any]],
+    number: int,
+    anchor: str,
+    attention: Sequence[AttentionPicture],
+) -> dict[str, Any]:
     action = turn.action
+    watched = [one for one in attention if one.image_indices and set(one.image_indices) <= set(turn.image_indices)]
+    looks, heats = _attention(watched)
     regions, linked = [], len(turn.image_indices)
     if isinstance(action, ToolCall):
         linked = linked == len(action.regions)
@@ -266,8 +279,43 @@ def _turn(turn: Turn, figures: Mapping[int, Mapping[str, Any]], number: int, anc
         "nothing": isinstance(action, NoAction) and not action.thought,
         "meta": " · ".join(meta),
         "problem": turn.problem or (action.detail if isinstance(action, Malformed) else None),
-        "images": [figures[index] for index in turn.image_indices if index in figures],
+        "images": [
+            {**figures[index], "heats": heats.get(index, [])} for index in turn.image_indices if index in figures
+        ],
+        "attention": looks,
     }
+
+
+def _attention(pictures: Sequence[AttentionPicture]) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
+    """What can be laid over the crops of a turn, and by image index the maps themselves."""
+    looks: list[dict[str, Any]] = []
+    heats: dict[int, list[dict[str, Any]]] = {}
+    number = 0
+    for picture in pictures:
+        groups = []
+        for layer in picture.layers:
+            options = []
+            for heat in layer.heats:
+                number += 1
+                options.append({"number": number, "label": f"{heading(heat.name, picture)} ({most_of(heat)})"})
+                for place, index in enumerate(picture.image_indices):
+                    url = png_url(tint(heat, place))
+                    heats.setdefault(index, []).append({"number": number, "url": url})
+            groups.append({"title": layer.title, "options": options})
+        first = picture.layers[0] if picture.layers else None
+        shares = [] if first is None else list(zip(picture.words, first.words, strict=True))
+        top = max((share for _, share in shares), default=0.0) or 1.0
+        looks.append(
+            {
+                "groups": groups,
+                "masses": [] if first is None else mass_lines(first, picture),
+                "words": [
+                    {"word": word, "share": f"{100 * share:.1f} %", "part": round(100 * max(0.0, share) / top)}
+                    for word, share in shares
+                ],
+            }
+        )
+    return looks, heats
 
 
 def _timeline(trace: Trace, anchor: str) -> list[dict[str, Any]]:
@@ -307,6 +355,7 @@ def _figure(
         "link": "" if original else f"{number}-{image.index}",
         "caption": ", ".join(said),
         "boxes": _boxes(image, images, number),
+        "heats": [],
         "where": None if parent is None or image.box is None else _where(image.box, parent),
     }
 

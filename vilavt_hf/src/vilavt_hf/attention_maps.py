@@ -215,6 +215,7 @@ def picture_of(
         sizes=sizes,
         patches=tuple((patch.image, patch.row, patch.column) for patch in maps.chosen),
         layers=tuple(_layer(maps, entry, words, every_word=n == 0) for n, entry in enumerate(_entries(maps))),
+        image_indices=inquiry.image_indices,
         images=inquiry.images,
     )
 

@@ -7,17 +7,17 @@ computes them, each image and token once.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from vilavt_core.asking import DrivenBackend
 from vilavt_core.backends import Backend, BackendOptions
 from vilavt_core.checkpoint import require_vilavt
-from vilavt_core.conversation import Request
+from vilavt_core.conversation import Inquiry, Request
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
 from vilavt_core.failures import loading
@@ -33,6 +33,8 @@ from .engine import MAX_PREFILL_TOKENS, Choose, Engine, EngineRow, Sampler
 from .reused_features import ReusedFeatures, reused
 
 if TYPE_CHECKING:
+    from vilavt_core.attention import AttentionPicture
+
     from .modeling_vilavt import VilavtForConditionalGeneration
     from .processing_vilavt import VilavtProcessor
 
@@ -161,6 +163,34 @@ class VilavtChat(DrivenBackend):
             model = model.to(device).eval()
         settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
         return cls(model, processor, checkpoint=name, **settings)
+
+    @property
+    def query_aware_blocks(self) -> list[int]:
+        """Vision blocks that see the query, in order."""
+        return sorted(self.model.config.vision_config.query_aware_blocks())
+
+    def attention(
+        self,
+        inquiry: Inquiry,
+        *,
+        blocks: Sequence[int] | Literal["all"] | None = None,
+        heads: Sequence[int] | Literal["all"] = (),
+    ) -> AttentionPicture:
+        """Where the patches of an inquiry look, images named by their places in the conversation; it is encoded once
+        more. For all zooms of a result: `vilavt_core.watching.with_attention`.
+
+        Args:
+            inquiry: of a conversation's record.
+            blocks: to watch; None: the query-aware ones.
+            heads: shown one by one, beside the mean of all.
+
+        Raises:
+            AttentionError: a block or head that is not there, or no block is query-aware and none was named.
+        """
+        from .attention_maps import look, picture_of
+
+        maps = look(self.model, self.processor.encode_inquiries([inquiry]), blocks=blocks, heads=heads)[0]
+        return picture_of(maps, inquiry, self.processor)
 
     def _session(self, intervention: Intervention | None = None) -> LocalSession:
         engine = Engine(

@@ -15,7 +15,7 @@ from ..errors import ImageError
 from ..failures import printable_text
 from ..json_text import parse_json
 from ..sources import ImageSource, Video
-from .model_options import limits_of, open_model
+from .model_options import AttentionMaps, limits_of, open_model, require_attention_maps
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
 from .showing import json_text, markup, show
@@ -69,6 +69,7 @@ def ask(
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+    attention_maps: AttentionMaps = False,
 ) -> None:
     """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
 
@@ -77,11 +78,16 @@ def ask(
     from rich.console import Console
 
     from ..dialogue import note_of
+    from ..watching import require_watched, with_attention
 
     given = {"image": list[ImageSource](image or []), "video": _videos(video or [], frames, fps)}
     shown = [one for name in context.params if name in given for one in given[name]]  # as on the command line
     if not shown:
         raise typer.BadParameter("there is nothing to look at; pass --image or --video")
+    if attention_maps:
+        if trace is None and not as_json:
+            raise typer.BadParameter("--attention-maps: nothing would show them; pass --trace or --json")
+        require_attention_maps(model)
     check_output_files(trace=trace)
     check_picture_file(picture=picture)
     if names_server(model) and picture is not None:
@@ -103,7 +109,11 @@ def ask(
     console = Console(stderr=as_json, highlight=False)
     if note := note_of(model, backend):
         console.print(printable_text(note), style="yellow", markup=False)
+    if attention_maps:
+        require_watched(backend)
     result = show(console, backend.stream(shown, question))
+    if attention_maps:
+        result = with_attention(backend, result)
     if as_json:
         typer.echo(json_text(result.to_json(), 2))
     _write(console, [result], trace, picture, backend, [None])
@@ -118,11 +128,13 @@ def demo(
     picture: Annotated[Path | None, typer.Option(help="Also write the first conversation as one PNG.")] = None,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,
+    attention_maps: AttentionMaps = False,
 ) -> None:
     """Watch a real, tiny ViLaVT answer three questions it was not trained on. Writes a web page of them."""
     from rich.console import Console
 
     from ..shipped import shipped
+    from ..watching import require_watched, with_attention
 
     console = Console(highlight=False)
     check_output_files(out=out)
@@ -132,6 +144,8 @@ def demo(
     require_vilavt(name)
     _check_pictures([str(image) for image, _, _ in questions])
     chat = _load(name, device, dtype)
+    if attention_maps:
+        require_watched(chat)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{markup(Path(name).name)}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
     results, targets, right = [], list[str | None](), 0
@@ -139,7 +153,7 @@ def demo(
         console.rule(style="dim")
         console.print(printable_text(question), style="bold", markup=False)
         result = show(console, chat.stream(image, question))
-        results.append(result)
+        results.append(with_attention(chat, result) if attention_maps else result)
         correct = (result.answer or "").strip() == expected.strip()
         right += correct
         targets.append(expected)

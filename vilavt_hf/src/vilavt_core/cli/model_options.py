@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..backends import Backend, BackendOptions, names_server, open_backend
-from ..errors import EngineError
+from ..errors import AttentionError, EngineError
 
 Model = Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL of a running vilavt-serve (…/v1).")]
 Preset = Annotated[str | None, typer.Option(help="How the episode runs; default: the checkpoint's own.")]
@@ -20,11 +20,32 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes CU
 Dtype = Annotated[str, typer.Option(help="Type the weights are loaded as; auto is the checkpoint's. Not for a server.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2. Not for a server.")]
 
+AttentionMaps = Annotated[
+    bool,
+    typer.Option(
+        "--attention-maps",
+        help="Also record where the patches of each zoom look, for the trace and JSON: one more encode of each zoom. "
+        "Not for a server.",
+    ),
+]
+
 
 def limits_of(max_turns: int | None, max_new_tokens: int | None, max_pixels: float | None) -> dict[str, Any]:
     """Fields of `Limits` that were given."""
     given = {"max_turns": max_turns, "max_new_tokens_per_turn": max_new_tokens, "max_pixels": max_pixels}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def require_attention_maps(model: str) -> None:
+    """Stop before a server is reached, or a model loaded, that gives no attention.
+
+    Raises:
+        AttentionError: it is a server.
+    """
+    if names_server(model):
+        raise AttentionError(
+            f"--attention-maps: the server {model} gives no attention; pass --model CKPT instead of its URL"
+        )
 
 
 def open_model(

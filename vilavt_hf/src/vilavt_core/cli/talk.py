@@ -51,6 +51,7 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: options.Attention = None,
+    attention_maps: options.AttentionMaps = False,
 ) -> None:
     """Talk with a checkpoint or a server about pictures, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
@@ -60,7 +61,10 @@ def chat(
 
     from ..dialogue import Dialogue, note_of
     from ..terminal_pictures import way_of
+    from ..watching import require_watched
 
+    if attention_maps:
+        options.require_attention_maps(model)
     opened = options.open_model(
         model,
         preset=preset,
@@ -72,9 +76,11 @@ def chat(
         attention=attention,
         allow_urls=allow_urls,
     )
+    if attention_maps:
+        require_watched(opened)
     console = Console(highlight=False)
     way = way_of(os.environ) if pictures and console.is_terminal else None
-    prompt = Prompt(console, Dialogue(opened, allow_urls=allow_urls), way, frames, fps)
+    prompt = Prompt(console, Dialogue(opened, allow_urls=allow_urls), way, frames, fps, attention_maps)
     for path in image or ():
         prompt.image(path)
     for path in video or ():
@@ -104,12 +110,20 @@ class Prompt:
         way: how crops are shown; None: not at all.
         frames: of a video.
         fps: instead.
+        attention_maps: whether a trace has the attention of the zooms.
     """
 
     def __init__(
-        self, console: Console, dialogue: Dialogue, way: Way | None, frames: int | None, fps: float | None
+        self,
+        console: Console,
+        dialogue: Dialogue,
+        way: Way | None,
+        frames: int | None,
+        fps: float | None,
+        attention_maps: bool = False,
     ) -> None:
         self.console, self.dialogue, self.way, self.frames, self.fps = console, dialogue, way, frames, fps
+        self.attention_maps = attention_maps
         self.commands = {
             "/image": Command(self.image, "PATH", "show a picture with the next question"),
             "/video": Command(self.video, "PATH", "show the frames of a video with the next question"),
@@ -181,9 +195,12 @@ class Prompt:
         from ..errors import EngineError
         from ..trace import write_html
 
-        results, path = self.dialogue.results, Path(_path(file))
-        if not results:
+        path = Path(_path(file))
+        if not self.dialogue.results:
             raise EngineError("nothing was answered yet; ask first")
+        if self.attention_maps:
+            self.dialogue.watch()
+        results = self.dialogue.results
         try:
             if path.suffix.lower() == ".json":
                 path.write_text(json.dumps([one.to_json() for one in results], ensure_ascii=False, indent=2) + "\n")

@@ -102,6 +102,20 @@
     fit();
   };
 
+  const lay = (select) => {
+    const turn = select.closest(".turn");
+    for (const other of all(turn, ".attention select")) {
+      if (other !== select && select.value) other.value = "";
+    }
+    for (const heat of all(turn, ".heat")) heat.hidden = heat.dataset.heat !== select.value;
+    for (const frame of all(turn, ".images .frame")) {
+      frame.classList.toggle("heated", Boolean(frame.querySelector(".heat:not([hidden])")));
+    }
+  };
+  document.addEventListener("change", (event) => {
+    if (event.target instanceof Element && event.target.matches(".attention select")) lay(event.target);
+  });
+
   document.addEventListener("click", (event) => {
     if (!(event.target instanceof Element) || event.target.closest("dialog")) return;
     const element = linked(event.target);
@@ -131,6 +145,14 @@
       const at = turns.indexOf(document.activeElement && document.activeElement.closest(".turn"));
       const next = turns[event.key === "j" ? at + 1 : Math.max(0, at - 1)];
       if (next) next.focus();
+    } else if (event.key === "a" || event.key === "A") {
+      const turn = document.activeElement && document.activeElement.closest(".turn");
+      const select = (turn && turn.querySelector(".attention select")) || document.querySelector(".attention select");
+      if (!select) return;
+      const count = select.options.length;
+      select.selectedIndex = (select.selectedIndex + (event.key === "a" ? 1 : count - 1)) % count;
+      lay(select);
+      if (!turn || !turn.contains(select)) select.closest(".turn").scrollIntoView({ block: "nearest" });
     } else if (event.key === "n" || event.key === "p") {
       const link = document.querySelector(event.key === "n" ? "a[rel=next]" : "a[rel=prev]");
       if (link) link.click();

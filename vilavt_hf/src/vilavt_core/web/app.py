@@ -105,6 +105,7 @@ def build_page(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
         )
         with gr.Row():
             stop = gr.Button("Stop", interactive=False, variant="stop", elem_id="stop")
+            look = gr.Button("Attention", interactive=False, elem_id="attention")
             new = gr.Button("New conversation", elem_id="new")
         if examples and (scenes := _scenes()):
             gr.Examples(scenes, inputs=[box], label="Example scenes", elem_id="scenes")
@@ -131,8 +132,13 @@ def build_page(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
             for _ in desk.answer():
                 grown = len(desk.shown) != shown
                 shown = len(desk.shown)
-                yield desk.thread if grown else gr.skip(), desk.now, gr.skip(), gr.skip()
-            yield desk.thread, "", desk.links, gr.update(interactive=False)
+                yield desk.thread if grown else gr.skip(), desk.now, gr.skip(), gr.skip(), gr.skip()
+            yield desk.thread, "", desk.links, gr.update(interactive=False), gr.update(interactive=desk.watchable)
+
+        def watch(request: gr.Request) -> Any:
+            desk = desks.of(str(request.session_hash))
+            desk.watch()
+            return desk.thread, gr.update(interactive=desk.watchable)
 
         def end(request: gr.Request) -> None:
             desks.of(str(request.session_hash)).dialogue.stop()
@@ -142,15 +148,17 @@ def build_page(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
 
         def begin(request: gr.Request) -> Any:
             leave(request)
-            return "", "", "", gr.update(interactive=False)
+            return "", "", "", gr.update(interactive=False), gr.update(interactive=False)
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         side_by_side = backend.concurrency if names_server(model) else 1  # a local engine is no thread's but one's
+        engine: dict[str, Any] = {"concurrency_limit": side_by_side, "concurrency_id": "engine"}
         box.submit(put, [box, *wishes], [box, thread, now, stop], queue=False, **quiet).then(
-            answer, None, [thread, now, links, stop], concurrency_limit=side_by_side, trigger_mode="multiple", **quiet
+            answer, None, [thread, now, links, stop, look], trigger_mode="multiple", **engine, **quiet
         )
+        look.click(watch, None, [thread, look], **engine, **quiet)
         stop.click(end, queue=False, **quiet)
-        new.click(begin, None, [thread, now, links, stop], queue=False, **quiet)
+        new.click(begin, None, [thread, now, links, stop, look], queue=False, **quiet)
         settings.follow_preset(backend, quiet)
         page.unload(leave)
     return page.queue(api_open=False)

@@ -41,6 +41,9 @@ class Desk:
         self.now = ""
         """HTML of the thoughts on their way."""
         self._question: str | None = None
+        self._zooms: dict[int, tuple[exhibits.Zoom, int]] = {}
+        """By its place in `shown` every zoom of a question that was answered, and which of the dialogue's results it
+        belongs to."""
 
     def refuse(self, why: str) -> None:
         """Say that a question cannot be put."""
@@ -78,7 +81,7 @@ class Desk:
         if question is None:
             return
         turn, thoughts, text, last = -1, Thoughts(), "", 0.0
-        finished = False
+        finished, zooms = False, dict[int, tuple[exhibits.Zoom, int]]()
         try:
             for event in () if self.dialogue.stopped else self.dialogue.ask(question):
                 if isinstance(event, TextDelta):
@@ -93,7 +96,9 @@ class Desk:
                 elif isinstance(event, CropsEvent):
                     self._keep(text, turn)
                     text = ""
-                    self.shown.append(exhibits.zoom_exhibit(event.query, self.dialogue.cuts(event), self.dialogue))
+                    zoom = exhibits.zoom_of(event.query, self.dialogue.cuts(event), self.dialogue)
+                    zooms[len(self.shown)] = zoom, len(self.dialogue.results)
+                    self.shown.append(zoom.exhibit(number=len(self.shown)))
                 elif isinstance(event, RefusedEvent):
                     self._keep(text, turn)
                     text = ""
@@ -105,6 +110,7 @@ class Desk:
                 elif isinstance(event, Finished):
                     self._keep(text, turn)
                     finished, result = True, event.result
+                    self._zooms |= zooms
                     if result.answer is None and result.episode is not None:
                         detail = result.episode.detail
                         self.shown.append(exhibits.problem(f"No answer ({result.finish}). {detail}".strip()))
@@ -120,6 +126,26 @@ class Desk:
                     exhibits.remark("Stopped. The next question begins a new conversation about the same pictures.")
                 )
         yield
+
+    def watch(self) -> None:
+        """Measure the attention of all zooms, and show it over their crops; the trace has it too."""
+        try:
+            self.dialogue.watch()
+        except VilavtError as error:
+            self.shown.append(exhibits.problem(str(error)))
+            return
+        results = self.dialogue.results
+        for place, (zoom, question) in self._zooms.items():
+            pictures = results[question].attention if question < len(results) else ()
+            found = next((one for one in pictures if one.image_indices == zoom.indices), None)
+            if found is not None:
+                self.shown[place] = zoom.exhibit(found, place)
+
+    @property
+    def watchable(self) -> bool:
+        """Whether there are zooms of which no attention is shown yet."""
+        results = self.dialogue.results
+        return any(question < len(results) and not results[question].attention for _, question in self._zooms.values())
 
     @property
     def thread(self) -> str:

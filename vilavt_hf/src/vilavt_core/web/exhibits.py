@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..attention import AttentionPicture
+from ..attention_figure import heading, mass_lines, most_of, tint
 from ..dialogue import Dialogue, Given, ShownCrop
+from ..drawing import png_url
 from ..pages import render
 from ..protocol import Box
 from ..results import ChatResult
@@ -36,8 +40,43 @@ def thought(text: str, turn: int) -> str:
     return _exhibit("thought", text=text, turn=turn + 1)
 
 
-def zoom_exhibit(query: str, cuts: Sequence[ShownCrop], dialogue: Dialogue) -> str:
-    """A zoom: the pictures that it was made on with its boxes, and the crops side by side."""
+@dataclass(frozen=True)
+class Zoom:
+    """A zoom as it is shown: the pictures that it was made on with its boxes, and the crops side by side."""
+
+    query: str
+    maps: Sequence[Mapping[str, Any]]
+    crops: Sequence[Mapping[str, Any]]
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Numbers of its crops in the conversation."""
+        return tuple(crop["index"] for crop in self.crops)
+
+    def exhibit(self, attention: AttentionPicture | None = None, number: int = 0) -> str:
+        """As HTML.
+
+        Args:
+            attention: of its crops, to be laid over them: the mean of blocks and heads.
+            number: that no other zoom of the page has.
+        """
+        looks, masses, crops = [], [], list(self.crops)
+        if attention is not None and attention.layers:
+            layer = attention.layers[0]
+            looks = [f"{heading(heat.name, attention)} ({most_of(heat)})" for heat in layer.heats]
+            masses = mass_lines(layer, attention)
+            places = {index: place for place, index in enumerate(attention.image_indices)}
+            crops = [
+                {**crop, "heats": [png_url(tint(heat, places[crop["index"]])) for heat in layer.heats]}
+                for crop in self.crops
+            ]
+        return _exhibit(
+            "zoom", query=self.query, maps=self.maps, crops=crops, looks=looks, masses=masses, number=number
+        )
+
+
+def zoom_of(query: str, cuts: Sequence[ShownCrop], dialogue: Dialogue) -> Zoom:
+    """What is shown of a zoom, while the dialogue knows its crops."""
     parents: dict[tuple[int | None, int], list[ShownCrop]] = {}
     for cut in cuts:
         parents.setdefault((cut.parent, cut.given), []).append(cut)
@@ -49,10 +88,11 @@ def zoom_exhibit(query: str, cuts: Sequence[ShownCrop], dialogue: Dialogue) -> s
             "url": data_url(cut.image, CROP),
             "size": cut.image.size,
             "width": min(CROP, max(LEAST_CROP, cut.image.width)),
+            "heats": [],
         }
         for cut in cuts
     ]
-    return _exhibit("zoom", query=query, maps=maps, crops=crops)
+    return Zoom(query, maps, crops)
 
 
 def answer(text: str) -> str:

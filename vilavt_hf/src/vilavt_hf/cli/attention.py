@@ -13,6 +13,7 @@ from vilavt_core.cli.chat import Device, Dtype, DtypeOption
 from vilavt_core.cli.quiet import load_quietly
 from vilavt_core.cli.showing import json_text
 from vilavt_core.failures import printable_text
+from vilavt_core.watching import zooms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,11 +134,7 @@ def _zoom_calls(result: ChatResult) -> tuple[list[Inquiry], list[list[str]]]:
     """Inquiries of crops, in order, and what each image is."""
     if result.error is not None:
         raise result.error
-    inquiries = [
-        one
-        for one in (result.record.inquiries if result.record else ())
-        if all(result.images[i].kind == "crop" for i in one.image_indices)
-    ]
+    inquiries = zooms(result)
     captions = []
     for inquiry in inquiries:
         shown = [result.images[i] for i in inquiry.image_indices]
