@@ -576,6 +576,19 @@ def test_the_forced_answer_shows_the_pictures_within_their_own_bounds(tokenizer)
     assert fallback.views[0].image.size == episode.views[0].image.size == (140, 84)
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"limits": {"max_turns": 1}}, "sample q: limits are a dict; change those of the backend"),
+        ({"seed": "7"}, "sample q: the seed is a str, it must be a whole number"),
+        ({"seed": 0.5}, "the seed is a float"),
+    ],
+)
+def test_what_a_sample_cannot_be_asked_with_is_refused_by_name(given, said):
+    with pytest.raises(EngineError, match=said):
+        Sample(Image.new("RGB", (56, 56)), "What?", id="q", **given)
+
+
 def test_bounds_must_be_as_many_as_the_pictures():
     with pytest.raises(EngineError, match="2 bounds for 1 images"):
         Sample(Image.new("RGB", (56, 56)), "What?", bounds=[PixelBounds()] * 2)

@@ -27,6 +27,7 @@ from vilavt_core.scoring import (
     read_options,
     rouge_l,
     score_answer,
+    unwrapped,
     with_letters,
     yes_or_no,
 )
@@ -160,6 +161,35 @@ from vilavt_core.scoring.published import evaluation_score
         ("选B和C", None),
         ("A、左边 B、右边", None),
         ("A、左边、B、右边", None),
+        ("應該選B", "B"),
+        ("正確答案是B", "B"),
+        ("正確選項：B", "B"),
+        ("答案為（B）", "B"),
+        ("我選擇B", "B"),
+        ("选择了B", "B"),
+        ("『B』左邊", "B"),
+        ("B（左邊）", "B"),
+        ("B—左", "B"),
+        ("A與B", None),
+        ("A還是B", None),
+        ("選A或B", None),
+        ("I think the answer is B.", "B"),
+        ("I believe that it is (B)", "B"),
+        ("It's B.", "B"),
+        ("It is a dog", None),
+        ("I would choose B: left", "B"),
+        ("I think A or B", None),
+        ("B because A is behind", "B"),
+        ("B because it is left", "B"),
+        ("B because A or C is behind", "B"),
+        ("B; left", "B"),
+        ("A; B", None),
+        ("A; B is closer", None),
+        ("B?", "B"),
+        ("B(left)", "B"),
+        ("f(x)", None),
+        ("_B_", "B"),
+        ("__B__", "B"),
     ],
 )
 def test_an_option_letter_is_read_by_rule(text: str, letter: str | None) -> None:
@@ -292,6 +322,16 @@ def test_a_choice_is_met_by_letter_or_by_the_options_text(prediction: str, targe
         ("零下5度", -5, "°"),
         ("20摄氏度", 20, "°C"),
         ("3元", 3, "¥"),
+        ("負3", -3, ""),
+        ("約3公尺", 3, "m"),
+        ("總共3個", 3, ""),
+        ("３分鐘", 3, "min"),
+        ("3個小時", 3, "h"),
+        ("20攝氏度", 20, "°C"),
+        ("3英呎", 3, "ft"),
+        ("45\\degree", 45, "°"),
+        ("3 m2", 3, "m²"),
+        ("2 to the left, not more", 2, ""),
     ],
 )
 def test_a_number_is_read_with_separators_units_and_signs(text: str, value: float, unit: str) -> None:
@@ -348,6 +388,16 @@ def test_a_number_is_read_with_separators_units_and_signs(text: str, value: floa
         "x-5",
         "--5",
         "> 5",
+        "at least 5",
+        "more than 5 m",
+        "It is not 5.",
+        "不到3米",
+        "超過3米",
+        "至少3個",
+        "不是3",
+        "3 ft 2 in",
+        "3 feet 2 inches",
+        "5 kg 3 g",
         "1" * 201,
     ],
 )
@@ -448,6 +498,15 @@ def test_mean_relative_accuracy_near_zero_and_beyond_floats() -> None:
         ("还是", None),
         ("", None),
         ("nose", None),
+        ("正確", "yes"),
+        ("不正確。", "no"),
+        ("沒有", "no"),
+        ("無", "no"),
+        ("答案為是", "yes"),
+        ("是對的", "yes"),
+        ("是真的", "yes"),
+        ("假的", "no"),
+        ("還是", None),
         ("True", "yes"),
         (" false.", "no"),
         ("true or false", None),
@@ -1049,3 +1108,19 @@ def test_any_text_is_scored_between_0_and_1(text: str, kind: str) -> None:
         return
     for version in ("strict", "published"):
         assert 0 <= score_answer(text, TARGETS[kind][0], kind, version=version) <= 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("<think>a</think>B", "B"),
+        ("<think>a</think><answer>B</answer>", "B"),
+        ("<answer>\\boxed{B}</answer>", "B"),
+        ("<answer><answer>B</answer></answer>", None),
+        ("<answer>B<answer>", None),
+        ("<answer><think>a</think>B</answer>", None),
+        ("<answer>B<think>a</think></answer>", None),
+    ],
+)
+def test_what_an_answer_is_wrapped_in_is_taken_off_and_markup_inside_it_makes_it_none(text: str, found: str | None):
+    assert unwrapped(text) == found

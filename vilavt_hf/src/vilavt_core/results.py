@@ -6,6 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any
 
 from .attention import AttentionPicture
@@ -55,11 +56,18 @@ class Sample:
 
         Raises:
             ImageError: `images` is neither a picture nor a list of pictures.
-            EngineError: the question is no text, or there are bounds for some images only.
+            EngineError: question, limits or seed are of another type, or there are bounds for some images only.
         """
         where = "" if self.id is None else f"sample {self.id}: "
         if not isinstance(self.question, str):
             raise EngineError(f"{where}the question is a {type_name(self.question)}, it must be text; check the order")
+        if not (self.limits is None or isinstance(self.limits, Limits)):
+            raise EngineError(
+                f"{where}limits are a {type_name(self.limits)}; change those of the backend: "
+                "dataclasses.replace(backend.provenance(0).limits, max_turns=1)"
+            )
+        if not (self.seed is None or isinstance(self.seed, Integral)):
+            raise EngineError(f"{where}the seed is a {type_name(self.seed)}, it must be a whole number")
         object.__setattr__(self, "images", sample_images(self.images))
         if self.bounds and len(self.bounds) != len(self.images):
             raise EngineError(

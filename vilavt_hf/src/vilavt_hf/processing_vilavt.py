@@ -400,16 +400,19 @@ class VilavtProcessor(ProcessorMixin):
     def _encode_images(self, images: list[Any], settings: dict[str, Any]) -> dict[str, Any]:
         """``pixel_values`` and ``image_grid_thw``, as arrays."""
         settings = bounds_within(settings, self.image_processor.size)
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            own = getattr(self.image_processor, name)
+            if settings.get(name, own) != own:
+                raise ProcessorError(f"{name}={settings[name]!r}: the model's is {own}, and no other; leave it out")
         as_it_is = settings.get("do_rescale") is False or "input_data_format" in settings
         loaded = [_picture(image, as_it_is, f"image {i}") for i, image in enumerate(images)]
         if settings.get("do_resize") is False:
-            self._check_sides(loaded, settings)
+            self._check_sides(loaded)
         encoded = self.image_processor(images=loaded, **settings)
         return {name: encoded[name] for name in ("pixel_values", "image_grid_thw")}
 
-    def _check_sides(self, images: list[Any], settings: dict[str, Any]) -> None:
-        patch = settings.get("patch_size", self.image_processor.patch_size)
-        factor = patch * settings.get("merge_size", self.image_processor.merge_size)
+    def _check_sides(self, images: list[Any]) -> None:
+        factor = self.image_processor.patch_size * self.image_processor.merge_size
         for i, image in enumerate(images):
             if isinstance(image, Image.Image) and (image.width % factor or image.height % factor):
                 raise ProcessorError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ScoringError
-from .chinese import HAN, spaced
+from .chinese import HAN, half_width, simplified, spaced
 from .options import bare_option
 from .text import normalise
 
@@ -17,24 +17,29 @@ from .text import normalise
 # the time grows with the length only.
 _LATEX = re.compile(r"\\(?:text|mathrm|mathbf)[a-z]{0,6}\{([^{}]*)\}|\\[()\[\]]")
 _QUOTES = re.compile(r"[*`$\"“”„«»「」『』《》〈〉]|(?<!\w)['‘’]|['‘’](?!\w)")
+_UNDERLINED = re.compile(r"(?<!\w)(__?)([A-Za-z])\1(?!\w)")
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:(?:correct|right|best|final) ){0,2}"
-    r"(?:answer|option|choice)\b(?: is\b)? ?:? ?(?:(?:option|choice)\b ?:?)?",
+    r"(?:(?:so|thus|hence|therefore),? )?(?:i (?:think|believe|guess|would say)(?: that)?,? )?"
+    r"(?:(?:(?:the|my) )?(?:(?:correct|right|best|final) ){0,2}(?:answer|option|choice)\b(?: is\b)?"
+    r"|it(?: is|['’]s)\b|i (?:would )?(?:choose|pick|select)\b) ?:? ?(?:(?:option|choice)\b ?:?)?",
     re.IGNORECASE,
 )
 _CHINESE_LEAD = re.compile(
     r"(?:(?:所以|因此|因而|故|综上所述|综上|我认为|我觉得|我|应该|应当|应|最终|最后|正确"
-    r"|答案|选项|选择|選項|選擇|选|選|的|是|为|為|就)[ :,]{0,3})+"
+    r"|答案|选项|选择|选|的|了|是|为|就)[ :,]{0,3})+"
 )
 _LETTER = re.compile(
-    r"[(\[{]? ?(?P<letter>[A-Za-z])(?:(?P<mark> ?[)\]}>.:,!][)\]}>.:,! ]*| ?[-–—](?: |$))|$|(?P<blank> ))(?P<rest>.*)"
+    r"[(\[{]? ?(?P<letter>[A-Za-z])"
+    r"(?:(?P<mark> ?[)\]}>.:;,!?][)\]}>.:;,!? ]*| ?[-–](?: |$)| ?—+ ?|(?=\([^\W\d_]{2}))|$|(?P<blank> ))(?P<rest>.*)"
 )
+# A mark as between the letters of a list.
+_LIST_MARK = re.compile("[,;]")
 # A letter that is no part of a word (X-ray, it's), and no unit (3 m).
 _ALONE = re.compile(r"(?<![\w'’])(?<!\d )[A-Za-z](?!\w|['’]\w|-\w\w)")
 # Before a letter: what sets it off from the text; at the start of a sentence.
 _SEPARATOR = re.compile(
     r"(?:[,;/|&+(\[]|\b(?:or|and|nor|then|not|maybe|perhaps|possibly|vs|versus|either|both|option|choice|answer)"
-    r"|或|或者|还是|和|与|及|可能|可能是|选|选项|答案|答案是) ?$",
+    r"|或|或者|还是|還是|和|与|與|及|可能|可能是|选|選|选项|選項|答案|答案是) ?$",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?:^|[.:!?] ) ?$")
@@ -51,12 +56,12 @@ _STATES = re.compile(r" (?:is|are|was|has|lies|looks|seems|stands|sits|appears)\
 _WORD = re.compile(r" [^\W\d_]{2}")
 _ONE = r"[(\[]?[A-Za-z][)\]]?"
 _SEVERAL = re.compile(
-    rf"{_ONE}(?: ?(?:[,;/&|+]|\b(?:and|or)\b|[和或与及]) ?(?:(?:and|or) )?{_ONE}| {_ONE})+"
+    rf"{_ONE}(?: ?(?:[,;/&|+]|\b(?:and|or)\b|[和或与與及]) ?(?:(?:and|or) )?{_ONE}| {_ONE})+"
     r"|\([A-Za-z]\)(?:\([A-Za-z]\))+|(?=[A-H]{2,8}$)A?B?C?D?E?F?G?H?"
 )
 # The text of an option that is about other options or about things with letters: "Both A and B", "A, B and C".
 _ABOUT_BOTH = re.compile(r"(?:both|either|neither|all|none|only)\b", re.IGNORECASE)
-_LISTED = re.compile(r"[A-Za-z](?: ?[,;/] ?[A-Za-z])*,? ?(?:\b(?:and|or|nor)\b|[和或与及]) ?[A-Za-z]", re.IGNORECASE)
+_LISTED = re.compile(r"[A-Za-z](?: ?[,;/] ?[A-Za-z])*,? ?(?:\b(?:and|or|nor)\b|[和或与與及]) ?[A-Za-z]", re.IGNORECASE)
 _BARE_LIST = re.compile(rf"{_ONE}(?:[ ,;/&|.:-]+{_ONE})*[ -]*")
 _REACH = 12
 """Characters before a letter that tell what it is."""
@@ -91,28 +96,30 @@ def option_letter(text: str) -> str | None:
 
 def _letter_of(match: re.Match[str]) -> str | None:
     letter, rest = match["letter"], match["rest"].rstrip(" .,;:!?")
+    if match["blank"] and rest.startswith(("because ", "since ")):
+        return None if _names_another(letter, f"it {rest}", in_list=False) else letter.upper()
     if match["blank"]:
         word = letter in "AI" and not rest.startswith(("is ", "because "))
         if (not letter.isupper() or word) and not re.match(f"[{HAN}]", rest):
             return None
         if any(not _is_word(rest, found, strict=True) for found in _ALONE.finditer(rest)):
             return None
-    elif _names_another(letter, rest, in_list="," in (match["mark"] or "")):
+    elif _names_another(letter, rest, in_list=bool(_LIST_MARK.search(match["mark"] or ""))):
         return None
     return letter.upper()
 
 
 def _plain(text: str) -> str:
     """Without LaTeX, quotes and stars around things; lines are sentences; single blanks; Chinese with our marks."""
-    text = spaced(unicodedata.normalize("NFKC", text))
-    text = _QUOTES.sub("", _LATEX.sub(lambda match: match[1] or "", text))
+    text = _LATEX.sub(lambda match: match[1] or "", half_width(unicodedata.normalize("NFKC", text)))
+    text = spaced(_UNDERLINED.sub(r"\2", _QUOTES.sub("", text)))
     return " ".join(". ".join(line for line in text.splitlines() if line.strip()).split())
 
 
 def _without_lead(plain: str) -> str:
     """Plain text without "the answer is" before it."""
     plain = re.sub(r"^[^\w(\[{]+", "", plain)
-    if lead := _LEAD.match(plain) or _CHINESE_LEAD.match(plain):
+    if lead := _LEAD.match(plain) or _CHINESE_LEAD.match(simplified(plain)):
         plain = re.sub(r"^[^\w(\[{]+", "", plain[lead.end() :])
     return plain
 
@@ -131,11 +138,11 @@ def _names_another(letter: str, rest: str, *, in_list: bool) -> bool:
     Args:
         letter: the option's.
         rest: the text.
-        in_list: the mark is a comma, as between the letters of a list.
+        in_list: the mark is one as between the letters of a list.
     """
     again = _LETTER.match(rest)
     if again and again["letter"].upper() == letter.upper() and not again["blank"] and not in_list:
-        if "," in (again["mark"] or ""):
+        if _LIST_MARK.search(again["mark"] or ""):
             return True
         rest = again["rest"]
         if not rest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..errors import ScoringError
-from .chinese import HAN, spaced
+from .chinese import HAN, simplified, spaced
 from .text import normalise
 
 _WORD = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
@@ -14,8 +14,9 @@ _BEFORE = r"^\s*(?:所以|因此|故|我认为|最终的?|正确的?)*(?:答案|
 _ANNOUNCED = re.compile(rf"{_BEFORE}[是为]?\s?:")
 _SAID = re.compile(rf"(?=所以|因此|故|我认为|最终|正确答案|答案|判断|结论|应){_BEFORE}[是为]?(?=.)")
 _CLAUSES = {
-    "yes": "true 是 是的 对 对的 對 對的 正确 真 有 有的 没错 存在 可以 能 会",
-    "no": "false 否 不 不是 不是的 不对 不對 错 错的 錯 错误 錯誤 不正确 假 没有 沒有 没 不存在 不可以 不能 不会",
+    "yes": "true 是 是的 对 对的 是对的 正确 正确的 是正确的 真 真的 是真的 有 有的 没错 存在 可以 能 会",
+    "no": "false 否 不 不是 不是的 不对 错 错的 是错的 错误 错误的 是错误的 不正确 假 假的 是假的 没有 没 无 "
+    "不存在 不可以 不能 不会",
 }
 _VERDICT_OF = {word: verdict for verdict, words in _CLAUSES.items() for word in words.split()}
 
@@ -27,7 +28,7 @@ def yes_or_no(text: str) -> str | None:
     ``否``, ``对``, ``错``, ``有``, ``没有`` and their like, count where they stand alone between punctuation, as in
     ``否，没有狗``: in a sentence they may mean the opposite ("that is not true", ``是否``).
     """
-    plain = _ANNOUNCED.sub("", spaced(text), count=1)
+    plain = _ANNOUNCED.sub("", simplified(spaced(text)), count=1)
     found = {word.lower() for word in _WORD.findall(plain)}
     for clause in _CLAUSE_END.split(plain):
         words = normalise(clause)

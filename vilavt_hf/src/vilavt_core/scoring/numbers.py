@@ -22,7 +22,7 @@ _NUMBER = re.compile(
 _UNIT = re.compile(
     r"""\s?(?:[%$€£¥]|°\s?[CF]?(?!\w)
     |(?:(?P<power>square|sq|cubic|cu)\.?\s)?(?P<name>[^\W\d_]+)(?:\s?(?:/|per\b)\s?(?P<per>[^\W\d_]+))?
-    (?:\s?\^?\s?\{?(?P<exponent>[23])\}?)?(?!\w))""",
+    (?:(?:\s?\^\s?\{?)?(?P<exponent>[23])\}?)?(?!\w))""",
     re.VERBOSE | re.IGNORECASE,
 )
 _UNITS = {
@@ -57,7 +57,13 @@ _UNITS = {
 }
 _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
 _POWERS = {"2": "²", "3": "³", "square": "²", "sq": "²", "cubic": "³", "cu": "³"}
-_BOUND = re.compile(r"(?:^|\s)[<>≤≥]=?\s?$")
+_NO_MORE = re.compile(
+    r"(?:^|\s)[<>≤≥]=?\s?$|\b(?:(?:less|more|fewer|greater|larger|smaller|longer|shorter|farther|closer) than"
+    r"|at (?:least|most)|not|isn't|aren't)(?: (?:about|exactly))? ?$"
+    r"|(?:不是|并非|至少|至多|最多|最少|超过|超過|不足|不到|[多少大小高低]于|[多少大小高低]於)\s?$",
+    re.IGNORECASE,
+)
+"""Before a number: it is not meant, or only a bound of it."""
 NUMBER_WORD = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|dozen|hundred|thousand|[mb]illion|half|minus|negative)\b",
@@ -98,7 +104,7 @@ _SPELLINGS = (
     (re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\[,;:! ]|~|\\(?:approx|sim)\b"), " "),
     (re.compile(r"\\(?:times|cdot)\b"), "×"),
-    (re.compile(r"\s?\^\s?\{?\\circ\}?"), "°"),
+    (re.compile(r"\s?\^\s?\{?\\circ\}?|\s?\\degree\b"), "°"),
     (re.compile(r"\\[dtc]?frac\s?(?:\{\s?(\d+)\s?\}|(\d))\s?(?:\{\s?(\d+)\s?\}|(\d))"), r" \1\2/\3\4"),
     (re.compile(r"^(?:\$\$?|\\\()(.*?)(?:\$\$?|\\\))$"), r"\1"),
     (re.compile(r"\b(?:minus|negative)\s(?=[\d.$€£¥])", re.IGNORECASE), "-"),
@@ -129,7 +135,8 @@ def parse_number(text: str) -> Number | None:
     ``2½``, ``\\frac{3}{4}``), ``1.5e3`` and ``1.5 × 10^3``, currencies, percent signs and units, in English and in
     Chinese (``约3米``, ``百分之50``). Blanks between groups of three digits separate thousands (``1 234``). A number
     may be repeated in words, in brackets (``3 (three)``). ``3-4``, ``3 or 4``, ``3 or four``, ``3 (four)`` and ``3,4``
-    are two numbers; what has to be calculated (``2^3``, ``√9``) is none.
+    are two numbers; what has to be calculated (``2^3``, ``√9``), a bound (``> 3``, ``at least 3``) and what is denied
+    (``not 3``) are none.
     """
     text = text.strip()
     if len(text) > MAX_CHARS:
@@ -142,7 +149,7 @@ def parse_number(text: str) -> Number | None:
     if match is None:
         return None
     before, unit, end = text[: match.start()], match["currency"], match.end()
-    if (match["sign"] and match["gap"] and before.strip()) or _BOUND.search(before):
+    if (match["sign"] and match["gap"] and before.strip()) or _NO_MORE.search(before):
         return None  # a dash between words or a sign; more or less than the number
     if after := _UNIT.match(text, end):
         named = _unit(after)

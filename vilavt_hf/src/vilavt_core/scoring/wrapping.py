@@ -18,14 +18,14 @@ _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|mbox)[a-z]{0,6}\s?\{([^{}]*)\}")
 def unwrapped(text: str) -> str | None:
     """An answer without its tag, its ``\\boxed{}`` and the thought before it; stripped.
 
-    None: there are several tags or boxes, one is not closed, or a tag of the protocol stands inside, so that what the
-    answer is stays open.
+    None: there are several tags or boxes, one is not closed, or a tag of the protocol stands inside (a thought in the
+    answer tag, too), so that what the answer is stays open.
     """
-    text = text.strip()
+    text, tagged = text.strip(), False
     for _ in range(MAX_WRAPPINGS):
         if ANSWER_OPEN in text:
-            inner = _in_tag(text)
-        elif text.startswith(THINK_OPEN) and THINK_CLOSE in text:
+            inner, tagged = _in_tag(text), True
+        elif not tagged and text.startswith(THINK_OPEN) and THINK_CLOSE in text:
             inner = text.partition(THINK_CLOSE)[2]
         elif box := _BOX.search(text):
             inner = _in_box(text, box.end())
