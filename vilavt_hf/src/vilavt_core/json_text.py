@@ -20,9 +20,9 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH}") from None
+        raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are read") from None
     if sum(text.count(mark) for mark in marks) > MAX_DEPTH and _is_deep(value):  # type: ignore[arg-type]
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
+        raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are read")
     return value
 
 
