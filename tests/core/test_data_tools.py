@@ -106,7 +106,7 @@ def test_records_that_no_loader_expects_are_findings_too(annotations, vilavt, tm
     assert (second["sample"], second["kind"]) == ("set[2]", "missing file")
     assert len(second["text"]) < 300
     assert (third["sample"], third["kind"]) == ("set[3]", "schema")
-    assert "set.jsonl, record 3: nested too deeply" in third["text"]
+    assert "set.jsonl, record 3: not JSON: it is nested too deeply" in third["text"]
 
 
 def test_warnings_fail_only_when_asked_to(annotations, vilavt):

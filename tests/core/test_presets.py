@@ -109,9 +109,9 @@ def test_limits_of_a_preset_can_be_changed():
 
 
 def test_a_limit_that_is_no_number_is_refused_by_name():
-    with pytest.raises(EpisodeError, match=r"max_turns is '5', it must be a number$"):
+    with pytest.raises(EpisodeError, match=r"max_turns is '5', it must be a whole number$"):
         Limits(max_turns="5")
-    with pytest.raises(EpisodeError, match="max_context is '5', it must be a number, or None for unlimited"):
+    with pytest.raises(EpisodeError, match="max_context is '5', it must be a whole number, or None for unlimited"):
         Limits(max_context="5")
     with pytest.raises(EpisodeError, match="max_turns is None, it must be a number"):
         Limits(max_turns=None)

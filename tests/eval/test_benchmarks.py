@@ -93,7 +93,20 @@ def test_a_new_metric_is_a_function_named_in_the_file(tmp_path, monkeypatch):
     (tmp_path / "my_metrics.py").write_text("def half(prediction, target):\n    return 0.5\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     path = own(tmp_path, "base: ERQA\ntypes: {multiple choice: {metric: 'my_metrics:half'}}\n")
-    assert load_benchmark(path).types["multiple choice"].metric == "my_metrics:half"
+    assert load_benchmark(path, functions=True).types["multiple choice"].metric == "my_metrics:half"
+
+
+def test_a_function_is_not_even_imported_unless_it_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "my_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(a, b):\n    return 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own(tmp_path, "base: ERQA\ntypes: {multiple choice: {metric: 'my_evil:f'}}\n")
+    (tmp_path / "based.yaml").write_text("base: own.yaml\n")
+    for name in ("own.yaml", "based.yaml"):
+        with pytest.raises(BenchmarkError, match=rf"{name}.*'my_evil:f' is a function.*--allow-functions"):
+            load_benchmark(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    load_benchmark(tmp_path / "based.yaml", functions=True)
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +134,7 @@ def test_a_new_metric_is_a_function_named_in_the_file(tmp_path, monkeypatch):
 )
 def test_a_wrong_definition_is_refused_with_file_key_and_remedy(tmp_path, text, message):
     with pytest.raises(BenchmarkError) as caught:
-        load_benchmark(own(tmp_path, text))
+        load_benchmark(own(tmp_path, text), functions=True)
     assert "own.yaml" in str(caught.value)
     assert message in str(caught.value)
 

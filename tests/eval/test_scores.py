@@ -44,7 +44,7 @@ def write(path: Path, rows: list[Any], run: dict[str, Any] | None = None, tail: 
 
 
 def scored(tmp_path: Path, *rows: Any, benchmark: str | None = None, **more: Any) -> ScoredFile:
-    definition = None if benchmark is None else load_benchmark(benchmark)
+    definition = None if benchmark is None else load_benchmark(benchmark, functions=True)
     return score_file(write(tmp_path / "results.jsonl", list(rows), **more), definition)
 
 
@@ -226,7 +226,7 @@ def test_a_question_type_is_never_taken_for_a_function(kind, benchmark, tmp_path
     assert not called.exists()
 
 
-def test_a_definition_inside_a_result_file_may_not_call_functions_one_that_is_named_may(tmp_path, called):
+def test_a_definition_inside_a_result_file_may_not_call_functions_one_that_is_named_may_if_asked(tmp_path, called):
     definition = MINE | {"types": {"letters": {"metric": "spying:metric"}}}
     path = write(
         tmp_path / "r.jsonl",
@@ -237,7 +237,12 @@ def test_a_definition_inside_a_result_file_may_not_call_functions_one_that_is_na
         score_file(path)
     assert not called.exists()
     (tmp_path / "mine.yaml").write_text(json.dumps(definition))
-    result = CliRunner().invoke(app, ["score", str(path), "--benchmark", str(tmp_path / "mine.yaml")])
+    command = ["score", str(path), "--benchmark", str(tmp_path / "mine.yaml")]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, BenchmarkError)
+    assert "--allow-functions" in str(refused.exception)
+    assert not called.exists()
+    result = CliRunner().invoke(app, [*command, "--allow-functions"])
     assert result.exit_code == 0, result.output
     assert "100.00" in result.output
     assert called.exists()

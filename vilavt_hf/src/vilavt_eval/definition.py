@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vilavt_core.errors import BenchmarkError
+from vilavt_core.failures import quoted
 from vilavt_core.sources import Rule, Video
 from vilavt_core.spelling import did_you_mean
 from vilavt_core.validation import problems
@@ -77,14 +78,19 @@ class Videos(_Part):
 class TypeRule(_Part):
     """How questions of one type are asked and scored."""
 
-    metric: str = Field(description="a question type of vilavt_core.scoring, or package.module:function")
+    metric: str = Field(
+        description="a question type of vilavt_core.scoring; or, where the caller allows functions, package.module:function"
+    )
     suffix: str = Field(default="", description="put after question and options, on a line of its own; empty: nothing")
 
     @field_validator("metric")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         if is_function(value) and not (info.context or {}).get("functions"):
-            raise BenchmarkError(f"metric {value!r} is a function; only a definition named as a file may call one")
+            raise BenchmarkError(
+                f"metric {quoted(repr(value))} is a function, which would be imported and run; if you trust the file, "
+                "name it with --allow-functions (functions=True in Python)"
+            )
         find_metric(value)
         return value
 
@@ -197,17 +203,21 @@ def known_benchmarks() -> tuple[str, ...]:
     return tuple(path.stem for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem.lower()))
 
 
-def load_benchmark(name_or_path: str | Path) -> Benchmark:
+def load_benchmark(name_or_path: str | Path, *, functions: bool = False) -> Benchmark:
     """A benchmark by name, or by the path of a YAML file.
 
     A file may start from another benchmark: ``base: ERQA`` (a name, or a path relative to the file) takes everything
     from there, and what the file says itself replaces it, mappings key by key.
 
+    Args:
+        name_or_path: which.
+        functions: whether its metrics may be functions: their modules are imported, which runs them.
+
     Raises:
         BenchmarkError: no such benchmark, or the file cannot be read or has wrong keys; names all of them.
     """
     path = _find(str(name_or_path))
-    return read_benchmark(_values(path, ()), str(path), functions=True)
+    return read_benchmark(_values(path, ()), str(path), functions=functions)
 
 
 def shipped_benchmark(name: str) -> Benchmark | None:
@@ -222,7 +232,7 @@ def read_benchmark(values: Any, where: str, *, functions: bool = False) -> Bench
     Args:
         values: the data.
         where: it stands, for errors.
-        functions: whether metrics may be functions, which are imported; not if the data may come from anybody.
+        functions: whether metrics may be functions, whose modules are imported; not if the data may come from anybody.
 
     Raises:
         BenchmarkError: wrong keys; names all of them.

@@ -134,6 +134,7 @@ class VilavtProcessor(ProcessorMixin):
         query_tokenizer = kwargs.pop("query_tokenizer", None)
         prompts = kwargs.pop("prompts", None)
         chat_settings = kwargs.pop("chat_settings", None)
+        kwargs.setdefault("trust_remote_code", False)  # told nothing, transformers asks on the terminal
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.query_tokenizer = query_tokenizer or _load_query_tokenizer(pretrained_model_name_or_path, hub)
         processor.prompts = prompts or _load_prompts(pretrained_model_name_or_path, hub)
@@ -584,7 +585,7 @@ def _load_query_tokenizer(path: str | os.PathLike, hub: dict[str, Any]) -> PreTr
     if not (folder / "tokenizer_config.json").is_file():
         logger.warning("%s has no %s/: queries cannot be tokenised", path, QUERY_TOKENIZER_FOLDER)
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _load_prompts(path: str | os.PathLike, hub: dict[str, Any]) -> PromptSet | None:

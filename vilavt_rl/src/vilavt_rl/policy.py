@@ -36,7 +36,7 @@ class VilavtPolicy(VilavtForConditionalGeneration):
         then only the placeholders are excluded."""
         name = self.config.name_or_path
         try:
-            return len(AutoTokenizer.from_pretrained(name)) if name else None
+            return len(AutoTokenizer.from_pretrained(name, trust_remote_code=False)) if name else None
         except (OSError, ValueError) as error:
             logger.warning("%s: no tokenizer (%s); ids without a token stay in the softmax", name, error)
             return None

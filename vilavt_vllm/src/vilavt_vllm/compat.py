@@ -60,9 +60,8 @@ def n_tokens(model_config: Any) -> int | None:
     from transformers import AutoTokenizer
 
     try:
-        return len(
-            AutoTokenizer.from_pretrained(model_config.tokenizer or model_config.model, revision=model_config.revision)
-        )
+        name = model_config.tokenizer or model_config.model
+        return len(AutoTokenizer.from_pretrained(name, revision=model_config.revision, trust_remote_code=False))
     except (OSError, ValueError) as error:
         logger.warning("%s: no tokenizer (%s); ids without a token may be sampled", model_config.model, error)
         return None

@@ -17,7 +17,7 @@ from vilavt_core.cli.running import check_output_files, check_output_folders
 from vilavt_core.ending import resumable
 from vilavt_core.failures import printable_text
 
-from .score import show_summary
+from .score import Functions, show_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +85,7 @@ def evaluate(
     actors: Annotated[int | None, typer.Option(min=1, help="With --ray: backends; default: as the GPUs allow.")] = None,
     engine: EngineOptions = None,
     device: Device = "auto",
+    functions: Functions = False,
 ) -> None:
     """Ask a checkpoint or a server the questions of benchmarks, and score the answers.
 
@@ -107,7 +108,7 @@ def evaluate(
         for ablation in ablations:
             ablation.check(setting.backend)
         decoded_here = setting.backend != "server"
-        sets = [_questions(name, data, image_root, limit is None, decoded_here) for name in benchmarks]
+        sets = [_questions(name, data, image_root, limit is None, decoded_here, functions) for name in benchmarks]
         load_quietly()
         if ray is None:
             here = setting.open()
@@ -164,6 +165,7 @@ def latency(
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here.")] = None,
+    functions: Functions = False,
 ) -> None:
     """Measure seconds per turn and answer, what they go into, and how much work is reused."""
     from ..latency import measure_latency
@@ -182,7 +184,7 @@ def latency(
         setting.open(),
         setting.backend,
         setting.preset,
-        _questions(benchmark, data, image_root, True, setting.backend != "server"),
+        _questions(benchmark, data, image_root, True, setting.backend != "server", functions),
         levels=levels,
         count=questions,
         progress=lambda line: typer.echo(printable_text(line), err=True),
@@ -283,14 +285,14 @@ def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:
 
 
 def _questions(
-    name: str, data: Path | None, image_root: Path | None, check_images: bool, decoded_here: bool
+    name: str, data: Path | None, image_root: Path | None, check_images: bool, decoded_here: bool, functions: bool
 ) -> Questions:
     from vilavt_core.video import require_reader
 
     from ..definition import load_benchmark
     from ..questions import Questions
 
-    benchmark = load_benchmark(name)
+    benchmark = load_benchmark(name, functions=functions)
     if benchmark.videos is not None and decoded_here:
         require_reader()
     beside = Path(name).parent if name.endswith((".yaml", ".yml")) else Path()

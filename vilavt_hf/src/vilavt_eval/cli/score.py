@@ -19,6 +19,9 @@ Results = Annotated[list[Path], typer.Argument(help="Result files (.jsonl), or f
 BenchmarkName = Annotated[
     str | None, typer.Option("--benchmark", "-b", help="Name or YAML file; default: what the files name.")
 ]
+Functions = Annotated[
+    bool, typer.Option("--allow-functions", help="Import and run functions that BENCH's YAML names as metrics.")
+]
 ScorerName = Annotated[str, typer.Option("--scorer", help="strict, or published: what the published program gives.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, Markdown, plot, CSV and traces.")]
 Against = Annotated[list[Path] | None, typer.Option("--against", help="Result files of a run to compare with.")]
@@ -41,6 +44,7 @@ def score_command(
     resamples: Resamples = 2000,
     limit: Shown = 100,
     image_root: ImageRoots = None,
+    functions: Functions = False,
 ) -> None:
     """Score result files; files that differ in their seed only are averaged. No row stops it: flawed ones are listed.
 
@@ -54,7 +58,7 @@ def score_command(
     choice(scorer, ("strict", "published"), "--scorer")
     check_output_folders(out=out)
     rules: Scorer = "strict" if scorer == "strict" else "published"
-    definition = None if benchmark is None else load_benchmark(benchmark)
+    definition = None if benchmark is None else load_benchmark(benchmark, functions=functions)
     settings = settings_of(_scored(results, definition))
     others = settings_of(_scored(against or [], definition))
     if others and (len(settings), len(others)) != (1, 1):

@@ -8,6 +8,8 @@ import typer
 from vilavt_core.errors import BenchmarkError, EvaluationError
 from vilavt_core.failures import printable, quoted
 
+from .score import Functions
+
 Runs = Annotated[
     list[Path],
     typer.Argument(
@@ -33,6 +35,7 @@ def view(
     data: DataRoot = None,
     image_root: ImageRoots = None,
     limit: Limit = None,
+    functions: Functions = False,
 ) -> None:
     """Show recorded conversations as a folder of pages with an index. Two runs are shown side by side.
 
@@ -53,7 +56,7 @@ def view(
         raise typer.BadParameter(
             f"{len(results)} runs; it shows one or compares two, each a file or a folder", param_hint="RESULTS"
         )
-    definition = None if benchmark is None else load_benchmark(benchmark)
+    definition = None if benchmark is None else load_benchmark(benchmark, functions=functions)
     runs = []
     for path in results:
         files = []

@@ -94,7 +94,7 @@ class VerlVilavtProcessor(VilavtProcessor):
 
 def load_processor(path: str, **kwargs: Any) -> VerlVilavtProcessor | None:
     """The processor of a ViLaVT checkpoint, or None if the checkpoint is another model's."""
-    config = AutoConfig.from_pretrained(path, **kwargs)
+    config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if config.model_type != "vilavt":
         return None
     processor = VerlVilavtProcessor.from_pretrained(path)
