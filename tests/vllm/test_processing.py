@@ -272,6 +272,32 @@ def test_pixel_settings_follow_the_server_then_the_request(tiny, process, tools,
         process(prompt, images, using=processor, size={"height": 28, "width": 28})
 
 
+def test_the_pixels_of_an_episodes_images_are_looked_at_once(processor, process, tools, pictures, monkeypatch):
+    prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
+    episode = [Inquiry((first,), "", (0,)), Inquiry((a, b), "red", (1, 2))]
+    before = hashes(process(prompt, episode))
+
+    def looks(*_):
+        raise AssertionError("the pixels of an image were read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(first), "tobytes", looks)
+        items = processor.info.parse_mm_data({"image": episode})["image"]
+        told = [items.get_item_for_hash(index) for index in range(2)]
+    assert told[1] == {"pixels": list(episode[1].identities), "query": "red"}
+    assert hashes(process(prompt, episode)) == before
+    # Equal pictures share what is encoded; others, other queries and a caller's own words do not.
+    equal = [Inquiry((first.copy(),), "", (0,)), Inquiry((a.copy(), b.copy()), "red", (1, 2))]
+    assert hashes(process(prompt, equal)) == before
+    swapped = [episode[0], Inquiry((b, a), "red", (1, 2))]
+    assert hashes(process(prompt, swapped))[1] != before[1]
+    assert (
+        hashes(process(tools.conversation(("blue", 2)), [episode[0], Inquiry((a, b), "blue", (1, 2))]))[1] != before[1]
+    )
+    forged = [episode[0], InquiryItem((b, a), "red", uuids=episode[1].identities)]
+    assert hashes(process(prompt, forged))[1] != before[1]
+
+
 def test_embeddings_in_place_of_images_are_refused(tiny, process, tools):
     processor, _ = build(tiny.path, enable_mm_embeds=True)
     with pytest.raises(UnsupportedError, match="depends on the query"):

@@ -29,6 +29,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
+from vilavt_core.conversation import Inquiry
 from vilavt_core.regions import smart_resize
 from vilavt_core.sources import array_image, is_array
 from vilavt_hf import VilavtConfig, VilavtProcessor
@@ -61,6 +62,8 @@ class InquiryItem:
     """Put before a non-blank query; None takes the checkpoint's."""
     uuids: tuple[str | None, ...] = ()
     """Caller's identity of each image, in place of its pixels' hash; the query is hashed with it in any case."""
+    identities: tuple[str, ...] = ()
+    """Of each image, made of its pixels: found once, where vLLM would hash them at every turn. Never a client's word."""
     final: bool = False
     """Whether the images have the size that the encoder must see: then one that would be resized here is refused. The
     images of an episode's inquiries do, and its token stream counts on it."""
@@ -75,6 +78,8 @@ class InquiryItems(ProcessorBatchItems[InquiryItem]):
     def get_item_for_hash(self, index: int) -> object:
         """Identity of an inquiry: its images in order, or their uuids, and the query."""
         inquiry = self.data[index]
+        if inquiry.identities and not any(inquiry.uuids):
+            return {"pixels": list(inquiry.identities), "query": inquiry.query}
         uuids = inquiry.uuids or (None,) * len(inquiry.images)
         images = [uuid if uuid is not None else image for uuid, image in zip(uuids, inquiry.images, strict=True)]
         return {"images": images, "query": inquiry.query}
@@ -103,7 +108,9 @@ class InquiryParser(MultiModalDataParser):
         if not _is_inquiry(item):
             item = InquiryItem((item,))
         elif not isinstance(item, InquiryItem):
-            item = InquiryItem(tuple(item.images), item.query, getattr(item, "query_prefix", None), final=True)
+            known = item.identities if isinstance(item, Inquiry) else ()
+            prefix = getattr(item, "query_prefix", None)
+            item = InquiryItem(tuple(item.images), item.query, prefix, identities=known, final=True)
         parsed = super()._parse_image_data(list(item.images))
         if not isinstance(parsed, ImageProcessorItems):
             raise UnsupportedError("an InquiryItem takes images, not embeddings: what is encoded depends on its query")
