@@ -7,6 +7,7 @@ from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import ImageError
 from vilavt_vllm import InquiryItem, compat
 from vilavt_vllm.errors import LimitError, PlaceholderError, UnsupportedError
+from vilavt_vllm.processing import PixelScale, patches_of
 
 
 def build(path, **options):
@@ -56,7 +57,8 @@ def test_one_item_is_one_inquiry_and_carries_all_its_regions(process, two_region
     original, group = result["mm_kwargs"]["image"]
     assert original["image_grid_thw"].data.shape == (1, 3)
     assert group["image_grid_thw"].data.shape == (2, 3)
-    assert group["pixel_values"].data.shape == (int(group["image_grid_thw"].data.prod(-1).sum()), 1176)
+    assert group["pixels"].data.shape == (int(group["image_grid_thw"].data.prod(-1).sum()), 3 * 14 * 14)
+    assert group["pixels"].data.dtype == torch.uint8
     assert int(original["query_attention_mask"].data.sum()) == 0
     assert int(group["query_attention_mask"].data.sum()) == len("red") + 1  # byte tokens and the end token
 
@@ -67,10 +69,35 @@ def test_encoder_inputs_equal_those_of_the_transformers_processor(process, tiny,
     result = process(prompt, images)
     items = result["mm_kwargs"]["image"]
     assert result["prompt_token_ids"] == expected["input_ids"][0].tolist()
-    for name in ("pixel_values", "image_grid_thw"):
-        assert torch.equal(torch.cat([item[name].data for item in items]), expected[name])
+    assert torch.equal(torch.cat([item["image_grid_thw"].data for item in items]), expected["image_grid_thw"])
+    pixels = torch.cat([item["pixels"].data for item in items])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        scaled = PixelScale(tiny.processor.image_processor, dtype)(pixels)
+        assert torch.equal(scaled, expected["pixel_values"].to(dtype))
     for name in ("query_ids", "query_attention_mask", "images_per_query"):
         assert torch.equal(torch.stack([item[name].data for item in items]), expected[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.5, 0.7]},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "resample": 2},
+    ],
+)
+def test_pixels_are_those_of_the_image_processor_to_the_bit_whatever_its_settings(tiny, tools, settings):
+    settings = {**tiny.processor.image_processor.to_dict(), **settings}
+    image_processor = type(tiny.processor.image_processor)(**{k: v for k, v in settings.items() if v is not None})
+    bounds = 28 * 28 * 4, 28 * 28 * 64
+    for image in (tools.picture(1, 84, 112), tools.picture(2, 29, 30), tools.picture(3, 700, 300)):
+        expected = image_processor(images=[image], return_tensors="pt")
+        pixels, grid = patches_of(image, image_processor, bounds)
+        assert [list(grid)] == expected["image_grid_thw"].tolist()
+        scaled = PixelScale(image_processor, torch.float32)(torch.from_numpy(pixels))
+        assert torch.equal(scaled, expected["pixel_values"])
 
 
 def test_the_place_of_an_inquiry_spans_its_regions_and_only_placeholders_take_features(process, processor, two_regions):
@@ -245,6 +272,32 @@ def test_pixel_settings_follow_the_server_then_the_request(tiny, process, tools,
         process(prompt, images, using=processor, size={"height": 28, "width": 28})
 
 
+def test_the_pixels_of_an_episodes_images_are_looked_at_once(processor, process, tools, pictures, monkeypatch):
+    prompt, (first, a, b) = tools.conversation(("red", 2)), pictures[:3]
+    episode = [Inquiry((first,), "", (0,)), Inquiry((a, b), "red", (1, 2))]
+    before = hashes(process(prompt, episode))
+
+    def looks(*_):
+        raise AssertionError("the pixels of an image were read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(first), "tobytes", looks)
+        items = processor.info.parse_mm_data({"image": episode})["image"]
+        told = [items.get_item_for_hash(index) for index in range(2)]
+    assert told[1] == {"pixels": list(episode[1].identities), "query": "red"}
+    assert hashes(process(prompt, episode)) == before
+    # Equal pictures share what is encoded; others, other queries and a caller's own words do not.
+    equal = [Inquiry((first.copy(),), "", (0,)), Inquiry((a.copy(), b.copy()), "red", (1, 2))]
+    assert hashes(process(prompt, equal)) == before
+    swapped = [episode[0], Inquiry((b, a), "red", (1, 2))]
+    assert hashes(process(prompt, swapped))[1] != before[1]
+    assert (
+        hashes(process(tools.conversation(("blue", 2)), [episode[0], Inquiry((a, b), "blue", (1, 2))]))[1] != before[1]
+    )
+    forged = [episode[0], InquiryItem((b, a), "red", uuids=episode[1].identities)]
+    assert hashes(process(prompt, forged))[1] != before[1]
+
+
 def test_embeddings_in_place_of_images_are_refused(tiny, process, tools):
     processor, _ = build(tiny.path, enable_mm_embeds=True)
     with pytest.raises(UnsupportedError, match="depends on the query"):
@@ -255,10 +308,10 @@ def test_arrays_are_images_too(process, tools, pictures):
     import numpy as np
 
     prompt, image = tools.conversation(), pictures[0]
-    expected = process(prompt, [image])["mm_kwargs"]["image"][0]["pixel_values"].data
+    expected = process(prompt, [image])["mm_kwargs"]["image"][0]["pixels"].data
     pixels = np.asarray(image)
     for array in (pixels, pixels.transpose(2, 0, 1), torch.tensor(pixels), pixels / 255):
-        assert torch.equal(process(prompt, [array])["mm_kwargs"]["image"][0]["pixel_values"].data, expected)
+        assert torch.equal(process(prompt, [array])["mm_kwargs"]["image"][0]["pixels"].data, expected)
     with pytest.raises(ImageError, match="values from -1 to -1; pixels are 0 to 255"):
         process(prompt, [np.full(pixels.shape, -1.0)])
 

@@ -5,8 +5,10 @@ Requests go to an engine, turns and the result to the user, the record to a trai
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -134,6 +136,16 @@ class Inquiry:
     """Places in the conversation, counted from 0."""
     query_prefix: str | None = None
     """Put before a non-blank query by every engine and trainer alike: the preset's; None takes the checkpoint's."""
+
+    @cached_property
+    def identities(self) -> tuple[str, ...]:
+        """A name of each image that equal ones share: of its mode, size and pixels. An engine that asks for it at every
+        turn, to find what it has encoded, looks at the pixels once.
+        """
+        heads = (f"{image.mode} {image.width} {image.height} ".encode() for image in self.images)
+        return tuple(
+            hashlib.sha256(head + image.tobytes()).hexdigest() for head, image in zip(heads, self.images, strict=True)
+        )
 
 
 @dataclass(frozen=True)

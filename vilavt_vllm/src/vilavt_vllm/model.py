@@ -41,9 +41,11 @@ from . import compat
 from .errors import WeightsError
 from .processing import (
     PLACEHOLDER,
+    PixelScale,
     VilavtDummyInputsBuilder,
     VilavtMultiModalProcessor,
     VilavtProcessingInfo,
+    image_processor_of,
     largest_inquiry,
 )
 from .query_encoder import QueryEncoder
@@ -107,6 +109,7 @@ class VilavtForConditionalGeneration(
                 self.config.vision_config.hidden_size,
                 prefix=maybe_prefix(prefix, "text_proj"),
             )
+        self.pixel_scale = PixelScale(image_processor_of(vllm_config.model_config), self.visual.dtype)
         with parts._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -134,7 +137,7 @@ class VilavtForConditionalGeneration(
 
     def embed_multimodal(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         images_per_query: torch.Tensor | None = None,
         query_ids: torch.Tensor | None = None,
@@ -144,12 +147,12 @@ class VilavtForConditionalGeneration(
         """Features of inquiries, possibly of several requests, one (tokens, hidden) tensor each.
 
         Args:
-            pixel_values: (N, 1176).
+            pixels: (N, 588) uint8, patches as `VilavtMultiModalProcessor` sends them.
             image_grid_thw: (n_images, 3).
             images_per_query: (Q,).
             query_ids, query_attention_mask: (Q, T), right padded.
         """
-        if pixel_values is None:
+        if pixels is None:
             return []
         assert image_grid_thw is not None
         assert images_per_query is not None
@@ -159,7 +162,7 @@ class VilavtForConditionalGeneration(
         mask = query_attention_mask.view(len(per_query), -1).cpu()
         features = self.text_encoder.features(query_ids.view(len(per_query), -1), mask)
         projected = self.text_proj(features.to(self.visual.dtype))[0]
-        merged = self.visual(pixel_values, grid, per_query, projected, mask)
+        merged = self.visual(self.pixel_scale(pixels), grid, per_query, projected, mask)
         self._count(grid, mask)
         tokens = grid.prod(-1) // self.config.vision_config.spatial_merge_size**2
         return merged.split([int(t.sum()) for t in tokens.split(per_query.tolist())])

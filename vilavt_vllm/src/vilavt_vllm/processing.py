@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
@@ -28,6 +29,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
+from vilavt_core.conversation import Inquiry
 from vilavt_core.regions import smart_resize
 from vilavt_core.sources import array_image, is_array
 from vilavt_hf import VilavtConfig, VilavtProcessor
@@ -60,6 +62,8 @@ class InquiryItem:
     """Put before a non-blank query; None takes the checkpoint's."""
     uuids: tuple[str | None, ...] = ()
     """Caller's identity of each image, in place of its pixels' hash; the query is hashed with it in any case."""
+    identities: tuple[str, ...] = ()
+    """Of each image, made of its pixels: found once, where vLLM would hash them at every turn. Never a client's word."""
     final: bool = False
     """Whether the images have the size that the encoder must see: then one that would be resized here is refused. The
     images of an episode's inquiries do, and its token stream counts on it."""
@@ -74,6 +78,8 @@ class InquiryItems(ProcessorBatchItems[InquiryItem]):
     def get_item_for_hash(self, index: int) -> object:
         """Identity of an inquiry: its images in order, or their uuids, and the query."""
         inquiry = self.data[index]
+        if inquiry.identities and not any(inquiry.uuids):
+            return {"pixels": list(inquiry.identities), "query": inquiry.query}
         uuids = inquiry.uuids or (None,) * len(inquiry.images)
         images = [uuid if uuid is not None else image for uuid, image in zip(uuids, inquiry.images, strict=True)]
         return {"images": images, "query": inquiry.query}
@@ -102,7 +108,9 @@ class InquiryParser(MultiModalDataParser):
         if not _is_inquiry(item):
             item = InquiryItem((item,))
         elif not isinstance(item, InquiryItem):
-            item = InquiryItem(tuple(item.images), item.query, getattr(item, "query_prefix", None), final=True)
+            known = item.identities if isinstance(item, Inquiry) else ()
+            prefix = getattr(item, "query_prefix", None)
+            item = InquiryItem(tuple(item.images), item.query, prefix, identities=known, final=True)
         parsed = super()._parse_image_data(list(item.images))
         if not isinstance(parsed, ImageProcessorItems):
             raise UnsupportedError("an InquiryItem takes images, not embeddings: what is encoded depends on its query")
@@ -213,6 +221,11 @@ def largest_inquiry(model_config: Any) -> tuple[int, int]:
     """Image tokens and regions of the largest inquiry that an engine takes."""
     limits = MULTIMODAL_REGISTRY.create_processor(model_config).info.limits
     return min(limits.max_group_tokens, model_config.max_model_len), limits.max_regions
+
+
+def image_processor_of(model_config: Any) -> Any:
+    """The checkpoint's image processor."""
+    return _load_processor(model_config.model, model_config.revision).image_processor
 
 
 class VilavtDummyInputsBuilder(BaseDummyInputsBuilder[VilavtProcessingInfo]):
@@ -328,19 +341,20 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
         return encoded if prompt is None else (prompt, encoded, False)
 
     def _encode(self, inquiries: Sequence[InquiryItem], settings: Mapping[str, object]) -> BatchFeature:
-        """Encoder inputs, at the pixel bounds that the request's settings ask for."""
+        """Encoder inputs, at the pixel bounds that the request's settings ask for.
+
+        Pixels travel as bytes, and once: the model makes of them what it computes with (`PixelScale`). That is an
+        eighth of what an image processor returns in fp32, for this process, vLLM's caches and the way to the GPU.
+        """
         processor = self.info.get_hf_processor()
-        low, high = self.info.pixel_bounds(settings)
-        encoded = processor.image_processor(
-            images=[_picture(image) for inquiry in inquiries for image in inquiry.images],
-            size={"shortest_edge": low, "longest_edge": high},
-            return_tensors="pt",
-        )
+        bounds = self.info.pixel_bounds(settings)
+        images = [_picture(image) for inquiry in inquiries for image in inquiry.images]
+        pixels, grids = zip(*(patches_of(image, processor.image_processor, bounds) for image in images), strict=True)
         ids, mask = processor.tokenize_queries([inquiry.query for inquiry in inquiries], prefix="")
         return BatchFeature(
             {
-                "pixel_values": encoded["pixel_values"].to(self.info.ctx.model_config.dtype),
-                "image_grid_thw": encoded["image_grid_thw"],
+                "pixels": torch.from_numpy(np.concatenate(pixels)),
+                "image_grid_thw": torch.tensor(grids),
                 "query_ids": ids,
                 "query_attention_mask": mask,
                 "images_per_query": torch.tensor([len(inquiry.images) for inquiry in inquiries]),
@@ -356,7 +370,7 @@ class VilavtMultiModalProcessor(BaseMultiModalProcessor[VilavtProcessingInfo]):
             torch.stack([g.prod(-1).sum() for g in grid.split(per_query.tolist())]) if len(per_query) else per_query
         )
         return {
-            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
+            "pixels": MultiModalFieldConfig.flat_from_sizes("image", patches),
             "image_grid_thw": MultiModalFieldConfig.flat_from_sizes("image", per_query, keep_on_cpu=True),
             "images_per_query": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
             "query_ids": MultiModalFieldConfig.batched("image"),
@@ -424,6 +438,66 @@ def _grouped(
         out.append(InquiryItem(tuple(images[start:end]), query, uuids=tuple(uuids[start:end])))
         start = end
     return out
+
+
+def patches_of(
+    image: Image.Image, image_processor: Any, bounds: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """An image at the encoder's size, cut into patches, as the image processor would before it scales them.
+
+    Args:
+        image: RGB.
+        image_processor: says the size of a patch, how many are merged, and how images are resized.
+        bounds: (min, max) pixels.
+
+    Returns:
+        (N, 588) uint8, a patch's channels one after the other, in the order of merged patches; (1, rows, columns) of
+        the grid of patches.
+    """
+    patch, merge = image_processor.patch_size, image_processor.merge_size
+    height, width = smart_resize(image.height, image.width, min_pixels=bounds[0], max_pixels=bounds[1])
+    if (image.width, image.height) != (width, height):
+        image = image.resize((width, height), image_processor.resample)
+    rows, columns = height // patch, width // patch
+    cells = np.asarray(image).reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    return cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1), (1, rows, columns)
+
+
+def pixel_table(image_processor: Any) -> np.ndarray:
+    """What the image processor makes of a byte of each channel, (3, 256) float32: asked for, whatever its settings."""
+    side = image_processor.patch_size * image_processor.merge_size
+    values = np.resize(np.arange(256, dtype=np.uint8), (side, side))
+    picture = Image.fromarray(np.repeat(values[..., None], 3, axis=-1))
+    scaled = image_processor(images=[picture], return_tensors="np", do_resize=False)["pixel_values"]
+    given, _ = patches_of(picture, image_processor, (side * side, side * side))
+    scaled = scaled.reshape(len(given), 3, image_processor.temporal_patch_size, -1)[:, :, 0]
+    table = np.empty((3, 256), dtype=np.float32)
+    for channel, (pixels, made) in enumerate(zip(np.hsplit(given, 3), scaled.swapaxes(0, 1), strict=True)):
+        table[channel, pixels] = made
+    return table
+
+
+class PixelScale(torch.nn.Module):
+    """Bytes of patches as the numbers that the vision tower takes, bit for bit those of the image processor.
+
+    Args:
+        image_processor: the checkpoint's.
+        dtype: of the tower.
+    """
+
+    table: torch.Tensor
+
+    def __init__(self, image_processor: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.frames = int(image_processor.temporal_patch_size)
+        table = torch.from_numpy(pixel_table(image_processor)).to(dtype)
+        self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, 588) uint8 -> (N, 1176): a still picture is as many equal frames as a patch has."""
+        channels = pixels.to(self.table.device).unflatten(1, (3, -1)).unbind(1)
+        scaled = [row[channel.int()] for row, channel in zip(self.table, channels, strict=True)]
+        return torch.stack([one for one in scaled for _ in range(self.frames)], dim=1).flatten(1)
 
 
 def _unwrapped(image: Any) -> Any:
