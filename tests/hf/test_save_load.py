@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -152,6 +153,18 @@ def test_checkpoints_saved_by_the_oldest_and_newest_transformers_load_here(golde
     assert processor.tokenizer(text)["input_ids"] == expected["text_ids"].tolist()
     query = processor.tokenize_queries(["the red card"])[0]
     assert query.tolist() == expected["query_row"].tolist()
+
+
+@pytest.mark.skipif(find_spec("transformers.cli") is None, reason="this transformers serves classes of its own alone")
+def test_the_server_of_transformers_takes_the_class_for_a_multimodal_one(tiny_checkpoint):
+    from transformers.cli.serving.model_manager import ModelManager
+
+    manager = ModelManager(device="cpu", model_timeout=-1)
+    model, processor = manager.load_model_and_processor(f"{tiny_checkpoint}@main")
+    assert isinstance(model, VilavtForConditionalGeneration)
+    assert isinstance(processor, VilavtProcessor)
+    assert manager.get_model_modality(model, processor=processor).name == "MULTIMODAL"
+    manager.shutdown()
 
 
 def test_offline_loading_opens_no_connection(golden, monkeypatch):

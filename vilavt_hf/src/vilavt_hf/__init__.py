@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from . import compat
 from .configuration_vilavt import VilavtConfig, VilavtVisionConfig
 from .modeling_vilavt import VilavtForConditionalGeneration, VilavtModel, VilavtVisionModel
 from .processing_vilavt import VilavtProcessor
@@ -18,6 +19,7 @@ __version__ = version("vilavt-hf")
 
 AutoConfig.register(VilavtConfig.model_type, VilavtConfig, exist_ok=True)
 AutoModelForImageTextToText.register(VilavtConfig, VilavtForConditionalGeneration, exist_ok=True)
+compat.register_multimodal(VilavtConfig, VilavtForConditionalGeneration)
 AutoProcessor.register(VilavtConfig, VilavtProcessor, exist_ok=True)
 
 __all__ = [

@@ -193,6 +193,20 @@ def register_key_names(class_name: str, renames: dict[str, str]) -> None:
     )
 
 
+def register_multimodal(config_class: type, model_class: type) -> None:
+    """Let 5.x find the class as a multimodal language model too: ``AutoModelForMultimodalLM``, ``transformers serve``.
+
+    The server goes by the table of names, which `register` does not extend. 4.57 has neither.
+    """
+    auto = getattr(transformers, "AutoModelForMultimodalLM", None)
+    if auto is None:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    auto.register(config_class, model_class, exist_ok=True)
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+
+
 def save_under(model: Any, renames: dict[str, str]) -> None:
     """Make 5.x save this model through the reverse of `renames` alone.
 
