@@ -41,7 +41,7 @@ def view(
     from dataclasses import replace
     from datetime import datetime
 
-    from tqdm.auto import tqdm
+    from vilavt_core.progress import counted
 
     from ..browser import BrowsedRun, write_browser
     from ..definition import load_benchmark
@@ -78,7 +78,7 @@ def view(
         runs,
         title=" against ".join(run.name for run in runs),
         date=f"results of {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}",
-        progress=lambda entries: tqdm(entries, desc="pages", unit="page", delay=2),
+        progress=lambda entries: counted(entries, "writing", "page"),
     )
     if written.problems:
         typer.secho(f"{len(written.problems)} lines hold no conversation, first {written.problems[0]}", err=True)
