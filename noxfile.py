@@ -313,8 +313,9 @@ def verl_nightly(session: nox.Session) -> None:
 
 @nox.session
 def web(session: nox.Session) -> None:
-    """The web app in a headless browser: Debian's Chromium where it is installed, else the one that Playwright brings;
-    not in CI, because of the browser. What needs none (`tests/core/test_dialogue.py`, `test_talk.py`) is.
+    """The web app and the pages of conversations in a headless browser: Debian's Chromium where it is installed, else
+    the one that Playwright brings; not in CI, because of the browser. What needs none (`tests/core/test_dialogue.py`,
+    `test_talk.py`, `test_viewer.py`, `tests/eval/test_browser.py`) is.
     """
     known = _known_good("web")  # of its own: Gradio wants an older pillow than all else here
     _install_torch(session, TORCH, "numpy", *known)

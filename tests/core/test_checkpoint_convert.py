@@ -255,8 +255,8 @@ def test_verification_names_the_tensor_that_differs(golden, tmp_path):
 def test_verification_failure_leaves_no_destination(sft, tmp_path, monkeypatch):
     original = convert_module._place_weights
 
-    def damaged(checkpoint, partial, link):
-        weights = original(checkpoint, partial, False)
+    def damaged(checkpoint, partial, link, advance):
+        weights = original(checkpoint, partial, False, advance)
         path = sorted(partial.glob("*.safetensors"))[0]
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
         return weights

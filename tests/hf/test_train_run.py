@@ -1,5 +1,6 @@
 """Whole training runs of a model that fits in a test: order, resuming, checkpoints, adapters, what is refused."""
 
+import io
 import json
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from clips import clip, marked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -28,12 +31,13 @@ from vilavt_core.cli import app
 from vilavt_core.curves import read_log
 from vilavt_core.data.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
 from vilavt_core.errors import CheckpointError, DataError, TrainingError
+from vilavt_core.progress import time_left
 from vilavt_core.prompts import PromptSet
 from vilavt_core.sft_config import SftConfig, describe
 from vilavt_core.shipped import recipe_names
 from vilavt_hf import VilavtChat, VilavtForConditionalGeneration, VilavtProcessor
 from vilavt_hf.train.lora import merge_adapter
-from vilavt_hf.train.reporting import time_left
+from vilavt_hf.train.reporting import ConsoleReport
 from vilavt_hf.train.run import Run
 from vilavt_hf.train.validating import same_answer
 
@@ -655,6 +659,29 @@ def test_validation_is_measured_at_the_start_every_so_often_and_at_the_end(valid
     assert lines[-1]["loss"] < lines[0]["loss"]  # some of it is trained on
     assert report.validations == tuple(lines)
     assert f"validation: loss {lines[0]['loss']:.4f}, 0 of 9 answers right at step 0, " in report.summary()
+
+
+def test_a_validation_shows_how_far_it_is_below_the_bar_of_the_steps():
+    report, state = ConsoleReport(), SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=4)
+    report.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    report.on_train_begin(None, state, None)
+    with report.counting(6, "validation answers", "question") as advance:
+        advance(4)
+        report.bar.refresh()
+        shown = report.console.file.getvalue()
+    assert "validation answers" in shown
+    assert "4/6" in shown
+    assert "1/4" in shown
+    assert [task.description for task in report.bar.tasks] == ["step"]
+    report.on_train_end(None, state, None)
+
+
+def test_a_validation_of_a_rank_that_reports_nothing_is_silent(capfd):
+    report, state = ConsoleReport(), SimpleNamespace(is_world_process_zero=False, global_step=1, max_steps=4)
+    report.on_train_begin(None, state, None)
+    with report.counting(6, "validation answers", "question") as advance:
+        advance(4)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_last_step_is_logged_whatever_the_interval(validated):

@@ -24,7 +24,7 @@ def evil(tmp_path, monkeypatch):
     shutil.copytree(CHECKPOINT, folder)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n"
-    named = {name: "evil.Evil" for name in CLASSES} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    named = dict.fromkeys(CLASSES, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     for name in CONFIGS:
         path = folder / name
         if path.is_file():

@@ -1,7 +1,8 @@
-"""The web app in a real browser: Debian's Chromium, or the one that Playwright installs."""
+"""The web app and pages of conversations in a real browser: Debian's Chromium, or the one that Playwright brings."""
 
 import shutil
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,35 @@ def open_page(browser):
     assert errors == []
     elsewhere = [url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
     assert elsewhere == [], "the page asked another machine"
+
+
+@pytest.fixture
+def open_file(browser):
+    """Opens a page that was written to disk: `open_file(path, width=…, color_scheme=…)`.
+
+    When the test ends, no page may have had an error (of its script, of its policy, a picture that is not there), or
+    asked for more than files.
+    """
+    contexts, errors, failed, requests = [], [], [], []
+
+    def opened(path: Path, width: int = 1300, height: int = 900, **context):
+        context = browser.new_context(viewport={"width": width, "height": height}, **context)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("requestfailed", lambda request: failed.append(f"{request.url}: {request.failure}"))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert errors == []
+    assert [what for what in failed if "ERR_ABORTED" not in what] == []  # what a page that is left was still loading
+    assert [url for url in requests if not url.startswith(("file://", "data:"))] == [], "the page asked a network"
 
 
 @pytest.fixture(scope="session")

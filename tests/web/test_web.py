@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from clips import clip, marked
+from looking import box_of, contrast, luminance, relative
 from PIL import Image, ImageChops, ImageStat
 
 from vilavt_core.attention_figure import tint
@@ -67,16 +68,6 @@ def ask(page, question: str, *files: Path, wait: bool = True) -> None:
 def trace_of(page, kind: str) -> str:
     """Address of this visitor's trace."""
     return page.locator(f".vv-links a[href$='.{kind}']").first.get_attribute("href")
-
-
-def box_of(page, selector: str) -> tuple[float, float, float, float]:
-    found = page.locator(selector).bounding_box()
-    return found["x"], found["y"], found["width"], found["height"]
-
-
-def relative(inner, outer) -> list[float]:
-    (x, y, w, h), (left, top, width, height) = inner, outer
-    return [(x - left) / width, (y - top) / height, (x + w - left) / width, (y + h - top) / height]
 
 
 def test_a_question_is_answered_with_every_zoom_on_the_picture_it_came_from(tiny, open_page):
@@ -371,28 +362,6 @@ def test_a_phone_shows_all_of_it_by_day_and_night(scripted, open_page, red, sche
         assert contrast(page, f"{selector} >> nth=0") >= 4.5, selector
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (luminance(background) < 0.1) == (scheme == "dark")
-
-
-def contrast(page, selector: str) -> float:
-    """Of an element's text to what lies behind it, as WCAG counts it."""
-    ink, paper = page.locator(selector).evaluate(
-        """element => {
-            const clear = /rgba\\(.*, 0\\)|transparent/;
-            let behind = element;
-            while (behind.parentElement && clear.test(getComputedStyle(behind).backgroundColor))
-                behind = behind.parentElement;
-            return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
-        }"""
-    )
-    light, dark = sorted((luminance(ink), luminance(paper)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def luminance(colour: str) -> float:
-    whole = 1 if colour.startswith("color(srgb") else 255
-    values = [float(value) / whole for value in re.findall(r"[\d.]+", colour)[:3]]
-    r, g, b = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
 def test_names_and_passwords_are_asked_for(serve_app, scripted, browser):

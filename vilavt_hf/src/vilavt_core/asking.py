@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 from .driver import ConversationSettings, Driver
 from .errors import EngineError
 from .presets import Limits, Preset
+from .progress import counting
 from .results import (
     ChatResult,
     Event,
@@ -77,14 +78,12 @@ class AskingBackend(ABC):
         progress: bool = False,
     ) -> list[ChatResult]:
         """See `vilavt_core.backends.Backend.ask_many`."""
-        from tqdm.auto import tqdm
-
         samples = list(samples)
         results: dict[int, ChatResult] = {}
-        with tqdm(total=len(samples), unit="question", disable=not progress) as bar:
+        with counting(len(samples), "asking", "question", shown=progress) as advance:
             for place, result in self.iter_many(samples, intervention=intervention):
                 results[place] = result
-                bar.update()
+                advance(1)
         return [results[place] for place in range(len(samples))]
 
     @abstractmethod
@@ -334,14 +333,12 @@ class AsyncDrivenBackend(ABC):
         progress: bool = False,
     ) -> list[ChatResult]:
         """See `vilavt_core.backends.Backend.ask_many`."""
-        from tqdm.auto import tqdm
-
         samples = list(samples)
         results: dict[int, ChatResult] = {}
-        with tqdm(total=len(samples), unit="question", disable=not progress) as bar:
+        with counting(len(samples), "asking", "question", shown=progress) as advance:
             async for place, result in self.iter_many(samples, intervention=intervention):
                 results[place] = result
-                bar.update()
+                advance(1)
         return [results[place] for place in range(len(samples))]
 
     async def iter_many(

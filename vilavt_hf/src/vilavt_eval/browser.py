@@ -55,7 +55,7 @@ def write_browser(
         runs: one or two.
         title: of the index.
         date: of the results, in words.
-        progress: wraps the conversations while they are written, as `tqdm.tqdm` does.
+        progress: wraps the conversations while they are written, as `vilavt_core.progress.counted` does.
     """
     pages = out / "pages"
     pages.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 from vilavt_core.backends import Backend
 from vilavt_core.errors import EvaluationError
 from vilavt_core.markdown import markdown_table
+from vilavt_core.progress import Advance, counting, waiting
 from vilavt_core.results import ChatResult, Provenance
 
 from .evaluation_preset import EvaluationPreset
@@ -158,7 +159,7 @@ def measure_latency(
         levels: conversations side by side.
         count: questions per level; None: as many as there are for each.
         warm_up: questions before the measured ones.
-        progress: called with a line after every level.
+        progress: called with a line after every level; meanwhile a bar counts its questions.
 
     Raises:
         EvaluationError: too few questions, or the backend's concurrency cannot be changed.
@@ -176,24 +177,29 @@ def measure_latency(
     if str(backend.provenance(0).device).startswith("cuda") and hasattr(engine, "clock"):
         engine.clock = _clock_of_gpu
     places = iter(range(len(questions)))
-    list(_ask(backend, preset, (questions[i] for i in itertools.islice(places, warm_up))))
+    with waiting("warming up", shown=progress is not None):
+        list(_ask(backend, preset, (questions[i] for i in itertools.islice(places, warm_up))))
     measured = []
     for concurrency in levels:
         engine.concurrency = concurrency
         asked = [questions[i] for i in itertools.islice(places, each)]
-        measured.append(_level(backend, preset, asked, concurrency))
+        with counting(each, f"{concurrency} side by side", "question", shown=progress is not None) as advance:
+            measured.append(_level(backend, preset, asked, concurrency, advance))
         if progress is not None:
             progress(f"{concurrency} side by side: {measured[-1].answers_per_second:.2f} answers/s")
     return LatencyReport(questions.benchmark.name, name, preset.name, backend.provenance(0), tuple(measured))
 
 
-def _level(backend: Backend, preset: EvaluationPreset, asked: Sequence[Question], concurrency: int) -> Level:
+def _level(
+    backend: Backend, preset: EvaluationPreset, asked: Sequence[Question], concurrency: int, advance: Advance
+) -> Level:
     timings = backend.timings
     before = None if timings is None else dict(vars(timings))
     answers, turns, counts, failed = [], [], [], 0
     reuse = _ReuseCount()
     began = time.perf_counter()
     for result in _ask(backend, preset, asked):
+        advance(1)
         if result.error is not None:
             failed += 1
             continue

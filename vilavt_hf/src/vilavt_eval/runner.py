@@ -17,6 +17,7 @@ from vilavt_core.backends import Backend, BackendOptions, open_backend
 from vilavt_core.client import PER_REQUEST
 from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import PRESETS
+from vilavt_core.progress import counting
 from vilavt_core.protocol import IMAGE_MARK
 from vilavt_core.results import ChatResult, Provenance, Sample
 
@@ -166,11 +167,12 @@ def run(
     todo = [place for place in mine if ids[place] not in done]
     failed = 0
     if todo:
-        with files.writer(shard) as writer, _bar(len(mine), len(mine) - len(todo), files.name, progress) as bar:
+        bar = counting(len(mine), files.name, "question", done=len(mine) - len(todo), shown=progress)
+        with files.writer(shard) as writer, bar as advance:
             for row in _while_it_works(ask(Selection(questions, todo))):
                 writer.write(row | {"seed": seed})
                 failed += bool(row["error"])
-                bar.update()
+                advance(1)
     return Outcome(files, files.merge(ids), len(todo), failed)
 
 
@@ -279,9 +281,3 @@ def _while_it_works(rows: Iterator[ResultRow]) -> Iterator[ResultRow]:
                 f"{in_a_row} questions in a row ended in an error, the last one with {row['error']}. What was answered "
                 "is kept; mend that and run the same command again"
             )
-
-
-def _bar(total: int, done: int, name: str, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, desc=name, unit="question", disable=not shown)

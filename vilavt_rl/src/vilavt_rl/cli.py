@@ -158,6 +158,7 @@ def merge_command(
         architecture=class_name(architecture),
         force=force,
         preset=preset,
+        progress=True,
         limits=dict(parse_change(text, CheckpointError, "--limit max_pixels=6422528") for text in limit or ()),
     )
     typer.echo(

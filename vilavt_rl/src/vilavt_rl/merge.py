@@ -45,6 +45,7 @@ from vilavt_core.checkpoint.writing import (
 )
 from vilavt_core.errors import CheckpointError, EpisodeError
 from vilavt_core.failures import one_line, quoted
+from vilavt_core.progress import Advance, counting
 from vilavt_core.settings import ChatSettings, describe_preset, preset_of, read_chat_settings
 
 from .run_settings import noted_settings
@@ -109,6 +110,7 @@ def merge_shards(
     force: bool = False,
     preset: str | None = None,
     limits: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> MergeReport:
     """Merge ``model_world_size_W_rank_R.pt`` files into `destination`, under published names, with an index.
 
@@ -127,6 +129,7 @@ def merge_shards(
         force: replace an existing destination.
         preset: how the checkpoint is run; None: as in training.
         limits: fields of `vilavt_core.presets.Limits` that differ from those of training.
+        progress: show a bar.
 
     Raises:
         CheckpointError: an unknown preset or limit, a rank is missing, ranks disagree, tensors are sharded over several
@@ -157,7 +160,9 @@ def merge_shards(
         set_dtype(final, str(target_dtype).removeprefix("torch."))
     sources = [_tensor_source(plan, ranks, target_dtype) for plan in plans.values()]
     with staged_folder(destination, force) as partial:
-        _write_weights(sources, partial, max_shard_bytes)
+        total = sum(source.nbytes for source in sources)
+        with counting(total, "weights", "B", shown=progress) as advance:
+            _write_weights(sources, partial, max_shard_bytes, advance)
         companions = bring_companions(
             partial,
             [settings, *([Path(processor)] if processor else [])],
@@ -469,12 +474,12 @@ def _bytes(plan: _Plan, ranks: "_Ranks", dtype: torch.dtype) -> Iterator[memoryv
         yield chunk.to(dtype, copy=True).view(torch.uint8).numpy().data
 
 
-def _write_weights(sources: list[TensorSource], partial: Path, max_shard_bytes: int) -> None:
+def _write_weights(sources: list[TensorSource], partial: Path, max_shard_bytes: int, advance: Advance) -> None:
     shards = plan_shards(sources, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         logger.info("writing %s (%d tensors)", name, len(shard))
-        write_safetensors(partial / name, shard)
+        write_safetensors(partial / name, shard, advance=advance)
     if len(shards) > 1:
         weight_map = {source.name: name for name, shard in zip(names, shards, strict=True) for source in shard}
         write_index(

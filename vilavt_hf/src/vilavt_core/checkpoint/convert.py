@@ -10,6 +10,7 @@ from typing import Any
 
 from ..architecture import published_name, query_encoder_part
 from ..errors import CheckpointError
+from ..progress import Advance, counting
 from .build_info import PROVENANCE, fingerprint, write_build_info
 from .companions import Companions, Missing, bring_companions
 from .config import (
@@ -75,6 +76,7 @@ def convert_checkpoint(
     link: bool = True,
     force: bool = False,
     verify: bool = False,
+    progress: bool = False,
 ) -> ConversionReport:
     """Write `source` as a checkpoint that `VilavtForConditionalGeneration` and the hosts load; `source` stays as it is.
 
@@ -90,6 +92,7 @@ def convert_checkpoint(
         link: hard-link rather than copy. A hard-linked file is shared: training *in place* would change both.
         force: replace an existing destination, as a whole.
         verify: afterwards compare names, shapes, dtypes and SHA-256 of every tensor.
+        progress: show bars.
 
     Raises:
         CheckpointError: the source is damaged, incomplete or no ViLaVT, the destination exists or overlaps with it, or
@@ -105,7 +108,8 @@ def convert_checkpoint(
     if errors:
         raise CheckpointError(f"{source} is not a complete ViLaVT checkpoint: {'; '.join(errors)}")
     with staged_folder(destination, force) as partial:
-        weights = _place_weights(checkpoint, partial, link)
+        with counting(checkpoint.file_bytes, "weights", "B", shown=progress) as advance:
+            weights = _place_weights(checkpoint, partial, link, advance)
         companions = bring_companions(
             partial,
             [source, *([Path(processor)] if processor else [])],
@@ -114,7 +118,7 @@ def convert_checkpoint(
         _record(checkpoint, partial, weights)
         write_json(partial / CONFIG, config)  # last: without it the folder is no checkpoint
         if verify:
-            verify_same_tensors(source, partial)
+            verify_same_tensors(source, partial, progress=progress)
     if "prompts/" not in companions.brought:
         notes.append("no prompts/ folder in the source: the built-in default prompt set applies")
     return ConversionReport(
@@ -130,8 +134,10 @@ def convert_checkpoint(
     )
 
 
-def verify_same_tensors(first: str | os.PathLike, second: str | os.PathLike) -> int:
+def verify_same_tensors(first: str | os.PathLike, second: str | os.PathLike, *, progress: bool = False) -> int:
     """Compare two checkpoints tensor by tensor (published names, shapes, dtypes, SHA-256 of the bytes), streaming.
+
+    With `progress` a bar is shown.
 
     Returns:
         How many tensors were compared.
@@ -143,20 +149,19 @@ def verify_same_tensors(first: str | os.PathLike, second: str | os.PathLike) -> 
     if one.keys() != two.keys():
         only = sorted(one.keys() ^ two.keys())
         raise CheckpointError(f"{len(only)} tensors are in one of {first} and {second} only: {', '.join(only[:6])}")
-    for name, a in one.items():
-        b = two[name]
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise CheckpointError(
-                f"{name} is {a.dtype} {list(a.shape)} in {first}, {b.dtype} {list(b.shape)} in {second}"
-            )
-        if (a.start, a.stop) == (b.start, b.stop) and a.path.samefile(b.path):
-            sha256_of(
-                file_range(a.path, a.start, a.stop)
-            )  # the same bytes on disk: reading them proves they can be read
-            continue
-        digests = [sha256_of(file_range(tensor.path, tensor.start, tensor.stop)) for tensor in (a, b)]
-        if digests[0] != digests[1]:
-            raise CheckpointError(f"{name} has SHA-256 {digests[0][:16]}… in {first}, {digests[1][:16]}… in {second}")
+    with counting(sum(tensor.nbytes for tensor in one.values()), "verifying", "B", shown=progress) as advance:
+        for name, a in one.items():
+            b = two[name]
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise CheckpointError(
+                    f"{name} is {a.dtype} {list(a.shape)} in {first}, {b.dtype} {list(b.shape)} in {second}"
+                )
+            digest = sha256_of(file_range(a.path, a.start, a.stop), advance)
+            if (a.start, a.stop) == (b.start, b.stop) and a.path.samefile(b.path):
+                continue  # the same bytes on disk: that they were read proves they can be
+            other = sha256_of(file_range(b.path, b.start, b.stop))
+            if digest != other:
+                raise CheckpointError(f"{name} has SHA-256 {digest[:16]}… in {first}, {other[:16]}… in {second}")
     return len(one)
 
 
@@ -194,13 +199,13 @@ def _query_tokenizer_sources(checkpoint: Checkpoint, query_encoder: str | os.Pat
     return [Path(path)] if isinstance(path, str) and Path(path).is_dir() else []
 
 
-def _place_weights(checkpoint: Checkpoint, partial: Path, link: bool) -> Weights:
+def _place_weights(checkpoint: Checkpoint, partial: Path, link: bool, advance: Advance) -> Weights:
     if checkpoint.nested:
         for shard in checkpoint.shards:
-            _rename_tensors(shard, partial / shard.path.name)
+            _rename_tensors(shard, partial / shard.path.name, advance)
         weights = Weights.RENAMED
     else:
-        linked = [place_file(shard.path, partial / shard.path.name, link) for shard in checkpoint.shards]
+        linked = [place_file(shard.path, partial / shard.path.name, link, advance) for shard in checkpoint.shards]
         weights = Weights.LINKED if all(linked) else Weights.COPIED
     if checkpoint.index is not None:
         index = dict(checkpoint.index)
@@ -209,9 +214,9 @@ def _place_weights(checkpoint: Checkpoint, partial: Path, link: bool) -> Weights
     return weights
 
 
-def _rename_tensors(shard: ShardFile, target: Path) -> None:
+def _rename_tensors(shard: ShardFile, target: Path, advance: Advance) -> None:
     sources = [from_entry(tensor, published_name(tensor.name)) for tensor in shard.tensors]
-    write_safetensors(target, sources, shard.metadata)
+    write_safetensors(target, sources, shard.metadata, advance)
 
 
 def _record(checkpoint: Checkpoint, partial: Path, weights: Weights) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..architecture import as_query_encoder_part, expected_tensors, is_new, published_name, query_aware_blocks
 from ..errors import CheckpointError
+from ..progress import Advance, counting
 from .build_info import fingerprint, write_build_info
 from .companions import PROMPTS, Companions, Missing, bring_companions, has_tokenizer
 from .config import check_query_encoder, query_encoder_config, vilavt_config
@@ -71,6 +72,7 @@ def initialise_checkpoint(
     seed: int = 0,
     link: bool = True,
     force: bool = False,
+    progress: bool = False,
 ) -> InitialisationReport:
     """Write a ViLaVT whose weights are those of `base` and `query_encoder`, plus new ``instruct_*`` and ``text_proj``.
 
@@ -88,6 +90,7 @@ def initialise_checkpoint(
         seed: of the new weights.
         link: hard-link weight files that need no change, where possible.
         force: replace an existing destination.
+        progress: show a bar.
 
     Raises:
         CheckpointError: a source is damaged or of the wrong kind, or the destination exists or overlaps with one.
@@ -128,7 +131,9 @@ def initialise_checkpoint(
     added = [from_entry(entry, name) for name, entry in as_query_encoder_part(encoder_entries).items()]
     added += [_new_tensor(name, shape, dtype, seed) for name, shape in new.items()]
     with staged_folder(destination, force) as partial:
-        _write_weights(stock, added, partial, link)
+        total = stock.file_bytes + sum(source.nbytes for source in added)
+        with counting(total, "weights", "B", shown=progress) as advance:
+            _write_weights(stock, added, partial, link, advance)
         companions = bring_companions(partial, [base], [query_encoder] if has_tokenizer(query_encoder) else [])
         _write_prompts(prompts, partial)
         write_build_info(
@@ -171,19 +176,19 @@ def _encoder_entries(encoder: Checkpoint) -> tuple[dict[str, TensorEntry], list[
     return entries, ignored
 
 
-def _write_weights(stock: Checkpoint, added: list[TensorSource], partial: Path, link: bool) -> None:
+def _write_weights(stock: Checkpoint, added: list[TensorSource], partial: Path, link: bool, advance: Advance) -> None:
     """The base's files, then one file with everything added."""
     files = shard_names(len(stock.shards) + 1)
     weight_map: dict[str, str] = {}
     for shard, file in zip(stock.shards, files, strict=False):
         names = [published_name(entry.name) for entry in shard.tensors]
         if names == [entry.name for entry in shard.tensors]:
-            place_file(shard.path, partial / file, link)
+            place_file(shard.path, partial / file, link, advance)
         else:
             renamed = [from_entry(entry, name) for entry, name in zip(shard.tensors, names, strict=True)]
-            write_safetensors(partial / file, renamed, shard.metadata)
+            write_safetensors(partial / file, renamed, shard.metadata, advance)
         weight_map |= dict.fromkeys(names, file)
-    write_safetensors(partial / files[-1], added)
+    write_safetensors(partial / files[-1], added, advance=advance)
     weight_map |= {source.name: files[-1] for source in added}
     stored = [(t.nbytes, t.numel) for t in stock.tensors.values()]
     stored += [(source.nbytes, math.prod(source.shape)) for source in added]

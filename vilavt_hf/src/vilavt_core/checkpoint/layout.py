@@ -248,6 +248,11 @@ class Checkpoint:
         """Whether any tensor has a nested name on disk."""
         return any(name != tensor.name for name, tensor in self.tensors.items())
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the weight files, headers included."""
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
     def require_sound(self) -> "Checkpoint":
         """Itself, if files, headers and index agree.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..outputs import folder_problem
+from ..progress import Advance, unseen
 from .layout import CONFIG, INDEX, PARTIAL, REPLACED, TensorEntry, interrupted, left_by_killed
 
 logger = logging.getLogger(__name__)
@@ -116,12 +117,16 @@ def separate_folders(source: str | os.PathLike, destination: str | os.PathLike) 
         raise CheckpointError(f"{outer} and {inner} contain one another; choose a destination outside the source")
 
 
-def place_file(source: Path, target: Path, link: bool = True) -> bool:
-    """Hard-link `source` to `target` if asked to and possible, else copy it in chunks. True if it was linked."""
+def place_file(source: Path, target: Path, link: bool = True, advance: Advance = unseen) -> bool:
+    """Hard-link `source` to `target` if asked to and possible, else copy it in chunks. True if it was linked.
+
+    `advance` is told the bytes.
+    """
     real = source.resolve()  # the hub's cache holds symbolic links; a link to a link would dangle once moved
     if link:
         try:
             os.link(real, target)
+            advance(real.stat().st_size)
             return True
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
@@ -130,6 +135,7 @@ def place_file(source: Path, target: Path, link: bool = True) -> bool:
     with real.open("rb") as reader, target.open("wb") as writer:
         for chunk in iter(lambda: reader.read(CHUNK), b""):
             writer.write(chunk)
+            advance(len(chunk))
     return False
 
 
@@ -156,8 +162,13 @@ def from_entry(entry: TensorEntry, name: str) -> TensorSource:
     )
 
 
-def write_safetensors(path: Path, sources: Sequence[TensorSource], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file tensor by tensor, in the given order.
+def write_safetensors(
+    path: Path,
+    sources: Sequence[TensorSource],
+    metadata: Mapping[str, str] | None = None,
+    advance: Advance = unseen,
+) -> None:
+    """Write a safetensors file tensor by tensor, in the given order; `advance` is told the bytes.
 
     Raises:
         CheckpointError: a source yields another number of bytes than it announced.
@@ -177,6 +188,7 @@ def write_safetensors(path: Path, sources: Sequence[TensorSource], metadata: Map
             for chunk in source.chunks():
                 file.write(chunk)
                 written += len(chunk)
+                advance(len(chunk))
             if written != source.nbytes:
                 raise CheckpointError(
                     f"{source.name} gave {written} bytes, {source.dtype} {list(source.shape)} needs {source.nbytes}"
@@ -219,11 +231,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256_of(chunks: Iterable[bytes | memoryview]) -> str:
-    """Hex digest of streamed bytes."""
+def sha256_of(chunks: Iterable[bytes | memoryview], advance: Advance = unseen) -> str:
+    """Hex digest of streamed bytes; `advance` is told them."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
+        advance(len(chunk))
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from ..failures import printable_text
 from ..json_text import parse_json
 from ..sources import ImageSource, Video
 from .model_options import AttentionMaps, limits_of, open_model, require_attention_maps
-from .quiet import load_quietly
+from .quiet import open_quietly
 from .running import check_output_files, check_picture_file
 from .showing import json_text, markup, show
 
@@ -176,9 +176,11 @@ def _videos(paths: list[str], frames: int | None, fps: float | None) -> list[Ima
 
 def _load(name: str, device: str, dtype: Dtype, attention: str | None = None, **settings: Any) -> Any:
     """The `VilavtChat`; this is where torch is imported."""
-    load_quietly()
-    return import_module("vilavt_hf.chat").VilavtChat.from_pretrained(
-        name, dtype=dtype.value, device=device, attn_implementation=attention, **settings
+    return open_quietly(
+        name,
+        lambda: import_module("vilavt_hf.chat").VilavtChat.from_pretrained(
+            name, dtype=dtype.value, device=device, attn_implementation=attention, **settings
+        ),
     )
 
 

@@ -60,6 +60,7 @@ def convert(
         link=not copy,
         force=force,
         verify=verify,
+        progress=True,
     )
     typer.echo(f"{destination}: {report.tensors} tensors, {readable_size(report.nbytes)}, {report.weights.value}")
     typer.echo(printable(f"query encoder settings from {report.text_encoder_config}"))
@@ -118,6 +119,7 @@ def init(
         seed=seed,
         link=not copy,
         force=force,
+        progress=True,
     )
     typer.echo(
         f"{out}: {report.base_tensors} tensors of the base, {report.query_encoder_tensors} of the query encoder, "

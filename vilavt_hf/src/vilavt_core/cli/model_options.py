@@ -8,6 +8,7 @@ import typer
 
 from ..backends import Backend, BackendOptions, names_server, open_backend
 from ..errors import AttentionError, EngineError
+from .quiet import open_quietly
 
 Model = Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL of a running vilavt-serve (…/v1).")]
 Preset = Annotated[str | None, typer.Option(help="How the episode runs; default: the checkpoint's own.")]
@@ -66,10 +67,6 @@ def open_model(
         EngineError: an option that a server cannot heed, or none answers.
         VilavtError: the checkpoint cannot be loaded.
     """
-    if not names_server(model):
-        from .quiet import load_quietly
-
-        load_quietly()
     options = BackendOptions(
         preset=preset,
         limits=limits or {},
@@ -82,4 +79,6 @@ def open_model(
     )
     if attention is not None and names_server(model):
         raise EngineError(f"--attention {attention}: a server's engine is set up when it is started; leave it out")
-    return open_backend(model, options=options)
+    if names_server(model):
+        return open_backend(model, options=options)
+    return open_quietly(model, lambda: open_backend(model, options=options))

@@ -8,7 +8,9 @@ import typer
 
 from ..ending import resumable
 from ..errors import TrainingError
+from ..progress import waiting
 from .allocator import keep_freed_memory
+from .quiet import hide_bars
 from .running import check_output_folders, choice
 
 if TYPE_CHECKING:
@@ -39,7 +41,10 @@ def sft(
     if settings.parallel.cpu:
         keep_freed_memory()
     with resumable(goes_on(settings)):
-        typer.echo(import_module("vilavt_hf.train.run").Run(settings).train().summary())
+        hide_bars()
+        with waiting("loading torch and transformers"):
+            module = import_module("vilavt_hf.train.run")
+        typer.echo(module.Run(settings).train().summary())
 
 
 def check_run(config: "SftConfig") -> None:
@@ -79,4 +84,7 @@ def merge_lora(
         raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}; name the folder of an adapter")
     if base is not None:
         require_vilavt(base)
-    typer.echo(str(import_module("vilavt_hf.train.lora").merge_adapter(adapter, destination, base=base, dtype=dtype)))
+    hide_bars()
+    with waiting(f"merging {adapter.name}"):
+        merged = import_module("vilavt_hf.train.lora").merge_adapter(adapter, destination, base=base, dtype=dtype)
+    typer.echo(str(merged))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+from ..progress import counting
+
 Value = TypeVar("Value")
 
 _CHUNK = 64
@@ -28,19 +30,17 @@ def in_processes(
     Raises:
         concurrent.futures.process.BrokenProcessPool: a process was ended from outside (out of memory, say).
     """
-    from tqdm import tqdm
-
-    with tqdm(total=len(indices), desc=title, unit="sample", disable=not progress) as bar:
+    with counting(len(indices), title, "sample", shown=progress) as advance:
         if workers == 0:
             for i in indices:
                 yield function(i)
-                bar.update()
+                advance(1)
             return
         pool = ProcessPoolExecutor(workers, initializer=_prepare, initargs=(function,))
         try:
             for value in pool.map(_call, indices, chunksize=_CHUNK):
                 yield value  # type: ignore[misc]
-                bar.update()
+                advance(1)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import DataError
 from ..json_text import parse_json
 from ..outputs import whole_file
+from ..progress import counting
 
 DONE = ".unpacked.json"
 """In the folder: archives that are unpacked, so that they are not read again."""
@@ -114,24 +115,22 @@ def _extract(
     report: UnpackReport,
     progress: bool,
 ) -> None:
-    from tqdm import tqdm
-
     missing = sum(info.file_size for path, info in entries if not _same_size(path, info))
     free = shutil.disk_usage(archive.parent).free
     if missing > free:
         raise DataError(f"{archive}: {missing} bytes to write, {free} are free; make room", "unpack")
     total = sum(info.file_size for _, info in entries)
-    with tqdm(total=total, desc=archive.name, unit="B", unit_scale=True, disable=not progress) as bar:
+    with counting(total, archive.name, "B", shown=progress) as advance:
         for path, info in entries:
             if _same_size(path, info) and _checksum(path) == info.CRC:
                 report.kept += 1
-                bar.update(info.file_size)
+                advance(info.file_size)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             with opened.open(info) as source, whole_file(path) as target:
                 while chunk := source.read(_CHUNK):  # the end of the entry checks its checksum
                     target.write(chunk)
-                    bar.update(len(chunk))
+                    advance(len(chunk))
             report.written += 1
             report.nbytes += info.file_size
 

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vilavt_core.cli.quiet import load_quietly
+from vilavt_core.cli.quiet import load_quietly, open_quietly
 from vilavt_core.cli.running import check_output_files, check_output_folders
 from vilavt_core.ending import resumable
 from vilavt_core.failures import printable_text
+from vilavt_core.progress import waiting
 
 from .score import Functions, show_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from vilavt_core.backends import Backend
     from vilavt_core.results import Provenance
 
     from ..questions import Questions
@@ -109,12 +111,12 @@ def evaluate(
             ablation.check(setting.backend)
         decoded_here = setting.backend != "server"
         sets = [_questions(name, data, image_root, limit is None, decoded_here, functions) for name in benchmarks]
-        load_quietly()
         if ray is None:
-            here = setting.open()
+            here = _open(setting)
             provenance: Callable[[int], Provenance] = here.provenance
             ask: Callable[[Setting, int], Ask] = partial(asking, here)
         else:
+            load_quietly()
             from ..ray_data import Cluster
 
             cluster = Cluster(ray, actors)
@@ -179,9 +181,8 @@ def latency(
     check_output_files(json=json_file, markdown=markdown)
     _check_model(model)
     setting = _setting(model, backend, preset, changes, max(levels), engine, device)
-    load_quietly()
     report = measure_latency(
-        setting.open(),
+        _open(setting),
         setting.backend,
         setting.preset,
         _questions(benchmark, data, image_root, True, setting.backend != "server", functions),
@@ -230,13 +231,14 @@ def _show_scores(questions: Questions, finished: Mapping[str, list[Path]]) -> No
     from ..scores import score_file
     from ..summary import summarise
 
-    scored = {name: [score_file(path, questions.benchmark) for path in paths] for name, paths in finished.items()}
-    full = scored.pop("full")
-    summary = summarise(full)
+    with waiting("scoring"):
+        scored = {name: [score_file(path, questions.benchmark) for path in paths] for name, paths in finished.items()}
+        full = scored.pop("full")
+        summary = summarise(full)
+        name = finished["full"][0].stem.partition("-seed")[0]
+        chart = finished["full"][0].with_name(f"{name}-scores.png")
+        plot([summary, *map(summarise, scored.values())], chart)
     show_summary(summary)
-    name = finished["full"][0].stem.partition("-seed")[0]
-    chart = finished["full"][0].with_name(f"{name}-scores.png")
-    plot([summary, *map(summarise, scored.values())], chart)
     typer.echo(f"wrote {chart}", err=True)
     if scored:
         table = ablation_table(full, scored)
@@ -270,6 +272,14 @@ def _setting(
     )
 
 
+def _open(setting: Setting) -> Backend:
+    """The backend; vLLM says itself how far it is."""
+    if setting.backend == "hf":
+        return open_quietly(setting.model, setting.open)
+    load_quietly()
+    return setting.open()
+
+
 def _check_model(model: str) -> None:
     from vilavt_core.backends import names_server
     from vilavt_core.checkpoint import require_vilavt
@@ -296,9 +306,10 @@ def _questions(
     if benchmark.videos is not None and decoded_here:
         require_reader()
     beside = Path(name).parent if name.endswith((".yaml", ".yml")) else Path()
-    questions = Questions(benchmark, data or beside, image_root)
-    if check_images:
-        questions.require_images()
+    with waiting(f"reading {benchmark.name}"):
+        questions = Questions(benchmark, data or beside, image_root)
+        if check_images:
+            questions.require_images()
     return questions
 
 

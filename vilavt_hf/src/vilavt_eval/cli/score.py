@@ -8,6 +8,7 @@ import typer
 from vilavt_core.cli.running import check_output_folders, choice
 from vilavt_core.errors import BenchmarkError
 from vilavt_core.failures import printable
+from vilavt_core.progress import waiting
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
@@ -67,15 +68,18 @@ def score_command(
             param_hint="--against",
         )
     both = [*settings, *others]
-    summaries = [summarise(files, rules, seed=seed, resamples=resamples) for files in both]
+    with waiting("scoring"):
+        summaries = [summarise(files, rules, seed=seed, resamples=resamples) for files in both]
     for summary in summaries:
         show_summary(summary)
     comparison = None
     if others:
-        comparison = compare(others[0], settings[0], rules, seed=seed, resamples=resamples)
+        with waiting("comparing"):
+            comparison = compare(others[0], settings[0], rules, seed=seed, resamples=resamples)
         _show_comparison(comparison)
     if out is not None:
-        written = write_report(out, list(zip(summaries, both, strict=True)), comparison)
+        with waiting("writing the report"):
+            written = write_report(out, list(zip(summaries, both, strict=True)), comparison)
         if comparison is not None:
             page = out / "flips.html"
             ours = settings[0][0].benchmark

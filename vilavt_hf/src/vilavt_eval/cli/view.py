@@ -45,7 +45,7 @@ def view(
     from dataclasses import replace
     from datetime import datetime
 
-    from tqdm.auto import tqdm
+    from vilavt_core.progress import counted
 
     from ..browser import BrowsedRun, write_browser
     from ..definition import load_benchmark
@@ -82,7 +82,7 @@ def view(
         runs,
         title=" against ".join(run.name for run in runs),
         date=f"results of {datetime.fromtimestamp(newest):%Y-%m-%d %H:%M}",
-        progress=lambda entries: tqdm(entries, desc="pages", unit="page", delay=2),
+        progress=lambda entries: counted(entries, "writing", "page"),
     )
     if written.problems:
         first = quoted(written.problems[0])

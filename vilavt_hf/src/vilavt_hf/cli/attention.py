@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vilavt_core.cli.chat import Device, Dtype, DtypeOption
-from vilavt_core.cli.quiet import load_quietly
+from vilavt_core.cli.quiet import open_quietly
 from vilavt_core.cli.showing import json_text
 from vilavt_core.failures import printable_text
 from vilavt_core.watching import zooms
@@ -97,12 +97,16 @@ def attention(
         raise typer.BadParameter(
             f"{out}: the folder {out.absolute().parent} does not exist; create it first", param_hint="--out"
         )
-    load_quietly()
-    from ..attention_maps import Patch, attention_of, zoom
-    from ..chat import VilavtChat
-
     settings: dict[str, Any] = {} if preset is None else {"preset": preset}
-    chat = VilavtChat.from_pretrained(model, dtype=dtype.value, device=device, **settings)
+
+    def opened() -> VilavtChat:
+        from ..chat import VilavtChat
+
+        return VilavtChat.from_pretrained(model, dtype=dtype.value, device=device, **settings)
+
+    chat = open_quietly(model, opened)
+    from ..attention_maps import Patch, attention_of, zoom
+
     result = None
     if question is None:
         inquiries = [replace(zoom(chat.settings, image, regions), query=queries[0])]

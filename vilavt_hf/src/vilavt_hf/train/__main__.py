@@ -3,6 +3,7 @@
 import logging
 import sys
 
+from vilavt_core.cli.quiet import hide_bars
 from vilavt_core.cli.sft import check_run, goes_on
 from vilavt_core.ending import ending, resumable, start_logging
 from vilavt_core.sft_config import SftConfig
@@ -17,6 +18,7 @@ def main() -> None:
         config = SftConfig.load(sys.argv[1], sys.argv[2:])
         check_run(config)
         with resumable(goes_on(config)):
+            hide_bars()
             _train(config)
 
 

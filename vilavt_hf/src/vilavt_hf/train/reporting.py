@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from vilavt_core.curves import read_log
+from vilavt_core.progress import Advance, counting, time_left
 
 
 class LastStep(TrainerCallback):
@@ -74,18 +76,20 @@ class ConsoleReport(TrainerCallback):
         self.bar: Progress | None = None
         self.task: Any = None
         self.begin, self.first_step = time.monotonic(), 0
+        self.shown = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the bar."""
         self.begin, self.first_step = time.monotonic(), state.global_step
+        self.shown = state.is_world_process_zero
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
         )  # fmt: skip
         self.bar = Progress(*columns, console=self.console)
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+        self.task = self.bar.add_task("step", total=state.max_steps, completed=state.global_step, figures="")
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,18 +126,20 @@ class ConsoleReport(TrainerCallback):
             text += f"  answers right {100 * metrics['eval_answers_right']:.1f} % of {metrics['eval_questions']:.0f}"
         (self.console if self.bar is None else self.bar.console).print(text, highlight=False, soft_wrap=True)
 
+    @contextmanager
+    def counting(self, total: int, title: str, unit: str) -> Iterator[Advance]:
+        """`vilavt_core.progress.counting`, below the bar of the steps while there is one."""
+        if self.bar is None:
+            with counting(total, title, unit, shown=self.shown) as advance:
+                yield advance
+            return
+        bar, task = self.bar, self.bar.add_task(title, total=total, figures="")
+        try:
+            yield partial(bar.advance, task)
+        finally:
+            bar.remove_task(task)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar."""
         if self.bar is not None:
             self.bar.stop()
-
-
-def time_left(seconds: float, done: int, to_do: int) -> str:
-    """What remains of a run, as ``left 1:02:03``, if its steps go on to take as long as they did.
-
-    Args:
-        seconds: that the steps took.
-        done: steps.
-        to_do: steps.
-    """
-    return f"left {timedelta(seconds=round(seconds / max(1, done) * to_do))}"

@@ -30,6 +30,7 @@ from vilavt_core.errors import TrainingError
 from vilavt_core.failures import loading
 from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits
+from vilavt_core.progress import waiting
 from vilavt_core.settings import describe_preset
 from vilavt_core.sft_config import SftConfig
 from vilavt_core.training_curves import LOG, VALIDATION, TrainingLog, training_panels
@@ -139,8 +140,11 @@ class Run:
             measured = self.validation.digest
             self.best = Best(self.out / BEST, config.validation.best, measured, resumed=self.resume is not None)
         self.drops = Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
+        with waiting(f"loading {base.name}", shown=first):
+            model = _model(config, base)
+        self.console = ConsoleReport()
         self.trainer = VilavtTrainer(
-            model=_model(config, base),
+            model=model,
             args=args,
             train_dataset=dataset,  # type: ignore[arg-type]
             eval_dataset=None if self.validation is None else self.validation.dataset,  # type: ignore[arg-type]
@@ -149,7 +153,7 @@ class Run:
             callbacks=[
                 LogFile(self.out / LOG),
                 ValidationFile(self.out / VALIDATION),
-                ConsoleReport(),
+                self.console,
                 LastStep(),
                 self.drops,
             ],
@@ -182,7 +186,7 @@ class Run:
     def _validate(self, trainer: VilavtTrainer, model: Any) -> Mapping[str, float]:
         assert self.validation is not None
         assert self.best is not None
-        figures = self.validation.figures(trainer, model)
+        figures = self.validation.figures(trainer, model, self.console.counting)
         if self.best.improved_by(figures, trainer.state.global_step):
             self._save(BEST, {**self.record, "validation": self.best.record})
         return figures.to_json()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vilavt_core.errors import ImageError, TrainingError
 from vilavt_core.failures import one_line, quoted
 from vilavt_core.json_text import parse_json
 from vilavt_core.presets import Limits, Preset, Sampling
+from vilavt_core.progress import Advance
 from vilavt_core.protocol import Answer, parse_turn, unbox
 from vilavt_core.results import Sample
 from vilavt_core.scoring import normalise
@@ -32,6 +34,9 @@ from .measuring import measure_all
 from .ranks import rank_and_world
 
 logger = logging.getLogger(__name__)
+
+Counting = Callable[[int, str, str], AbstractContextManager[Advance]]
+"""`vilavt_core.progress.counting`, or what shows the same elsewhere."""
 
 CONCURRENCY = 32
 """Questions of a rank that are asked side by side."""
@@ -136,14 +141,16 @@ class Validation:
         last = parse_turn(record.turns[-1].text, self.preset.rules)
         return (record, last.text) if isinstance(last, Answer) else None
 
-    def figures(self, trainer: Trainer, model: Any) -> Figures:
+    def figures(self, trainer: Trainer, model: Any, counting: Counting) -> Figures:
         """Loss and answers of the model as it is; every rank has to ask, and gets the same.
 
         Args:
             trainer: of the run.
             model: in eval mode, as the trainer calls it.
+            counting: shows how far it is.
         """
-        mine = [*self._loss(trainer, model), *self._answers(trainer.accelerator.unwrap_model(model))]
+        mine = [*self._loss(trainer, model, counting)]
+        mine += self._answers(trainer.accelerator.unwrap_model(model), counting)
         device = trainer.args.device
         everyone: Any = trainer.accelerator.reduce(torch.tensor(mine, dtype=torch.float64, device=device), "sum")
         loss, tokens_right, weight, right, asked = everyone.tolist()
@@ -151,7 +158,7 @@ class Validation:
         return Figures(loss / weight, tokens_right / weight, right / asked if asked else None, int(asked))
 
     @torch.no_grad()
-    def _loss(self, trainer: Trainer, model: Any) -> tuple[float, float, float]:
+    def _loss(self, trainer: Trainer, model: Any, counting: Counting) -> tuple[float, float, float]:
         """Summed over this rank's share: loss, weight of the tokens that are predicted, weight of all with a label."""
         args = trainer.args
         batches: DataLoader = DataLoader(
@@ -162,17 +169,19 @@ class Validation:
             generator=torch.Generator(),  # the run's random numbers stay what they would be without validation
         )
         sums = [0.0, 0.0, 0.0]
-        for batch in batches:
-            for dropped in batch.pop("counts").dropped:
-                logger.warning("dropped from data.validation: %s", dropped.reason)
-            weight = label_weight(batch)
-            with trainer.accelerator.autocast():
-                found = model(**trainer._prepare_inputs(batch), summed_loss=True)
-            for i, value in enumerate((found["loss"], found["figures"]["tokens_right"], weight)):
-                sums[i] += float(value)
+        with counting(len(batches), "validation loss", "batch") as advance:
+            for batch in batches:
+                for dropped in batch.pop("counts").dropped:
+                    logger.warning("dropped from data.validation: %s", dropped.reason)
+                weight = label_weight(batch)
+                with trainer.accelerator.autocast():
+                    found = model(**trainer._prepare_inputs(batch), summed_loss=True)
+                for i, value in enumerate((found["loss"], found["figures"]["tokens_right"], weight)):
+                    sums[i] += float(value)
+                advance(1)
         return sums[0], sums[1], sums[2]
 
-    def _answers(self, model: Any) -> tuple[int, int]:
+    def _answers(self, model: Any, counting: Counting) -> tuple[int, int]:
         """How many of this rank's questions are answered as in their records, and how many were asked."""
         rank, world = rank_and_world()
         mine = self.questions[rank::world]
@@ -190,9 +199,13 @@ class Validation:
             if (sample := self._sample(i, chat.settings.limits)) is not None:
                 samples.append(sample)
                 targets.append(sample.data)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.config.model.precision == "bf16"):
-            results = chat.ask_many(samples)
-        return sum(same_answer(r.answer, t) for r, t in zip(results, targets, strict=True)), len(samples)
+        right = 0
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=self.config.model.precision == "bf16")
+        with autocast, counting(len(samples), "validation answers", "question") as advance:
+            for place, result in chat.iter_many(samples):
+                right += same_answer(result.answer, targets[place])
+                advance(1)
+        return right, len(samples)
 
     def _sample(self, i: int, limits: Limits) -> Sample | None:
         """The question of a sample, its pictures decoded, its target as `data`; None: a picture is damaged."""
