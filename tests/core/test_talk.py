@@ -9,27 +9,35 @@ import re
 import select
 import signal
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vilavt_core import terminal_pictures
 from vilavt_core.cli import app, main
 from vilavt_core.cli.web import _users
 from vilavt_core.errors import EngineError
-from vilavt_core.terminal_pictures import print_picture, way_of
+from vilavt_core.terminal_pictures import print_picture, shows_sixel, way_here, way_of
 
 SHARED = Path(__file__).parents[1] / "shared"
 SCRIPTED = f"""
 import sys
 sys.path.insert(0, {str(SHARED)!r})
 from desks import ScriptedBackend
+from vilavt_core import terminal_pictures
 from vilavt_core.cli import main, model_options
 backend = ScriptedBackend()
 backend.pause, backend.words = float(sys.argv.pop(1)), int(sys.argv.pop(1))
+terminal_pictures.PATIENCE = float(sys.argv.pop(1))
 model_options.open_model = lambda *_, **__: backend
 main()
 """
@@ -91,11 +99,15 @@ class Terminal:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts `vilavt chat` over a scripted backend that pauses before each of so many words."""
+    """Starts `vilavt chat` over a scripted backend that pauses before each of so many words, in a terminal that answers
+    nothing by itself."""
     running = []
 
-    def started(*arguments: str, pause: float = 0.0, words: int = 3, **environment: str) -> Terminal:
-        command = [sys.executable, "-c", SCRIPTED, str(pause), str(words), "chat", "--model", "scripted", *arguments]
+    def started(
+        *arguments: str, pause: float = 0.0, words: int = 3, patience: float = 0.0, **environment: str
+    ) -> Terminal:
+        script = [sys.executable, "-c", SCRIPTED, str(pause), str(words), str(patience)]
+        command = [*script, "chat", "--model", "scripted", *arguments]
         running.append(Terminal(*command, XDG_STATE_HOME=str(tmp_path / "state"), **environment))
         return running[-1]
 
@@ -211,6 +223,126 @@ def test_a_picture_in_kittys_chunks_is_the_picture():
     assert "c=25" in pieces[0][0]
     data = base64.b64decode("".join(data for _, data in pieces))
     assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == image.tobytes()
+
+
+def sixel_picture(text: str) -> Image.Image:
+    """What a terminal draws of sixels, after the description in the VT330/VT340 manual; white where nothing is."""
+    body = re.fullmatch(r'\x1bP[\d;]*q"1;1;(\d+);(\d+)(.*)\x1b\\\n', text, re.DOTALL)
+    width, height = int(body[1]), int(body[2])
+    image = Image.new("RGB", (width, height), "white")
+    colours, colour, x, y = {}, None, 0, 0
+    for define, use, count, sixel, control in re.findall(
+        r"#(\d+;2;\d+;\d+;\d+)|#(\d+)|(?:!(\d+))?([?-~])|([$-])", body[3]
+    ):
+        if define:
+            number, _, *percent = map(int, define.split(";"))
+            colours[number] = tuple(round(value * 2.55) for value in percent)
+        elif use:
+            colour = colours[int(use)]
+        elif sixel:
+            for _ in range(int(count or 1)):
+                for bit in range(6):
+                    if ord(sixel) - 63 >> bit & 1:
+                        image.putpixel((x, y + bit), colour)
+                x += 1
+        else:
+            x, y = 0, y + (6 if control == "-" else 0)
+    return image
+
+
+def sixels_of(image: Image.Image, columns: int) -> Image.Image:
+    console = Console(file=io.StringIO())
+    print_picture(console, image, "sixel", columns)
+    return sixel_picture(console.file.getvalue())
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(1, 200))
+def test_a_picture_of_few_colours_in_sixels_is_the_picture(width, height, seed, colours):
+    generator = np.random.default_rng(seed)
+    palette = generator.integers(256, size=(colours, 3), dtype=np.uint8)
+    pixels = palette[generator.integers(colours, size=(height, width))]
+    shown = sixels_of(Image.fromarray(pixels), 40)
+    assert shown.size == (width, height)
+    assert np.abs(np.asarray(shown, dtype=int) - pixels).max() <= 2  # sixels count colours in hundredths
+
+
+def test_a_photograph_in_sixels_is_like_it_and_no_wider_than_told():
+    image = Image.merge(
+        "RGB", [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.effect_noise((256, 256), 20)]
+    )
+    shown = sixels_of(image, 40)
+    assert shown.size == image.size
+    assert np.abs(np.asarray(shown, dtype=int) - np.asarray(image)).mean() < 12
+    assert sixels_of(image, 10).size == (80, 80)
+
+
+@pytest.fixture
+def line():
+    """Both ends of a terminal's line: what the person's side holds, and what the program reads and writes."""
+    ends = pty.openpty()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize(
+    ("reply", "shows"),
+    [
+        ("\x1b[?62;4;22c", True),
+        ("\x1b[?63;1;2;3;4;7;29c", True),
+        ("\x1b[?64;1;2c", False),
+        ("\x1b[?4;6c", False),  # a VT132
+        ("\x1b[?6c", False),
+        ("x" * 256, False),
+    ],
+)
+def test_a_terminal_is_asked_for_sixels_and_nothing_behind_its_answer_is_taken(line, monkeypatch, reply, shows):
+    monkeypatch.setattr(terminal_pictures, "PATIENCE", 60)
+    person, program = line
+    before = termios.tcgetattr(program)
+    asked = []
+
+    def answers():
+        asked.append(os.read(person, 3))
+        os.write(person, f"{reply}typed\n".encode())
+
+    thread = threading.Thread(target=answers)
+    thread.start()
+    assert way_here({"TERM": "foot"}, program, program) == ("sixel" if shows else "blocks")
+    thread.join()
+    assert asked == [b"\x1b[c"]
+    assert os.read(program, 100) == b"typed\n"
+    assert termios.tcgetattr(program) == before
+
+
+def test_a_terminal_that_does_not_answer_shows_half_blocks(line, monkeypatch):
+    monkeypatch.setattr(terminal_pictures, "PATIENCE", 0)
+    assert not shows_sixel(line[1], line[1])
+
+
+def test_what_was_typed_already_is_not_lost_and_what_is_known_or_no_terminal_is_not_asked(line, tmp_path):
+    person, program = line
+    os.write(person, b"what is it?\n")
+    assert select.select([program], [], [], 60)[0]
+    assert way_here({}, program, program) == "blocks"
+    assert os.read(program, 100) == b"what is it?\n"
+    assert way_here({"TERM": "xterm-kitty"}, program, program) == "kitty"
+    with open(tmp_path / "file", "wb+") as file:
+        assert way_here({}, file.fileno(), program) == way_here({}, program, file.fileno()) == "blocks"
+        assert file.tell() == 0
+    os.set_blocking(person, False)
+    echoed = b"what is it?\r\n"
+    assert os.read(person, 100) == echoed  # no question among it
+
+
+def test_crops_are_shown_as_sixels_in_a_terminal_that_says_it_has_them(start, photo):
+    terminal = start("--image", str(photo), patience=60)
+    terminal.wait("\x1b[c")
+    terminal.send("\x1b[?62;4c")
+    terminal.wait("> ")
+    terminal.send("what?\n")
+    terminal.wait('q"1;1;140;140')
+    terminal.wait("answer:")
 
 
 def test_which_terminals_show_pictures():

@@ -1,23 +1,33 @@
-"""Pictures inside a terminal: through its own protocol where it has one (kitty, iTerm2), else as coloured half blocks.
+"""Pictures inside a terminal: through its own protocol where it has one (kitty, iTerm2), as sixels where it has these
+(foot, mlterm, xterm as a VT340, Windows Terminal, tmux, …), else as coloured half blocks.
 
-Which it has is told by its environment variables; asking the terminal itself would mean reading its replies from the
-keyboard's stream. Sixel is left out: nothing in the environment tells it.
+Environment variables tell the first two. Nothing there tells sixel: the terminal itself is asked, by the control
+sequence that every one answers (DA1, "primary device attributes" of the VT series; 4 among them is sixel).
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import os
+import re
+import select
+import time
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.segment import Segment
 
-Way = Literal["kitty", "iterm", "blocks"]
+Way = Literal["kitty", "iterm", "sixel", "blocks"]
+
+PATIENCE = 1.0
+"""Seconds that a terminal may take to answer; far more than one needs, over a slow line too."""
 
 _KITTY_TERMS, _KITTY_PROGRAMS = ("xterm-kitty", "xterm-ghostty"), ("ghostty",)
 _ITERM_PROGRAMS = ("iTerm.app", "WezTerm", "mintty")
@@ -25,6 +35,13 @@ _CHUNK = 4096
 """Most bytes of base64 in one escape sequence of kitty's protocol."""
 _CELL = 8
 """Pixels that a cell is taken to be wide; it is taken to be twice as high."""
+_ATTRIBUTES = re.compile(rb"\x1b\[\?([0-9;]*)c")
+_LONGEST_REPLY = 256
+_SIXEL = "4"
+_COLOURS = 256
+"""Of a picture in sixels: what terminals have at least, if they have not just the 16 of a VT340."""
+_BAND = 6
+"""Rows of pixels in one row of sixels."""
 
 
 def way_of(environment: Mapping[str, str]) -> Way:
@@ -37,6 +54,50 @@ def way_of(environment: Mapping[str, str]) -> Way:
     if term in _KITTY_TERMS or "KITTY_WINDOW_ID" in environment or program in _KITTY_PROGRAMS:
         return "kitty"
     return "iterm" if program in _ITERM_PROGRAMS else "blocks"
+
+
+def way_here(environment: Mapping[str, str], keyboard: int, screen: int) -> Way:
+    """How the terminal of these file descriptors shows pictures. Call it before people are expected to type: what the
+    terminal is asked, it answers as if it were typed.
+    """
+    way = way_of(environment)
+    return "sixel" if way == "blocks" and shows_sixel(keyboard, screen) else way
+
+
+def shows_sixel(keyboard: int, screen: int) -> bool:
+    """Ask a terminal whether it shows sixels. Not if something was typed already: that would be lost.
+
+    Args:
+        keyboard: file descriptor that its answer comes from; reads no byte behind it.
+        screen: file descriptor that it is asked through.
+
+    Returns:
+        False, too, if one of them is no terminal, or no answer comes within `PATIENCE` seconds.
+    """
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows
+        return False
+    if not (os.isatty(keyboard) and os.isatty(screen)):
+        return False
+    before = termios.tcgetattr(keyboard)
+    try:
+        tty.setcbreak(keyboard, termios.TCSANOW)
+        if select.select([keyboard], [], [], 0)[0]:
+            return False
+        os.write(screen, b"\x1b[c")
+        reply, until = b"", time.monotonic() + PATIENCE
+        while (found := _ATTRIBUTES.search(reply)) is None:
+            left = max(0.0, until - time.monotonic())
+            if len(reply) == _LONGEST_REPLY or not select.select([keyboard], [], [], left)[0]:
+                return False
+            reply += os.read(keyboard, 1)
+        return _SIXEL in found[1].decode().split(";")[1:]  # the first one is what kind of terminal it is
+    except OSError:
+        return False
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
 def print_picture(console: Console, image: Image.Image, way: Way, columns: int) -> None:
@@ -54,6 +115,10 @@ def print_picture(console: Console, image: Image.Image, way: Way, columns: int) 
         console.print(Segments(_blocks(image, max(1, min(columns, image.width)))), end="")
         return
     wide = max(1, min(columns, image.width // _CELL))
+    if way == "sixel":
+        console.file.write(f"{_sixels(image, min(image.width, _CELL * columns))}\n")
+        console.file.flush()
+        return
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -71,6 +136,30 @@ def _kitty(data: str, columns: int) -> Iterator[str]:
     for place, piece in enumerate(pieces):
         head = f"a=T,f=100,q=2,c={columns}," if place == 0 else ""
         yield f"\x1b_G{head}m={int(place < len(pieces) - 1)};{piece}\x1b\\"
+
+
+def _sixels(image: Image.Image, wide: int) -> str:
+    """A picture as sixels: a palette, then rows of six pixels' height, one colour of a row after the other."""
+    high = max(1, round(wide * image.height / image.width))
+    small = image.convert("RGB").resize((wide, high), Image.Resampling.LANCZOS) if wide < image.width else image
+    drawn = small.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+    palette, pixels = drawn.getpalette() or [], np.asarray(drawn, dtype=int)
+    out = [f'\x1bP0;1;0q"1;1;{drawn.width};{drawn.height}']
+    for number in np.unique(pixels):
+        red, green, blue = (round(value / 2.55) for value in palette[3 * number : 3 * number + 3])
+        out.append(f"#{number};2;{red};{green};{blue}")
+    for top in range(0, drawn.height, _BAND):
+        band = pixels[top : top + _BAND]
+        weights = 1 << np.arange(len(band))
+        for number in np.unique(band):
+            sixels = "".join(chr(63 + bits) for bits in weights @ (band == number))
+            out.append(f"#{number}{''.join(_run(sixel, len(list(run))) for sixel, run in groupby(sixels))}$")
+        out.append("-")
+    return "".join([*out, "\x1b\\"])
+
+
+def _run(sixel: str, count: int) -> str:
+    return f"!{count}{sixel}" if count > 3 else sixel * count
 
 
 def _blocks(image: Image.Image, wide: int) -> list[Segment]:

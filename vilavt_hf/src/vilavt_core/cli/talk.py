@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..terminal_pictures import Way
 
 HISTORY_LINES = 1000
+KEYBOARD, SCREEN = 0, 1
+"""File descriptors of a process's own terminal."""
 COLUMNS = 40
 """Most cells that a crop may be wide."""
 
@@ -60,11 +62,14 @@ def chat(
     from rich.console import Console
 
     from ..dialogue import Dialogue, note_of
-    from ..terminal_pictures import way_of
+    from ..terminal_pictures import way_here
     from ..watching import require_watched
 
     if attention_maps:
         options.require_attention_maps(model)
+    console = Console(highlight=False)
+    # Before the model is loaded: meanwhile people type.
+    way = way_here(os.environ, KEYBOARD, SCREEN) if pictures and console.is_terminal else None
     opened = options.open_model(
         model,
         preset=preset,
@@ -78,8 +83,6 @@ def chat(
     )
     if attention_maps:
         require_watched(opened)
-    console = Console(highlight=False)
-    way = way_of(os.environ) if pictures and console.is_terminal else None
     prompt = Prompt(console, Dialogue(opened, allow_urls=allow_urls), way, frames, fps, attention_maps)
     for path in image or ():
         prompt.image(path)
