@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from published_size import QUERY, TEXT, VISION
 
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration
 
@@ -109,36 +110,7 @@ def test_the_documented_packages_run_from_a_fresh_environment(tmp_path):
 
 
 def test_the_size_of_the_published_models_is_that_of_their_configuration():
-    """Qwen2.5-VL-7B and Qwen3-Embedding-0.6B, with what ViLaVT adds."""
-    text = {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
-    }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15],
-        "integration_point": "late",
-    }
-    query = {
-        "vocab_size": 151669,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
-    config = VilavtConfig(text_config=text, vision_config=vision, text_encoder_config=query, tie_word_embeddings=False)
+    config = VilavtConfig(text_config=TEXT, vision_config=VISION, text_encoder_config=QUERY, tie_word_embeddings=False)
     with torch.device("meta"):
         model = VilavtForConditionalGeneration(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -150,6 +122,6 @@ def test_the_size_of_the_published_models_is_that_of_their_configuration():
         f"{(parameters - encoder - added) / 1e9:.2f}, query encoder {encoder / 1e9:.2f}, projections {added / 1e9:.2f}"
     )
     assert shown in PAGE
-    cache = 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * 128 * 2
+    cache = 2 * TEXT["num_hidden_layers"] * TEXT["num_key_value_heads"] * 128 * 2
     assert f"tokens · {cache:,} +" in PAGE
     assert f"take {8 * 16384 * cache / 1e9:.1f} GB beside the weights" in PAGE

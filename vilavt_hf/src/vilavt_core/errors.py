@@ -40,6 +40,10 @@ class CheckpointError(VilavtError):
     """A checkpoint is incomplete, inconsistent, or cannot be written."""
 
 
+class PlanError(VilavtError):
+    """A machine or a conversation that cannot be planned with."""
+
+
 class EngineError(VilavtError):
     """The local engine was set up or driven against its contract."""
 

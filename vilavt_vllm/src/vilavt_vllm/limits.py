@@ -7,13 +7,12 @@ from math import isqrt
 from typing import Any
 
 from vilavt_core.presets import Limits
+from vilavt_core.sizing import MAX_REGIONS, largest_inquiry
 
 from .errors import LimitError
 
 TOKEN_SIDE = 28
 """Pixels on a side of what one language-model token stands for."""
-LARGEST_STOCK_IMAGE = 16384 * TOKEN_SIDE**2
-"""Pixels of the largest image Qwen2.5-VL's own processor lets through."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,7 @@ class EncoderLimits:
     def of(cls, config: Any, max_image_pixels: int) -> "EncoderLimits":
         """Read the caps from the model's configuration.
 
-        By default an inquiry may hold as many full-size images as it may hold regions, but no more pixels than the
-        largest image that the stock processor allows: query-aware blocks attend over the whole inquiry, so time and
-        memory grow with its square.
+        How many pixels an inquiry has by default: `vilavt_core.sizing.largest_inquiry`.
 
         Args:
             config: the HF configuration, with vLLM's ``hf_overrides`` applied.
@@ -40,8 +37,8 @@ class EncoderLimits:
         Raises:
             LimitError: a cap is no positive integer.
         """
-        regions = _positive(config, "vilavt_max_regions", 16)
-        pixels = min(regions * max_image_pixels, max(max_image_pixels, LARGEST_STOCK_IMAGE))
+        regions = _positive(config, "vilavt_max_regions", MAX_REGIONS)
+        pixels = largest_inquiry(max_image_pixels, regions)
         return cls(regions, _positive(config, "vilavt_max_group_pixels", pixels))
 
     def within(self, limits: Limits) -> Limits:

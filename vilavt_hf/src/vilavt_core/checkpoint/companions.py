@@ -168,6 +168,25 @@ def _has_image_processor(folder: Path) -> bool:
     return (folder / IMAGE_PROCESSOR).is_file() or _nested(folder / PROCESSOR) is not None
 
 
+def image_processor_size(folder: Path) -> dict[str, int | None]:
+    """``shortest_edge`` and ``longest_edge`` of a checkpoint's image processor, in pixels of area; None: unsaid.
+
+    Raises:
+        CheckpointError: a bound that is no positive whole number.
+    """
+    own = folder / IMAGE_PROCESSOR
+    config = read_json(own) if own.is_file() else _nested(folder / PROCESSOR) or {}
+    size = config.get("size")
+    size = size if isinstance(size, dict) else {}
+    out: dict[str, int | None] = {}
+    for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        value = size.get(edge) if config.get(name) is None else config[name]
+        if value is not None and (type(value) is not int or value <= 0):
+            raise CheckpointError(f"{folder}: the image processor's {name} is {value!r}, expected a positive number")
+        out[edge] = value
+    return out
+
+
 def _drop_nested(path: Path) -> None:
     if _nested(path) is not None:
         write_json(path, {name: value for name, value in read_json(path).items() if name != "image_processor"})

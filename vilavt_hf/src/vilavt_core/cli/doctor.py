@@ -1,13 +1,20 @@
-"""``vilavt doctor``: what is installed, and whether it works; ``vilavt version``."""
+"""``vilavt doctor``: what is installed, whether it works, and what serving a checkpoint takes; ``vilavt version``."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .showing import markup
+
+if TYPE_CHECKING:
+    from ..sizing import Machine, Plan, Talk
+
+PLANNING = "Plan"
+"""Title of the options that only `--plan` takes."""
 
 
 def doctor(
@@ -15,9 +22,60 @@ def doctor(
     load: Annotated[
         bool, typer.Option("--load", help="Load the checkpoint's weights and run them, in every package installed.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout; with --plan, one object.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Instead of checks: what serving the checkpoint takes, from its headers. Needs no GPU."
+        ),
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GiB of one GPU. Default: 80.", rich_help_panel=PLANNING)
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs that hold one replica together. Default: 1.", rich_help_panel=PLANNING)
+    ] = None,
+    utilization: Annotated[
+        float | None, typer.Option(help="Share of it that vLLM takes. Default: 0.92.", rich_help_panel=PLANNING)
+    ] = None,
+    reserve: Annotated[
+        float | None, typer.Option(help="GiB of each for activations. Default: 4.", rich_help_panel=PLANNING)
+    ] = None,
+    batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step of the engine. Default: 8192.", rich_help_panel=PLANNING)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type that is served. Default: bfloat16.", rich_help_panel=PLANNING)
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option(help="Size of a picture as sent. Default: 4000x3000.", rich_help_panel=PLANNING)
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="Pictures of a conversation. Default: 1.", rich_help_panel=PLANNING)
+    ] = None,
+    crops: Annotated[
+        int | None, typer.Option(help="Crops of a conversation. Default: 4.", rich_help_panel=PLANNING)
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Its tokens that are text. Default: 1500.", rich_help_panel=PLANNING)
+    ] = None,
 ) -> None:
     """Check this installation; exit code 1 if something has to be done."""
+    machine = _given(
+        gpu_memory=gpu_memory, gpus=gpus, utilization=utilization, reserve=reserve, batched_tokens=batched_tokens
+    )
+    talk = _given(picture=picture, pictures=pictures, crops=crops, text_tokens=text_tokens)
+    if plan:
+        if model is None or load:
+            raise typer.BadParameter("--plan needs --model" if model is None else "--plan loads nothing: drop --load")
+        _plan(model, machine, talk, dtype, as_json)
+        return
+    if useless := [*machine, *talk, *_given(dtype=dtype)]:
+        raise typer.BadParameter(f"--{useless[0].replace('_', '-')} has no effect without --plan")
+    _examine(model, load, as_json)
+
+
+def _examine(model: Path | None, load: bool, as_json: bool) -> None:
     from rich.console import Console
 
     from ..doctor import Check, Status, examine
@@ -38,6 +96,59 @@ def doctor(
         typer.echo(json.dumps([asdict(check) for check in found], indent=2))
     if any(check.status is Status.FAILED for check in found):
         raise typer.Exit(1)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _plan(model: Path, machine: dict[str, Any], talk: dict[str, Any], dtype: str | None, as_json: bool) -> None:
+    from ..sizing import DTYPES, Machine, Talk
+    from ..sizing import plan as planned
+    from .running import choice
+
+    choice(dtype or "bfloat16", tuple(DTYPES), "--dtype")
+    if "picture" in talk:
+        size = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", talk["picture"])
+        if size is None:
+            raise typer.BadParameter(f"--picture {talk['picture']!r}: expected width and height, as 4000x3000")
+        talk["picture"] = (int(size[1]), int(size[2]))
+    of, about = Machine(**machine), Talk(**talk)
+    found = planned(model, of, about, dtype=dtype or "bfloat16")  # type: ignore[arg-type]
+    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(_lines(found, of, about)))
+
+
+def _lines(found: "Plan", machine: "Machine", talk: "Talk") -> list[str]:
+    from ..sizing import GIB
+
+    def gib(nbytes: int) -> str:
+        return f"{nbytes / GIB:8.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes * 1024 / GIB:8.2f} MiB"
+
+    width, height = talk.picture
+    rows = [f"{'part':20}{'parameters':>16}   {found.dtype}"]
+    rows += [f"{name:20}{part.parameters:16,}{gib(part.nbytes):>15}" for name, part in found.parts.items()]
+    rows += [
+        f"{'all':20}{found.parameters:16,}{gib(sum(part.nbytes for part in found.parts.values())):>15}",
+        "",
+        f"each of {machine.gpus} GPU{'s' * (machine.gpus > 1)} of {machine.gpu_memory:g} GiB, "
+        f"of which vLLM takes {machine.utilization:.0%}",
+        f"  weights           {gib(found.weight_bytes)}",
+        f"  encoder cache     {gib(found.encoder_cache_bytes)}",
+        f"  activations       {machine.reserve:8.2f} GiB   assumed (--reserve); vLLM measures its own at start",
+        f"  keys and values   {gib(found.kv_cache_bytes)}   {found.kv_bytes_per_token:,} bytes a token",
+        "",
+        f"a conversation of {talk.pictures} picture(s) of {width} x {height}, {talk.crops} crop(s) and "
+        f"{talk.text_tokens} tokens of text",
+        f"  a picture         {found.picture_tokens:8,} tokens",
+        f"  a crop, at most   {found.crop_tokens:8,} tokens",
+        f"  all               {found.conversation_tokens:8,} tokens; the longest there can be: {found.context:,}",
+        f"  computing         {found.vision_flops / 1e12:8.1f} TFLOP for its pictures, "
+        f"{found.language_flops / 1e12:.1f} TFLOP to read it once",
+        f"  at the same time  {found.conversations:8,} conversations; {found.full_conversations:,} of the longest",
+    ]
+    if not found.conversations:
+        rows.append("not one fits: more or larger GPUs, fewer pixels (--max-pixels), or a smaller --max-context")
+    return rows
 
 
 def version() -> None:
