@@ -33,7 +33,7 @@ from ..train.ranks import rank_and_world
 from ..train.reporting import LogFile
 from ..train.trainer import StableDecay
 from .lesson import Lesson
-from .scenes import MAX_PIXELS, QuestionKind, Scene, Split, ask_about, make_scene
+from .scenes import MAX_PIXELS, TAUGHT_KINDS, QuestionKind, Scene, Split, ask_about, make_scene
 from .teacher import (
     Encoder,
     arithmetic_example,
@@ -42,6 +42,7 @@ from .teacher import (
     episode_example,
     listing_example,
     reading_example,
+    shared_reading_example,
 )
 from .teaching import TeachingCollator, TeachingTrainer, VilavtForTeaching
 from .tiny_model import ATTENTION, fast_encoder, linear_patches, tiny_auxiliary, tiny_config, tiny_model, tiny_processor
@@ -80,7 +81,9 @@ class Stage:
     """Whether the language model is trained."""
     mix: tuple[tuple[str, float], ...] = ()
     """Shares of the kinds of examples: read, look (read with a first look), listing, episode, blind, sums; direct (no
-    zoom offered), guess (offered, not used)."""
+    zoom offered), guess (offered, not used), shared (plates two by two)."""
+    shared: float = 0.0
+    """Share of scenes with plates among the other kinds of examples, which then are about these."""
     pad_to: int = 32
     heads: tuple[tuple[str, float], ...] = ()
     """Weights of auxiliary heads in this stage, where they differ from `tiny_auxiliary`."""
@@ -142,6 +145,10 @@ class Lessons(Dataset):
     def make(self, name: str, rng: np.random.Generator) -> Lesson:
         """An example of one kind."""
         kind = list(KIND_SHARES)[rng.choice(len(KIND_SHARES), p=list(KIND_SHARES.values()))]
+        if self.stage.shared and rng.random() < self.stage.shared:
+            kind = QuestionKind.SHARED
+        if name == "shared":
+            return shared_reading_example([_scene_for(rng, QuestionKind.SHARED) for _ in range(3)], rng)
         scene = _scene_for(rng, kind)
         if name in ("read", "look"):
             return reading_example(scene, rng, name == "look")
@@ -162,6 +169,9 @@ class Lessons(Dataset):
 
 def _scene_for(rng: np.random.Generator, kind: QuestionKind, split: Split = "train") -> Scene:
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
+    if kind is QuestionKind.SHARED:
+        nests = (int(rng.integers(1, 3)),) if rng.random() < 0.4 else ()
+        return make_scene(rng, split, singles=int(rng.integers(0, 3)), pairs=0, nests=nests, plates=True)
     singles = int(rng.integers(2, 4)) if kind in (QuestionKind.SUM, QuestionKind.LARGER) else int(rng.integers(1, 3))
     pairs = 1 if kind is QuestionKind.PAIR or rng.random() < 0.7 else 0
     room = 6 - singles - 2 * pairs
@@ -177,10 +187,18 @@ def _scene_for(rng: np.random.Generator, kind: QuestionKind, split: Split = "tra
 class Probe(TrainerCallback):
     """Every so often: share of whole turns right under teacher forcing, on scenes made from the dev scans."""
 
-    def __init__(self, model: VilavtForTeaching, collator: TeachingCollator, encoder: Encoder, every: int, path: Path):
+    def __init__(
+        self,
+        model: VilavtForTeaching,
+        collator: TeachingCollator,
+        encoder: Encoder,
+        every: int,
+        path: Path,
+        kinds: Sequence[QuestionKind] = TAUGHT_KINDS,
+    ):
         self.model, self.every, self.path = model, every, path
         self.batches = []
-        for kind in QuestionKind:
+        for kind in kinds:
             examples = []
             for i in range(16):
                 rng = np.random.default_rng([77, list(QuestionKind).index(kind), i])
@@ -234,11 +252,18 @@ def new_model(processor: VilavtProcessor, seed: int) -> VilavtForTeaching:
 
 
 def run_stage(
-    stage: Stage, model: VilavtForTeaching, processor: VilavtProcessor, work: Path, seed: int, *, workers: int = 1
+    stage: Stage,
+    model: VilavtForTeaching,
+    processor: VilavtProcessor,
+    work: Path,
+    seed: int,
+    *,
+    workers: int = 1,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Train one stage in place, save model and heads under `work / stage.name`; returns its record.
 
-    Started on several ranks (torchrun), these share every batch.
+    With `alone` every region is encoded alone. Started on several ranks (torchrun), these share every batch.
     """
     assert model.auxiliary is not None
     encoder = Encoder(processor.tokenizer, processor.prompts or PromptSet.load("tiny"))
@@ -248,6 +273,7 @@ def run_stage(
         image_token_id=model.config.image_token_id,
         pad_to_multiple_of=stage.pad_to,
     )
+    collator.alone = alone
     folder = work / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     curve = folder / "curve.jsonl"
@@ -288,7 +314,8 @@ def run_stage(
         curve.write_text("", encoding="utf-8")
     callbacks: list[TrainerCallback] = [LogFile(curve)]
     if stage.language:
-        callbacks.append(Probe(model, collator, encoder, 100, curve))
+        kinds = (*TAUGHT_KINDS, QuestionKind.SHARED) if stage.shared else TAUGHT_KINDS
+        callbacks.append(Probe(model, collator, encoder, 100, curve, kinds))
     lessons = Lessons(stage, encoder, seed)
     with linear_patches(model):
         trainer = TeachingTrainer(

@@ -21,6 +21,10 @@ class AuxiliaryHead:
     weight: float
     block: int | None = None
     """Read the output of this vision block instead of the merged features (images of at most one window)."""
+    positive_weight: float = 6.0
+    """``labels``: what a 1 weighs, a 0 weighs 1."""
+    single: bool = False
+    """``labels``: the share of right answers counts labels, not rows that are right as a whole."""
 
 
 class AuxiliaryLosses(nn.Module):
@@ -31,10 +35,21 @@ class AuxiliaryLosses(nn.Module):
         merged: size of merged features.
         patch: size of patch features in the tower.
         attention_weight: of the mean negative log share of attention.
+        partner_block: the joint block in which patches should look at their partners, see `partner_loss`.
+        partner_weight: of that loss.
     """
 
-    def __init__(self, heads: Sequence[AuxiliaryHead], merged: int, patch: int, attention_weight: float = 0.4):
+    def __init__(
+        self,
+        heads: Sequence[AuxiliaryHead],
+        merged: int,
+        patch: int,
+        attention_weight: float = 0.4,
+        partner_block: int = 0,
+        partner_weight: float = 0.3,
+    ):
         super().__init__()
+        self.partner_block, self.partner_weight = partner_block, partner_weight
         self.specs = {head.name: head for head in heads}
         self.attention_weight = attention_weight
         self.heads = nn.ModuleDict()
@@ -89,8 +104,9 @@ class AuxiliaryLosses(nn.Module):
             else:
                 scores, target = self.heads[name](picked), values
             if spec.kind == "labels":
-                loss = F.binary_cross_entropy_with_logits(scores, target, pos_weight=scores.new_tensor(6.0))
-                right[name] = ((scores > 0) == (target > 0.5)).all(1)[target.any(1)].float().mean()
+                loss = F.binary_cross_entropy_with_logits(scores, target, pos_weight=scores.new_tensor(spec.positive_weight))
+                hit = (scores > 0) == (target > 0.5)
+                right[name] = (hit if spec.single else hit.all(1)[target.any(1)]).float().mean()
             else:
                 loss = F.cross_entropy(scores, target, ignore_index=-100)
                 known = target != -100
@@ -117,12 +133,58 @@ class AuxiliaryLosses(nn.Module):
         return self.attention_weight * total / max(1, count), mass
 
 
-class BlockOutputs:
-    """Collects the output of vision blocks during one forward pass (a context manager)."""
+    def partner_loss(
+        self, pairs: torch.Tensor, attention: Any, inputs: tuple[Any, ...], patches: torch.Tensor, groups: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean negative log of the attention that the patches of two images pay to each other's, place by place.
+
+        The first half of the heads looks from the first image to the second, the other half from the second to the
+        first, so that every patch has heads that are free.
+
+        Args:
+            pairs: (K, 2) images: each of one window, the two of one size and of one group.
+            attention: the attention of a joint block.
+            inputs: what it was called with: patches, query tokens, layout, kind.
+            patches: (n_images,) patches of every image.
+            groups: (n_images,) the group of every image, empty groups left out.
+        """
+        hidden, text, layout = inputs[:3]
+        queries, keys, _ = attention.project(hidden, text, layout)
+        segments = layout.segments["group"]
+        order = torch.arange(len(keys)) if segments.key_order is None else segments.key_order
+        bounds, starts = segments.cu_k.tolist(), (patches.cumsum(0) - patches).tolist()
+        half = attention.num_heads // 2
+        logs = []
+        for one, other in pairs.tolist():
+            size, group = int(patches[one]), int(groups[one])
+            if group != int(groups[other]) or size != int(patches[other]):
+                raise ValueError(f"images {one} and {other} are partners, but not of one group and one size")
+            seen = order[bounds[group] : bounds[group + 1]]
+            place = torch.arange(size)
+            for heads, own, its in ((slice(0, half), one, other), (slice(half, None), other, one)):
+                scores = torch.einsum("qhd,khd->hqk", queries[starts[own] + place, heads], keys[seen, heads])
+                shares = (scores.float() * attention.scaling).log_softmax(-1)
+                first = int((seen == starts[its]).nonzero()[0, 0])
+                logs.append(shares[:, place, first + place])
+        share = torch.stack(logs)
+        return -self.partner_weight * share.mean(), {"partner": share.detach().exp().mean()}
+
+
+class _Recorder:
+    """Keeps what passes through some vision blocks during one forward pass (a context manager)."""
 
     def __init__(self, visual: Any, blocks: Sequence[int]):
         self.visual, self.blocks = visual, blocks
-        self.values: dict[int, torch.Tensor] = {}
+        self.values: dict[int, Any] = {}
+        self.handles: list[Any] = []
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class BlockOutputs(_Recorder):
+    """Collects the output of vision blocks."""
 
     def __enter__(self) -> dict[int, torch.Tensor]:
         self.handles = [self.visual.blocks[i].register_forward_hook(self._keep(i)) for i in self.blocks]
@@ -134,6 +196,16 @@ class BlockOutputs:
 
         return hook
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+
+class AttentionInputs(_Recorder):
+    """Collects what the attention of vision blocks is called with."""
+
+    def __enter__(self) -> dict[int, tuple[Any, ...]]:
+        self.handles = [self.visual.blocks[i].attn.register_forward_pre_hook(self._keep(i)) for i in self.blocks]
+        return self.values
+
+    def _keep(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.values[index] = inputs
+
+        return hook

@@ -39,3 +39,6 @@ class Lesson(Example):
     """Encoded for the auxiliary heads only."""
     attention: tuple[AttentionTarget, ...] = ()
     tokens: tuple[TokenTarget, ...] = ()
+    partners: tuple[tuple[int, int], ...] = ()
+    """Images of one group, of one size, whose patches should look at each other's in the joint blocks; indices as in
+    `TokenTarget`."""

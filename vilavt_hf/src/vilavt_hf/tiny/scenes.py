@@ -10,6 +10,9 @@ pixel is a 2 x 2 checkerboard whose contrast is the ink. One zoom magnifies twic
 The canvas is tinted, red rising with x and green with y, blue one of four levels by quadrant of the cell: the vision
 tower knows relative positions only, and the tint is what tells it where a cell or a quadrant is. All boxes of the ideal
 conversations are cells of the grid.
+
+Two *plates*, cards that fill their cells, share a digit: every bit of either print alone is a fair coin, where they
+agree there is ink, where they differ there is paper. One plate says nothing about the digit, however well it is read.
 """
 
 import functools
@@ -58,6 +61,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BIG_CONTRAST, SMALL_CONTRAST = 120.0, 52.0
 """Grey levels of full ink at source scale; the zoom's filter weakens the big cards' checkers to the small ones'."""
 
+PLATE_CONTRAST = 60.0
+"""The same for plates."""
+INK = 0.4
+"""From which darkness on a pixel of the scan is ink on plates, whose prints have no shades."""
+
 STAINS = 10.0
 """Standard deviation in grey levels of the paper's stains."""
 
@@ -77,6 +85,12 @@ class QuestionKind(StrEnum):
     """Two regions in one call, encoded jointly; add."""
     LARGER = "larger"
     """Two regions in one call, encoded jointly; compare."""
+    SHARED = "shared"
+    """Two plates in one call: neither holds the digit, only both do. The shipped model was not taught it."""
+
+
+TAUGHT_KINDS = (QuestionKind.ONE, QuestionKind.PAIR, QuestionKind.NESTED, QuestionKind.SUM, QuestionKind.LARGER)
+"""Kinds of the shipped model: what its tokenizer was trained on, and what its table is about."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,8 @@ class Card:
     """Row and column of its quarter of the quadrant: small cards only."""
     box: tuple[int, int, int, int]
     """Frame included, source pixels."""
+    plate: bool = False
+    """Whether it fills its cell and holds one half of a shared digit; `digit` is that of both halves together."""
 
     @property
     def small(self) -> bool:
@@ -123,6 +139,8 @@ class Scene:
 
     image: Image.Image
     cards: tuple[Card, ...]
+    ink: np.ndarray | None = None
+    """(8, 8) of bool, where the prints of the two plates agree; None: no plates."""
 
     def in_cell(self, card: Card) -> tuple[Card, ...]:
         """Cards of the same cell, the card itself included."""
@@ -154,6 +172,12 @@ class SceneQuestion:
     targets: tuple[Card, ...]
     answer: str
 
+    @property
+    def digits(self) -> tuple[int, ...]:
+        """What is to be read: a digit per card, one of both plates."""
+        cards = self.targets[:1] if self.kind is QuestionKind.SHARED else self.targets
+        return tuple(card.digit for card in cards)
+
     def calls(self) -> tuple[ToolCall, ...]:
         """The ideal tool calls, thoughts included."""
         places = ", ".join(f"{c.colour} row {c.row} column {c.column}" for c in self.targets)
@@ -167,7 +191,7 @@ class SceneQuestion:
     def final_thought(self) -> str:
         """What the ideal last turn thinks: the digits it reads."""
         joiner = "+" if self.kind is QuestionKind.SUM else ","
-        return joiner.join(str(c.digit) for c in self.targets)
+        return joiner.join(map(str, self.digits))
 
 
 # ---------------------------------------------------------------------------------------------------- scans
@@ -221,6 +245,8 @@ def _canvases() -> tuple[np.ndarray, ...]:
 
 
 _CHECKER = np.array([[1, -1], [-1, 1]], np.float32)
+_BIT = 2.0 * (np.indices((CROP // 8, CROP // 8)).sum(0) % 2) - 1
+"""One bit of a plate in the crop: checks of one pixel, whose phase is the bit. A patch of 14 pixels holds 2 x 2 bits."""
 
 
 def _draw(canvas: np.ndarray, rng: np.random.Generator, card: Card, scan: np.ndarray) -> None:
@@ -235,6 +261,38 @@ def _draw(canvas: np.ndarray, rng: np.random.Generator, card: Card, scan: np.nda
     paper = rng.uniform(125, 135) + contrast * ink + rng.normal(0, 3, ink.shape) + stains
     frame = 4 * unit
     canvas[y1 + frame : y2 - frame, x1 + frame : x2 - frame] = paper.clip(0, 255)[..., None]
+
+
+def _draw_plate(canvas: np.ndarray, rng: np.random.Generator, card: Card, bits: np.ndarray) -> None:
+    x1, y1, x2, y2 = card.box
+    colour = (np.array(COLOURS[card.colour]) + rng.normal(0, 8, 3)).clip(0, 255)
+    ink = np.kron(bits, np.kron(_BIT, np.ones((2, 2))))
+    stains = np.kron(rng.normal(0, STAINS, (CELL, CELL)), np.ones((SCALE, SCALE)))
+    paper = rng.uniform(125, 135) + PLATE_CONTRAST * rng.uniform(0.85, 1.0) * ink + rng.normal(0, 3, ink.shape) + stains
+    canvas[y1:y2, x1:x2] = paper.clip(0, 255)[..., None]
+    frame = SCALE  # laid over the print, so that the bits keep to the patches
+    for edge in (slice(y1, y1 + frame), slice(y2 - frame, y2)):
+        canvas[edge, x1:x2] = colour
+    for edge in (slice(x1, x1 + frame), slice(x2 - frame, x2)):
+        canvas[y1:y2, edge] = colour
+
+
+def _plates(
+    rng: np.random.Generator, split: Split, canvas: np.ndarray, cells: Sequence[int], colours: Sequence[str]
+) -> tuple[list[Card], np.ndarray]:
+    """Draw two plates that share a digit; returns them and where their prints agree."""
+    scan, digit = _scan(rng, split)
+    ink = scan > INK
+    first = rng.choice([-1.0, 1.0], ink.shape)
+    cards = []
+    for cell, colour, bits in zip(cells, colours, (first, np.where(ink, first, -first)), strict=True):
+        row, column = divmod(cell, CELLS)
+        x, y = column * SCALE * CELL, row * SCALE * CELL
+        box = (x, y, x + SCALE * CELL, y + SCALE * CELL)
+        card = Card(colour, digit, row, column, (0, 0), None, box, plate=True)
+        _draw_plate(canvas, rng, card, bits)
+        cards.append(card)
+    return cards, ink
 
 
 def _place(rng: np.random.Generator, colour: str, digit: int, cell: int, quadrant: int, small: bool) -> Card:
@@ -252,7 +310,13 @@ def _place(rng: np.random.Generator, colour: str, digit: int, cell: int, quadran
 
 
 def make_scene(
-    rng: np.random.Generator, split: Split = "train", *, singles: int = 2, pairs: int = 1, nests: Sequence[int] = (2,)
+    rng: np.random.Generator,
+    split: Split = "train",
+    *,
+    singles: int = 2,
+    pairs: int = 1,
+    nests: Sequence[int] = (2,),
+    plates: bool = False,
 ) -> Scene:
     """Draw a scene.
 
@@ -262,6 +326,7 @@ def make_scene(
         singles: cells with one big card.
         pairs: cells with two big cards.
         nests: small cards of each cell that holds small cards (at most 4 each).
+        plates: add two plates that share a digit, drawn after everything else.
 
     Returns:
         A scene whose cards differ in colour; at most six of them.
@@ -282,12 +347,26 @@ def make_scene(
             card = _place(rng, next(colours), digit, cell, quadrant, small)
             _draw(canvas, rng, card, scan)
             cards.append(card)
-    return Scene(Image.fromarray(canvas), tuple(cards))
+    ink = None
+    if plates:
+        free = [c for c in order if c not in chosen][:2]
+        more, ink = _plates(rng, split, canvas, free, [next(colours), next(colours)])
+        cards += more
+    return Scene(Image.fromarray(canvas), tuple(cards), ink)
+
+
+def scene_about(rng: np.random.Generator, split: Split, kind: QuestionKind) -> Scene:
+    """A scene of the usual size that has what questions of this kind need."""
+    if kind is QuestionKind.SHARED:
+        return make_scene(rng, split, singles=2, pairs=0, nests=(2,), plates=True)
+    return make_scene(rng, split)
 
 
 def query_for(cards: Sequence[Card]) -> str:
     """The query that asks for the digits of these cards."""
     colours = " and ".join(c.colour for c in cards)
+    if all(card.plate for card in cards):
+        return f"digit on the {colours} cards together"
     return f"digit on the {colours} card" if len(cards) == 1 else f"digits on the {colours} cards"
 
 
@@ -297,13 +376,13 @@ def ask_about(rng: np.random.Generator, scene: Scene, kind: QuestionKind) -> Sce
     Raises:
         ValueError: the scene has no cards for it.
     """
-    alone = [c for c in scene.cards if not c.small and len(scene.in_cell(c)) == 1]
+    alone = [c for c in scene.cards if not c.small and not c.plate and len(scene.in_cell(c)) == 1]
     groups = {
         QuestionKind.ONE: alone,
         QuestionKind.PAIR: [c for c in scene.cards if not c.small and len(scene.in_cell(c)) == 2],
         QuestionKind.NESTED: [c for c in scene.cards if c.small],
     }
-    fit = groups.get(kind, alone)
+    fit = [c for c in scene.cards if c.plate] if kind is QuestionKind.SHARED else groups.get(kind, alone)
     wanted = 1 if kind in groups else 2
     if len(fit) < wanted:
         raise ValueError(f"a {kind} question needs {wanted} fitting cards, the scene has {len(fit)}")
@@ -313,6 +392,7 @@ def ask_about(rng: np.random.Generator, scene: Scene, kind: QuestionKind) -> Sce
     text, answer = {
         QuestionKind.SUM: (f"What is the sum of the digits on the {colours} cards?", sum(digits)),
         QuestionKind.LARGER: (f"What is the larger digit on the {colours} cards?", max(digits)),
+        QuestionKind.SHARED: (f"Which digit is on the {colours} cards together?", digits[0]),
     }.get(kind, (f"Which digit is on the {colours} card?", digits[0]))
     return SceneQuestion(kind, text, query, targets, str(answer))
 
@@ -322,6 +402,6 @@ def examples(seed: int, split: Split, counts: dict[QuestionKind, int]) -> list[t
     out = []
     for kind, i in itertools.chain.from_iterable(((k, i) for i in range(n)) for k, n in counts.items()):
         rng = np.random.default_rng([seed, list(QuestionKind).index(kind), i])
-        scene = make_scene(rng, split)
+        scene = scene_about(rng, split, kind)
         out.append((scene, ask_about(rng, scene, kind)))
     return out

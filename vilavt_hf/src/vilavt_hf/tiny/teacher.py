@@ -16,7 +16,18 @@ from vilavt_core.prompts import PromptSet
 from vilavt_core.protocol import Answer, format_turn
 
 from .lesson import AttentionTarget, Lesson, TokenTarget
-from .scenes import CELLS, COLOURS, Card, QuestionKind, Scene, SceneQuestion, ask_about, make_scene, query_for
+from .scenes import (
+    CELLS,
+    COLOURS,
+    TAUGHT_KINDS,
+    Card,
+    QuestionKind,
+    Scene,
+    SceneQuestion,
+    ask_about,
+    make_scene,
+    query_for,
+)
 
 COLOUR_NAMES = list(COLOURS)
 
@@ -226,6 +237,11 @@ def _first_look(scene: Scene, image: int) -> list[TokenTarget]:
 
 def _crop_targets(scene: Scene, card: Card, image: int, *, quadrant: bool) -> list[TokenTarget]:
     """What the tokens of a crop should know: colours, digits, and the card that the query asks for."""
+    if card.plate:
+        return [
+            TokenTarget("colour", image, _colour_rows([(token, card) for token in range(4)], 4)),
+            TokenTarget("corner", image, np.arange(4)),
+        ]
     inside = scene.in_cell(card)
     if quadrant:
         inside = tuple(c for c in inside if c.quadrant == card.quadrant)
@@ -245,6 +261,21 @@ def _crop_targets(scene: Scene, card: Card, image: int, *, quadrant: bool) -> li
     return out
 
 
+def _shared_targets(scene: Scene, cards: Sequence[Card], first_image: int) -> tuple[list[TokenTarget], list]:
+    """What plates encoded together should know beside their own: the ink and the digit; and that they belong together.
+
+    Returns:
+        The targets, and the pair of images; nothing if the cards are no plates.
+    """
+    if scene.ink is None or not all(card.plate for card in cards):
+        return [], []
+    ink = scene.ink.reshape(2, 4, 2, 4).swapaxes(1, 2).reshape(4, 16).astype(np.float32)
+    tokens = []
+    for image in range(first_image, first_image + 2):
+        tokens += [TokenTarget("ink", image, ink), TokenTarget("digit", image, np.array([cards[0].digit]))]
+    return tokens, [(first_image, first_image + 1)]
+
+
 def _group(scene: Scene, cards: Sequence[Card], *, quadrant: bool = False) -> ImageGroup:
     images = tuple(scene.quadrant(c) if quadrant else scene.cell(c) for c in cards)
     return ImageGroup(images, query_for(cards))
@@ -254,15 +285,18 @@ def _readings(rng: np.random.Generator, scene: Scene, count: int, first_image: i
     """Extra crops under their query, for the tower alone."""
     groups: list[ImageGroup] = []
     targets: list[TokenTarget] = []
-    for i in rng.permutation(len(scene.cards))[:count]:
-        card = scene.cards[i]
+    cards = [card for card in scene.cards if not card.plate]
+    for i in rng.permutation(len(cards))[:count]:
+        card = cards[i]
         quadrant = card.small and rng.random() < 0.7
         targets += _crop_targets(scene, card, first_image + len(groups), quadrant=quadrant)
         groups.append(_group(scene, [card], quadrant=quadrant))
     return groups, targets
 
 
-def _finish(stream: _Stream, groups: list, extra: list, attention: list, tokens: list) -> Lesson:
+def _finish(
+    stream: _Stream, groups: list, extra: list, attention: list, tokens: list, partners: Sequence = ()
+) -> Lesson:
     stream.flush()
     return Lesson(
         input_ids=stream.ids,
@@ -272,12 +306,15 @@ def _finish(stream: _Stream, groups: list, extra: list, attention: list, tokens:
         extra_groups=tuple(extra),
         attention=tuple(attention),
         tokens=tuple(tokens),
+        partners=tuple(partners),
     )
 
 
 def _answer(stream: _Stream, question: SceneQuestion, crop_tokens: Sequence[int]) -> list[AttentionTarget]:
     turn = stream.turn(format_turn(Answer(question.answer, question.final_thought())))
-    read = turn.words([str(c.digit) for c in question.targets])
+    if question.kind is QuestionKind.SHARED:
+        return []  # no token holds the digit more than another
+    read = turn.words(map(str, question.digits))
     targets = []
     for position, token in zip(read, crop_tokens, strict=True):
         targets += _look([position], token, _READ_HEADS)
@@ -311,6 +348,7 @@ def episode_example(
     _, attention = _first_call(stream, question, span)
     for j, card in enumerate(question.targets):
         tokens += _crop_targets(scene, card, 1 + j, quadrant=False)
+    together, partners = _shared_targets(scene, question.targets, 1)
     _response(stream, 1, len(question.targets), final=final_prompt and len(calls) == 1)
     if len(calls) == 2:
         (card,) = question.targets
@@ -325,7 +363,7 @@ def episode_example(
     last = stream.image_starts[2:] if len(calls) == 2 else stream.image_starts[1:]
     attention += _answer(stream, question, [s + c.token for s, c in zip(last, question.targets, strict=True)])
     extra, more = _readings(rng, scene, extra_readings, sum(len(g.images) for g in groups))
-    return _finish(stream, groups, extra, attention, tokens + more)
+    return _finish(stream, groups, extra, attention, tokens + together + more, partners)
 
 
 def direct_example(encoder: Encoder, scene: Scene, question: SceneQuestion, *, zoom: bool = False) -> Lesson:
@@ -345,9 +383,10 @@ def blind_example(encoder: Encoder, scene: Scene, question: SceneQuestion, rng: 
     tokens: list[TokenTarget] = []
     for j, card in enumerate(question.targets):
         tokens += _crop_targets(scene, card, j, quadrant=quadrant)
+    together, partners = _shared_targets(scene, question.targets, 0)
     starts = stream.image_starts
     attention = _answer(stream, question, [s + c.token for s, c in zip(starts, question.targets, strict=True)])
-    return _finish(stream, [group], [], attention, tokens)
+    return _finish(stream, [group], [], attention, tokens + together, partners)
 
 
 def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, extra_readings: int = 2) -> Lesson:
@@ -396,6 +435,21 @@ def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: i
     return Lesson([], [], [], (), (*groups, *extra), (), tuple(tokens + more))
 
 
+def shared_reading_example(scenes: Sequence[Scene], rng: np.random.Generator) -> Lesson:
+    """The plates of these scenes, two by two, for the tower alone, no text."""
+    groups: list[ImageGroup] = []
+    tokens: list[TokenTarget] = []
+    partners: list[tuple[int, int]] = []
+    for scene in scenes:
+        plates = ask_about(rng, scene, QuestionKind.SHARED).targets
+        for card in plates:
+            tokens += _crop_targets(scene, card, 2 * len(groups) + plates.index(card), quadrant=False)
+        together, pair = _shared_targets(scene, plates, 2 * len(groups))
+        tokens, partners = tokens + together, partners + pair
+        groups.append(_group(scene, plates))
+    return Lesson([], [], [], (), tuple(groups), (), tuple(tokens), tuple(partners))
+
+
 # ---------------------------------------------------------------------------------------------------- corpus
 
 
@@ -405,7 +459,7 @@ def corpus(prompts: PromptSet, questions: int = 300) -> list[str]:
     for i in range(questions):
         rng = np.random.default_rng([11, i])
         scene = make_scene(rng)
-        question = ask_about(rng, scene, list(QuestionKind)[i % len(QuestionKind)])
+        question = ask_about(rng, scene, TAUGHT_KINDS[i % len(TAUGHT_KINDS)])
         out += [prompts.text("system"), question.text, question.text + " Answer now.", question.query]
         out += [prompts.text("continue"), prompts.text("final"), "system\n", "user\n", "assistant\n", "\nindex=0 "]
         out += [LISTING_REQUEST, f"{question.targets[0].colour} row 1"]
@@ -429,4 +483,5 @@ __all__ = [
     "episode_example",
     "listing_example",
     "reading_example",
+    "shared_reading_example",
 ]

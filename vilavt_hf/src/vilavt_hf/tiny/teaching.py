@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from vilavt_core.architecture import MODULE_NAMES
-from vilavt_core.data.example import IGNORE
+from vilavt_core.data.example import IGNORE, ImageGroup
 from vilavt_core.errors import TrainingError
 
 from .. import compat
@@ -16,7 +17,7 @@ from ..configuration_vilavt import VilavtConfig
 from ..train.collator import BatchCounts, VilavtCollator
 from ..train.trainer import VilavtTrainer
 from ..train.training_model import VilavtForTraining
-from .heads import AuxiliaryLosses, BlockOutputs
+from .heads import AttentionInputs, AuxiliaryLosses, BlockOutputs
 from .lesson import Lesson
 
 compat.register_key_names("VilavtForTeaching", MODULE_NAMES)
@@ -26,6 +27,9 @@ _HEADS = "auxiliary."
 
 class TeachingCollator(VilavtCollator):
     """Batches of `Lesson`."""
+
+    alone = False
+    """Encode every image alone, for a control that never sees two regions at once; then nobody has a partner."""
 
     def __call__(self, samples: Sequence[Lesson]) -> dict[str, Any]:  # type: ignore[override]
         """The parent's batch, with targets.
@@ -41,12 +45,14 @@ class TeachingCollator(VilavtCollator):
         if any(lesson.groups for lesson in samples if not len(lesson.input_ids)):
             raise ValueError("a lesson without tokens can only have extra_groups")
         groups = [g for lesson in rows for g in lesson.groups] + [g for lesson in samples for g in lesson.extra_groups]
-        batch = self.images(groups)
+        batch = self.images(self.grouped(groups))
         batch |= self.text(rows, batch) if rows else {"labels": torch.full((1, 0), IGNORE)}
         if any(lesson.attention or lesson.tokens or lesson.extra_groups for lesson in samples):
             if self.packed:
                 raise ValueError("targets name rows: they need padded batches")
             batch["aux"] = _targets(samples, rows)
+            if self.alone:
+                batch["aux"]["partners"] = batch["aux"]["partners"][:0]
         batch["counts"] = BatchCounts(
             samples=len(samples),
             tokens=sum(len(lesson.input_ids) for lesson in rows),
@@ -54,6 +60,12 @@ class TeachingCollator(VilavtCollator):
             images=sum(len(group.images) for group in groups),
         )
         return batch
+
+    def grouped(self, groups: Sequence[ImageGroup]) -> Sequence[ImageGroup]:
+        """The groups as they are encoded: as they are, or every image alone under the query of its group."""
+        if not self.alone:
+            return groups
+        return [replace(group, images=(image,)) for group in groups for image in group.images]
 
 
 def _targets(lessons: Sequence[Lesson], rows: Sequence[Lesson]) -> dict[str, Any]:
@@ -64,9 +76,11 @@ def _targets(lessons: Sequence[Lesson], rows: Sequence[Lesson]) -> dict[str, Any
     extra = sum(len(g.images) for lesson in rows for g in lesson.groups)
     images: dict[str, list[int]] = {}
     values: dict[str, list[np.ndarray]] = {}
+    partners: list[list[int]] = []
     own = 0
     for lesson in lessons:
         n_own = sum(len(g.images) for g in lesson.groups)
+        partners += [[own + i if i < n_own else extra + i - n_own for i in pair] for pair in lesson.partners]
         for target in lesson.tokens:
             inside = target.image < n_own
             images.setdefault(target.head, []).append(own + target.image if inside else extra + target.image - n_own)
@@ -75,6 +89,7 @@ def _targets(lessons: Sequence[Lesson], rows: Sequence[Lesson]) -> dict[str, Any
         extra += sum(len(g.images) for g in lesson.extra_groups)
     return {
         "attention": [(layer, heads, torch.tensor(at)) for (layer, heads), at in attention.items()],
+        "partners": torch.tensor(partners, dtype=torch.long).reshape(-1, 2),
         "tokens": {
             head: (torch.tensor(images[head]), torch.from_numpy(np.concatenate(values[head]))) for head in images
         },
@@ -100,7 +115,11 @@ class VilavtForTeaching(VilavtForTraining):
         if not self.training:
             return super().forward(input_ids=input_ids, **batch)
         teacher = self.auxiliary if aux is not None else None
-        with BlockOutputs(self.model.visual, teacher.blocks if teacher is not None else []) as blocks:
+        pairs = aux["partners"] if teacher is not None and aux is not None else ()
+        with (
+            BlockOutputs(self.model.visual, teacher.blocks if teacher is not None else []) as blocks,
+            AttentionInputs(self.model.visual, [teacher.partner_block] if teacher is not None and len(pairs) else []) as seen,
+        ):
             features = self.encode(batch)
         auxiliary = torch.zeros((), device=self.lm_head.weight.device)
         figures: dict[str, torch.Tensor] = {}
@@ -109,6 +128,17 @@ class VilavtForTeaching(VilavtForTraining):
             sizes = (batch["image_grid_thw"].prod(-1) // self.model.visual.spatial_merge_unit).tolist()
             auxiliary, figures = teacher.features_loss(aux["tokens"], features, sizes, blocks)
             figures["heads"] = auxiliary.detach()
+        if teacher is not None and len(pairs):
+            counts = batch["images_per_query"]
+            attention = self.model.visual.blocks[teacher.partner_block].attn
+            loss, mass = teacher.partner_loss(
+                pairs,
+                attention,
+                seen[teacher.partner_block],
+                batch["image_grid_thw"].prod(-1),
+                torch.arange(int((counts > 0).sum())).repeat_interleave(counts[counts > 0]),
+            )
+            auxiliary, figures = auxiliary + loss, figures | mass
         if input_ids is None:
             return {"loss": torch.zeros_like(auxiliary), "auxiliary": auxiliary, "figures": figures}
         wanted = aux["attention"] if teacher is not None and aux is not None else []

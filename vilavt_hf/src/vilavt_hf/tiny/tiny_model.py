@@ -25,6 +25,8 @@ from .tokenizer import train_tokenizer, wrap_tokenizer
 
 WIDTH, LAYERS = 192, 4
 VISION_WIDTH, VISION_DEPTH = 128, 6
+FIRST_JOINT = VISION_DEPTH // 2
+"""The first vision block that attends jointly."""
 QUERY_WIDTH, QUERY_LAYERS = 128, 2
 ATTENTION = {"text_config": "eager", "vision_config": "sdpa", "text_encoder_config": "sdpa"}
 """Training needs the language model's attention weights, only eager attention returns them."""
@@ -126,7 +128,8 @@ def tiny_model(config: VilavtConfig, seed: int, model_class: type[Model] = Vilav
 
 
 def tiny_auxiliary() -> AuxiliaryLosses:
-    """The training-only heads: place and colours per token, digit per token (early), the asked card."""
+    """The training-only heads: place and colours per token, digit per token (early), the asked card, the ink of
+    plates where the joint blocks begin."""
     heads = [
         AuxiliaryHead("row", "tokens", CELLS, 0.1),
         AuxiliaryHead("column", "tokens", CELLS, 0.1),
@@ -135,8 +138,9 @@ def tiny_auxiliary() -> AuxiliaryLosses:
         AuxiliaryHead("digit", "image", 10, 1.2),
         AuxiliaryHead("asked", "pointer", 4, 0.2),
         AuxiliaryHead("corner", "tokens", 4, 0.2),
+        AuxiliaryHead("ink", "labels", 16, 3.0, block=FIRST_JOINT, positive_weight=1.0, single=True),
     ]
-    return AuxiliaryLosses(heads, merged=WIDTH, patch=VISION_WIDTH)
+    return AuxiliaryLosses(heads, merged=WIDTH, patch=VISION_WIDTH, partner_block=FIRST_JOINT)
 
 
 def fast_encoder(processor: VilavtProcessor) -> Callable[[Sequence[ImageGroup]], dict[str, torch.Tensor]]:
