@@ -79,6 +79,7 @@ def folders(tmp_path):
         "other": make("other", config__json={"model_type": "llama"}),
         "empty": make("empty"),
         "adapter": make("adapter", adapter_config__json={}),
+        "adapters": make("adapters"),
         "broken": make("broken"),
         "run": make("run"),
         "shards": make("shards"),
@@ -86,6 +87,9 @@ def folders(tmp_path):
     for name in ("stock", "encoder", "other"):
         save_file(weights, made[name] / "model.safetensors")
     (made["broken"] / "config.json").write_text("{")
+    for name in ("checkpoint-2", "final"):
+        (made["adapters"] / name).mkdir()
+        (made["adapters"] / name / "adapter_config.json").write_text("{}")
     (made["shards"] / "model_world_size_1_rank_0.pt").touch()
     (made["run"] / "final").mkdir()
     (made["run"] / "final" / "config.json").write_text("{}")
@@ -102,6 +106,7 @@ VERDICTS = {
     "other": r"neither a ViLaVT nor.*vilavt inspect",
     "empty": r"empty is empty.*check the path",
     "adapter": r"is an adapter.*vilavt merge-lora \S*adapter",
+    "adapters": r"but 2 adapters \(LoRA\).*vilavt merge-lora \S*adapters/final NEW",
     "broken": r"not valid JSON",
     "run": r"not a checkpoint, but holds \S*run/final",
     "shards": r"FSDP shards.*vilavt-rl merge",

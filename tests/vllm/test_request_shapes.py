@@ -213,6 +213,8 @@ FIELDS = [
     ({"extra_body": {"seed": 1}}, "put its keys beside the other fields"),
     # misspelt
     ({"temprature": 0.5}, "temprature: there is no such field; did you mean temperature?"),
+    ({"maxTokens": 5}, "maxTokens: there is no such field; did you mean max_tokens?"),
+    ({"topP": 0.5}, "topP: there is no such field; did you mean top_p?"),
     ({"max_token": 5}, "max_token: there is no such field; did you mean max_tokens?"),
     ({"max_completion_token": 5}, "did you mean max_completion_tokens?"),
     ({"repetition_penality": 5}, "did you mean repetition_penalty?"),
@@ -293,6 +295,12 @@ CONTENTS = [
     ([{"type": "image_url", "image_url": {}}], "messages[0].content[0].image_url.url: Field required"),
     ([{"type": "image_url", "image_url": None}], "messages[0].content[0].image_url: "),
     ([{"type": "image_url", "image_url": {"url": 5}}], "messages[0].content[0].image_url.url: Input should be a valid"),
+    (
+        [{"type": "image_url", "image_url": ""}, TEXT],
+        "'' is no URL; send the picture as a data URL, data:image/png;base64",
+    ),
+    ([{"type": "image_url", "image_url": DATA}, TEXT], "...' is no URL; send the picture as a data URL"),
+    ([{"type": "image_url", "image_url": "a.png"}, TEXT], "'a.png' is no URL; send the picture as a data URL"),
     ([{"type": "image_url", "url": URL}], "messages[0].content[0].image_url: Field required"),
     # kinds that this route cannot use
     (

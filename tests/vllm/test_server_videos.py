@@ -211,7 +211,7 @@ def test_what_is_said_of_a_video_is_heeded_or_refused_by_name(served, url, more,
         ({"type": "video", "video": ["x"], "num_frames": 3}, "it comes as 1 frames, of which all are taken"),
         (part("data:video/mp4;base64,AAAA"), "the video: not a video that can be read"),
         (part("data:video/mp4;base64,!!!"), "a data URL is not valid base64"),
-        (part("clip.mp4"), "The URL must be either a HTTP, data or file URL"),
+        (part("clip.mp4"), "'clip.mp4' is no URL; send the video as a data URL, data:video/mp4;base64,…"),
     ],
 )
 def test_what_is_no_video_is_refused(served, sent, message):

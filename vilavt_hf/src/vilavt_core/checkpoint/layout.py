@@ -325,6 +325,11 @@ def no_checkpoint(root: Path) -> str:
     if inner := sorted(path.parent for pattern in ("*", "snapshots/*") for path in root.glob(f"{pattern}/{CONFIG}")):
         more = ", …" if len(inner) > 3 else ""
         return f"{root} has no {CONFIG}: it is not a checkpoint, but holds {', '.join(map(str, inner[:3]))}{more}"
+    if adapters := sorted(path.parent for path in root.glob(f"*/{ADAPTER_CONFIG}")):
+        return (
+            f"{root} has no {CONFIG}, but {len(adapters)} adapters (LoRA): it is not a checkpoint; make one with "
+            f"`vilavt merge-lora {adapters[-1]} NEW`"
+        )
     if not any(root.iterdir()):
         return f"{root} is empty, it has no {CONFIG}: it is not a checkpoint; check the path, or copy it again"
     return f"{root} has no {CONFIG}: it is not a checkpoint; check the path, or copy it again"

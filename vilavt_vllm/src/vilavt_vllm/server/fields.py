@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -216,7 +217,8 @@ def short(text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _near(name: str, known: tuple[str, ...]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, 1, LIKENESS)), None)
+    written = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # maxTokens is max_tokens
+    return next(iter(difflib.get_close_matches(written, known, 1, LIKENESS)), None)
 
 
 def _is_empty(value: Any) -> bool:

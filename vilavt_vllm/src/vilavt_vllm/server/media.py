@@ -25,9 +25,12 @@ from vilavt_core.video import VideoLimits, read_frames
 
 from ..errors import BusyError, LimitError, RequestError
 from .budget import Reservation
+from .fields import short
 from .options import NO_DOMAINS
 from .requests import SentPicture, SentVideo
 
+_SCHEME = re.compile(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*://", re.IGNORECASE)
+_DATA_URLS = {"picture": "data:image/png;base64,…", "video": "data:video/mp4;base64,…"}
 _LIMIT = re.compile(r"VideoLimits\.(\w+)")
 _FLAGS = {
     "max_bytes": "--max-video-bytes",
@@ -222,6 +225,11 @@ class Pictures:
         return frames
 
     async def _fetch(self, url: str, io: MediaIO[Any], kind: str) -> Any:
+        if not _SCHEME.match(url):
+            raise RequestError(
+                f"{short(url)!r} is no URL; send the {kind} as a data URL, {_DATA_URLS[kind]}, or an http(s) URL where "
+                "this server fetches it"
+            )
         flag, allowed = self._flags.get(url[:4].lower(), ("", True))
         if not allowed:
             raise RequestError(
