@@ -16,12 +16,12 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is no JSON, not of the encoding that it begins with, holds an integer of more digits than Python
             reads, or is nested deeper than `MAX_DEPTH`.
     """
-    marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are read") from None
-    if sum(text.count(mark) for mark in marks) > MAX_DEPTH and _is_deep(value):  # type: ignore[arg-type]
+    opening = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if opening > MAX_DEPTH and _is_deep(value):
         raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are read")
     return value
 
