@@ -80,7 +80,7 @@ HOURS = ("-o", "faulthandler_timeout=0")  # tests with longer timeouts of their 
 VERL_HANDOFF = str(Path(".nox/verl-handoff").absolute())  # weights that the verl session sends to the vLLM session
 HANDOFF = str(Path(".nox/handoff").absolute())  # checkpoints that both ends of transformers write, and others read
 HOSTS = ("vilavt_vllm", "vilavt_rl", "vilavt_vlmeval")
-HF_TESTS = ("tests/core", "tests/eval", "tests/hf", "tests/hostile")
+HF_TESTS = ("tests/core", "tests/eval", "tests/hf", "tests/hostile", "tests/fuzz")
 """All tests of the distribution vilavt-hf."""
 CORE_ON_TRANSFORMERS = tuple(
     f"tests/core/test_{name}.py"
@@ -327,6 +327,30 @@ def web(session: nox.Session) -> None:
     session.env["HF_HUB_OFFLINE"] = "1"
     session.run("pytest", *(session.posargs or ["tests/web"]))
     _record(session, "web")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """New inputs for everything that reads what strangers write, ten minutes for each target (`-- --minutes N`); not in
+    CI, where the same targets get a few fixed ones.
+    """
+    arguments, minutes = list(session.posargs), 10.0
+    if "--minutes" in arguments:
+        at = arguments.index("--minutes")
+        _, given = arguments[at : at + 2]
+        minutes = float(given)
+        del arguments[at : at + 2]
+    _install(session, NEWEST, *TEST_TOOLS)
+    session.install("--no-deps", *(f"./{host}" for host in HOSTS))
+    report = Path(session.virtualenv.location).resolve() / "fuzz.txt"
+    report.unlink(missing_ok=True)
+    session.env |= {"OMP_NUM_THREADS": "1", "VILAVT_FUZZ_SECONDS": str(60 * minutes), "VILAVT_FUZZ_REPORT": str(report)}
+    # No time limit of a test: the one that a target gets is its own.
+    workers = ("-n", "auto", "--dist", "load", "--max-worker-restart", "0", "-o", "timeout=0")
+    try:
+        session.run("pytest", *workers, *HOURS, *(arguments or ["tests/fuzz"]))
+    finally:
+        session.log(report.read_text() if report.exists() else "no target came to its end")
 
 
 @nox.session

@@ -20,8 +20,8 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are read") from None
-    opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
-    if opened > MAX_DEPTH and _is_deep(value):
+    opening = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if opening > MAX_DEPTH and _is_deep(value):
         raise ValueError(f"it is nested too deeply, at most {MAX_DEPTH} levels are read")
     return value
 

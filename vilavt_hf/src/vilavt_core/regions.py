@@ -296,7 +296,10 @@ class Gallery:
             raise RegionError(f"region {i} names image {region.index}, but {known}", i)
         parent = self.views[region.index]
         width, height = parent.image.size
-        x1, y1, x2, y2 = region.box
+        try:
+            x1, y1, x2, y2 = map(float, region.box)
+        except OverflowError:  # an integer of hundreds of digits
+            raise RegionError(f"region {i}: its box holds a number that no pixel has", i) from None
         shown = f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
         for axis, low, high, size in (("x", x1, x2, width), ("y", y1, y2, height)):
             if not low < high:

@@ -79,7 +79,7 @@ class TypeRule(_Part):
     """How questions of one type are asked and scored."""
 
     metric: str = Field(
-        description="a question type of vilavt_core.scoring; or, where the caller allows functions, package.module:function"
+        description="a question type of vilavt_core.scoring, or, if functions are allowed, package.module:function"
     )
     suffix: str = Field(default="", description="put after question and options, on a line of its own; empty: nothing")
 
