@@ -693,6 +693,7 @@ def test_the_engines_requests_are_called_after_the_response_and_carry_the_trace(
 
     def generate(prompt, params, name, **more):
         asked.append((name, more))
+        assert params.logprobs is None  # nobody could see them
         raise VLLMValidationError("enough")
 
     server.state.vilavt_loop.llm.engine.generate = generate
@@ -704,6 +705,22 @@ def test_the_engines_requests_are_called_after_the_response_and_carry_the_trace(
     assert second.startswith("chatcmpl-mine-0-")
     assert first != second
     assert more["trace_headers"] == {"traceparent": "00-1-2-01"}
+
+
+def test_questions_and_refusals_are_measured(app):
+    names = ["preparation_seconds", "first_thought_seconds", "answer_seconds", "question_turns"]
+
+    def counts() -> list[float]:
+        refused = REGISTRY.get_sample_value("vilavt_refusals_total", {"status": "400"}) or 0
+        return [REGISTRY.get_sample_value(f"vilavt_{name}_count") for name in names] + [refused]
+
+    served = Answering(app())
+    before = counts()
+    served.post()
+    served.post(stream=True)
+    served.post(temperature=-1)
+    served.post(temprature=1)
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [2, 1, 2, 2, 2]
 
 
 def test_a_priority_reaches_an_engine_that_schedules_by_it_and_is_listed_as_ignored_by_others(app):

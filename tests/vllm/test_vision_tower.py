@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from vilavt_hf import VilavtConfig
+from vilavt_hf.vision_layout import Segments, VisionLayout
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VISION, TEXT = 5e-5, 1e-5  # tests/golden/README.md
@@ -84,8 +85,6 @@ def test_vision_features_equal_the_published_model(build, name):
 @torch.no_grad()
 def test_positions_beyond_any_table_are_computed(build):
     # Many regions: diagonal offsets run past the 8192 positions that stock rotary tables hold.
-    from vilavt_hf.vision_layout import VisionLayout
-
     tower, _, _ = build()
     grid = torch.tensor([[1, 2, 400]] * 24)
     n = int(grid.prod(-1).sum())
@@ -111,3 +110,17 @@ def test_groups_encoded_together_equal_groups_encoded_alone(build):
         for i, (p, g) in enumerate(zip(pixels.split(patches), grid.split(per_query.tolist()), strict=True))
     ]
     torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_tower_computes_nothing_that_only_attention_in_transformers_needs(build, monkeypatch):
+    def needed(self):
+        raise AssertionError("computed for nothing, in the thread that feeds the GPU")
+
+    for owner, name in ((Segments, "buckets"), (Segments, "unbucket"), (VisionLayout, "cos"), (VisionLayout, "sin")):
+        monkeypatch.setattr(owner, name, property(needed))
+    tower, encoder, projection = build()
+    inputs, pixels, _ = load_case("a")
+    ids, mask = inputs["query_ids"], inputs["query_attention_mask"]
+    per_query = torch.bincount(inputs["image_to_query_mapping"], minlength=len(ids))
+    assert len(tower(pixels, inputs["image_grid_thw"], per_query, projection(encoder.features(ids, mask)), mask))

@@ -3,6 +3,7 @@
 Shapes: N patches, M query tokens kept, Q queries, T query columns, H heads, D head size.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,20 +45,29 @@ class Segments:
     ):
         self.key_order = key_order
         self.max_q, self.max_k = max(query_lengths), max(key_lengths)
-        q_lens, k_lens = torch.tensor(query_lengths), torch.tensor(key_lengths)
+        self._lengths = torch.tensor(query_lengths), torch.tensor(key_lengths)
+        self._device = device
+        self.cu_q, self.cu_k = (nn.functional.pad(n.cumsum(0), (1, 0)).to(device, torch.int32) for n in self._lengths)
+
+    @cached_property
+    def buckets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each shape of segments, the places of their queries (segments, q) and keys (segments, k): they share one
+        dense, maskless call, so that no (S, S) mask over several groups is ever built. Kernels that take `cu_q` and
+        `cu_k` need none of it.
+        """
+        q_lens, k_lens = self._lengths
         q_start, k_start = q_lens.cumsum(0) - q_lens, k_lens.cumsum(0) - k_lens
-        self.cu_q, self.cu_k = (
-            nn.functional.pad(n.cumsum(0), (1, 0)).to(device, torch.int32) for n in (q_lens, k_lens)
-        )
-        # Segments of one shape share one dense, maskless call: no (S, S) mask over several groups is ever built.
-        self.buckets = []
-        q_index = []
+        buckets = []
         for q_len, k_len in torch.unique(torch.stack([q_lens, k_lens], 1), dim=0).tolist():
             same = (q_lens == q_len) & (k_lens == k_len)
             q, k = q_start[same, None] + torch.arange(q_len), k_start[same, None] + torch.arange(k_len)
-            self.buckets.append((q.to(device), k.to(device)))
-            q_index.append(q.flatten())
-        self.unbucket = torch.argsort(torch.cat(q_index)).to(device)
+            buckets.append((q.to(self._device), k.to(self._device)))
+        return buckets
+
+    @cached_property
+    def unbucket(self) -> torch.Tensor:
+        """(N,) puts the buckets' outputs in packed order."""
+        return torch.argsort(torch.cat([q.flatten() for q, _ in self.buckets]))
 
     def attend(self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q (N, H, D) over k, v (N + M, H, D) -> (N, H * D), through the attention implementation of the config."""
@@ -110,6 +120,7 @@ class VisionLayout:
     Attributes:
         order: (N / merge_size², ) merged-token permutation into window order.
         text_index: (M,) kept query tokens in the flattened (Q, T) grid.
+        position: (N + M, 2) row and column of patches, then query tokens.
         cos, sin: (N + M, 1, D) fp32, patches then query tokens.
         segments: block kind ("window" | "frame" | "group") -> Segments.
 
@@ -162,18 +173,14 @@ class VisionLayout:
         row, column = keep.nonzero(as_tuple=True)
         used = per_query[row] > 0  # a query without images conditions nothing
         row, column = row[used], column[used]
-        position = torch.cat(
+        self.position = torch.cat(
             [
                 torch.stack([y, x], 1)[patch_order] + offset[image[patch_order], None],
                 # the column of the padded row counts, so a left-padded query starts later
                 (group_extent[row] + column)[:, None].expand(-1, 2),
             ]
         ).to(device)
-        half = config.hidden_size // config.num_heads // 2
-        # computed, not a buffer: `model.bfloat16()` would round a buffer
-        inv_freq = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, device=device, dtype=torch.float32) / half)
-        angles = (position[:, :, None].float() * inv_freq).flatten(1).repeat(1, 2)[:, None]
-
+        self._half = config.hidden_size // config.num_heads // 2
         q_lens = torch.zeros(len(per_query), dtype=torch.long).index_add_(0, group, patches)[per_query > 0]
         k_lens = q_lens + keep.sum(1)[per_query > 0]
         key_order = torch.argsort(torch.cat([group[image], row]), stable=True).to(device) if len(row) else None
@@ -181,12 +188,28 @@ class VisionLayout:
         windows = torch.bincount(window).tolist()
         self.order = (patch_order[::unit] // unit).to(device)
         self.text_index = (row * keep.shape[1] + column).to(device)
-        self.cos, self.sin = angles.cos(), angles.sin()
         self.segments = {
             "window": Segments(windows, windows, device),
             "frame": Segments(frames, frames, device),
             "group": Segments(q_lens.tolist(), k_lens.tolist(), device, key_order),
         }
+
+    @torch.no_grad()
+    def angles(self, device: torch.device) -> torch.Tensor:
+        """(N + M, D / 2) fp32 rotary angles, computed on a device: rows first, then columns."""
+        # computed, not a buffer: `model.bfloat16()` would round a buffer
+        steps = torch.arange(0, self._half, 2, device=device, dtype=torch.float32) / self._half
+        return (self.position.to(device)[:, :, None].float() * (1.0 / ROPE_THETA**steps)).flatten(1)
+
+    @cached_property
+    def cos(self) -> torch.Tensor:
+        """Of the angles, for both halves of a head."""
+        return self.angles(self.position.device).cos().repeat(1, 2)[:, None]
+
+    @cached_property
+    def sin(self) -> torch.Tensor:
+        """Of the angles, for both halves of a head."""
+        return self.angles(self.position.device).sin().repeat(1, 2)[:, None]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

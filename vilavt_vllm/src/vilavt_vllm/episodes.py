@@ -164,6 +164,8 @@ class Handling:
     """Lower comes first, if the engine schedules by priority."""
     trace_headers: Mapping[str, str] | None = None
     """Of the request that asked it, for vLLM's spans."""
+    logprobs: bool = True
+    """Whether the log-probability of each sampled token is found, for the question's record."""
 
 
 def to_prompt(request: Request) -> dict[str, Any]:
@@ -172,8 +174,13 @@ def to_prompt(request: Request) -> dict[str, Any]:
     return prompt | ({"multi_modal_data": {"image": list(request.inquiries)}} if request.inquiries else {})
 
 
-def sampling_params(driver: Driver) -> SamplingParams:
-    """How vLLM should sample the driver's turn. Each turn draws from a stream of its own of the conversation's seed."""
+def sampling_params(driver: Driver, logprobs: bool = True) -> SamplingParams:
+    """How vLLM should sample the driver's turn. Each turn draws from a stream of its own of the conversation's seed.
+
+    Args:
+        driver: of the conversation.
+        logprobs: see `Handling`.
+    """
     request, sampling = driver.request, driver.sampling
     assert request is not None
     return SamplingParams(
@@ -186,7 +193,7 @@ def sampling_params(driver: Driver) -> SamplingParams:
         stop_token_ids=list(request.stop_token_ids),
         ignore_eos=True,  # the stop tokens are the episode's, whatever generation_config.json says
         logit_bias=request.logit_bias(),
-        logprobs=0,  # of the sampled token alone
+        logprobs=0 if logprobs else None,  # 0: of the sampled token alone
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if driver.stream else RequestOutputKind.FINAL_ONLY,
     )

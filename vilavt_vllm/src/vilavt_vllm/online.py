@@ -132,7 +132,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
             )
             outputs = self.engine.generate(
                 prompt,
-                sampling_params(driver),
+                sampling_params(driver, handling.logprobs),
                 f"{handling.name}-{driver.request.turn}-{next(_NUMBERS)}",  # a client may use its name twice
                 lora_request=handling.lora,
                 trace_headers=handling.trace_headers,

@@ -63,7 +63,7 @@ class InquiryItem:
     uuids: tuple[str | None, ...] = ()
     """Caller's identity of each image, in place of its pixels' hash; the query is hashed with it in any case."""
     identities: tuple[str, ...] = ()
-    """Of each image, made of its pixels: found once, where vLLM would hash them at every turn. Never a client's word."""
+    """Of each image, made of its pixels: found once, where vLLM would hash them at every turn. Never from a client."""
     final: bool = False
     """Whether the images have the size that the encoder must see: then one that would be resized here is refused. The
     images of an episode's inquiries do, and its token stream counts on it."""

@@ -189,8 +189,8 @@ class VisionTower(nn.Module):
         """
         cpu = torch.device("cpu")  # bounds are read on the CPU: packing there costs no device sync
         layout = VisionLayout(grid_thw, images_per_query, query_mask, self.config, cpu)
-        half = layout.cos.shape[-1] // 2
-        cos, sin = (self._here(angle[:, 0, :half]) for angle in (layout.cos, layout.sin))
+        angles = layout.angles(self.device)
+        cos, sin = angles.cos(), angles.sin()
         spans = {kind: self._span(segments, len(pixel_values)) for kind, segments in layout.segments.items()}
         text = query_features.flatten(0, 1)[self._here(layout.text_index)]
         order = self._here(layout.order)
@@ -203,6 +203,9 @@ class VisionTower(nn.Module):
         return self.merger(x)[torch.argsort(order)]
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It on the tower's device; from pinned memory the copy does not hold up this thread."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     def _span(self, segments: Segments, n: int) -> AttentionSpan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -33,7 +34,7 @@ from vilavt_core.pages import render
 from vilavt_core.presets import Limits
 from vilavt_core.protocol import Answer, FinishReason, format_turn, without_tags
 from vilavt_core.regions import Picture
-from vilavt_core.results import ChatResult, Event, Finished, Sample
+from vilavt_core.results import ChatResult, Event, Finished, Sample, TextDelta
 from vilavt_core.settings import read_chat_settings
 from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
@@ -138,7 +139,7 @@ class Loop:
             if lora is None:
                 raise ModelMissingError(f"no model {short(repr(model))} here; GET /v1/models lists them")
         priority = request.priority if self.by_priority else None
-        return Handling(name, lora, priority or 0, extract_trace_headers(headers) or None)
+        return Handling(name, lora, priority or 0, extract_trace_headers(headers) or None, logprobs=False)
 
     async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
@@ -155,6 +156,7 @@ class Loop:
             )
         self.running += 1
         metrics().running.inc()
+        begun, speaks = time.monotonic(), False
         driver, finish, reservation = None, "aborted", self.budget.reservation()
         try:
             try:
@@ -162,9 +164,13 @@ class Loop:
             except Exception:
                 finish = "refused"
                 raise
+            metrics().preparation.observe(time.monotonic() - begun)
             yield driver
             async with aclosing(self.llm.events(driver, handling)) as events:
                 async for event in events:
+                    if isinstance(event, TextDelta) and not speaks:
+                        speaks = True
+                        metrics().first_thought.observe(time.monotonic() - begun)
                     if isinstance(event, Finished):
                         finish = event.result.finish
                         if event.result.answer is not None:
@@ -175,7 +181,7 @@ class Loop:
             reservation.release()
             self.running -= 1
             metrics().running.dec()
-            metrics().finished(driver, finish)
+            metrics().finished(driver, finish, time.monotonic() - begun)
 
     async def _driver(
         self, request: ChatRequest, lora: LoRARequest | None, reservation: Reservation
@@ -466,4 +472,5 @@ def _error(raw: Request, error: Exception, status: int, headers: dict[str, str] 
     """The response, and one line in the log: quoted, because a message has words of the client."""
     cause = error if status >= 500 and not isinstance(error, BusyError) else None
     logger.warning("request %r: %d %r", _name(raw), status, one_line(error), exc_info=cause)
+    metrics().refusals.labels(str(status)).inc()
     return JSONResponse(error_body(_words(error), type(error).__name__, status), status, headers)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from vilavt_core.driver import Driver
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+TURNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Upper bounds of the histograms' buckets."""
 
 
 class Metrics:
@@ -29,13 +33,34 @@ class Metrics:
         self.prompt_tokens = Counter("vilavt_prompt_tokens", "Prompt tokens over all turns.")
         self.cached_tokens = Counter("vilavt_cached_tokens", "Of these, tokens that vLLM's prefix cache held.")
         self.sampled_tokens = Counter("vilavt_sampled_tokens", "Sampled tokens.")
+        self.refusals = Counter(
+            "vilavt_refusals", "Requests that got an error instead of an answer or a stream, by its status.", ["status"]
+        )
+        self.preparation = Histogram(
+            "vilavt_preparation_seconds", "From a request to its question, pictures decoded.", buckets=SECONDS
+        )
+        self.first_thought = Histogram(
+            "vilavt_first_thought_seconds", "From a streamed request to the first text of its answer.", buckets=SECONDS
+        )
+        self.answers = Histogram(
+            "vilavt_answer_seconds", "From a request to the end of its question, however it finished.", buckets=SECONDS
+        )
+        self.turns_each = Histogram("vilavt_question_turns", "Assistant turns of a question.", buckets=TURNS)
 
-    def finished(self, driver: Driver | None, finish: str) -> None:
-        """Count a question that ended; without a driver it was refused before it began."""
+    def finished(self, driver: Driver | None, finish: str, seconds: float) -> None:
+        """Count a question that ended.
+
+        Args:
+            driver: None: it was refused before it began.
+            finish: how it ended.
+            seconds: since its request.
+        """
         self.episodes.labels(finish).inc()
         if driver is None:
             return
         result = driver.result
+        self.answers.observe(seconds)
+        self.turns_each.observe(len(result.turns))
         self.turns.inc(len(result.turns))
         self.crops.inc(sum(view.kind == "crop" for view in result.views) - driver.crops_before)
         self.prompt_tokens.inc(result.billed.prompt)
