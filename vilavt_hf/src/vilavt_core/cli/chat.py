@@ -14,7 +14,7 @@ from ..backends import names_server
 from ..checkpoint import require_vilavt
 from ..errors import ImageError
 from ..sources import ImageSource, Video
-from .model_options import limits_of, open_model
+from .model_options import DeviceMap, Quantize, limits_of, open_model
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
 from .showing import markup, printable_text, show
@@ -68,6 +68,8 @@ def ask(
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
 
@@ -97,6 +99,8 @@ def ask(
         device=device,
         dtype=dtype.value,
         attention=attention,
+        device_map=device_map,
+        quantize=quantize,
         allow_urls=allow_urls,
     )
     console = Console(stderr=as_json, highlight=False)

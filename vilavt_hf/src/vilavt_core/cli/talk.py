@@ -50,6 +50,8 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: options.Attention = None,
+    device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
 ) -> None:
     """Talk with a checkpoint or a server about pictures, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
@@ -69,6 +71,8 @@ def chat(
         device=device,
         dtype=dtype,
         attention=attention,
+        device_map=device_map,
+        quantize=quantize,
         allow_urls=allow_urls,
     )
     console = Console(highlight=False)
