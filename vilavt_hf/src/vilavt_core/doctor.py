@@ -17,11 +17,9 @@ from pathlib import Path
 from .versions import OURS, installed, version_of
 
 GROUP, CHECKPOINT_GROUP = "vilavt.checks", "vilavt.checkpoint_checks"
-Version = tuple[int, int]
-"""Major and minor number."""
-TRANSFORMERS: tuple[Version, Version] = ((4, 57), (6, 0))
+TRANSFORMERS = ((4, 57), (6, 0))
 """Accepted versions, from and below: what vilavt-hf asks for."""
-TESTED_TRANSFORMERS: tuple[Version, Version] = ((4, 57), (5, 24))
+TESTED_TRANSFORMERS = ((4, 57), (5, 24))
 """The first and the last version that the tests were run with."""
 
 
@@ -60,11 +58,11 @@ def guarded(name: str, run: Callable[[], Check | str], remedy: str = "") -> Chec
 def in_range(
     name: str,
     version: str,
-    low: Version,
-    high: Version,
+    low: tuple[int, int],
+    high: tuple[int, int],
     install: str,
     *,
-    tested: tuple[Version, Version] | None = None,
+    tested: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Check:
     """Whether ``low <= version < high``, by major and minor number, and whether tests have seen such a version.
 
@@ -88,7 +86,7 @@ def in_range(
     return Check(name, Status.NOTE, f"{version}, not tested: accepted from {accepted}, {span}; nothing stops it")
 
 
-def _dotted(version: Version) -> str:
+def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 

@@ -136,7 +136,8 @@ def look(
     watched = _watched_blocks(base, blocks)
     hooks = [base.visual.blocks[i].attn.register_forward_pre_hook(watch.hook(i)) for i in watched]
     try:
-        on_device: dict[str, Any] = {name: value.to(base.device) for name, value in inputs.items()}
+        device = compat.input_device(model)
+        on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
         features = [one.float().cpu() for one in compat.pooled(base.get_image_features(**on_device))]
     finally:
         for hook in hooks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.conversation import Inquiry, Request
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
+from vilavt_core.errors import EngineError
 from vilavt_core.failures import loading
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, Preset, Sampling, get_preset
@@ -29,6 +31,7 @@ from vilavt_core.settings import preset_of
 from vilavt_core.video import VideoLimits
 
 from . import compat
+from .configuration_vilavt import VilavtConfig
 from .engine import MAX_PREFILL_TOKENS, Choose, Engine, EngineRow, Sampler
 from .reused_features import ReusedFeatures, reused
 
@@ -98,7 +101,7 @@ class VilavtChat(DrivenBackend):
             checkpoint=checkpoint,
             fingerprint=fingerprint,
             dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
+            device=str(compat.input_device(model)),
             attention=str(model.config._attn_implementation),
         )
         self.concurrency, self.max_prefill_tokens = concurrency, max_prefill_tokens
@@ -119,6 +122,7 @@ class VilavtChat(DrivenBackend):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attn_implementation: str | None = None,
+        quantize: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> VilavtChat:
@@ -128,9 +132,10 @@ class VilavtChat(DrivenBackend):
             path: a folder in our format, or a hub id. Its ``vilavt_chat.json`` gives the defaults of `preset` and
                 `limits`.
             dtype: ``auto`` is the checkpoint's own.
-            device: ``auto`` is CUDA if there is one, else the CPU.
+            device: ``auto`` is CUDA if there is one, else the CPU. Not with a ``device_map``, which says it by part.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: the library's choice.
-            model_kwargs: for the model's `from_pretrained`, e.g. ``revision``.
+            quantize: ``int8``, ``int4`` or ``fp8`` weights; see `vilavt_hf.quantization`.
+            model_kwargs: for the model's `from_pretrained`, e.g. ``revision``, ``device_map``, ``quantization_config``.
             settings: for the constructor.
 
         Raises:
@@ -148,7 +153,23 @@ class VilavtChat(DrivenBackend):
             key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
         }
         require_vilavt(name, hub=hub)
+        dispatched = kwargs.get("device_map") is not None
+        if dispatched and device != "auto":
+            raise EngineError(
+                f"device={device!s} and device_map={kwargs['device_map']!r} both say where it goes; pass one"
+            )
+        if dispatched and find_spec("accelerate") is None:
+            raise EngineError("a device_map needs the package accelerate, which is not installed")
         device, dtype = compat.usable_device(device), compat.usable_dtype(dtype)
+        if quantize is not None:
+            if "quantization_config" in kwargs:
+                raise EngineError(f"quantize={quantize} and quantization_config are two ways to say it; pass one")
+            from .quantization import quantization_config
+
+            config = VilavtConfig.from_pretrained(name, **hub)
+            kwargs["quantization_config"] = quantization_config(quantize, config, device)
+            if not dispatched and device.type != "cpu":
+                kwargs["device_map"] = {"": str(device)}  # quantised where it stays
         if isinstance(wanted := kwargs.get("attn_implementation"), str):
             compat.require_attention(wanted)
         if folder.is_dir():
@@ -160,9 +181,14 @@ class VilavtChat(DrivenBackend):
         with loading(name):
             model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
             processor = VilavtProcessor.from_pretrained(name, **hub)
-            model = model.to(device).eval()
+            if not dispatched and not getattr(model, "is_quantized", False):  # who placed them keeps their weights
+                model = model.to(device)
+            model = model.eval()
         settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
-        return cls(model, processor, checkpoint=name, **settings)
+        chat = cls(model, processor, checkpoint=name, **settings)
+        if quantize is not None:
+            chat.settings = replace(chat.settings, dtype=f"{chat.settings.dtype}, {quantize} weights")
+        return chat
 
     @property
     def query_aware_blocks(self) -> list[int]:
@@ -320,11 +346,13 @@ def open_local(model: str, options: BackendOptions) -> Backend:
     """The backend ``hf`` of `vilavt_core.backends`: what an evaluation opens by name."""
     preset = options.preset_for(model)
     settings: dict[str, Any] = {} if options.concurrency is None else {"concurrency": options.concurrency}
+    engine = dict(options.engine)
     chat = VilavtChat.from_pretrained(
         model,
         dtype=options.dtype,
         device=options.device,
-        model_kwargs=options.engine,
+        quantize=engine.pop("quantize", None),
+        model_kwargs=engine,
         preset=preset,
         sampling=options.change_sampling(preset.sampling),
         prompts=options.prompts,

@@ -124,6 +124,15 @@ def usable_device(device: str | torch.device) -> torch.device:
     return found
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model computes and wants its inputs; weights of a dispatched one may wait elsewhere, or on the disk."""
+    hook = getattr(model, "_hf_hook", None)  # accelerate's
+    for one in getattr(hook, "hooks", (hook,)):
+        if (device := getattr(one, "execution_device", None)) is not None:
+            return torch.device(device)
+    return model.device
+
+
 def usable_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """The type to load weights as, as it was given.
 
@@ -193,7 +202,7 @@ def register_key_names(class_name: str, renames: dict[str, str]) -> None:
     )
 
 
-def register_multimodal(config_class: type, model_class: type) -> None:
+def register_multimodal(config_class: Any, model_class: type) -> None:
     """Let 5.x find the class as a multimodal language model too: ``AutoModelForMultimodalLM``, ``transformers serve``.
 
     The server goes by the table of names, which `register` does not extend. 4.57 has neither.

@@ -83,7 +83,8 @@ class ImageFeatures:
     def __call__(self, inquiries: Sequence[Inquiry]) -> list[EncodedImage]:
         """Encode all images."""
         inputs = self.encode(inquiries)
-        on_device: dict[str, Any] = {name: value.to(self.model.device) for name, value in inputs.items()}
+        device = compat.input_device(self.model)
+        on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
         features = compat.pooled(self.model.model.get_image_features(**on_device))
         return [EncodedImage(*pair) for pair in zip(features, inputs["image_grid_thw"], strict=True)]
 
@@ -272,7 +273,7 @@ class Engine:
     """Generates for many rows at once; see the module docstring for the contract.
 
     Args:
-        model: in eval mode, on one device.
+        model: in eval mode; it may be quantised, or dispatched over devices by transformers.
         encode: inquiries to encoder inputs.
         choose: picks tokens; greedy by default.
         max_batch_size: rows that run side by side; more wait in line.
@@ -306,6 +307,8 @@ class Engine:
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size={max_batch_size}, it must be at least 1")
         self.model = model
+        self.device = compat.input_device(model)
+        """Where inputs go."""
         self.features: Features = ImageFeatures(model, encode)
         """Where features come from; an ablation wraps it."""
         self.choose = choose or Sampler(Sampling())
@@ -469,7 +472,7 @@ class Engine:
     def _banned_ids(self, ids: tuple[int, ...]) -> torch.Tensor:
         ids = tuple(ids)
         if ids not in self._banned:
-            self._banned[ids] = torch.tensor(ids, device=self.model.device)
+            self._banned[ids] = torch.tensor(ids, device=self.device)
         return self._banned[ids]
 
     # ------------------------------------------------------------------ model calls
@@ -478,7 +481,7 @@ class Engine:
         """Run the pending tokens of all rows, right-aligned; returns their batch and the logits (n, V) after the last
         token of each.
         """
-        device = self.model.device
+        device = self.device
         began = self.clock()
         features, images = self._encode(rows)
         grids = [torch.stack([one.grid for one in mine]) if mine else None for mine in images]
@@ -519,7 +522,7 @@ class Engine:
 
     def _decode(self, batch: _Batch) -> tuple[_Batch, torch.Tensor]:
         """Run the last sampled token of every row."""
-        device = self.model.device
+        device = self.device
         embeds = self.model.get_input_embeddings()(
             torch.tensor([[row.pending[-1]] for row in batch.rows], device=device)
         )
@@ -585,16 +588,16 @@ class Engine:
             mask[b, slots - length :] = 1
         example = next((row.layers for row in rows if row.layers), None)
         if example is None:
-            return [GrowingLayer() for _ in range(self._layers)], mask.to(self.model.device)
+            return [GrowingLayer() for _ in range(self._layers)], mask.to(self.device)
         if len(rows) == 1:
-            return example, mask.to(self.model.device)  # nothing to align: it grows where it is
+            return example, mask.to(self.device)  # nothing to align: it grows where it is
         blank = [GrowingLayer(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in example]
         layers = []
         for parts in zip(*(row.layers or blank for row in rows), strict=True):
             keys = torch.cat([_pad_left(part.keys, slots) for part in parts])
             values = torch.cat([_pad_left(part.values, slots) for part in parts])
             layers.append(GrowingLayer(keys, values))
-        return layers, mask.to(self.model.device)
+        return layers, mask.to(self.device)
 
     def _join(self, new: _Batch) -> _Batch:
         """Put newly prefilled rows under the running ones, right-aligned."""
@@ -623,10 +626,7 @@ class Engine:
             if len(batch.rows) == 1 and bool(real.all()):
                 row.layers = batch.layers  # with their room to grow
                 continue
-            row.layers = [
-                GrowingLayer(layer.keys[b : b + 1][:, :, real], layer.values[b : b + 1][:, :, real])
-                for layer in batch.layers
-            ]
+            row.layers = [_kept(layer, [b], real) for layer in batch.layers]
         stay = [b for b in range(len(batch.rows)) if b not in places]
         if not stay:
             self._running = None
@@ -634,8 +634,14 @@ class Engine:
         # Slots that only the leaving rows used are dropped with them.
         mask = batch.mask[stay]
         used = mask.bool().any(0)
-        layers = [GrowingLayer(layer.keys[stay][:, :, used], layer.values[stay][:, :, used]) for layer in batch.layers]
+        layers = [_kept(layer, stay, used) for layer in batch.layers]
         self._running = _Batch([batch.rows[b] for b in stay], mask[:, used], layers)
+
+
+def _kept(layer: GrowingLayer, rows: list[int], slots: torch.Tensor) -> GrowingLayer:
+    """Some rows of a layer and the slots (S,) that are true; layers may be on several devices."""
+    slots = slots.to(layer.keys.device)
+    return GrowingLayer(layer.keys[rows][:, :, slots], layer.values[rows][:, :, slots])
 
 
 def _pad_left(x: torch.Tensor, slots: int) -> torch.Tensor:

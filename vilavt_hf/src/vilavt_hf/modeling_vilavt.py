@@ -71,6 +71,7 @@ class VilavtVisionBlock(qwen.Qwen2_5_VLVisionBlock):
 
     def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         """(N, C) -> (N, C). `text` is positional: re-entrant checkpointing only tracks positional tensors."""
+        layout = layout.on(hidden_states.device)
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), text, layout, self.kind)
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -121,14 +122,15 @@ class VilavtVisionModel(qwen.Qwen2_5_VisionTransformerPretrainedModel):
         assert images_per_query is not None
         assert query_attention_mask is not None
         layout = VisionLayout(grid_thw, images_per_query, query_attention_mask, self.config, hidden_states.device)
-        text = query_features.flatten(0, 1)[layout.text_index]
+        text = query_features.to(hidden_states.device).flatten(0, 1)[layout.text_index]
         hidden_states = hidden_states.unflatten(0, (-1, self.spatial_merge_unit))[layout.order].flatten(0, 1)
         states = [hidden_states]
         for block in self.blocks:
             hidden_states = block(hidden_states, text, layout)
             if output_hidden_states:
                 states.append(hidden_states)
-        merged = self.merger(hidden_states)[torch.argsort(layout.order)]
+        merged = self.merger(hidden_states)
+        merged = merged[torch.argsort(layout.order).to(merged.device)]
         return compat.vision_output(hidden_states, merged, tuple(states) if output_hidden_states else None)
 
 

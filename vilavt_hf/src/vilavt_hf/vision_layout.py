@@ -146,6 +146,9 @@ class VisionLayout:
             config: the tower's configuration.
             device: where the results live.
         """
+        self.device = device
+        self._packed = (grid_thw, images_per_query, query_mask, config)
+        self._elsewhere: dict[torch.device, VisionLayout] = {}
         t, h, w = grid_thw.cpu().long().unbind(1)
         per_query, keep = images_per_query.cpu().long(), query_mask.cpu().bool()
         merge, unit = config.spatial_merge_size, config.spatial_merge_size**2
@@ -210,6 +213,14 @@ class VisionLayout:
     def sin(self) -> torch.Tensor:
         """Of the angles, for both halves of a head."""
         return self.angles(self.position.device).sin().repeat(1, 2)[:, None]
+
+    def on(self, device: torch.device) -> "VisionLayout":
+        """This layout where a block computes: the blocks of a dispatched tower may be on several devices."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = VisionLayout(*self._packed, device)
+        return self._elsewhere[device]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def vilavt_config(
 
     Everything else is kept. ``embedding_model_path`` is dropped: the query encoder is in the checkpoint and is never
     fetched. Text settings are written nested *and*, if they were, flat, as published files have them; RoPE settings in
-    the form that transformers 4.57 reads and 5.x accepts. A tied LM head is said to be one in both
+    the form that transformers 4.57 reads and 5.x accepts. That an LM head is tied to the embedding is said in both
     places, of which either version reads one.
 
     Args:

@@ -15,7 +15,7 @@ from ..errors import ImageError
 from ..failures import printable_text
 from ..json_text import parse_json
 from ..sources import ImageSource, Video
-from .model_options import AttentionMaps, limits_of, open_model, require_attention_maps
+from .model_options import AttentionMaps, DeviceMap, Quantize, limits_of, open_model, require_attention_maps
 from .quiet import open_quietly
 from .running import check_output_files, check_picture_file
 from .showing import json_text, markup, show
@@ -70,6 +70,8 @@ def ask(
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
     attention_maps: AttentionMaps = False,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
 
@@ -104,6 +106,8 @@ def ask(
         device=device,
         dtype=dtype.value,
         attention=attention,
+        device_map=device_map,
+        quantize=quantize,
         allow_urls=allow_urls,
     )
     console = Console(stderr=as_json, highlight=False)

@@ -20,6 +20,20 @@ Seed = Annotated[int | None, typer.Option(help="For sampling; default: a fresh o
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes CUDA if there is one. Not for a server.")]
 Dtype = Annotated[str, typer.Option(help="Type the weights are loaded as; auto is the checkpoint's. Not for a server.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2. Not for a server.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads the weights over GPUs and memory (needs accelerate). Not for a server.")
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Weights as int8 or fp8 (need torchao) or int4 (needs bitsandbytes). Not for a server."),
+]
+
+
+def engine_of(device_map: str | None, quantize: str | None, attention: str | None = None) -> dict[str, str]:
+    """Options of a local model's engine that were given."""
+    given = {"device_map": device_map, "quantize": quantize, "attn_implementation": attention}
+    return {name: value for name, value in given.items() if value is not None}
+
 
 AttentionMaps = Annotated[
     bool,
@@ -59,6 +73,8 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
     attention: str | None = None,
+    device_map: str | None = None,
+    quantize: str | None = None,
     allow_urls: bool = False,
 ) -> Backend:
     """Load a checkpoint quietly, or reach a server.
@@ -75,10 +91,11 @@ def open_model(
         device=device,
         dtype=dtype,
         allow_urls=allow_urls,
-        engine={} if attention is None else {"attn_implementation": attention},
+        engine=engine_of(device_map, quantize, attention),
     )
-    if attention is not None and names_server(model):
-        raise EngineError(f"--attention {attention}: a server's engine is set up when it is started; leave it out")
+    for option, value in (("--attention", attention), ("--device-map", device_map), ("--quantize", quantize)):
+        if value is not None and names_server(model):
+            raise EngineError(f"{option} {value}: a server's engine is set up when it is started; leave it out")
     if names_server(model):
         return open_backend(model, options=options)
     return open_quietly(model, lambda: open_backend(model, options=options))

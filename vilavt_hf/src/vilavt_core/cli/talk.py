@@ -54,6 +54,8 @@ def chat(
     dtype: options.Dtype = "auto",
     attention: options.Attention = None,
     attention_maps: options.AttentionMaps = False,
+    device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
 ) -> None:
     """Talk with a checkpoint or a server about pictures, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
@@ -79,6 +81,8 @@ def chat(
         device=device,
         dtype=dtype,
         attention=attention,
+        device_map=device_map,
+        quantize=quantize,
         allow_urls=allow_urls,
     )
     if attention_maps:

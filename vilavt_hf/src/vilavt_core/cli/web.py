@@ -36,6 +36,8 @@ def web(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: options.Attention = None,
+    device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
 ) -> None:
     """Open a page in which pictures are dropped and asked about. It is never shared through somebody else's server.
 
@@ -55,6 +57,8 @@ def web(
         device=device,
         dtype=dtype,
         attention=attention,
+        device_map=device_map,
+        quantize=quantize,
     )
     from ..web.app import Access, serve_page
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vilavt_core.cli.model_options import DeviceMap, Quantize, engine_of
 from vilavt_core.cli.quiet import load_quietly, open_quietly
 from vilavt_core.cli.running import check_output_files, check_output_folders
 from vilavt_core.ending import resumable
@@ -88,6 +89,8 @@ def evaluate(
     engine: EngineOptions = None,
     device: Device = "auto",
     functions: Functions = False,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Ask a checkpoint or a server the questions of benchmarks, and score the answers.
 
@@ -105,7 +108,9 @@ def evaluate(
     runs: list[Run] = []
     with resumable(), Presence(out, [benchmarks, preset, changes, seed, seeds, limit, ablate], share) as presence:
         take_own_gpu()
-        setting = _setting(model, backend, preset, changes, concurrency, engine, device)
+        setting = _setting(
+            model, backend, preset, changes, concurrency, engine, device, engine_of(device_map, quantize)
+        )
         ablations = [Ablation(), *(Ablation.parse(text) for text in ablate or ())]
         for ablation in ablations:
             ablation.check(setting.backend)
@@ -165,6 +170,8 @@ def latency(
     questions: Annotated[int | None, typer.Option(min=1, help="Per level; default: all there are, shared out.")] = None,
     engine: EngineOptions = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here.")] = None,
     functions: Functions = False,
@@ -180,7 +187,7 @@ def latency(
         raise typer.BadParameter(f"{concurrency!r} is no list of numbers such as 1,8,32", param_hint="--concurrency")
     check_output_files(json=json_file, markdown=markdown)
     _check_model(model)
-    setting = _setting(model, backend, preset, changes, max(levels), engine, device)
+    setting = _setting(model, backend, preset, changes, max(levels), engine, device, engine_of(device_map, quantize))
     report = measure_latency(
         _open(setting),
         setting.backend,
@@ -256,19 +263,31 @@ def _setting(
     concurrency: int | None,
     engine: list[str] | None,
     device: str,
+    placed: Mapping[str, str],
 ) -> Setting:
+    """What answers; `placed` are engine options with an option of their own, for a local model alone."""
     from vilavt_core.backends import names_server
 
     from ..evaluation_preset import EvaluationPreset
     from ..runner import Setting
 
+    backend = backend or ("server" if names_server(model) else "hf")
+    options = _values(engine, "--engine")
+    for name, value in placed.items():
+        option = f"--{name.replace('_', '-')}"
+        if backend != "hf":
+            raise typer.BadParameter(
+                f"{value}: the backend {backend!r} has options of its own, see --engine", param_hint=option
+            )
+        if name in options:
+            raise typer.BadParameter(f"{value}: --engine says {name}={options[name]}; pass one", param_hint=option)
     return Setting(
         model=model,
-        backend=backend or ("server" if names_server(model) else "hf"),
+        backend=backend,
         preset=EvaluationPreset.load(preset, _values(changes, "--set")),
         concurrency=concurrency,
         device=device,
-        engine=tuple(_values(engine, "--engine").items()),
+        engine=tuple((options | dict(placed)).items()),
     )
 
 

@@ -118,7 +118,9 @@ class VilavtForTeaching(VilavtForTraining):
         pairs = aux["partners"] if teacher is not None and aux is not None else ()
         with (
             BlockOutputs(self.model.visual, teacher.blocks if teacher is not None else []) as blocks,
-            AttentionInputs(self.model.visual, [teacher.partner_block] if teacher is not None and len(pairs) else []) as seen,
+            AttentionInputs(
+                self.model.visual, [teacher.partner_block] if teacher is not None and len(pairs) else []
+            ) as seen,
         ):
             features = self.encode(batch)
         auxiliary = torch.zeros((), device=self.lm_head.weight.device)
