@@ -11,6 +11,7 @@ import typer
 
 from vilavt_core.cli.chat import Device, Dtype, DtypeOption
 from vilavt_core.cli.quiet import open_quietly
+from vilavt_core.progress import counted, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,7 +110,8 @@ def attention(
         inquiries = [replace(zoom(chat.settings, image, regions), query=queries[0])]
         captions = [[_caption(i, one.box, one.index) for i, one in enumerate(regions)]]
     else:
-        result = chat.ask(image, question)
+        with waiting("asking"):
+            result = chat.ask(image, question)
         typer.echo(f"answer: {result.answer}" if result.answer else f"no answer ({result.finish})", err=as_json)
         inquiries, captions = _zoom_calls(result)
         if not inquiries:
@@ -118,7 +120,7 @@ def attention(
     chosen["patches"] = [Patch(*place) for place in patches]
     drawn = [
         attention_of(chat.model, chat.processor, inquiry, other, **chosen, captions=names)
-        for inquiry, names in zip(inquiries, captions, strict=True)
+        for inquiry, names in counted(list(zip(inquiries, captions, strict=True)), "measuring", "zoom call")
     ]
     record = _provenance(chat)
     for path in _draw(drawn, shown, out, scale, record):
