@@ -70,7 +70,7 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
     return found
 
 
-def picked(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+def points_of(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     """(step, value) of the lines of a log that have a figure of that name."""
     return [(line["step"], float(line[name])) for line in lines if line.get(name) is not None and "step" in line]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .curves import Curve, Panel, Style, picked, read_log, running_mean
+from .curves import Curve, Panel, Style, points_of, read_log, running_mean
 from .errors import LogError
 
 LOG, VALIDATION = "log.jsonl", "validation.jsonl"
@@ -83,15 +83,15 @@ def training_panels(runs: Sequence[tuple[str, TrainingLog]]) -> list[Panel]:
     """Loss, right answers on the validation questions, learning rate and gradient norm of runs, by name."""
     losses, answers, rates, norms = [], [], [], []
     for name, log in runs:
-        loss = picked(log.steps, "loss")
+        loss = points_of(log.steps, "loss")
         losses += [
             Curve(name, "loss", loss, Style.FAINT),
             Curve(name, "running mean", running_mean(loss)),
-            Curve(name, "validation", picked(log.validations, "loss"), Style.MARKED),
+            Curve(name, "validation", points_of(log.validations, "loss"), Style.MARKED),
         ]
-        answers.append(Curve(name, "answers right", picked(log.validations, "answers_right"), Style.MARKED))
-        rates.append(Curve(name, "learning rate", picked(log.steps, "learning_rate")))
-        norms.append(Curve(name, "gradient norm", picked(log.steps, "grad_norm")))
+        answers.append(Curve(name, "answers right", points_of(log.validations, "answers_right"), Style.MARKED))
+        rates.append(Curve(name, "learning rate", points_of(log.steps, "learning_rate")))
+        norms.append(Curve(name, "gradient norm", points_of(log.steps, "grad_norm")))
     return [
         Panel("loss per token", tuple(losses), weight=1.6),
         Panel("share of questions", tuple(answers), limits=(0, 1)),

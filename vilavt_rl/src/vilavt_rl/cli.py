@@ -187,6 +187,8 @@ def replay_command(
     if not run.exists():
         raise typer.BadParameter(f"{run}: there is no such file or folder", param_hint="RUN")
     require_vilavt(model)
+    from vilavt_core.progress import counted
+
     from .replay import read_rollouts, write_page
     from .rollout import settings_of_checkpoint
 
@@ -203,7 +205,8 @@ def replay_command(
             weights = VilavtPolicy.from_pretrained(str(model), dtype=torch.float32).eval()
             processor = VilavtProcessor.from_pretrained(model)
     chosen = (rollout for rollout in read_rollouts(run) if step is None or rollout.step == step)
-    typer.echo(str(write_page(islice(chosen, limit), settings, out, model=weights, processor=processor)))
+    shown = counted(list(islice(chosen, limit)), "playing", "rollout")
+    typer.echo(str(write_page(shown, settings, out, model=weights, processor=processor)))
 
 
 @app.command("curve")
@@ -250,8 +253,8 @@ def tiny_data_command(
     check_output_folders(out=out)
     from .tiny import write_data
 
-    typer.echo(str(write_data(out, count=train, split="train", seed=seed, name="train")))
-    typer.echo(str(write_data(out, count=val, split="heldout", seed=seed + 1, name="val")))
+    typer.echo(str(write_data(out, count=train, split="train", seed=seed, name="train", progress=True)))
+    typer.echo(str(write_data(out, count=val, split="heldout", seed=seed + 1, name="val", progress=True)))
 
 
 @tiny_app.command("checkpoint")

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vilavt_core.curves import Curve, Panel, Points, Style, picked, read_log, running_mean
+from vilavt_core.curves import Curve, Panel, Points, Style, points_of, read_log, running_mean
 from vilavt_core.errors import LogError
 
 from .replay import FOLDER, Rollout, read_rollouts
@@ -111,9 +111,9 @@ def reward_panels(runs: Sequence[tuple[str, RewardLog]]) -> list[Panel]:
 
 def _of_verl(lines: Sequence[Mapping[str, Any]]) -> RewardLog:
     return RewardLog(
-        reward=picked(lines, "critic/score/mean"),
+        reward=points_of(lines, "critic/score/mean"),
         # verl counts messages, the question too: two for each turn
-        turns=[(step, count / 2) for step, count in picked(lines, "num_turns/mean")],
+        turns=[(step, count / 2) for step, count in points_of(lines, "num_turns/mean")],
         held_out_accuracy=_over_sources(lines, r"val-(core|aux)/.+/acc/mean@\d+"),
         held_out_zoomed=_over_sources(lines, r"val-(core|aux)/.+/zoomed/mean@\d+"),
     )
@@ -130,12 +130,12 @@ def _over_sources(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
 
 def _of_easyr1(lines: Sequence[Mapping[str, Any]]) -> RewardLog:
     return RewardLog(
-        reward=picked(lines, "reward/overall"),
-        accuracy=picked(lines, "reward/accuracy"),
-        zoomed=picked(lines, "reward/zoomed"),
-        turns=picked(lines, "reward/turns"),
-        held_out_accuracy=picked(lines, "val/accuracy_reward"),
-        held_out_zoomed=picked(lines, "val/zoomed_reward"),
+        reward=points_of(lines, "reward/overall"),
+        accuracy=points_of(lines, "reward/accuracy"),
+        zoomed=points_of(lines, "reward/zoomed"),
+        turns=points_of(lines, "reward/turns"),
+        held_out_accuracy=points_of(lines, "val/accuracy_reward"),
+        held_out_zoomed=points_of(lines, "val/zoomed_reward"),
     )
 
 

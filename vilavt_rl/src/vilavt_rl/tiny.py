@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vilavt_core.progress import counted
 from vilavt_hf.tiny.scenes import QuestionKind, Split, ask_about
 
 SHARES = {
@@ -30,7 +31,7 @@ GUESS_STEPS = 24
 """Steps of half conversations, half guesses."""
 
 
-def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: str) -> Path:
+def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: str, progress: bool = False) -> Path:
     """Write pictures and ``<name>.jsonl``, in the format that `vilavt_rl.data` reads.
 
     Args:
@@ -39,6 +40,7 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
         split: whose digit scans may appear: ``train``, ``dev`` or ``heldout``.
         seed: of everything.
         name: of the file, and of the folder of its pictures.
+        progress: show a bar.
     """
     from vilavt_hf.tiny.build import _scene_for
 
@@ -47,7 +49,7 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
     path = out / f"{name}.jsonl"
     kinds = list(SHARES)
     with path.open("w", encoding="utf-8") as file:
-        for i in range(count):
+        for i in counted(range(count), name, "question", shown=progress):
             rng = np.random.default_rng([seed, i])
             kind = kinds[int(rng.choice(len(kinds), p=list(SHARES.values())))]
             scene = _scene_for(rng, kind, split)

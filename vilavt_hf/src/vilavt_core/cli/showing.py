@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..failures import printable_text
+from ..progress import waiting
 from ..results import AnswerEvent, ChatResult, CropsEvent, Event, Finished, RefusedEvent, TextDelta
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ def show(
         EngineError: there was none.
     """
     open_turn = -1
-    for event in events:
+    coming = iter(events)
+    with waiting("reading the pictures and the question"):
+        begin = list(islice(coming, 1))
+    for event in chain(begin, coming):
         if isinstance(event, TextDelta):
             if event.turn != open_turn:
                 console.print(f"\n[dim]turn {event.turn + 1}[/]  ", end="")

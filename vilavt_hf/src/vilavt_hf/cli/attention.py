@@ -13,6 +13,7 @@ from vilavt_core.cli.chat import Device, Dtype, DtypeOption
 from vilavt_core.cli.quiet import open_quietly
 from vilavt_core.cli.showing import json_text
 from vilavt_core.failures import printable_text
+from vilavt_core.progress import counted, waiting
 from vilavt_core.watching import zooms
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def attention(
         inquiries = [replace(zoom(chat.settings, image, regions), query=queries[0])]
         captions = [[_caption(i, one.box, one.index) for i, one in enumerate(regions)]]
     else:
-        result = chat.ask(image, question)
+        with waiting("asking"):
+            result = chat.ask(image, question)
         typer.echo(
             f"answer: {printable_text(result.answer)}" if result.answer else f"no answer ({result.finish})", err=as_json
         )
@@ -123,7 +125,7 @@ def attention(
     chosen["patches"] = [Patch(*place) for place in patches]
     drawn = [
         attention_of(chat.model, chat.processor, inquiry, other, **chosen, captions=names)
-        for inquiry, names in zip(inquiries, captions, strict=True)
+        for inquiry, names in counted(list(zip(inquiries, captions, strict=True)), "measuring", "zoom call")
     ]
     record = _provenance(chat)
     for path in _draw(drawn, shown, out, scale, record):

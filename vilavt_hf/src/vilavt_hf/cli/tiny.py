@@ -14,6 +14,7 @@ from vilavt_core.checkpoint.writing import check_destination
 from vilavt_core.cli.allocator import keep_freed_memory
 from vilavt_core.cli.running import check_output_files, check_output_folders, choice, group
 from vilavt_core.ending import resumable
+from vilavt_core.progress import waiting
 
 tiny_app = group("The tiny example model: build it, evaluate it, draw its scenes.")
 
@@ -95,7 +96,9 @@ def benchmark_command(
     check_output_folders(out=out)
     from ..tiny.benchmark import write_benchmark
 
-    typer.echo(write_benchmark(out, limit))
+    with waiting("drawing scenes"):
+        definition = write_benchmark(out, limit)
+    typer.echo(definition)
 
 
 @tiny_app.command("scenes")
@@ -137,7 +140,8 @@ def data_command(
     require_vilavt(folder)
     processor = VilavtProcessor.from_pretrained(folder)
     prompts = processor.prompts or PromptSet.load("tiny")
-    written = write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed)
-    written += write_new_lesson(out, count=count, held_out=held_out, seed=seed)
+    with waiting("drawing scenes"):
+        written = write_training_set(out, processor.tokenizer, prompts, count=count, seed=seed)
+        written += write_new_lesson(out, count=count, held_out=held_out, seed=seed)
     for name in dict.fromkeys(written):
         typer.echo(out / name)
