@@ -13,7 +13,7 @@ import typer
 from ..backends import names_server
 from ..checkpoint import require_vilavt
 from ..errors import ImageError
-from ..sources import ImageSource, Video
+from ..sources import ImageSource, Video, file_paths
 from .model_options import AttentionMaps, limits_of, open_model, require_attention_maps
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
@@ -114,7 +114,8 @@ def ask(
     if attention_maps:
         result = with_attention(backend, result)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
+        told = result.to_json() | {"image_files": file_paths(shown)}
+        typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
     _write(console, [result], trace, picture, backend, [None])
     if result.answer is None:
         raise typer.Exit(NO_ANSWER)
