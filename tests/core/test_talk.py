@@ -144,6 +144,7 @@ def test_questions_pictures_trace_and_reset(start, photo, tmp_path):
         terminal.send(f"/trace {tmp_path / name}\n")
         terminal.wait("trace: ")
     assert [one["question"] for one in json.loads((tmp_path / "t.json").read_text())] == ["what is it?", "and these?"]
+    assert json.loads((tmp_path / "t.json").read_text())[1]["image_files"] == [str(photo)] * 2
     assert "and these?" in (tmp_path / "t.html").read_text()
     terminal.send("/reset\n")
     terminal.wait("forgotten")

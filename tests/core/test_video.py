@@ -14,7 +14,7 @@ from PIL import Image
 
 from vilavt_core.errors import ImageError
 from vilavt_core.sources import Video
-from vilavt_core.video import VideoLimits, is_video_path, read_frames, video_info
+from vilavt_core.video import VideoLimits, frames_at, is_video_path, read_frames, video_info
 
 pytest.importorskip("av", reason='videos need the extra "video"')
 
@@ -100,6 +100,23 @@ def test_seeking_gives_the_frames_of_reading_through():
     every = [picture.image.tobytes() for picture in read_frames(Video(data, frames=24))]
     sparse = read_frames(Video(data, frames=3))
     assert [picture.image.tobytes() for picture in sparse] == [every[0], every[11], every[23]]
+
+
+@given(st.lists(st.integers(0, 19), min_size=1, max_size=8))
+@settings(max_examples=20, deadline=None)
+def test_frames_are_found_again_by_the_times_they_had(twenty, numbers):
+    frames = read_frames(Video(twenty))
+    again = frames_at(Video(twenty), [frames[n].time for n in numbers])
+    assert [picture.time for picture in again] == [frames[n].time for n in numbers]
+    assert [picture.image.tobytes() for picture in again] == [frames[n].image.tobytes() for n in numbers]
+
+
+def test_times_of_another_video_and_more_frames_than_allowed_are_refused(twenty):
+    for wrong in (0.05, -0.1, 2.0, float("nan"), float("inf")):
+        with pytest.raises(ImageError, match=r"no frame begins at .* another video"):
+            frames_at(Video(twenty, name="clip.mp4"), [0.0, wrong])
+    with pytest.raises(ImageError, match="3 frames would be taken, at most 2"):
+        frames_at(Video(twenty), [0.0, 0.1, 0.2], VideoLimits(max_frames=2))
 
 
 def test_the_same_file_gives_the_same_frames(twenty):

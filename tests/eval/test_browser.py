@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from clips import clip, marked, number_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -19,7 +20,10 @@ from vilavt_core.errors import EvaluationError
 from vilavt_core.presets import Limits, Sampling
 from vilavt_core.protocol import Region, ToolCall, format_turn
 from vilavt_core.results import ChatResult, Provenance, Work
+from vilavt_core.sources import Video, file_paths
+from vilavt_core.video import read_frames
 from vilavt_eval.browser import BrowsedRun, write_browser
+from vilavt_eval.definition import load_benchmark
 from vilavt_eval.pictures import PictureFolder, picture_roots
 from vilavt_eval.questions import Question
 from vilavt_eval.recordings import read_recordings
@@ -274,3 +278,172 @@ def test_failed_questions_are_shown_with_their_error(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(row_of(question, failed)) + "\n")
     out = shown([tmp_path / "r.jsonl"], tmp_path / "out")
     assert "ValueError: boom" in (out / "pages/00001.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- files of results, and videos
+
+
+def asked(tmp_path, images, files: list, where: str = "results/one.json", **more) -> Path:
+    """What `vilavt ask --json` writes, in a folder of its own."""
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result(images).to_json() | {"image_files": files} | more))
+    return path
+
+
+def pictured(path: Path, benchmark=None):
+    """The only conversation of a file with its pictures, looked for where `vilavt view` looks."""
+    recordings = read_recordings(path, benchmark)
+    (entry,) = recordings.entries
+    folder = PictureFolder(path.parent / "pages", str(path.parent / "pages") + "/")
+    return entry.pictured(folder, picture_roots(path, recordings.benchmark)), folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The current folder is not that of the pictures."""
+    folder = tmp_path / "a" / "b" / "c" / "d" / "e"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_result_is_shown_with_its_pictures_wherever_it_lies(tmp_path, picture, elsewhere):
+    for files in ([str(picture)], ["a.png"], []):
+        there = {"results/one.json"} if files != [str(picture)] else {"results/one.json", "a/b/c/d/e/one.json"}
+        for where in there:  # named as it is, or beside the result and in the folders above it
+            trace, _ = pictured(asked(tmp_path, IMAGES, files, where))
+            assert set(trace.pictures) == {0, 1, 2}
+            assert trace.missing == {}
+
+
+def test_a_result_that_was_moved_together_with_its_pictures_is_shown_with_them(tmp_path, picture, elsewhere):
+    path = asked(tmp_path, IMAGES, ["/another/machine/a.png"])
+    assert set(pictured(path)[0].pictures) == {0, 1, 2}
+    picture.unlink()
+    assert set(pictured(path)[0].missing.values()) == {"a.png: no such file"}
+
+
+def test_ask_writes_where_its_pictures_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["a.png", Video("clip.mp4"), tmp_path / "b.png", "http://x.org/c.png", "data:image/png;base64,", b"bytes"]
+    assert file_paths(given) == [
+        *(str(tmp_path / name) for name in ("a.png", "clip.mp4", "b.png")),
+        "http://x.org/c.png",
+    ]
+
+
+def test_pictures_of_one_name_in_two_folders_are_told_apart(tmp_path, picture, elsewhere):
+    other = tmp_path / "other" / "a.png"
+    other.parent.mkdir()
+    Image.new("RGB", (800, 400), "blue").save(other)
+    trace, _ = pictured(
+        asked(tmp_path, [original(0, name="a.png"), original(1, name="a.png")], [str(other), str(picture)])
+    )
+    blue, red = (Image.open(trace.pictures[index]).getpixel((10, 300)) for index in (0, 1))
+    assert blue[2] > 200 > blue[0]
+    assert red[0] > 200 > red[2]
+
+
+def test_missing_files_are_named_on_the_page_in_place_of_their_pictures(tmp_path, picture, elsewhere):
+    images = [original(0, name="a.png"), original(1, name="gone<b>.png"), original(2, name="far.png")]
+    path = asked(tmp_path, images, [str(picture), "/nowhere/gone<b>.png", "https://x.org/far.png"])
+    trace, folder = pictured(path)
+    assert trace.missing == {1: "gone<b>.png: no such file", 2: "far.png: a picture of the network"}
+    assert folder.missing["/nowhere/gone<b>.png"] == "no such file"
+    page = (shown([path], tmp_path / "out") / "pages/00001.html").read_text(encoding="utf-8")
+    assert "<span>gone&lt;b&gt;.png: no such file</span>" in page
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    trace, _ = pictured(asked(tmp_path, [original(0, name="broken.png")], ["broken.png"]))
+    assert trace.missing[0].startswith("broken.png: ")
+
+
+@pytest.fixture
+def film(tmp_path) -> Path:
+    """20 frames that say which they are, ten a second."""
+    pytest.importorskip("av", reason='videos need the extra "video"')
+    (tmp_path / "film").mkdir()
+    path = tmp_path / "film" / "clip.mp4"
+    path.write_bytes(clip(marked(20)))
+    return path
+
+
+def of_film(film: Path, count: int, first: int = 0) -> list:
+    """Frames as a conversation shows them, and a crop of the last one."""
+    frames = read_frames(Video(film, count))
+    shown = [original(first + n, name=film.name, time=frame.time) for n, frame in enumerate(frames)]
+    last = shown[-1]
+    return [*shown, replace(crop(last.index + 1, (0, 0, 100, 50), last.index, source=last.source), time=last.time)]
+
+
+def test_frames_of_a_video_are_those_that_were_shown_and_crops_are_cut_out_of_theirs(
+    tmp_path, film, picture, elsewhere
+):
+    images = [original(0, name="a.png"), *of_film(film, 5, first=1)]
+    for files in ([str(picture), str(film)], ["a.png", "film/clip.mp4"]):
+        trace, folder = pictured(asked(tmp_path, images, files))
+        assert trace.missing == folder.missing == {}
+        assert set(trace.pictures) == set(range(7))
+        numbers = [number_of(Image.open(trace.pictures[index])) for index in range(1, 6)]
+        assert numbers == [number_of(frame.image) for frame in read_frames(Video(film, 5))] == [0, 4, 9, 14, 19]
+        assert Image.open(trace.pictures[6]).size == (56, 56)
+        assert max(Image.open(trace.pictures[6]).convert("L").crop((0, 0, 14, 8)).getextrema()) > 230  # its white block
+    out = shown([asked(tmp_path, images, [str(picture), str(film)])], tmp_path / "out")
+    page = (out / "pages/00001.html").read_text(encoding="utf-8")
+    assert 'class="blank"' not in page
+    assert page.count("../pictures/") == 7
+
+
+def test_two_videos_and_one_given_twice_are_told_apart(tmp_path, film, elsewhere):
+    other = tmp_path / "clip.mp4"
+    other.write_bytes(clip(list(reversed(marked(20)))))
+    frames = [image for image in of_film(film, 3) if image.parent is None]
+    images = [replace(image, index=n, source=n) for n, image in enumerate([*frames, *frames, *frames])]
+    trace, _ = pictured(asked(tmp_path, images, [str(film), str(other), str(film)]))
+    numbers = [number_of(Image.open(trace.pictures[n])) for n in range(9)]
+    assert numbers == [0, 9, 19, 19, 10, 0, 0, 9, 19]
+
+
+def test_a_video_that_is_gone_broken_or_another_one_is_named(tmp_path, film, elsewhere):
+    images = of_film(film, 4)
+    path = asked(tmp_path, images, [str(film)])
+    film.write_bytes(clip(marked(5)))
+    trace, _ = pictured(path)
+    assert trace.pictures == {}
+    assert set(trace.missing) == set(range(5))
+    assert "no frame begins at" in trace.missing[0]
+    film.write_bytes(b"no video")
+    assert pictured(path)[0].missing[4].startswith("clip.mp4: ")
+    film.unlink()
+    assert set(pictured(path)[0].missing.values()) == {"clip.mp4: no such file"}
+    done = CliRunner().invoke(app, ["view", str(path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0
+    assert "no such file" in done.output
+
+
+def film_row(tmp_path, film: Path, count: int) -> Path:
+    """A row of VSI-Bench with video files."""
+    benchmark = load_benchmark("VSI-Bench-video")
+    record = {
+        "id": 0, "dataset": "film", "scene_name": "clip", "question_type": "object_counting", "question": "How many?",
+        "ground_truth": "4", "options": None,
+    }  # fmt: skip
+    question = Question(0, record, (), (benchmark.videos.video(film),), "How many?", "regression", (), "4", None)
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row_of(question, result(of_film(film, count)))) + "\n")
+    return path
+
+
+def test_a_row_of_a_benchmark_with_videos_is_shown_with_their_frames(tmp_path, film, elsewhere):
+    path = film_row(tmp_path, film, 32)  # the clip has 20
+    trace, folder = pictured(path, load_benchmark("VSI-Bench-video"))
+    assert trace.missing == folder.missing == {}
+    assert [number_of(Image.open(trace.pictures[n])) for n in range(20)] == list(range(20))
+    assert [image.time for image in trace.images[:20]] == [n / 10 for n in range(20)]
+    assert set(trace.pictures) == set(range(21))
+    path = film_row(tmp_path, film, 7)
+    trace, _ = pictured(path, load_benchmark("VSI-Bench-video"))
+    assert trace.missing[0] == "clip.mp4: 7 frames were shown, not the 20 that the definition takes now"
+    film.unlink()
+    trace, _ = pictured(path, load_benchmark("VSI-Bench-video"))
+    assert set(trace.missing.values()) == {"clip.mp4: no such file"}

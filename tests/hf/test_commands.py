@@ -73,6 +73,7 @@ def test_json_goes_to_stdout_alone(ask):
 def test_several_pictures_may_be_given(ask, photo):
     data = json.loads(ask("what?", "--image", str(photo), "--json").stdout)
     assert [image["kind"] for image in data["images"]] == ["original", "original"]
+    assert data["image_files"] == [str(photo)] * 2
 
 
 @pytest.mark.parametrize(

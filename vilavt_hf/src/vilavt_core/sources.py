@@ -195,6 +195,21 @@ def source_name(source: ImageSource) -> str:
     return source_name(name) if isinstance(name, str) else ""
 
 
+def file_paths(sources: Iterable[ImageSource | Video]) -> list[str]:
+    """For each picture or video that is a file where it is, as an absolute path; of the network, its URL; others are
+    left out. A result that is written to disk says by them where its pictures can be found again.
+    """
+    out = []
+    for one in sources:
+        source = one.source if isinstance(one, Video) else one
+        if not isinstance(source, str | os.PathLike):
+            continue
+        path = os.fsdecode(source)
+        if path[:5].lower() != "data:":
+            out.append(path if "://" in path else os.path.abspath(path))
+    return out
+
+
 def is_video_path(source: object) -> bool:
     """Whether a path or URL ends like a video's."""
     return isinstance(source, str | Path) and str(source).partition("?")[0].lower().endswith(VIDEO_SUFFIXES)

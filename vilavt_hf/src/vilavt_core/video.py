@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,7 +161,36 @@ def read_frames(
         return file.frames(file.chosen())
 
 
+def frames_at(
+    video: Video, times: Sequence[float], limits: VideoLimits = VideoLimits(), *, allow_paths: bool = True
+) -> list[Picture]:
+    """The frames that a conversation was shown, by the times that it recorded; see `read_frames`.
+
+    Args:
+        video: the file; its `frames` and `fps` say nothing here.
+        times: seconds after the first frame.
+        limits: caps.
+        allow_paths: whether files of this machine may be read.
+
+    Returns:
+        One for each time, in their order.
+
+    Raises:
+        ImageError: as `read_frames`, or no frame begins at such a time.
+    """
+    with _opened(video, limits, allow_urls=False, allow_paths=allow_paths, url_policy=_POLICY) as file:
+        ticks = [file.tick_at(time) for time in times]
+        file.check_count(len(set(ticks)))
+        wanted = sorted(set(ticks))
+        found = dict(zip(wanted, file.frames(wanted), strict=True))
+        return [found[tick] for tick in ticks]
+
+
 # ---------------------------------------------------------------------- parts
+
+
+_SAME_TIME = 1e-3
+"""Seconds that a recorded time may be off."""
 
 
 class _BadIndexError(Exception):
@@ -238,20 +268,31 @@ class _File:
         """Seconds after the first frame."""
         return float((tick - self.ticks[0]) * self.time_base)
 
+    def tick_at(self, seconds: float) -> int:
+        """The frame that begins then."""
+        at = bisect_left(self.ticks, seconds, key=self.seconds)
+        near = min(self.ticks[max(0, at - 1) : at + 1], key=lambda tick: abs(self.seconds(tick) - seconds))
+        if not abs(self.seconds(near) - seconds) <= _SAME_TIME:
+            raise ImageError(
+                f"{self.label}: no frame begins at {seconds:g} s, the nearest one at {self.seconds(near):g} s; it is "
+                "another video than the one that was shown"
+            )
+        return near
+
     def chosen(self) -> list[int]:
         """Ticks of the frames to take, ascending, each once."""
         first, last, video = self.ticks[0], self.ticks[-1], self.video
         if video.fps is not None:
             step = 1 / (Fraction(video.fps).limit_denominator(10**6) * self.time_base)
             count = int((last - first) / step) + 1
-            self._check_count(min(count, len(self.ticks)))
+            self.check_count(min(count, len(self.ticks)))
             targets: Iterator[Fraction] = (first + step * n for n in range(count))
         else:
             count = video.frames or FRAMES
             if count >= len(self.ticks):
-                self._check_count(len(self.ticks))
+                self.check_count(len(self.ticks))
                 return self.ticks
-            self._check_count(count)
+            self.check_count(count)
             if video.rule == "centres":
                 targets = (first + Fraction(2 * n + 1, 2 * count) * (self.end - first) for n in range(count))
             elif count == 1:
@@ -266,7 +307,8 @@ class _File:
             ticks[self.ticks[at]] = None
         return list(ticks)
 
-    def _check_count(self, count: int) -> None:
+    def check_count(self, count: int) -> None:
+        """Stop if so many frames are too many."""
         if count > self.limits.max_frames:
             raise ImageError(
                 f"{self.label}: {count} frames would be taken, at most {self.limits.max_frames} are allowed; lower "

@@ -61,6 +61,8 @@ class Trace:
     """All of the conversation up to the end of this question, in order."""
     pictures: Mapping[int, str] = field(default_factory=dict)
     """Image -> address of its picture: a ``data:`` URL, or a file beside the page. Others are drawn as frames."""
+    missing: Mapping[int, str] = field(default_factory=dict)
+    """Image -> which file its picture should come from, and why it does not."""
     answer: str | None = None
     finish: str = ""
     detail: str = ""
@@ -199,7 +201,8 @@ def shown_talk(questions: Sequence[Trace], number: int = 0) -> dict[str, Any]:
     """
     images = max((question.images for question in questions), key=len, default=())
     pictures = {index: url for question in questions for index, url in question.pictures.items()}
-    figures = [_figure(image, images, pictures, number) for image in images]
+    missing = {index: why for question in questions for index, why in question.missing.items()}
+    figures = [_figure(image, images, pictures, number) | {"missing": missing.get(image.index)} for image in images]
     originals = [figure for figure in figures if figure["original"]]
     chosen = next((figure for figure in originals if figure["boxes"]), originals[0] if originals else None)
     return {

@@ -70,6 +70,14 @@ class Videos(_Part):
         except ValueError as error:
             raise ValueError(f"path: {self.path!r}: {error}") from None
 
+    def named(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the path is made of, for each video of a record; unchecked."""
+        values = {key: record.get(key) for key in self.keys}
+        (first, *_) = values
+        if isinstance(listed := values[first], list) and self.path == f"{{{first}}}":
+            return [{first: value} for value in listed] or [{first: None}]
+        return [values]
+
     def video(self, path: str | Path) -> Video:
         """A file and which of its frames are shown."""
         return Video(path, self.frames, self.fps, self.rule)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from vilavt_core.conversation import ShownImage
 from vilavt_core.errors import ImageError
 from vilavt_core.images import load_image
 from vilavt_core.protocol import Box
+from vilavt_core.sources import Rule, Video
+from vilavt_core.video import VideoLimits, frame_times, frames_at
 
 from .definition import Benchmark
 
 LARGEST = 1600
 """Pixels of the longest side of a written picture."""
 THUMBNAIL = 160
+FRAME_LIMITS = VideoLimits(max_total_pixels=200_000_000, max_seconds=60)
+"""Caps on the frames of a video that one conversation is shown with: 600 MB in memory."""
 _DECODED = 4
 """Sources that are kept decoded: neighbouring questions share them."""
 
@@ -50,6 +55,20 @@ def picture_roots(
     return list(dict.fromkeys(roots))
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video file."""
+
+    path: Path
+    time: float
+    """Seconds after the first one."""
+    times: tuple[float, ...]
+    """Of all frames of the conversation that come from this file: they are decoded together."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 class PictureFolder:
     """Writes pictures into a folder, each once.
 
@@ -64,33 +83,57 @@ class PictureFolder:
         """Pictures that could not be shown, and why."""
         self.open = lru_cache(_DECODED)(load_image)
         """A picture, decoded; see `vilavt_core.images.load_image`."""
+        self._frames = lru_cache(1)(_frames)
+        self.times = lru_cache(_DECODED)(_times)
+        """Times of the frames that are taken of a video file; an error if it cannot be read."""
 
     def find(self, name: str, roots: Sequence[Path]) -> Path | None:
-        """The file of a picture, or None."""
+        """The file of a picture or video, or None. One that is not where its absolute path says is looked for by its name:
+        results are moved together with their pictures.
+        """
         path = Path(name)
         if not name or "\0" in name or ".." in path.parts:
             return None
         if path.is_absolute():
-            return path if os.path.isfile(path) else None
+            if os.path.isfile(path):
+                return path
+            path = Path(path.name)
         return next((root / path for root in roots if os.path.isfile(root / path)), None)
 
-    def address_of(self, source: Path | str, image: ShownImage) -> str | None:
-        """Write what an image showed of its source, a file or a ``data:`` URL; None if that cannot be read."""
+    def address_of(self, source: Path | Frame | str, image: ShownImage) -> str | None:
+        """Write what an image showed of its source, a file, a frame or a ``data:`` URL; None if that cannot be read."""
         return self._write(source, image.region, (image.width, image.height), self.address, whole=image.parent is None)
 
-    def thumbnail(self, source: Path | str, address: str) -> str | None:
+    def thumbnail(self, source: Path | Frame | str, address: str) -> str | None:
         """Write a source as a thumbnail, for a page that knows the folder under another address."""
         return self._write(source, (0.0, 0.0, 1.0, 1.0), (THUMBNAIL, THUMBNAIL), address, whole=True, name="thumb-")
 
+    def _decoded(self, source: Path | Frame | str) -> Image.Image:
+        if not isinstance(source, Frame):
+            return self.open(source)
+        frames = self._frames(source.path, source.times)
+        if isinstance(frames, ImageError):
+            raise frames
+        return frames[source.time]
+
     def _write(
-        self, source: Path | str, region: Box, size: tuple[int, int], address: str, *, whole: bool, name: str = ""
+        self,
+        source: Path | Frame | str,
+        region: Box,
+        size: tuple[int, int],
+        address: str,
+        *,
+        whole: bool,
+        name: str = "",
     ) -> str | None:
         try:
-            stamp = os.stat(source).st_mtime_ns if isinstance(source, Path) else 0
-            key = f"{source}\0{stamp}\0{region}\0{size}\0{whole}"
+            file = source.path if isinstance(source, Frame) else source
+            stamp = os.stat(file).st_mtime_ns if isinstance(file, Path) else 0
+            time = source.time if isinstance(source, Frame) else ""
+            key = f"{source}\0{time}\0{stamp}\0{region}\0{size}\0{whole}"
             path = self.folder / f"{name}{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:20]}.jpg"
             if not path.is_file():
-                picture = self.open(source)
+                picture = self._decoded(source)
                 if not whole:
                     picture = _cut(picture, region, size)
                 largest = THUMBNAIL if name else LARGEST
@@ -102,6 +145,22 @@ class PictureFolder:
             self.missing.setdefault(str(source)[:200], str(error)[:300])
             return None
         return address + path.name
+
+
+def _times(path: Path, frames: int | None, fps: float | None, rule: Rule) -> tuple[float, ...] | ImageError:
+    try:
+        return frame_times(Video(path, frames, fps, rule), FRAME_LIMITS).times
+    except ImageError as error:
+        return error
+
+
+def _frames(path: Path, times: tuple[float, ...]) -> dict[float, Image.Image] | ImageError:
+    """Frames by their times; an error is kept too, so that a broken file is not read again for each of its frames."""
+    try:
+        found = frames_at(Video(path), times, FRAME_LIMITS)
+    except ImageError as error:
+        return error
+    return {time: frame.image for time, frame in zip(times, found, strict=True)}
 
 
 def _cut(picture: Image.Image, region: Box, size: tuple[int, int]) -> Image.Image:

@@ -235,12 +235,8 @@ class Questions(Sequence[Question]):
         videos = self.benchmark.videos
         if videos is None:
             return ()
-        values = {key: record.get(key) for key in videos.keys}
-        (first, *_) = values
-        listed = values[first]
-        alone = isinstance(listed, list) and videos.path == f"{{{first}}}"
-        each: list[dict[str, Any]] = [{first: value} for value in listed or ()] if alone else [values]
-        for one in each or [{first: None}]:
+        each = videos.named(record)
+        for one in each:
             for key, value in one.items():
                 if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
                     raise self._wrong(i, key, f"it is {_kind(value)}; videos.path {videos.path!r} needs a name there")

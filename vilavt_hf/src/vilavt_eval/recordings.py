@@ -17,10 +17,11 @@ from vilavt_core.presets import Limits, get_preset
 from vilavt_core.protocol import ToolCall, parse_turn
 from vilavt_core.regions import WHOLE, Gallery, Picture, share_budget
 from vilavt_core.results import ChatResult
+from vilavt_core.sources import Video, source_name
 from vilavt_core.viewer import Trace, shown_talk
 
 from .definition import Benchmark
-from .pictures import PictureFolder
+from .pictures import Frame, PictureFolder
 from .scores import Flaw, ScoredFile, ScoredRow, question_id_of, read_lines, response_of, score_file
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
@@ -65,6 +66,8 @@ class Recording:
     """Without pictures."""
     sources: Sequence[str] = ()
     """Path or ``data:`` URL of each source picture, by its number."""
+    videos: Sequence[Video] = ()
+    """Of a row, behind its pictures; their paths as the row names them."""
     inside: Mapping[int, str] = field(default_factory=dict)
     """``data:`` URLs of images, where the file has them."""
     category: str = ""
@@ -99,15 +102,26 @@ class Recording:
         return replace(self, trace=replace(self.trace, images=images, turns=turns))
 
     def pictured(self, folder: PictureFolder, roots: Sequence[Path]) -> Trace:
-        """The trace with its pictures, as far as their files are found."""
-        found: dict[int, str] = {}
+        """The trace with its pictures, as far as their files are found; of the others it says why not."""
+        found, missing = dict[int, str](), dict[int, str]()
+        frames = self._frames(folder, roots)
+        images = []
         for image in self.trace.images:
-            source = self._source(image, folder, roots)
+            frame = frames.get(image.source)
+            if isinstance(frame, Frame) and image.time is None:
+                image = replace(image, time=frame.time, name=frame.path.name)
+            images.append(image)
+            source, why = self._source(image, frames, folder, roots)
             if source is not None:
                 whole = replace(image, region=WHOLE, parent=None) if image.index in self.inside else image
                 if (address := folder.address_of(source, whole)) is not None:
                     found[image.index] = address
-        return replace(self.trace, pictures=found)
+                    continue
+                name = "picture in the file" if isinstance(source, str) else Path(str(source)).name
+                why = f"{name}: {folder.missing.get(str(source)[:200], 'cannot be read')}"
+            if why:
+                missing[image.index] = why
+        return replace(self.trace, images=images, pictures=found, missing=missing)
 
     def thumbnail(self, folder: PictureFolder, roots: Sequence[Path], address: str) -> str | None:
         """Address of a thumbnail of the picture that is looked at first."""
@@ -116,21 +130,68 @@ class Recording:
         if first is None:
             return None
         original = next((image for image in images if image.source == first.source), first)
-        source = self._source(original, folder, roots)
+        source, _ = self._source(original, self._frames(folder, roots), folder, roots)
         return None if source is None else folder.thumbnail(source, address)
 
-    def _source(self, image: ShownImage, folder: PictureFolder, roots: Sequence[Path]) -> Path | str | None:
+    def _source(
+        self, image: ShownImage, frames: Mapping[int, Frame | str], folder: PictureFolder, roots: Sequence[Path]
+    ) -> tuple[Path | Frame | str | None, str]:
+        """Where the picture of an image comes from, or None and why it is not known."""
         if image.index in self.inside:
-            return self.inside[image.index]
-        if image.time is not None or not 0 <= image.source < len(self.sources):
-            return None
+            return self.inside[image.index], ""
+        if image.source in frames:
+            frame = frames[image.source]
+            return (frame, "") if isinstance(frame, Frame) else (None, frame)
+        if not 0 <= image.source < len(self.sources):
+            return None, ""
         name = self.sources[image.source]
         if name.startswith("data:"):
-            return name
+            return name, ""
         found = folder.find(name, roots)
-        if found is None:
-            folder.missing.setdefault(name[:200], "no such file")
+        return found, "" if found is not None else _no_file(name, folder)
+
+    def _frames(self, folder: PictureFolder, roots: Sequence[Path]) -> dict[int, Frame | str]:
+        """Source -> the frame of a video that it is, or why that is not known."""
+        timed = {image.source: image.time for image in self.trace.images if image.time is not None}
+        if self.videos:
+            return self._frames_of_row(timed, folder, roots)
+        times: dict[str, list[float]] = {}
+        named = {source: self.sources[source] for source in timed if 0 <= source < len(self.sources)}
+        for source, name in named.items():
+            times.setdefault(name, []).append(timed[source])
+        found: dict[int, Frame | str] = {}
+        for source, name in named.items():
+            path = folder.find(name, roots)
+            wanted = tuple(sorted(set(times[name])))
+            found[source] = _no_file(name, folder) if path is None else Frame(path, timed[source], wanted)
         return found
+
+    def _frames_of_row(
+        self, timed: Mapping[int, float], folder: PictureFolder, roots: Sequence[Path]
+    ) -> dict[int, Frame | str]:
+        """A row says no times of its originals: the frames are chosen again, as the benchmark's definition says."""
+        shown = [image.source for image in self.trace.images if image.parent is None]
+        frames: list[Frame] = []
+        for video in self.videos:
+            name = str(video.source)
+            path = folder.find(name, roots)
+            times = None if path is None else folder.times(path, video.frames, video.fps, video.rule)
+            if path is None or times is None or isinstance(times, ImageError):
+                why = f"{Path(name).name}: {times}" if times is not None else _no_file(name, folder)
+                folder.missing.setdefault(name[:200], str(times)[:300])
+                return dict.fromkeys(shown[len(self.sources) :], why)
+            frames += [Frame(path, time, times) for time in times]
+        numbered = dict(enumerate(frames, len(self.sources)))
+        told = all(source in numbered and abs(numbered[source].time - time) < 1e-3 for source, time in timed.items())
+        if len(shown) != len(self.sources) + len(frames) or not told:
+            names = ", ".join(Path(str(video.source)).name for video in self.videos)
+            why = (
+                f"{names}: {len(shown) - len(self.sources)} frames were shown, not the {len(frames)} that the "
+                "definition takes now"
+            )
+            folder.missing.setdefault(names[:200], why)
+            return dict.fromkeys(shown[len(self.sources) :], why)
+        return dict(numbered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +276,10 @@ def recording_of_row(row: Mapping[str, Any], line: int, benchmark: Benchmark | N
     sources = [str(path) for path in (named if isinstance(named, list) else [named])]
     shown = row.get("shown") or {}
     images = [
-        ShownImage(n, "original", width, height, n, WHOLE, None, None, "", Path(sources[n]).name)
+        ShownImage(
+            n, "original", width, height, n, WHOLE, None, None, "", Path(sources[n]).name if n < len(sources) else ""
+        )
         for n, (width, height) in enumerate(shown.get("originals") or ())
-        if n < len(sources)
     ]
     crops: dict[int, list[int]] = {}
     for crop in shown.get("crops") or ():
@@ -250,7 +312,14 @@ def recording_of_row(row: Mapping[str, Any], line: int, benchmark: Benchmark | N
         seconds=_number(row.get("seconds")),
         facts={name: str(value) for name, value in facts.items() if value not in (None, "")},
     )
-    return Recording(question_id_of(row, line), trace, sources)
+    return Recording(question_id_of(row, line), trace, sources, _videos(row, benchmark))
+
+
+def _videos(row: Mapping[str, Any], benchmark: Benchmark | None) -> list[Video]:
+    videos = None if benchmark is None else benchmark.videos
+    if videos is None:
+        return []
+    return [videos.video(videos.path.format(**one)) for one in videos.named(row)]
 
 
 def _recording_of_result(data: Any, path: Path, line: int) -> Recording:
@@ -279,10 +348,41 @@ def _recording_of_result(data: Any, path: Path, line: int) -> Recording:
         for image in data["images"]
         if isinstance(image.get("png"), str) and image["png"].startswith("data:image/")
     }
-    originals = {image.source: image.name for image in result.images if image.parent is None}
-    named = [originals.get(n, "") for n in range(max(originals, default=-1) + 1)]
-    sources = [str(file) for file in files] if isinstance(files, list) and len(files) >= len(named) else named
-    return Recording(key, trace, sources, inside)
+    return Recording(key, trace, _files(result.images, files), inside=inside)
+
+
+def _files(images: Sequence[ShownImage], files: Any) -> list[str]:
+    """The file of each source: by the list that the result came with, one entry for each picture and each video in the
+    order of the conversation, as far as the names agree; else the bare name.
+    """
+    originals = {image.source: image for image in images if image.parent is None}
+    given = [str(file) for file in files] if isinstance(files, list) else []
+    out: list[str] = []
+    at, before = -1, None
+    for source in range(max(originals, default=-1) + 1):
+        image = originals.get(source)
+        if image is None:
+            out.append("")
+            continue
+        frame_of_same = (
+            before is not None
+            and image.time is not None
+            and before.time is not None
+            and image.name == before.name
+            and image.time > before.time
+        )
+        at, before = at if frame_of_same else at + 1, image
+        path = given[at] if at < len(given) else ""
+        if source_name(path) != image.name and image.name:
+            path = next((file for file in given if source_name(file) == image.name), image.name)
+        out.append(path)
+    return out
+
+
+def _no_file(name: str, folder: PictureFolder) -> str:
+    why = "a picture of the network" if "://" in name[:20] else "no such file"
+    folder.missing.setdefault(name[:200], why)
+    return f"{Path(name).name[:200]}: {why}"
 
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:

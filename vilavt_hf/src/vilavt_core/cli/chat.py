@@ -14,7 +14,7 @@ from ..checkpoint import require_vilavt
 from ..errors import ImageError
 from ..failures import printable_text
 from ..json_text import parse_json
-from ..sources import ImageSource, Video
+from ..sources import ImageSource, Video, file_paths
 from .model_options import AttentionMaps, DeviceMap, Quantize, limits_of, open_model, require_attention_maps
 from .quiet import open_quietly
 from .running import check_output_files, check_picture_file
@@ -119,7 +119,7 @@ def ask(
     if attention_maps:
         result = with_attention(backend, result)
     if as_json:
-        typer.echo(json_text(result.to_json(), 2))
+        typer.echo(json_text(result.to_json() | {"image_files": file_paths(shown)}, 2))
     _write(console, [result], trace, picture, backend, [None])
     if result.answer is None:
         raise typer.Exit(NO_ANSWER)

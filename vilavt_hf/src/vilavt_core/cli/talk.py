@@ -200,6 +200,7 @@ class Prompt:
     def trace(self, file: str) -> None:
         """Write everything so far."""
         from ..errors import EngineError
+        from ..sources import file_paths
         from ..trace import write_html
 
         path = Path(_path(file))
@@ -210,7 +211,10 @@ class Prompt:
         results = self.dialogue.results
         try:
             if path.suffix.lower() == ".json":
-                path.write_text(json.dumps([one.to_json() for one in results], ensure_ascii=False, indent=2) + "\n")
+                files = {"image_files": file_paths(self.dialogue.sources)}
+                path.write_text(
+                    json.dumps([one.to_json() | files for one in results], ensure_ascii=False, indent=2) + "\n"
+                )
             else:
                 write_html(results, path)
         except OSError as error:
