@@ -104,7 +104,9 @@ class AuxiliaryLosses(nn.Module):
             else:
                 scores, target = self.heads[name](picked), values
             if spec.kind == "labels":
-                loss = F.binary_cross_entropy_with_logits(scores, target, pos_weight=scores.new_tensor(spec.positive_weight))
+                loss = F.binary_cross_entropy_with_logits(
+                    scores, target, pos_weight=scores.new_tensor(spec.positive_weight)
+                )
                 hit = (scores > 0) == (target > 0.5)
                 right[name] = (hit if spec.single else hit.all(1)[target.any(1)]).float().mean()
             else:
@@ -131,7 +133,6 @@ class AuxiliaryLosses(nn.Module):
             count += len(at)
             mass[f"attention_{layer}_{heads[0]}"] = share.detach().mean()
         return self.attention_weight * total / max(1, count), mass
-
 
     def partner_loss(
         self, pairs: torch.Tensor, attention: Any, inputs: tuple[Any, ...], patches: torch.Tensor, groups: torch.Tensor
