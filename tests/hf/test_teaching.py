@@ -12,10 +12,10 @@ from vilavt_core.data.example import IGNORE, ImageGroup
 from vilavt_core.data.order import InOrder
 from vilavt_core.errors import TrainingError
 from vilavt_hf.tiny.build import new_model
-from vilavt_hf.tiny.heads import AuxiliaryHead, AuxiliaryLosses
+from vilavt_hf.tiny.heads import AttentionInputs, AuxiliaryHead, AuxiliaryLosses
 from vilavt_hf.tiny.lesson import Lesson, TokenTarget
 from vilavt_hf.tiny.scenes import QuestionKind, ask_about, make_scene
-from vilavt_hf.tiny.teacher import Encoder, episode_example, listing_example, reading_example
+from vilavt_hf.tiny.teacher import Encoder, episode_example, listing_example, reading_example, shared_reading_example
 from vilavt_hf.tiny.teaching import TeachingCollator, TeachingTrainer
 from vilavt_hf.tiny.tiny_model import fast_encoder, tiny_config, tiny_processor
 from vilavt_hf.train.collator import VilavtCollator
@@ -146,7 +146,82 @@ def test_attention_and_head_targets_point_at_what_they_name(processor, config):
         assert example.labels[target.query + 1] != IGNORE
 
 
+def meetings(count=2):
+    """Lessons of two plates each, for the tower alone."""
+    scenes = [make_scene(np.random.default_rng(i), singles=0, pairs=0, nests=(), plates=True) for i in range(count)]
+    return [shared_reading_example([scene], np.random.default_rng(0)) for scene in scenes]
+
+
+def test_partners_are_images_of_the_batch(processor, config, lessons):
+    batch = collator(processor, config)([lessons[0], *meetings()])
+    n = len(batch["image_grid_thw"])
+    assert batch["aux"]["partners"].tolist() == [[n - 4, n - 3], [n - 2, n - 1]]
+    assert batch["images_per_query"].tolist()[-2:] == [2, 2]
+
+
+def test_alone_every_region_is_a_group_of_its_own_and_has_no_partner(processor, config, lessons):
+    together, alone = collator(processor, config), collator(processor, config)
+    alone.alone = True
+    batch, other = [one([*lessons, *meetings()]) for one in (together, alone)]
+    assert other["images_per_query"].tolist() == [1] * len(batch["image_grid_thw"])
+    assert len(other["aux"]["partners"]) == 0 < len(batch["aux"]["partners"])
+    for name in ("pixel_values", "image_grid_thw", "input_ids", "labels"):
+        assert torch.equal(batch[name], other[name])
+    per_image = torch.arange(len(batch["images_per_query"])).repeat_interleave(batch["images_per_query"])
+    assert torch.equal(batch["query_ids"][per_image], other["query_ids"])
+
+
 # ------------------------------------------------------------------------------------------- losses
+
+
+def test_the_partner_loss_is_the_attention_between_the_same_places(processor):
+    """Against the softmax over everything that the group can see, spelled out."""
+    model = new_model(processor, 0).train()
+    batch = collator(processor, model.config)([*readings(1), *meetings(1)])
+    visual, teacher = model.model.visual, model.auxiliary
+    block = teacher.partner_block
+    with AttentionInputs(visual, [block]) as seen:
+        model.encode(batch)
+    sizes, counts = batch["image_grid_thw"].prod(-1), batch["images_per_query"]
+    groups = torch.arange(len(counts)).repeat_interleave(counts)
+    pairs = batch["aux"]["partners"]
+    loss, figures = teacher.partner_loss(pairs, visual.blocks[block].attn, seen[block], sizes, groups)
+    hidden, text, layout, _ = seen[block]
+    attention = visual.blocks[block].attn
+    queries, keys, _ = attention.project(hidden, text, layout)
+    ((one, other),) = pairs.tolist()
+    n, start = int(sizes[one]), int(sizes[:one].sum())
+    words = batch["query_attention_mask"].sum(1)
+    first_word = len(hidden) + int(words[: groups[one]].sum())
+    own = [*range(start, start + 2 * n), *range(first_word, first_word + int(words[groups[one]]))]
+    logs = []
+    for head in range(attention.num_heads):
+        for place in range(n):
+            here, there = (start + place, start + n + place)
+            here, there = (here, there) if head < attention.num_heads // 2 else (there, here)
+            scores = attention.scaling * keys[own, head] @ queries[here, head]
+            logs.append(scores.log_softmax(0)[own.index(there)])
+    torch.testing.assert_close(loss, -teacher.partner_weight * torch.stack(logs).mean())
+    assert 0 < figures["partner"] < 1
+    with pytest.raises(ValueError, match="not of one group"):
+        teacher.partner_loss(torch.tensor([[0, other]]), attention, seen[block], sizes, groups)
+
+
+def test_labels_count_alone_or_as_a_row_and_weigh_what_the_head_says():
+    heads = [
+        AuxiliaryHead("rows", "labels", 2, 1.0, positive_weight=1.0),
+        AuxiliaryHead("single", "labels", 2, 1.0, positive_weight=3.0, single=True),
+    ]
+    losses = AuxiliaryLosses(heads, merged=2, patch=4)
+    for name in ("rows", "single"):
+        losses.heads[name].weight.data = torch.eye(2)
+        losses.heads[name].bias.data.zero_()
+    merged, wanted = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1.0]])
+    for name, weight, right in (("rows", 1.0, 0.0), ("single", 3.0, 0.5)):
+        loss, share = losses.features_loss({name: (torch.tensor([0]), wanted)}, merged, [1], {})
+        expected = weight * torch.nn.functional.softplus(torch.tensor([-1.0, 1.0])).mean()
+        torch.testing.assert_close(loss, expected)
+        assert share[name] == right
 
 
 def test_heads_of_every_kind_learn_only_from_their_targets():

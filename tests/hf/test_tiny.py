@@ -1,12 +1,16 @@
 """The tiny model: scenes, the token stream it is trained on, and what the shipped checkpoint reaches."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from vilavt_core.checkpoint import fingerprint as checkpoint_fingerprint
 from vilavt_core.checkpoint import inspect_checkpoint
@@ -33,11 +37,13 @@ from vilavt_hf.tiny.scenes import (
     CROP,
     MAX_PIXELS,
     SHOWN,
+    TAUGHT_KINDS,
     QuestionKind,
     ask_about,
     make_scene,
     query_for,
     scan_ids,
+    scene_about,
 )
 from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example
 from vilavt_hf.tiny.tiny_model import fast_encoder, tiny_processor
@@ -59,7 +65,7 @@ def encoder(processor):
 
 def scene_and_question(kind, seed=0, split="train"):
     rng = np.random.default_rng([seed, list(QuestionKind).index(kind)])
-    scene = make_scene(rng, split)
+    scene = scene_about(rng, split, kind)
     return scene, ask_about(rng, scene, kind), rng
 
 
@@ -84,6 +90,69 @@ def test_colours_are_unique_and_cards_stay_inside_their_cells():
             x1, y1, x2, y2 = (4 * v for v in card.cell_box)
             assert x1 <= card.box[0] < card.box[2] <= x2
             assert y1 <= card.box[1] < card.box[3] <= y2
+
+
+def test_scenes_of_the_shipped_model_are_drawn_as_ever():
+    drawn = hashlib.sha256()
+    for i, kind in enumerate(TAUGHT_KINDS):
+        rng = np.random.default_rng([5, i])
+        scene = make_scene(rng, "dev")
+        drawn.update(scene.image.tobytes())
+        drawn.update(ask_about(rng, scene, kind).text.encode())
+    assert drawn.hexdigest() == "2a55229a958e97f924906677b28652a97b65866ba87fb4bc81de203eedd31006"
+
+
+def bits_of(scene, card):
+    """(8, 8) signs of a plate's print, read off its crop."""
+    crop = np.asarray(scene.cell(card).convert("L"), float).reshape(8, 7, 8, 7).swapaxes(1, 2)
+    checks = 2.0 * (np.indices((7, 7)).sum(0) % 2) - 1
+    inner = np.s_[:, :, 2:-2, 2:-2]  # without the frame
+    return np.sign(((crop - crop[inner].mean((2, 3), keepdims=True)) * checks)[inner].sum((2, 3)))
+
+
+@settings(max_examples=25, deadline=None)
+@hypothesis.given(seed=st.integers(0, 10**6), singles=st.integers(0, 2), pairs=st.integers(0, 1))
+def test_plates_agree_where_there_is_ink_and_leave_the_rest_of_the_scene_alone(seed, singles, pairs):
+    plain, scene = (
+        make_scene(np.random.default_rng(seed), "dev", singles=singles, pairs=pairs, nests=(), plates=plates)
+        for plates in (False, True)
+    )
+    *others, one, two = scene.cards
+    assert (tuple(others), plain.ink) == (plain.cards, None)
+    assert one.plate
+    assert two.plate
+    assert one.digit == two.digit
+    assert np.array_equal(bits_of(scene, one) * bits_of(scene, two) > 0, scene.ink)
+    assert all(scene.in_cell(plate) == (plate,) for plate in (one, two))
+    old, new = np.array(plain.image), np.array(scene.image)
+    for plate in (one, two):
+        x1, y1, x2, y2 = plate.box
+        new[y1:y2, x1:x2] = old[y1:y2, x1:x2]
+    assert np.array_equal(old, new)
+
+
+def test_the_print_of_one_plate_alone_is_a_fair_coin_wherever_there_is_ink():
+    """Over many scenes, a bit is 1 as often where there is ink as where there is none, on both plates."""
+    prints = []
+    for seed in range(150):
+        scene = make_scene(np.random.default_rng([3, seed]), "dev", singles=0, pairs=0, nests=(), plates=True)
+        prints += [(bits_of(scene, card)[scene.ink == ink].tolist(), ink, at)
+                   for at, card in enumerate(scene.cards) for ink in (False, True)]  # fmt: skip
+    for ink in (False, True):
+        for at in (0, 1):
+            bits = np.concatenate([b for b, i, a in prints if (i, a) == (ink, at)])
+            assert abs(bits.mean()) < 4 / np.sqrt(len(bits))
+
+
+def test_a_shared_digit_is_one_digit_of_two_cards():
+    _, question, _ = scene_and_question(QuestionKind.SHARED, 4)
+    one, two = question.targets
+    assert question.query == f"digit on the {one.colour} and {two.colour} cards together"
+    assert question.final_thought() == question.answer == str(one.digit)
+    (call,) = question.calls()
+    assert [r.box for r in call.regions] == [one.cell_box, two.cell_box]
+    with pytest.raises(ValueError, match="needs 2 fitting cards"):
+        ask_about(np.random.default_rng(0), make_scene(np.random.default_rng(0)), QuestionKind.SHARED)
 
 
 @pytest.mark.parametrize("kind", list(QuestionKind))
@@ -297,11 +366,24 @@ def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch):
     assert again["stages"] == record["stages"]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_finished_checkpoint_goes_through_the_stages_of_shared_digits(tmp_path, monkeypatch, alone):
+    short = {"steps": 2, "batch": 3, "warmup": 1}
+    stages = tuple(dataclasses.replace(stage, **short, shared=1.0) for stage in building.SHARED_STAGES)
+    monkeypatch.setattr(building, "SHARED_STAGES", stages)
+    record = building.build(tmp_path / "built", start=SHIPPED, alone=alone)
+    assert [s["name"] for s in record["stages"]] == ["meet", "tell"]
+    assert record["command"].endswith("--start vilavt-tiny" + " --alone" * alone)
+    assert inspect_checkpoint(tmp_path / "built").complete
+    curve = [json.loads(line) for line in (tmp_path / "built-work" / "tell" / "curve.jsonl").read_text().splitlines()]
+    assert {name for line in curve if "probe" in line for name in line["probe"]} >= {"shared_call", "shared_answer"}
+
+
 def test_the_question_set_is_fixed_and_large_enough():
     counts = questions.COUNTS
     assert sum(counts.values()) >= 500
     few = questions.tasks("heldout", 20)
-    assert {t.question.kind for t in few} == set(QuestionKind)
+    assert {t.question.kind for t in few} == set(TAUGHT_KINDS)
     assert [t.question for t in few] == [t.question for t in questions.tasks("heldout", 20)]
 
 

@@ -127,6 +127,33 @@ STAGES = (
 )
 
 
+SHARED_STAGES = (
+    Stage(
+        "meet",
+        1000,
+        16,
+        1e-3,
+        decay_from=0.8,
+        final_rate=0.4,
+        language=False,
+        mix=(("shared", 0.75), ("read", 0.25)),
+    ),
+    Stage(
+        "tell",
+        800,
+        16,
+        1e-3,
+        tower_rate=0.6,
+        decay_from=0.5,
+        final_rate=0.03,
+        mix=(("shared", 0.14), ("episode", 0.62), ("listing", 0.06), ("blind", 0.12), ("direct", 0.03), ("sums", 0.03)),
+        shared=0.35,
+        heads=_LATER,
+    ),
+)
+"""Teach a finished checkpoint the kind ``shared``, among all others: the tower alone, then whole conversations."""
+
+
 class Lessons(Dataset):
     """Generated examples; item i depends on the seed and i alone, so that runs repeat exactly and can resume."""
 
@@ -156,7 +183,7 @@ class Lessons(Dataset):
             return arithmetic_example(self.encoder, rng)
         if name == "listing":
             return listing_example(self.encoder, scene, rng)
-        if name == "blind" and rng.random() < 0.5:
+        if name == "blind" and kind is not QuestionKind.SHARED and rng.random() < 0.5:
             kind = QuestionKind.PAIR  # where the query alone decides
             scene = _scene_for(rng, kind)
         question = ask_about(rng, scene, kind)
@@ -364,7 +391,14 @@ def load_stage(folder: Path) -> VilavtForTeaching:
 
 
 def build(
-    out: Path, *, work: Path | None = None, seed: int = 0, resume: bool = False, force: bool = False
+    out: Path,
+    *,
+    work: Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    force: bool = False,
+    start: Path | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Train all stages and write the checkpoint.
 
@@ -374,6 +408,8 @@ def build(
         seed: of weights and data.
         resume: use the stages that `work` already holds.
         force: replace a checkpoint that is at `out`.
+        start: a finished tiny checkpoint; it goes through `SHARED_STAGES` in place of `STAGES` from nothing.
+        alone: encode every region alone while training: the control that says what joint encoding is for.
 
     Started by torchrun, the ranks share every batch.
 
@@ -381,18 +417,26 @@ def build(
         What ``provenance.json`` says; nothing on other ranks than the first.
     """
     work = work or out.with_name(out.name + "-work")
-    processor = tiny_processor()
-    model = new_model(processor, seed)
-    for i, stage in enumerate(STAGES):
+    stages = STAGES if start is None else SHARED_STAGES
+    if start is None:
+        processor = tiny_processor()
+        model = new_model(processor, seed)
+    else:
+        processor = VilavtProcessor.from_pretrained(start)
+        torch.manual_seed(seed)
+        model = VilavtForTeaching.from_pretrained(start, attn_implementation=ATTENTION)
+        model.auxiliary = tiny_auxiliary()
+    for i, stage in enumerate(stages):
         folder = work / stage.name
         if resume and (folder / "stage.json").is_file():
             model = load_stage(folder)
             continue
-        run_stage(stage, model, processor, work, seed=10 * seed + i + 1)
+        run_stage(stage, model, processor, work, seed=10 * seed + i + 1, alone=alone)
     model.auxiliary = None
     if rank_and_world()[0]:
         return {}
-    return publish(model, processor, [work / s.name for s in STAGES], out, seed, force=force)
+    flags = (f"--start {start.name}" if start else "") + (" --alone" if alone else "")
+    return publish(model, processor, [work / s.name for s in stages], out, seed, force=force, flags=flags)
 
 
 def publish(
@@ -403,6 +447,7 @@ def publish(
     seed: int,
     notes: Sequence[str] = (),
     force: bool = False,
+    flags: str = "",
 ) -> dict[str, Any]:
     """Write model, processor, chat settings and provenance to `out`, all or nothing; returns the provenance.
 
@@ -414,14 +459,14 @@ def publish(
         seed: for the record.
         notes: for the record: whatever was not as the command does it.
         force: replace a checkpoint that is there.
+        flags: of the command, beside output folder and seed; for the record.
 
     Weights are rounded to bfloat16 (half the bytes); the configuration asks for float32, so they are computed with in
     full precision on any machine.
     """
     with staged_folder(out, force) as partial:
-        return _write(
-            model.to(torch.bfloat16), processor, stages, partial, f"--out {out.name} --seed {seed}", seed, notes
-        )
+        flags = f"--out {out.name} --seed {seed} {flags}".strip()
+        return _write(model.to(torch.bfloat16), processor, stages, partial, flags, seed, notes)
 
 
 def _write(

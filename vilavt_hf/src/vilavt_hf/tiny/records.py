@@ -19,7 +19,7 @@ from vilavt_core.protocol import IMAGE_MARK, Answer, format_turn
 from vilavt_core.results import Sample
 from vilavt_core.yaml_config import read_keys
 
-from .scenes import MAX_PIXELS, QuestionKind, Split, ask_about, make_scene
+from .scenes import MAX_PIXELS, TAUGHT_KINDS, QuestionKind, Split, ask_about, make_scene
 
 REGISTRY = "datasets.yaml"
 TEXT_EVERY = 5
@@ -52,7 +52,7 @@ def write_training_set(
     """
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     published, episodes = [], []
-    kinds = list(QuestionKind)
+    kinds = TAUGHT_KINDS
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         if i % TEXT_EVERY == TEXT_EVERY - 1:

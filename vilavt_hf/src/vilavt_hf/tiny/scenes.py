@@ -61,8 +61,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BIG_CONTRAST, SMALL_CONTRAST = 120.0, 52.0
 """Grey levels of full ink at source scale; the zoom's filter weakens the big cards' checkers to the small ones'."""
 
-PLATE_CONTRAST = 60.0
-"""The same for plates."""
+PLATE_CONTRAST, PLATE_STAINS = 60.0, 26.0
+"""The same for plates, and the stains that cover what the first look leaves of their larger bits."""
 INK = 0.4
 """From which darkness on a pixel of the scan is ink on plates, whose prints have no shades."""
 
@@ -246,7 +246,8 @@ def _canvases() -> tuple[np.ndarray, ...]:
 
 _CHECKER = np.array([[1, -1], [-1, 1]], np.float32)
 _BIT = 2.0 * (np.indices((CROP // 8, CROP // 8)).sum(0) % 2) - 1
-"""One bit of a plate in the crop: checks of one pixel, whose phase is the bit. A patch of 14 pixels holds 2 x 2 bits."""
+_BIT -= _BIT.mean()
+"""One bit of a plate in the crop: checks of one pixel, whose phase is the bit. A patch of 14 pixels holds 2 x 2."""
 
 
 def _draw(canvas: np.ndarray, rng: np.random.Generator, card: Card, scan: np.ndarray) -> None:
@@ -267,7 +268,7 @@ def _draw_plate(canvas: np.ndarray, rng: np.random.Generator, card: Card, bits: 
     x1, y1, x2, y2 = card.box
     colour = (np.array(COLOURS[card.colour]) + rng.normal(0, 8, 3)).clip(0, 255)
     ink = np.kron(bits, np.kron(_BIT, np.ones((2, 2))))
-    stains = np.kron(rng.normal(0, STAINS, (CELL, CELL)), np.ones((SCALE, SCALE)))
+    stains = np.kron(rng.normal(0, PLATE_STAINS, (CELL, CELL)), np.ones((SCALE, SCALE)))
     paper = rng.uniform(125, 135) + PLATE_CONTRAST * rng.uniform(0.85, 1.0) * ink + rng.normal(0, 3, ink.shape) + stains
     canvas[y1:y2, x1:x2] = paper.clip(0, 255)[..., None]
     frame = SCALE  # laid over the print, so that the bits keep to the patches

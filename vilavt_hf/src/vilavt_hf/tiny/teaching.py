@@ -47,7 +47,7 @@ class TeachingCollator(VilavtCollator):
         groups = [g for lesson in rows for g in lesson.groups] + [g for lesson in samples for g in lesson.extra_groups]
         batch = self.images(self.grouped(groups))
         batch |= self.text(rows, batch) if rows else {"labels": torch.full((1, 0), IGNORE)}
-        if any(lesson.attention or lesson.tokens or lesson.extra_groups for lesson in samples):
+        if any(lesson.attention or lesson.tokens or lesson.partners or lesson.extra_groups for lesson in samples):
             if self.packed:
                 raise ValueError("targets name rows: they need padded batches")
             batch["aux"] = _targets(samples, rows)
@@ -115,11 +115,13 @@ class VilavtForTeaching(VilavtForTraining):
         if not self.training:
             return super().forward(input_ids=input_ids, **batch)
         teacher = self.auxiliary if aux is not None else None
-        pairs = aux["partners"] if teacher is not None and aux is not None else ()
+        pairs: torch.Tensor | None = aux["partners"] if teacher is not None and aux is not None else None
+        if pairs is not None and not len(pairs):
+            pairs = None
         with (
             BlockOutputs(self.model.visual, teacher.blocks if teacher is not None else []) as blocks,
             AttentionInputs(
-                self.model.visual, [teacher.partner_block] if teacher is not None and len(pairs) else []
+                self.model.visual, [teacher.partner_block] if teacher is not None and pairs is not None else []
             ) as seen,
         ):
             features = self.encode(batch)
@@ -130,7 +132,7 @@ class VilavtForTeaching(VilavtForTraining):
             sizes = (batch["image_grid_thw"].prod(-1) // self.model.visual.spatial_merge_unit).tolist()
             auxiliary, figures = teacher.features_loss(aux["tokens"], features, sizes, blocks)
             figures["heads"] = auxiliary.detach()
-        if teacher is not None and len(pairs):
+        if teacher is not None and pairs is not None:
             counts = batch["images_per_query"]
             attention = self.model.visual.blocks[teacher.partner_block].attn
             loss, mass = teacher.partner_loss(
