@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from clips import clip, marked, number_of
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 from recorded import Elements, crop, original, zoomed
 from typer.testing import CliRunner
 
+from vilavt_core.attention import AttentionPicture, Heat, Layer
 from vilavt_core.cli import app
 from vilavt_core.conversation import FinishReason, Result, Usage
 from vilavt_core.errors import EvaluationError
@@ -254,6 +256,42 @@ def test_no_row_stops_it_whatever_is_in_its_fields(tmp_path, data):
     part[name] = data.draw(JSON)
     lines = rows if where in ("row", "shown", "crop") else [other, told]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recordings = read_recordings(path)
+    written = write_browser(tmp_path / "out", [BrowsedRun("run", [(recordings, [tmp_path])])], title="t", date="")
+    assert "good" in [entry.key for entry in recordings.entries]
+    assert written.pages == len(recordings.entries)
+
+
+def with_maps() -> dict:
+    """A result of `vilavt ask --json --attention-maps`, with attention of its first crop."""
+    heats = tuple(Heat.of(name, "share", [np.eye(4)]) for name in ("received", "query", "word 0"))
+    layer = Layer(None, None, ((0.25, 0.75),), (0.75,), heats)
+    picture = AttentionPicture("look", ("look",), ("image 1",), ((56, 56),), (), (layer,), (1,))
+    return replace(result(sample_id="good"), attention=(picture,)).to_json()
+
+
+def test_attention_in_a_result_is_over_the_crop_on_its_page(tmp_path, picture):
+    (tmp_path / "one.json").write_text(json.dumps(with_maps()))
+    out = shown([tmp_path / "one.json"], tmp_path / "out")
+    page = Elements((out / "pages/00001.html").read_text(encoding="utf-8"))
+    assert [attrs["data-heat"] for attrs in page.with_class("heat")] == ["1", "2", "3"]
+    assert len([attrs for tag, attrs in page.found if tag == "option"]) == 4
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+def test_no_attention_stops_it_whatever_is_in_its_fields(tmp_path, data):
+    told = json.loads(json.dumps(with_maps())) | {"sample_id": "x"}
+    parts = {
+        "result": (told, ["attention"]),
+        "picture": (told["attention"][0], sorted(told["attention"][0])),
+        "layer": (told["attention"][0]["layers"][0], ["block", "head", "mass", "words", "heats"]),
+        "heat": (told["attention"][0]["layers"][0]["heats"][0], ["name", "unit", "scale", "highest", "maps", "signed"]),
+    }
+    part, names = parts[data.draw(st.sampled_from(sorted(parts)))]
+    part[data.draw(st.sampled_from(names))] = data.draw(JSON)
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(told) + "\n" + json.dumps(with_maps()) + "\n")
     recordings = read_recordings(path)
     written = write_browser(tmp_path / "out", [BrowsedRun("run", [(recordings, [tmp_path])])], title="t", date="")
     assert "good" in [entry.key for entry in recordings.entries]

@@ -541,7 +541,7 @@ def test_a_map_that_is_too_large_or_no_picture_is_refused(size):
         Image.new("L", size).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     heat = {"name": "received", "unit": "share", "scale": 1.0, "highest": 1.0, "signed": False}
-    with pytest.raises(ValueError, match=r"at most 262144 patches|cannot be read"):
+    with pytest.raises(ValueError, match=r"at most 262144 pixels|cannot be read"):
         Heat.from_json({**heat, "maps": [url]})
 
 

@@ -113,8 +113,10 @@ def test_the_attention_of_every_zoom_lies_over_its_crops_when_it_is_asked_for(ti
     assert page.locator("#attention").is_disabled()
     ask(page, NESTED["question"], PICTURES / NESTED["image"])
     assert page.locator(".vv-heat").count() == 0
+    page.locator("#attention:enabled").wait_for()
     page.locator("#attention").focus()
     page.keyboard.press("Enter")
+    page.locator(".vv-looks").nth(1).wait_for()
     page.locator("#attention:disabled").wait_for()
     ours = with_attention(backend, backend.ask(PICTURES / NESTED["image"], NESTED["question"]))
     zooms = page.locator(".vv-zoom")
@@ -213,7 +215,7 @@ def test_thoughts_stream_and_stop_ends_the_engines_work(scripted, open_page, red
     page.locator("#stop").click()
     page.locator(".vv-remark", has_text="Stopped").wait_for()
     assert scripted.backend.ended[ended:] == ["early"]
-    assert page.locator("#stop").is_disabled()
+    page.locator("#stop:disabled").wait_for()  # by the update after the remark's
     scripted.backend.pause, scripted.backend.words = 0.0, 5
     ask(page, "and now?")
     assert scripted.backend.asked[-1] | {"told": None} == {"questions": ["and now?"], "pictures": 1, "told": None}

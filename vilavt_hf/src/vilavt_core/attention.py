@@ -27,6 +27,9 @@ attention, from 0 to 1; ``distance``: 1 - cosine of two feature vectors."""
 MOST_PATCHES = 2**18
 """Of one map that is read from JSON: a crop of 7,000 x 7,000 pixels has fewer."""
 
+MOST_PIXELS = 2**25
+"""Of one image that is read from JSON."""
+
 CLIPPED = 99.0
 """Percentile that a map's full brightness stands for: one patch that draws a hundred times what the others do would
 leave the rest black."""
@@ -198,7 +201,7 @@ class AttentionPicture:
             tuple((int(image), int(row), int(column)) for image, row, column in data["patches"]),
             tuple(map(Layer.from_json, data["layers"])),
             tuple(map(int, data.get("image_indices", ()))),
-            tuple(map(_decode, data.get("images", ()))),
+            tuple(_decode(url, "RGB", MOST_PIXELS) for url in data.get("images", ())),
         )
         picture._check()
         return picture
@@ -266,18 +269,24 @@ class QueryDifference:
         )
 
 
-def _decode(url: str, mode: str | None = None, most_pixels: int | None = None) -> Image.Image:
-    """The picture of a PNG data URL; of this mode and with no more pixels, if they are given."""
+def _decode(url: str, mode: str, most_pixels: int) -> Image.Image:
+    """The picture of a PNG data URL, which may come from anybody.
+
+    Raises:
+        ValueError: it is none, has another mode, or more pixels.
+    """
     head, _, data = url.partition(",")
     if head != "data:image/png;base64":
         raise ValueError(f"{head[:80]!r} is not a PNG data URL")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"])
-        if most_pixels is not None and image.width * image.height > most_pixels:
-            raise ValueError(f"a map of {image.width} x {image.height}, at most {most_pixels} patches are read")
+        if image.width * image.height > most_pixels:
+            raise ValueError(f"a map of {image.width} x {image.height}, at most {most_pixels} pixels are read")
+        if image.mode != mode:
+            raise ValueError(f"a map of mode {image.mode}; it must be {mode}")
         image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of a broken file PIL raises whatever happens
         raise ValueError(f"a map that cannot be read: {error}") from None
-    if mode is not None and image.mode != mode:
-        raise ValueError(f"a map of mode {image.mode}; it must be {mode}")
     return image

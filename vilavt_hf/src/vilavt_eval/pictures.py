@@ -88,8 +88,8 @@ class PictureFolder:
         """Times of the frames that are taken of a video file; an error if it cannot be read."""
 
     def find(self, name: str, roots: Sequence[Path]) -> Path | None:
-        """The file of a picture or video, or None. One that is not where its absolute path says is looked for by its name:
-        results are moved together with their pictures.
+        """The file of a picture or video, or None. One that is not where its absolute path says is looked for by its
+        name: results are moved together with their pictures.
         """
         path = Path(name)
         if not name or "\0" in name or ".." in path.parts:
