@@ -45,7 +45,7 @@ def is_quantised(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def quantise(tiny, tmp_path_factory):
-    """`quantise(leave_out)` -> a folder with int8 weights and their scales, without tensors of which a name has a part."""
+    """`quantise(*parts)` -> a folder with int8 weights and scales, without tensors whose name has one of the parts."""
 
     def write(*leave_out: str):
         folder = tmp_path_factory.mktemp("quantised") / "checkpoint"
