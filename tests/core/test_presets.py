@@ -113,7 +113,7 @@ def test_a_limit_that_is_no_number_is_refused_by_name():
         Limits(max_turns="5")
     with pytest.raises(EpisodeError, match="max_context is '5', it must be a whole number, or None for unlimited"):
         Limits(max_context="5")
-    with pytest.raises(EpisodeError, match="max_turns is None, it must be a number"):
+    with pytest.raises(EpisodeError, match="max_turns is None, it must be a whole number"):
         Limits(max_turns=None)
 
 

@@ -262,7 +262,12 @@ shard = st.one_of(
 )
 
 
-@fuzzed(config.map(dumped) | st.binary(max_size=30), shard, st.none() | values_of("weight_map", "metadata").map(dumped))
+@fuzzed(
+    config.map(dumped) | st.binary(max_size=30),
+    shard,
+    st.none() | values_of("weight_map", "metadata").map(dumped),
+    kept=((b"{}", b"", b'{"weight_map": {"weight_map": []}}'),),
+)
 def test_any_folder_is_a_checkpoint_or_told_what_it_is(config, weights, index):
     for name, data in {
         "config.json": config,

@@ -105,6 +105,23 @@ def test_a_header_that_nobody_wrote_is_told(tmp_path, name):
     is_told(folder_of(tmp_path, {"model_type": "vilavt"}, shard(HEADERS[name], bytes(4))))
 
 
+INDEXES = {
+    "no map": {},
+    "lists": {"weight_map": {"a": []}},
+    "objects": {"weight_map": {"a": {"b": 1}, "c": None}},
+    "outside": {"weight_map": {"a": "../a.safetensors", "b": "/b"}},
+    "hundreds of thousands of files": {"weight_map": {f"a{n}": f"{n}.safetensors" for n in range(200_000)}},
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_nobody_wrote_is_told(tmp_path, name):
+    folder = folder_of(tmp_path, {"model_type": "vilavt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(INDEXES[name]))
+    is_told(folder)
+    assert len(str(inspect_checkpoint(folder).problems)) < 10_000
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
 @pytest.mark.parametrize("kind", ["pipe", "dangling", "loop", "folder"])
 def test_what_is_no_file_is_told(tmp_path, name, kind):

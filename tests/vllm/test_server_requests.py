@@ -597,7 +597,7 @@ def test_an_earlier_question_that_does_not_fit_is_400_with_the_numbers(app):
     body["messages"] += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "And?"}]
     response = post(app(limits={"max_context": 20}), body)
     assert response.status_code == 400
-    assert re.search(r"needs a context of \d+ tokens .*--max-model-len", error_of(response))
+    assert re.search(r"so far has \d+ tokens, at most 20 are .*--max-model-len", error_of(response))
 
 
 def test_the_engines_caps_on_an_inquiry_are_limits_of_the_episodes(app):

@@ -415,8 +415,11 @@ class Episode:
         self._question, self._originals = question, pictures
         bounded = limits.max_context is not None
         if bounded and self._room() < 1:
-            said = f"the conversation so far has {len(self._stream.tokens)} tokens, at most {limits.max_context} are"
-            self._end(FinishReason.CONTEXT_LIMIT, f"{said} allowed; begin a new one, or raise Limits.max_context")
+            self._end(
+                FinishReason.CONTEXT_LIMIT,
+                f"the conversation so far has {len(self._stream.tokens)} tokens, at most {limits.max_context} are "
+                "allowed; begin a new one, or raise Limits.max_context",
+            )
             return
         if bounded and (problem := text_problem(len(question), self._room(), self.tokenizer)):
             self._end(FinishReason.CONTEXT_LIMIT, f"{problem}; ask for less, or raise Limits.max_context")

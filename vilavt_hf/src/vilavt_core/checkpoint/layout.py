@@ -11,6 +11,7 @@ them without loading needs, it takes a name that occurs twice, and its errors na
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +47,8 @@ DTYPE_BYTES = {
 
 _MAX_HEADER = 100_000_000  # the limit of the reference reader
 _MAX_DIMENSIONS = 64
+_MOST_NAMED = 8
+"""Missing files that are named one by one."""
 _KINDS: Mapping[str, type] = {
     "vision_config": dict,
     "text_config": dict,
@@ -212,8 +215,9 @@ class Checkpoint:
         index = None
         if (root / INDEX).exists():
             try:
-                index = read_json(root / INDEX)
-                _check_index(root, index, on_disk, problems)
+                found = read_json(root / INDEX)
+                _check_index(root, found, on_disk, problems)
+                index = found
             except CheckpointError as error:
                 problems.append(str(error))
         elif len(on_disk) > 1:
@@ -343,9 +347,11 @@ def _check_index(root: Path, index: dict[str, Any], on_disk: list[str], problems
     outside = sorted(name for name in listed if Path(name).name != name)
     if outside:
         raise CheckpointError(f"{root / INDEX} names files outside the folder: {outside[:4]}")
-    for name in sorted(listed - set(on_disk)):
-        count = sum(file == name for file in weight_map.values())
-        problems.append(f"{root / name} is missing: the index places {count} tensors there; copy it again")
+    counts, missing = Counter(weight_map.values()), sorted(listed - set(on_disk))
+    for name in missing[:_MOST_NAMED]:
+        problems.append(f"{root / name} is missing: the index places {counts[name]} tensors there; copy it again")
+    if len(missing) > _MOST_NAMED:
+        problems.append(f"{len(missing)} of {len(listed)} files that {root / INDEX} names are missing in all")
     for name in sorted(set(on_disk) - listed):
         problems.append(f"{root / name} is not in {INDEX}; move it away or rebuild the index")
 
@@ -358,7 +364,7 @@ def _check_names(checkpoint: Checkpoint) -> Iterable[str]:
             if name in seen:
                 yield f"{name} is stored twice, in {seen[name].name} and {shard.path.name}; keep one"
             seen[name] = shard.path
-    if checkpoint.index is None or not isinstance(checkpoint.index.get("weight_map"), dict):
+    if checkpoint.index is None:
         return
     weight_map = checkpoint.index["weight_map"]
     present = {tensor.name: shard.path.name for shard in checkpoint.shards for tensor in shard.tensors}
@@ -366,7 +372,8 @@ def _check_names(checkpoint: Checkpoint) -> Iterable[str]:
     wrong = sorted(name for name, file in weight_map.items() if file in read and present.get(name) != file)
     if wrong:
         yield f"{INDEX} places {wrong[0]} in {weight_map[wrong[0]]}, which does not hold it ({len(wrong)} such tensors)"
-    unlisted = sorted(name for name, file in present.items() if name not in weight_map and file in weight_map.values())
+    listed = set(weight_map.values())
+    unlisted = sorted(name for name, file in present.items() if name not in weight_map and file in listed)
     if unlisted:
         yield f"{present[unlisted[0]]} holds {unlisted[0]}, which {INDEX} does not list ({len(unlisted)} such tensors)"
 
