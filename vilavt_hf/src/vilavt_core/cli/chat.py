@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..backends import names_server
-from ..checkpoint import require_vilavt
+from ..checkpoint import adapter_base, require_vilavt
 from ..errors import ImageError
 from ..sources import ImageSource, Video
-from .model_options import DeviceMap, Quantize, limits_of, open_model
+from .model_options import Base, DeviceMap, Quantize, limits_of, open_model
 from .quiet import load_quietly
 from .running import check_output_files, check_picture_file
 from .showing import markup, printable_text, show
@@ -70,6 +70,7 @@ def ask(
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    base: Base = None,
 ) -> None:
     """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
 
@@ -88,7 +89,7 @@ def ask(
     if names_server(model) and picture is not None:
         raise typer.BadParameter(f"--picture {picture}: a server tells no pixels; pass --trace, or a checkpoint")
     if not names_server(model):
-        require_vilavt(model)
+        require_vilavt(adapter_base(model, base) or model)
     _check_pictures(shown, allow_urls)
     backend: Backend = open_model(
         model,
@@ -101,6 +102,7 @@ def ask(
         attention=attention,
         device_map=device_map,
         quantize=quantize,
+        base=base,
         allow_urls=allow_urls,
     )
     console = Console(stderr=as_json, highlight=False)

@@ -52,6 +52,7 @@ def chat(
     attention: options.Attention = None,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    base: options.Base = None,
 ) -> None:
     """Talk with a checkpoint or a server about pictures, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
@@ -73,6 +74,7 @@ def chat(
         attention=attention,
         device_map=device_map,
         quantize=quantize,
+        base=base,
         allow_urls=allow_urls,
     )
     console = Console(highlight=False)
