@@ -17,7 +17,8 @@ import torch
 
 from vilavt_core.asking import DrivenBackend
 from vilavt_core.backends import Backend, BackendOptions
-from vilavt_core.checkpoint import require_vilavt
+from vilavt_core.checkpoint import adapter_base, require_vilavt, settings_source
+from vilavt_core.checkpoint.companions import QUERY_TOKENIZER, has_tokenizer
 from vilavt_core.conversation import Inquiry, Request
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
@@ -31,6 +32,7 @@ from vilavt_core.settings import preset_of
 from vilavt_core.video import VideoLimits
 
 from . import compat
+from .adapters import adapted_fingerprint, bare_model, put_adapter
 from .configuration_vilavt import VilavtConfig
 from .engine import MAX_PREFILL_TOKENS, Choose, Engine, EngineRow, Sampler
 from .reused_features import ReusedFeatures, reused
@@ -46,7 +48,7 @@ class VilavtChat(DrivenBackend):
     """Asks a model in this process. See `vilavt_core.backends.Backend` for its methods.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; a ``PeftModel`` is asked with its adapters.
         processor: its processor, with a query tokenizer.
         preset: how episodes run; see :mod:`vilavt_core.presets`.
         limits: budgets. None: the preset's, with the pixel bounds of the image processor where they are tighter, and
@@ -84,6 +86,7 @@ class VilavtChat(DrivenBackend):
         checkpoint: str | None = None,
         fingerprint: str | None = None,
     ) -> None:
+        model = bare_model(model)
         self.model, self.processor = model, processor
         self.settings = ConversationSettings.fitting(
             get_preset(preset),
@@ -123,18 +126,20 @@ class VilavtChat(DrivenBackend):
         device: str | torch.device = "auto",
         attn_implementation: str | None = None,
         quantize: str | None = None,
+        base: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> VilavtChat:
         """Load a checkpoint folder or hub id.
 
         Args:
-            path: a folder in our format, or a hub id. Its ``vilavt_chat.json`` gives the defaults of `preset` and
-                `limits`.
+            path: a folder in our format, a hub id, or the folder of an adapter. Its ``vilavt_chat.json`` gives the
+                defaults of `preset` and `limits`.
             dtype: ``auto`` is the checkpoint's own.
             device: ``auto`` is CUDA if there is one, else the CPU. Not with a ``device_map``, which says it by part.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: the library's choice.
             quantize: ``int8``, ``int4`` or ``fp8`` weights; see `vilavt_hf.quantization`.
+            base: checkpoint under an adapter; None: the one that the adapter names.
             model_kwargs: for the model's `from_pretrained`, e.g. ``revision``, ``device_map``, ``quantization_config``.
             settings: for the constructor.
 
@@ -152,7 +157,9 @@ class VilavtChat(DrivenBackend):
         hub: dict[str, Any] = {
             key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
         }
-        require_vilavt(name, hub=hub)
+        under = adapter_base(name, base)
+        weights = under or name
+        require_vilavt(weights, hub=hub)
         dispatched = kwargs.get("device_map") is not None
         if dispatched and device != "auto":
             raise EngineError(
@@ -166,24 +173,29 @@ class VilavtChat(DrivenBackend):
                 raise EngineError(f"quantize={quantize} and quantization_config are two ways to say it; pass one")
             from .quantization import quantization_config
 
-            config = VilavtConfig.from_pretrained(name, **hub)
+            config = VilavtConfig.from_pretrained(weights, **hub)
             kwargs["quantization_config"] = quantization_config(quantize, config, device)
             if not dispatched and device.type != "cpu":
                 kwargs["device_map"] = {"": str(device)}  # quantised where it stays
         if isinstance(wanted := kwargs.get("attn_implementation"), str):
             compat.require_attention(wanted)
-        if folder.is_dir():
+        if Path(weights).is_dir():
             from vilavt_core.checkpoint import fingerprint
 
             # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
-            settings.setdefault("fingerprint", fingerprint(folder))
-        settings["preset"] = preset_of(path, settings.get("preset"), hub=hub)
-        with loading(name):
-            model: Any = VilavtForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
-            processor = VilavtProcessor.from_pretrained(name, **hub)
+            found = fingerprint(weights)
+            settings.setdefault("fingerprint", found if under is None else adapted_fingerprint(found, folder))
+        settings["preset"] = preset_of(settings_source(path, under), settings.get("preset"), hub=hub)
+        own = under is None or (has_tokenizer(folder) and has_tokenizer(folder / QUERY_TOKENIZER))
+        with loading(weights):
+            model: Any = VilavtForConditionalGeneration.from_pretrained(weights, dtype=dtype, **kwargs)
+            processor = VilavtProcessor.from_pretrained(name if own else weights, **hub)
             if not dispatched and not getattr(model, "is_quantized", False):  # who placed them keeps their weights
                 model = model.to(device)
-            model = model.eval()
+        if under is not None:
+            with loading(name):
+                model = put_adapter(model, folder)
+        model = model.eval()
         settings.setdefault("fingerprint", getattr(model.config, "_commit_hash", None))
         chat = cls(model, processor, checkpoint=name, **settings)
         if quantize is not None:
@@ -344,14 +356,16 @@ class LocalSession:
 
 def open_local(model: str, options: BackendOptions) -> Backend:
     """The backend ``hf`` of `vilavt_core.backends`: what an evaluation opens by name."""
-    preset = options.preset_for(model)
-    settings: dict[str, Any] = {} if options.concurrency is None else {"concurrency": options.concurrency}
     engine = dict(options.engine)
+    base = engine.pop("base", None)
+    preset = options.preset_for(settings_source(model, adapter_base(model, base)))
+    settings: dict[str, Any] = {} if options.concurrency is None else {"concurrency": options.concurrency}
     chat = VilavtChat.from_pretrained(
         model,
         dtype=options.dtype,
         device=options.device,
         quantize=engine.pop("quantize", None),
+        base=base,
         model_kwargs=engine,
         preset=preset,
         sampling=options.change_sampling(preset.sampling),

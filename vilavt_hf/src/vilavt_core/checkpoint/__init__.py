@@ -1,5 +1,6 @@
 """Read, convert, check and create checkpoints, streaming: no tensor is loaded to move it."""
 
+from .adapter import adapter_base, settings_source
 from .build_info import BuildInfo, collect_build_info, fingerprint, write_build_info
 from .companions import Missing
 from .convert import ConversionReport, Weights, convert_checkpoint, verify_same_tensors
@@ -18,6 +19,7 @@ __all__ = [
     "Missing",
     "Verdict",
     "Weights",
+    "adapter_base",
     "collect_build_info",
     "convert_checkpoint",
     "fingerprint",
@@ -25,6 +27,7 @@ __all__ = [
     "inspect_checkpoint",
     "judge_checkpoint",
     "require_vilavt",
+    "settings_source",
     "verify_same_tensors",
     "write_build_info",
 ]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..backends import names_server
-from ..checkpoint import require_vilavt
+from ..checkpoint import adapter_base, require_vilavt
 from ..errors import ImageError
 from ..failures import printable_text
 from ..json_text import parse_json
 from ..sources import ImageSource, Video, file_paths
-from .model_options import AttentionMaps, DeviceMap, Quantize, limits_of, open_model, require_attention_maps
+from .model_options import AttentionMaps, Base, DeviceMap, Quantize, limits_of, open_model, require_attention_maps
 from .quiet import open_quietly
 from .running import check_output_files, check_picture_file
 from .showing import json_text, markup, show
@@ -72,6 +72,7 @@ def ask(
     attention_maps: AttentionMaps = False,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    base: Base = None,
 ) -> None:
     """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
 
@@ -95,7 +96,7 @@ def ask(
     if names_server(model) and picture is not None:
         raise typer.BadParameter(f"--picture {picture}: a server tells no pixels; pass --trace, or a checkpoint")
     if not names_server(model):
-        require_vilavt(model)
+        require_vilavt(adapter_base(model, base) or model)
     _check_pictures(shown, allow_urls)
     backend: Backend = open_model(
         model,
@@ -108,6 +109,7 @@ def ask(
         attention=attention,
         device_map=device_map,
         quantize=quantize,
+        base=base,
         allow_urls=allow_urls,
     )
     console = Console(stderr=as_json, highlight=False)

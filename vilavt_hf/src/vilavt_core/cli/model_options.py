@@ -27,11 +27,16 @@ Quantize = Annotated[
     str | None,
     typer.Option(help="Weights as int8 or fp8 (need torchao) or int4 (needs bitsandbytes). Not for a server."),
 ]
+Base = Annotated[
+    str | None, typer.Option(help="Checkpoint under an adapter (--model); default: the one that the adapter names.")
+]
 
 
-def engine_of(device_map: str | None, quantize: str | None, attention: str | None = None) -> dict[str, str]:
+def engine_of(
+    device_map: str | None, quantize: str | None, base: str | None, attention: str | None = None
+) -> dict[str, str]:
     """Options of a local model's engine that were given."""
-    given = {"device_map": device_map, "quantize": quantize, "attn_implementation": attention}
+    given = {"device_map": device_map, "quantize": quantize, "base": base, "attn_implementation": attention}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -75,6 +80,7 @@ def open_model(
     attention: str | None = None,
     device_map: str | None = None,
     quantize: str | None = None,
+    base: str | None = None,
     allow_urls: bool = False,
 ) -> Backend:
     """Load a checkpoint quietly, or reach a server.
@@ -91,9 +97,10 @@ def open_model(
         device=device,
         dtype=dtype,
         allow_urls=allow_urls,
-        engine=engine_of(device_map, quantize, attention),
+        engine=engine_of(device_map, quantize, base, attention),
     )
-    for option, value in (("--attention", attention), ("--device-map", device_map), ("--quantize", quantize)):
+    given = {"--attention": attention, "--device-map": device_map, "--quantize": quantize, "--base": base}
+    for option, value in given.items():
         if value is not None and names_server(model):
             raise EngineError(f"{option} {value}: a server's engine is set up when it is started; leave it out")
     if names_server(model):

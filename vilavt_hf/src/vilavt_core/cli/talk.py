@@ -56,6 +56,7 @@ def chat(
     attention_maps: options.AttentionMaps = False,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    base: options.Base = None,
 ) -> None:
     """Talk with a checkpoint or a server about pictures, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
@@ -83,6 +84,7 @@ def chat(
         attention=attention,
         device_map=device_map,
         quantize=quantize,
+        base=base,
         allow_urls=allow_urls,
     )
     if attention_maps:

@@ -38,6 +38,7 @@ def web(
     attention: options.Attention = None,
     device_map: options.DeviceMap = None,
     quantize: options.Quantize = None,
+    base: options.Base = None,
 ) -> None:
     """Open a page in which pictures are dropped and asked about. It is never shared through somebody else's server.
 
@@ -59,6 +60,7 @@ def web(
         attention=attention,
         device_map=device_map,
         quantize=quantize,
+        base=base,
     )
     from ..web.app import Access, serve_page
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vilavt_core.cli.model_options import DeviceMap, Quantize, engine_of
+from vilavt_core.cli.model_options import Base, DeviceMap, Quantize, engine_of
 from vilavt_core.cli.quiet import load_quietly, open_quietly
 from vilavt_core.cli.running import check_output_files, check_output_folders
 from vilavt_core.ending import resumable
@@ -91,6 +91,7 @@ def evaluate(
     functions: Functions = False,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    base: Base = None,
 ) -> None:
     """Ask a checkpoint or a server the questions of benchmarks, and score the answers.
 
@@ -104,12 +105,12 @@ def evaluate(
     share = Shard.parse(shard) if shard else Shard.of_launcher()
     check_output_folders(out=out)
     if ray is None or Path(model).is_dir():  # the folder may be one of the cluster's machines
-        _check_model(model)
+        _check_model(model, base)
     runs: list[Run] = []
     with resumable(), Presence(out, [benchmarks, preset, changes, seed, seeds, limit, ablate], share) as presence:
         take_own_gpu()
         setting = _setting(
-            model, backend, preset, changes, concurrency, engine, device, engine_of(device_map, quantize)
+            model, backend, preset, changes, concurrency, engine, device, engine_of(device_map, quantize, base)
         )
         ablations = [Ablation(), *(Ablation.parse(text) for text in ablate or ())]
         for ablation in ablations:
@@ -172,6 +173,7 @@ def latency(
     device: Device = "auto",
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    base: Base = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here.")] = None,
     functions: Functions = False,
@@ -186,8 +188,10 @@ def latency(
     if not levels or min(levels) < 1:
         raise typer.BadParameter(f"{concurrency!r} is no list of numbers such as 1,8,32", param_hint="--concurrency")
     check_output_files(json=json_file, markdown=markdown)
-    _check_model(model)
-    setting = _setting(model, backend, preset, changes, max(levels), engine, device, engine_of(device_map, quantize))
+    _check_model(model, base)
+    setting = _setting(
+        model, backend, preset, changes, max(levels), engine, device, engine_of(device_map, quantize, base)
+    )
     report = measure_latency(
         _open(setting),
         setting.backend,
@@ -299,12 +303,12 @@ def _open(setting: Setting) -> Backend:
     return setting.open()
 
 
-def _check_model(model: str) -> None:
+def _check_model(model: str, base: str | None) -> None:
     from vilavt_core.backends import names_server
-    from vilavt_core.checkpoint import require_vilavt
+    from vilavt_core.checkpoint import adapter_base, require_vilavt
 
     if not names_server(model):
-        require_vilavt(model)
+        require_vilavt(adapter_base(model, base) or model)
 
 
 def _values(pairs: list[str] | None, option: str) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from vilavt_core.checkpoint import require_vilavt, write_build_info
+from vilavt_core.checkpoint import adapter_base, require_vilavt, write_build_info
 from vilavt_core.checkpoint.companions import bring_companions
 from vilavt_core.checkpoint.layout import ADAPTER_CONFIG
 from vilavt_core.checkpoint.writing import check_destination, staged_folder
 from vilavt_core.errors import TrainingError
 from vilavt_core.failures import loading
-from vilavt_core.json_text import parse_json
 from vilavt_core.sft_config import LoraSettings
 
 from ..modeling_vilavt import VilavtForConditionalGeneration
@@ -59,18 +58,14 @@ def merge_adapter(
 
     Raises:
         TrainingError: not an adapter of ours, or peft is not installed.
-        CheckpointError: the destination exists.
+        CheckpointError: the destination exists, or the adapter names no base.
     """
     peft = _peft()
     adapter = Path(adapter)
     check_destination(destination)
-    try:
-        named = parse_json((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}: {error}; name an adapter's folder") from None
-    base = base or named
-    if not base:
-        raise TrainingError(f"{adapter} does not say what it was trained on; pass --base")
+    base = adapter_base(adapter, base)
+    if base is None:
+        raise TrainingError(f"{adapter}: no {ADAPTER_CONFIG}; name an adapter's folder")
     require_vilavt(base)
     with loading(str(base)):
         model = VilavtForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
