@@ -7,12 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 import vllm
 import yaml
 from typer.main import get_command
-from vllm.config import CacheConfig
+from vllm.engine.arg_utils import EngineArgs
 
-from vilavt_core.cli import app
+from vilavt_core.cli.doctor import doctor
 from vilavt_core.protocol import FinishReason
 from vilavt_core.sizing import Machine
 from vilavt_vllm import compat, support
@@ -75,7 +76,9 @@ def test_every_flag_that_the_page_names_exists():
     containers = {"--stop-timeout", "--build-arg"}
     ours = {word for action in parser()._actions for word in action.option_strings}
     vllms = set(make_arg_parser(FlexibleArgumentParser())._option_string_actions)
-    plan = {word for option in get_command(app).commands["doctor"].params for word in option.opts}
+    command = typer.Typer()
+    command.command()(doctor)
+    plan = {word for option in get_command(command).params for word in option.opts}
     assert named >= {"--shutdown-timeout", "--max-conversations", "--reserve"}
     assert named - containers - ours - vllms - plan == set()
 
@@ -113,4 +116,4 @@ def test_labels_in_rules_and_board_have_values_that_occur():
 
 
 def test_the_plan_assumes_the_share_of_memory_that_vllm_takes():
-    assert Machine().utilization == CacheConfig.__dataclass_fields__["gpu_memory_utilization"].default
+    assert Machine().utilization == EngineArgs.gpu_memory_utilization
