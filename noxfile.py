@@ -93,12 +93,13 @@ QUICK_TESTS = (
     *(f"tests/hf/test_{name}.py" for name in ("golden", "model", "vision_semantics", "processing", "engine", "chat")),
     "tests/hf/test_commands.py",
     "tests/test_architecture.py",
+    "tests/test_deploy.py",
     "tests/test_install.py",
     "tests/test_readme.py",
 )
 """What `quick` runs, less what is marked slow."""
 WORKSPACE_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("architecture", "benchmarks", "install", "packages", "readme")
+    f"tests/test_{name}.py" for name in ("architecture", "benchmarks", "deploy", "install", "packages", "readme")
 )
 MODEL_TESTS = (
     "tests/hf/test_golden.py",

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import httpx
 import openai
 import pytest
 import vllm
+import yaml
 from openai import OpenAI
 
 from vilavt_core.backends import BackendOptions
@@ -263,6 +265,19 @@ def test_the_examples_and_the_readmes_client_run_on_a_server_with_default_flags(
     assert f"<answer>{asked['answer']}</answer>" in done.stdout
     with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
         assert ask(client, question(0)).choices[0].message.content == asked["answer"]
+
+
+def test_every_metric_that_alerts_and_board_name_is_exported(server):
+    kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\w+)$", httpx.get(server.url.removesuffix("/v1") + "/metrics").text))
+    series = set(kinds) | {f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"}
+    deploy, pattern = ROOT / "deploy", r"\b(?:vilavt_|vllm:|process_)[a-z_]+"
+    rules = [rule["expr"] for rule in yaml.safe_load((deploy / "alerts.yaml").read_text())["groups"][0]["rules"]]
+    board = json.loads((deploy / "grafana.json").read_text())
+    shown = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    shown += [variable["query"] for variable in board["templating"]["list"]]
+    named = {name for text in (*rules, *shown) for name in re.findall(pattern, text)}
+    assert len(named) > 15
+    assert named - series == set()
 
 
 def test_metrics_count_what_the_loop_did_beside_vllms_own(client, server):
