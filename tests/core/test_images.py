@@ -572,5 +572,5 @@ def test_endless_redirects_and_missing_pages_are_image_errors(server):
 @pytest.mark.parametrize("allow_urls", [True, False])
 def test_a_file_url_is_told_to_be_a_path(tmp_path, allow_urls):
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="a file is named by its path; leave out file://"):
+    with pytest.raises(ImageError, match="give the path itself, without file://"):
         load_image((tmp_path / "a.png").as_uri(), allow_urls=allow_urls)

@@ -323,7 +323,7 @@ def stored(
     elif isinstance(source, str) and (match := _URL.match(source)):
         label = name or _shown(source)
         if match.group(1).lower() == "file" and allow_paths:
-            raise ImageError(f"{label}: a file is named by its path; leave out file://")
+            raise ImageError(f"{label}: the scheme 'file' is not read; give the path itself, without file://")
         if not allow_urls:
             raise ImageError(
                 f"{label}: URLs are not allowed here; pass allow_urls=True, or download the file and pass its path"
