@@ -440,6 +440,23 @@ def test_nothing_deprecated_is_used_with_a_cache(tiny_model, deprecations):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("states", [None, True])
+def test_the_output_has_what_the_encoder_gave(tiny_model, states):
+    """As far as the installed transformers has a place for it."""
+    inputs = batch(tiny_model, [0, 1])
+    conditioning = {name: inputs[name] for name in inputs if name.startswith(("pixel", "image", "quer"))}
+    expected = compat.pooled(tiny_model.model.get_image_features(**conditioning))
+    for model in (tiny_model, tiny_model.model):
+        output = model(**inputs, output_hidden_states=states)
+        assert (output.hidden_states is not None) is bool(states)
+        if not hasattr(output, "image_outputs"):
+            continue
+        assert all(map(torch.equal, output.image_outputs.pooler_output, expected))
+        assert (output.image_outputs.hidden_states is not None) is bool(states)
+        assert model(input_ids=torch.tensor([[1, 2]])).image_outputs is None
+
+
+@torch.no_grad()
 def test_image_features_come_with_what_was_asked_for(tiny_model, processor):
     inputs = {
         "pixel_values": torch.randn(4 * 4 + 4 * 6, 1176),

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from copy import deepcopy as copy_of
 from importlib.util import find_spec
 
 import pytest
@@ -133,6 +134,23 @@ def test_a_saved_config_is_readable_by_both_generations(tiny_model, tmp_path):
     assert config["text_encoder_config"]["rope_theta"] == tiny_model.config.text_encoder_config.to_dict().get(
         "rope_theta", config["text_encoder_config"]["rope_theta"]
     )
+
+
+@pytest.mark.parametrize("scaling", ["mrope_section", None])
+def test_a_configuration_is_the_same_again_and_leaves_what_it_was_made_of_alone(scaling):
+    rope = {"rope_theta": 5000.0, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]} if scaling else None}
+    text = {"vocab_size": 400, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, **rope}
+    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "rope_theta": 7000.0, "rope_scaling": None}
+    given = copy_of({"text_config": text, "text_encoder_config": encoder})
+    written = VilavtConfig(**given).to_dict()
+    assert given == {"text_config": text, "text_encoder_config": encoder}
+    for _ in range(2):
+        before = copy_of(written)
+        again = VilavtConfig.from_dict(written)
+        found = again.to_dict()
+        for one in (written, found):
+            one.pop("attn_implementation", None)  # from_dict of 4.57 leaves it in both
+        assert written == found == before
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from copy import deepcopy
 from typing import Any
 
 from transformers import Qwen3Config
@@ -82,8 +83,10 @@ class VilavtConfig(Qwen2_5_VLConfig):
         if kwargs.get("text_config") is not None:  # published files repeat the text fields flat; 5.x warns on these two
             kwargs.pop("rope_scaling", None)
             kwargs.pop("rope_theta", None)
+        # 5.x writes what it makes of RoPE settings into the dicts that it is given
+        kwargs = {name: deepcopy(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         if not isinstance(text_encoder_config, Qwen3Config):
-            text_encoder_config = Qwen3Config(**(text_encoder_config or QWEN3_EMBEDDING))
+            text_encoder_config = Qwen3Config(**deepcopy(text_encoder_config or QWEN3_EMBEDDING))
         if not isinstance(vision_config, VilavtVisionConfig):
             # vision_config.model_type is "qwen2_5_vl" in 4.57 files and "qwen2_5_vl_vision" in 5.x files
             vision_config = VilavtVisionConfig(**{k: v for k, v in (vision_config or {}).items() if k != "model_type"})

@@ -361,7 +361,13 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             images = self.get_image_features(
-                pixel_values, image_grid_thw, query_ids, query_attention_mask, images_per_query, image_to_query_mapping
+                pixel_values,
+                image_grid_thw,
+                query_ids,
+                query_attention_mask,
+                images_per_query,
+                image_to_query_mapping,
+                output_hidden_states=compat.VISION_OUTPUT_HAS_STATES and kwargs.get("output_hidden_states"),
             )
         if images is not None:
             if inputs_embeds is None:
@@ -371,7 +377,7 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
         if compat.TAKES_MM_TOKEN_TYPE_IDS:
             kwargs["mm_token_type_ids"] = image_token_types(self.config, input_ids, mm_token_type_ids)
-        return super().forward(
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -380,6 +386,9 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
             image_grid_thw=image_grid_thw,
             **kwargs,
         )
+        if hasattr(output, "image_outputs"):  # newer 5.x; the parent saw embeddings alone
+            output.image_outputs = images
+        return output
 
 
 def image_token_types(
