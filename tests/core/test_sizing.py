@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_core.cli import app
 from vilavt_core.errors import CheckpointError, PlanError
-from vilavt_core.sizing import GIB, Machine, Talk, largest_inquiry, plan
+from vilavt_core.sizing import GIB, Machine, PlannedTalk, largest_inquiry_pixels, plan
 
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 runner = CliRunner()
@@ -36,7 +36,7 @@ def without_reserve(memory: float, **more) -> Machine:
 
 
 def test_the_published_model_has_the_known_sizes(published):
-    found = plan(published, Machine(gpu_memory=80), Talk((4000, 3000)))
+    found = plan(published, Machine(gpu_memory=80), PlannedTalk((4000, 3000)))
     millions = {name: part.parameters / 1e6 for name, part in found.parts.items()}
     assert round(millions["vision_tower"] + millions["merger"], 1) == 676.6
     assert round(millions["query_projections"], 1) == 52.5
@@ -70,11 +70,11 @@ def test_a_configuration_and_the_weights_made_for_it_have_the_same_size(tmp_path
     [((4000, 3000), 104 * 78), ((2800, 2800), 90 * 90), ((280, 140), 10 * 5), ((9, 9), 2 * 2)],
 )
 def test_a_picture_has_as_many_tokens_as_the_episode_would_give_it(published, picture, tokens):
-    assert plan(published, talk=Talk(picture)).picture_tokens == tokens
+    assert plan(published, talk=PlannedTalk(picture)).picture_tokens == tokens
 
 
 def test_conversations_fill_what_the_weights_leave_in_whole_blocks(published):
-    talk = Talk((280, 140), pictures=1, crops=0, text_tokens=51)  # 101 tokens: 7 blocks of 16
+    talk = PlannedTalk((280, 140), pictures=1, crops=0, text_tokens=51)  # 101 tokens: 7 blocks of 16
     bare = plan(published, without_reserve(80), talk)
     assert bare.conversation_tokens == 101
     one = 7 * 16 * bare.kv_bytes_per_token
@@ -86,7 +86,7 @@ def test_conversations_fill_what_the_weights_leave_in_whole_blocks(published):
 
 
 def test_no_conversation_is_longer_than_the_context(published):
-    found = plan(published, talk=Talk(crops=1000))
+    found = plan(published, talk=PlannedTalk(crops=1000))
     assert found.conversation_tokens == found.context
     assert found.conversations == found.full_conversations
 
@@ -104,7 +104,7 @@ def test_gpus_share_everything_but_the_query_encoder(published):
 
 def test_attention_over_whole_pictures_is_counted(published):
     """Four times the tokens are four times the weights' work and sixteen times the attention's."""
-    small, large = (plan(published, talk=Talk((n, n), crops=0)).vision_flops for n in (1120, 2240))
+    small, large = (plan(published, talk=PlannedTalk((n, n), crops=0)).vision_flops for n in (1120, 2240))
     tower, merger = (plan(published).parts[name].parameters for name in ("vision_tower", "merger"))
     weights = 2.0 * (tower * 4 * 1600 + merger * 1600)
     attention = 4.0 * 18 * 1280 * (4 * 1600) ** 2  # blocks 16 to 31, 7 and 15
@@ -117,7 +117,7 @@ def test_attention_over_whole_pictures_is_counted(published):
     [(28_224, 16, 16 * 28_224), (6_422_528, 16, 12_845_056), (20_000_000, 16, 20_000_000), (784, 3, 2352)],
 )
 def test_the_largest_inquiry_is_so_many_images_or_the_largest_one(image, regions, pixels):
-    assert largest_inquiry(image, regions) == pixels
+    assert largest_inquiry_pixels(image, regions) == pixels
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ PATCHES = 4
 """Patches of the vision tower per token of the language model."""
 
 
-def largest_inquiry(max_image_pixels: int, regions: int = MAX_REGIONS) -> int:
+def largest_inquiry_pixels(max_image_pixels: int, regions: int = MAX_REGIONS) -> int:
     """Pixels of the largest inquiry that an engine lets in, unless it is told otherwise: as many full-size images as
     it may hold regions, but no more pixels than the largest image that the stock processor allows. Query-aware blocks
     attend over the whole inquiry, so time and memory grow with its square.
@@ -76,7 +76,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Talk:
+class PlannedTalk:
     """A conversation to plan with."""
 
     picture: tuple[int, int] = (4000, 3000)
@@ -138,7 +138,7 @@ class Plan:
 def plan(
     checkpoint: str | os.PathLike,
     machine: Machine | None = None,
-    talk: Talk | None = None,
+    talk: PlannedTalk | None = None,
     *,
     dtype: Dtype = "bfloat16",
 ) -> Plan:
@@ -154,7 +154,7 @@ def plan(
         CheckpointError: there is no checkpoint, it is damaged, or its configuration lacks a size.
         PlanError: the GPUs cannot share the model's heads out.
     """
-    machine, talk, root = machine or Machine(), talk or Talk(), Path(checkpoint)
+    machine, talk, root = machine or Machine(), talk or PlannedTalk(), Path(checkpoint)
     found = Checkpoint.open(root)
     config, element = found.config, DTYPES[dtype]
     shapes = _shapes(found)
@@ -177,7 +177,7 @@ def plan(
     weights = sum(
         part.nbytes if name in REPLICATED else math.ceil(part.nbytes / machine.gpus) for name, part in parts.items()
     )
-    inquiry = int(limits.max_inquiry_pixels or largest_inquiry(size["longest_edge"] or MAX_PIXELS)) // FACTOR**2
+    inquiry = int(limits.max_inquiry_pixels or largest_inquiry_pixels(size["longest_edge"] or MAX_PIXELS)) // FACTOR**2
     encoder_cache = max(inquiry, machine.batched_tokens) * text.hidden * element
     kv = 2 * text.layers * max(1, text.kv_heads // machine.gpus) * text.head * element
     free = int((machine.gpu_memory * machine.utilization - machine.reserve) * GIB) - weights - encoder_cache

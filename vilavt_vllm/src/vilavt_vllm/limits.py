@@ -7,7 +7,7 @@ from math import isqrt
 from typing import Any
 
 from vilavt_core.presets import Limits
-from vilavt_core.sizing import MAX_REGIONS, largest_inquiry
+from vilavt_core.sizing import MAX_REGIONS, largest_inquiry_pixels
 
 from .errors import LimitError
 
@@ -28,7 +28,7 @@ class EncoderLimits:
     def of(cls, config: Any, max_image_pixels: int) -> "EncoderLimits":
         """Read the caps from the model's configuration.
 
-        How many pixels an inquiry has by default: `vilavt_core.sizing.largest_inquiry`.
+        How many pixels an inquiry has by default: `vilavt_core.sizing.largest_inquiry_pixels`.
 
         Args:
             config: the HF configuration, with vLLM's ``hf_overrides`` applied.
@@ -38,7 +38,7 @@ class EncoderLimits:
             LimitError: a cap is no positive integer.
         """
         regions = _positive(config, "vilavt_max_regions", MAX_REGIONS)
-        pixels = largest_inquiry(max_image_pixels, regions)
+        pixels = largest_inquiry_pixels(max_image_pixels, regions)
         return cls(regions, _positive(config, "vilavt_max_group_pixels", pixels))
 
     def within(self, limits: Limits) -> Limits:

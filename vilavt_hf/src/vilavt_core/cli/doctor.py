@@ -11,7 +11,7 @@ import typer
 from .showing import markup
 
 if TYPE_CHECKING:
-    from ..sizing import Machine, Plan, Talk
+    from ..sizing import Machine, Plan, PlannedTalk
 
 PLANNING = "Plan"
 """Title of the options that only `--plan` takes."""
@@ -103,7 +103,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _plan(model: Path, machine: dict[str, Any], talk: dict[str, Any], dtype: str | None, as_json: bool) -> None:
-    from ..sizing import DTYPES, Machine, Talk
+    from ..sizing import DTYPES, Machine, PlannedTalk
     from ..sizing import plan as planned
     from .running import choice
 
@@ -113,12 +113,12 @@ def _plan(model: Path, machine: dict[str, Any], talk: dict[str, Any], dtype: str
         if size is None:
             raise typer.BadParameter(f"--picture {talk['picture']!r}: expected width and height, as 4000x3000")
         talk["picture"] = (int(size[1]), int(size[2]))
-    of, about = Machine(**machine), Talk(**talk)
+    of, about = Machine(**machine), PlannedTalk(**talk)
     found = planned(model, of, about, dtype=dtype or "bfloat16")  # type: ignore[arg-type]
     typer.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(_lines(found, of, about)))
 
 
-def _lines(found: "Plan", machine: "Machine", talk: "Talk") -> list[str]:
+def _lines(found: "Plan", machine: "Machine", talk: "PlannedTalk") -> list[str]:
     from ..sizing import GIB
 
     def gib(nbytes: int) -> str:
