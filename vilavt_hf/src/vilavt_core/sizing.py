@@ -22,8 +22,8 @@ from .regions import FACTOR, MAX_PIXELS, smart_resize
 from .settings import fitting_limits, preset_of
 
 GIB = 1024**3
-Dtype = Literal["bfloat16", "float16", "float32"]
-DTYPES: Mapping[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+ServedDtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: Mapping[ServedDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Types that a model is served in, and bytes of one element."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored types that are cast to the type that is served; what is quantised stays as it is."""
@@ -101,7 +101,7 @@ class Plan:
 
     parts: Mapping[str, PartSize]
     """Parameters and bytes of each part, as served, of all GPUs together; a replicated part once."""
-    dtype: Dtype
+    dtype: ServedDtype
     weight_bytes: int
     encoder_cache_bytes: int
     """Embeddings of pictures that wait to be read: of the largest inquiry or ``batched_tokens``, whichever is more."""
@@ -140,7 +140,7 @@ def plan(
     machine: Machine | None = None,
     talk: PlannedTalk | None = None,
     *,
-    dtype: Dtype = "bfloat16",
+    dtype: ServedDtype = "bfloat16",
 ) -> Plan:
     """Plan how a checkpoint is served.
 
