@@ -40,6 +40,15 @@ HIDDEN = 128
 MIN_PIXELS, MAX_PIXELS = 28 * 28 * 4, 28 * 28 * 64
 
 
+@pytest.fixture(autouse=True)
+def _a_download_belongs_to_one_event_loop(monkeypatch):
+    """vLLM keeps one HTTP client in a process, which belongs to the event loop that used it first; here every request
+    has a loop of its own.
+    """
+    if connections := sys.modules.get("vllm.connections"):
+        monkeypatch.setattr(connections.global_http_connection, "reuse_client", False)
+
+
 @pytest.fixture(scope="session")
 def build_checkpoint(tokenizer, tmp_path_factory):
     """`build_checkpoint(seed=0, **vision_config)` -> (folder, the transformers model)."""
