@@ -270,7 +270,7 @@ def test_the_examples_and_the_readmes_client_run_on_a_server_with_default_flags(
 def test_every_metric_that_alerts_and_board_name_is_exported(server):
     kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\w+)$", httpx.get(server.url.removesuffix("/v1") + "/metrics").text))
     series = set(kinds) | {f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"}
-    deploy, pattern = ROOT / "deploy", r"\b(?:vilavt_|vllm:|process_)[a-z_]+"
+    deploy, pattern = ROOT / "deploy", r"\b(?:vilavt_|vllm:|process_)[a-z0-9_]+"
     rules = [rule["expr"] for rule in yaml.safe_load((deploy / "alerts.yaml").read_text())["groups"][0]["rules"]]
     board = json.loads((deploy / "grafana.json").read_text())
     shown = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
