@@ -45,7 +45,7 @@ RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
 OLDER_TORCH = ("torch==2.11.0", "torchvision==0.26.0")
 """What those, and EasyR1's vLLM, were built with."""
-OLDEST, NEWEST = "4.57.6", "5.23.0"
+OLDEST, NEWEST = "4.57.6", "5.24.0"
 RUFF = "ruff==0.17.6"
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
 TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", "scikit-image>=0.22", "tensorboard>=2.14")
@@ -231,7 +231,8 @@ def types(session: nox.Session) -> None:
 @nox.session
 def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
-    _install(session, NEWEST, *TEST_TOOLS, "build", "hatchling>=1.26")
+    quantizers = ("torchao==0.18.0", "bitsandbytes==0.50.0")
+    _install(session, NEWEST, *TEST_TOOLS, *quantizers, "build", "hatchling>=1.26")
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env["VILAVT_HANDOFF"] = HANDOFF
     _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
