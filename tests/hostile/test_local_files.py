@@ -19,7 +19,7 @@ from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_core.checkpoint.layout import Checkpoint
 from vilavt_core.checkpoint.writing import staged_folder
 from vilavt_core.cli import app
-from vilavt_core.cli.showing import json_text
+from vilavt_core.cli.showing import printable_json
 from vilavt_core.data.annotations import Annotations
 from vilavt_core.data.dataset import Lengths, Measure
 from vilavt_core.data.unpack import DONE, unpack
@@ -449,7 +449,7 @@ def test_a_log_line_does_nothing_to_the_terminal():
 
 def test_json_on_a_terminal_is_exact_and_does_nothing_to_it():
     value = {"answer": "\x1b[2J\x9b2J\x7f 猫 \n"}
-    text = json_text(value)
+    text = printable_json(value)
     assert json.loads(text) == value
     assert text.isprintable()
     assert "猫" in text

@@ -18,7 +18,7 @@ from ..sources import ImageSource, Video, file_paths
 from .model_options import AttentionMaps, Base, DeviceMap, Quantize, limits_of, open_model, require_attention_maps
 from .quiet import open_quietly
 from .running import check_output_files, check_picture_file
-from .showing import json_text, markup, show
+from .showing import markup, printable_json, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -121,7 +121,7 @@ def ask(
     if attention_maps:
         result = with_attention(backend, result)
     if as_json:
-        typer.echo(json_text(result.to_json() | {"image_files": file_paths(shown)}, 2))
+        typer.echo(printable_json(result.to_json() | {"image_files": file_paths(shown)}, 2))
     _write(console, [result], trace, picture, backend, [None])
     if result.answer is None:
         raise typer.Exit(NO_ANSWER)

@@ -69,7 +69,7 @@ def show(
     raise EngineError("the conversation ended without a result")
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
+def printable_json(value: Any, indent: int | None = None) -> str:
     """A value as JSON that a terminal shows and does not act upon: what it would act upon is escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)

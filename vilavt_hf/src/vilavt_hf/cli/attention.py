@@ -11,7 +11,7 @@ import typer
 
 from vilavt_core.cli.chat import Device, Dtype, DtypeOption
 from vilavt_core.cli.quiet import open_quietly
-from vilavt_core.cli.showing import json_text
+from vilavt_core.cli.showing import printable_json
 from vilavt_core.failures import printable_text
 from vilavt_core.progress import counted, waiting
 from vilavt_core.watching import zooms
@@ -133,7 +133,7 @@ def attention(
     if as_json:
         told = None if result is None else result.to_json()
         calls = [one.to_json() for one in drawn]
-        typer.echo(json_text({**record, "conversation": told, "calls": calls}))
+        typer.echo(printable_json({**record, "conversation": told, "calls": calls}))
 
 
 def _zoom_calls(result: ChatResult) -> tuple[list[Inquiry], list[list[str]]]:
