@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import threading
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,9 @@ from vilavt_core.results import (
     ToolCallEvent,
     Work,
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: programs that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(ImportError):  # the hosts' environments have no hypothesis
     from hypothesis import settings

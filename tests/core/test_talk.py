@@ -421,7 +421,7 @@ def test_the_web_app_says_what_it_lacks(monkeypatch, capsys):
 
 def test_another_address_wants_a_password_and_sharing_is_no_option(monkeypatch, capsys):
     assert "add --auth FILE" in run_web(monkeypatch, capsys, "--host", "0.0.0.0")
-    assert "No such option" in run_web(monkeypatch, capsys, "--share")
+    assert "there is no option --share; `vilavt web --help`" in run_web(monkeypatch, capsys, "--share")
 
 
 def test_passwords_come_from_a_file_or_the_environment(tmp_path):

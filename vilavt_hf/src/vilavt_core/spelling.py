@@ -16,9 +16,14 @@ def did_you_mean(written: object, known: Iterable[object]) -> str:
     """
     if len(str(written)) > _LONGEST:
         return ""
-    names = {str(name).lower(): str(name) for name in known}
-    found = get_close_matches(str(written).lower(), names, n=1)
+    names = {_compared(name): str(name) for name in known}
+    found = get_close_matches(_compared(written), names, n=1)
     return f"; did you mean {names[found[0]]!r}?" if found else ""
+
+
+def _compared(name: object) -> str:
+    """The letters that matter: dashes, which all options begin with, make none of them alike."""
+    return str(name).lower().lstrip("-")
 
 
 def meant(written: Iterable[object], known: Iterable[object]) -> str:
