@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,7 +96,9 @@ def run_verl(recipe: str | Path, overrides: Sequence[str] = ()) -> None:
     found = find_recipe(recipe, RECIPES)
     assert found is not None
     if not any(part.startswith("-") for part in given):  # Hydra's own options only show the configuration
-        check_verl(found.absolute(), given)
+        with warnings.catch_warnings():  # what verl misses as it is imported, the run says itself
+            warnings.simplefilter("ignore")
+            check_verl(found.absolute(), given)
     os.execve(command[0], command, {**os.environ, **environment})
 
 
