@@ -475,7 +475,7 @@ LONG = " ".join(f"It was {number} o'clock." for number in range(60))
 def test_no_limit_of_a_request_bounds_what_was_said_before_it(app, limits, said, monkeypatch):
     allowed = []
 
-    async def cut_off(driver, calling=None):
+    async def cut_off(driver, handling):
         driver.start()
         allowed.append(driver.request.max_new_tokens)
         for event in driver.take([], finish="length"):
