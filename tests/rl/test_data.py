@@ -183,6 +183,7 @@ def test_two_columns_of_pictures_are_refused(folder: Path) -> None:
         ({"answer": " "}, "row 2 .*: 'answer' is missing or blank"),
         ({"question": None}, "row 2 .*: 'question'"),
         ({"question_type": "essay"}, "row 2 .*: no question type 'essay'"),
+        ({"question_type": "multi-choice"}, "no question type 'multi-choice'.*did you mean 'multiple choice'"),
         ({"question_type": "numerical", "answer": "three"}, "row 2 .*: .*'three'"),
         ({"id": "seven", "answer": "AB"}, r"row 2 \(sample seven\): .*'AB'"),
         ({"answer": "2"}, r"row 2 \(sample rl_data-2\): .*'2'"),

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from ..errors import ScoringError
+from ..spelling import did_you_mean
 from . import published
 from .boxes import box_score, iou, parse_box, target_box
 from .choices import option_letter, same_option, target_letters, target_option
@@ -59,7 +60,7 @@ class QuestionType(StrEnum):
         for kind in cls:
             if kind.value.replace("-", " ") == plain:
                 return kind
-        raise ScoringError(f"no question type {name!r}; known are {', '.join(cls)}")
+        raise ScoringError(f"no question type {name!r}; known are {', '.join(cls)}{did_you_mean(name, cls)}")
 
 
 _TARGET: dict[QuestionType, Callable[[str], object]] = {
