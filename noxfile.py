@@ -6,8 +6,8 @@ nox -s demo      the shipped tiny ViLaVT looks at a picture
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
-others release today breaks nothing. pip installs torch and uv the rest; where your index is known to pip alone,
-`VILAVT_PIP=1 nox` leaves uv out. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
+others release today breaks nothing. pip installs torch and uv the rest, or pip all of it: if uv cannot, or you say
+`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
 """
 
 import os
@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 from packaging.requirements import Requirement
 
 nox.needs_version = ">=2024.4.15"
@@ -128,12 +129,20 @@ def _install_torch(session: nox.Session, *what: str) -> None:
 
 
 def _add(session: nox.Session, *what: str) -> None:
-    """Install more by uv, which takes seconds where pip takes minutes; by pip if `VILAVT_PIP` is set."""
-    if "VILAVT_PIP" in os.environ:
-        session.install(*what)
-        return
+    """Install more by uv, which takes seconds where pip takes minutes; by pip if `VILAVT_PIP` is set, or if uv cannot,
+    for instance because only pip's configuration says where an index is.
+    """
     ours = (f"--reinstall-package=vilavt-{name}" for name in ("hf", "vllm", "rl", "vlmeval"))  # built anew each time
-    session.run_install("uv", "pip", "install", "-q", "-p", session.virtualenv.location, *ours, *what)
+    if "VILAVT_PIP" not in os.environ:
+        try:
+            system = {"UV_SYSTEM_CERTS": "1"}  # as pip does
+            command = ("uv", "pip", "install", "-q", "-p", session.virtualenv.location)
+            session.run_install(*command, *ours, *what, env=system)
+            return
+        except CommandFailed:
+            session.warn("uv could not install that; pip does, here and from now on")
+            os.environ["VILAVT_PIP"] = "1"
+    session.install(*what)
 
 
 def _compile(session: nox.Session, folder: Path | None = None) -> None:
