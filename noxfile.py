@@ -85,9 +85,14 @@ HF_TESTS = ("tests/core", "tests/eval", "tests/hf", "tests/hostile", "tests/fuzz
 """All tests of the distribution vilavt-hf."""
 CORE_ON_TRANSFORMERS = tuple(
     f"tests/core/test_{name}.py"
-    for name in ("backends", "checkpoint_convert", "checkpoint_init", "checkpoint_inspect", "data", "doctor", "imports")
+    for name in (
+        *("backends", "checkpoint_convert", "checkpoint_init", "checkpoint_inspect", "data", "doctor", "imports"),
+        *("driver", "episode", "presets", "trace", "video", "video_surfaces", "data_videos"),
+    )
 )
-"""The tests of vilavt_core that need transformers: the rest is the same beside all versions."""
+"""The tests of vilavt_core that load transformers, and those of videos, whose frames must be the same beside every
+version; the rest loads none of it.
+"""
 QUICK_TESTS = (
     "tests/core",
     "tests/eval",

@@ -194,7 +194,7 @@ def test_damage_anywhere_is_an_image_error_or_frames(data):
     began = time.monotonic()
     with contextlib.suppress(ImageError):
         read_frames(Video(bytes(file), frames=3), VideoLimits(max_seconds=5))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 60  # it ends: max_seconds is 5, and a loaded machine is slow
 
 
 @pytest.mark.parametrize(

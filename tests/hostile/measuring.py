@@ -15,7 +15,10 @@ def _status(name: str) -> int:
 
 
 def measured(call: Callable[[], Any]) -> tuple[Any, float, int]:
-    """What it returns or raises, its seconds, and by how many bytes the process grew at the most meanwhile."""
+    """What it returns or raises, its seconds, and by how many bytes the process grew at the most meanwhile.
+
+    Bound the seconds by tens: what is guarded took minutes or had no end, and a loaded machine makes seconds of tenths.
+    """
     Image.core.clear_cache()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")
