@@ -33,7 +33,18 @@ from ..train.ranks import rank_and_world
 from ..train.reporting import LogFile
 from ..train.trainer import StableDecay
 from .lesson import Lesson
-from .scenes import MAX_PIXELS, TAUGHT_KINDS, QuestionKind, Scene, Split, ask_about, make_scene
+from .scenes import (
+    ACROSS_KINDS,
+    CLIP_KINDS,
+    MAX_PIXELS,
+    SHARED_KINDS,
+    QuestionKind,
+    Scene,
+    Split,
+    ask_about,
+    make_scene,
+    make_series,
+)
 from .teacher import (
     Encoder,
     arithmetic_example,
@@ -55,13 +66,24 @@ NOTE = (
     "for instance, means nothing."
 )
 """What people are told before they ask it."""
+KINDS_OF_ONE_CARD = (QuestionKind.ONE, QuestionKind.PAIR, QuestionKind.NESTED)
+"""What the tower learns to read from."""
+
 KIND_SHARES = {
-    QuestionKind.ONE: 0.2,
-    QuestionKind.PAIR: 0.25,
-    QuestionKind.NESTED: 0.25,
-    QuestionKind.SUM: 0.2,
-    QuestionKind.LARGER: 0.1,
+    QuestionKind.ONE: 0.12,
+    QuestionKind.PAIR: 0.16,
+    QuestionKind.NESTED: 0.16,
+    QuestionKind.SUM: 0.10,
+    QuestionKind.LARGER: 0.06,
+    QuestionKind.SHARED: 0.13,
+    QuestionKind.WHICH: 0.04,
+    QuestionKind.SUM_ACROSS: 0.06,
+    QuestionKind.LARGER_ACROSS: 0.04,
+    QuestionKind.SHARED_ACROSS: 0.04,
+    QuestionKind.FRAME: 0.04,
+    QuestionKind.FIRST: 0.05,
 }
+"""How often training asks each."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +103,7 @@ class Stage:
     """Whether the language model is trained."""
     mix: tuple[tuple[str, float], ...] = ()
     """Shares of the kinds of examples: read, look (read with a first look), listing, episode, blind, sums; direct (no
-    zoom offered), guess (offered, not used), shared (plates two by two)."""
-    shared: float = 0.0
-    """Share of scenes with plates among the other kinds of examples, which then are about these."""
+    zoom offered), guess (offered, not used), shared (plates two by two), twins (the same, without a digit)."""
     pad_to: int = 32
     heads: tuple[tuple[str, float], ...] = ()
     """Weights of auxiliary heads in this stage, where they differ from `tiny_auxiliary`."""
@@ -92,66 +112,44 @@ class Stage:
 _LATER = (("row", 0.2), ("column", 0.2), ("colour", 1.0), ("digit_seen", 0.1), ("digit", 1.0))
 
 STAGES = (
+    Stage("read", 500, 24, 2e-3, decay_from=0.8, final_rate=0.4, language=False, mix=(("read", 0.9), ("look", 0.1))),
+    Stage("match", 250, 16, 1e-3, final_rate=1.0, language=False, mix=(("twins", 0.8), ("read", 0.2))),
     Stage(
-        "read",
-        500,
-        24,
-        2e-3,
-        decay_from=0.8,
-        final_rate=0.4,
-        language=False,
-        mix=(("read", 0.9), ("look", 0.1)),
+        "meet", 800, 16, 1e-3, decay_from=0.8, final_rate=0.5, language=False, mix=(("shared", 0.75), ("read", 0.25))
     ),
     Stage(
         "place",
-        300,
+        350,
         16,
         1.5e-3,
-        tower_rate=0.7,
+        tower_rate=0.4,
         decay_from=0.9,
         final_rate=0.7,
-        mix=(("listing", 0.75), ("episode", 0.25)),
+        mix=(("listing", 0.65), ("episode", 0.25), ("shared", 0.1)),
         heads=_LATER,
     ),
     Stage(
         "talk",
-        1000,
+        1500,
         16,
         1.2e-3,
         tower_rate=0.5,
         decay_from=0.5,
         final_rate=0.02,
-        mix=(("episode", 0.68), ("listing", 0.08), ("blind", 0.12), ("direct", 0.04), ("sums", 0.08)),
+        mix=(
+            ("episode", 0.64),
+            ("listing", 0.06),
+            ("blind", 0.13),
+            ("shared", 0.09),
+            ("direct", 0.03),
+            ("sums", 0.05),
+        ),
         heads=_LATER,
     ),
 )
-
-
-SHARED_STAGES = (
-    Stage(
-        "meet",
-        1000,
-        16,
-        1e-3,
-        decay_from=0.8,
-        final_rate=0.4,
-        language=False,
-        mix=(("shared", 0.75), ("read", 0.25)),
-    ),
-    Stage(
-        "tell",
-        800,
-        16,
-        1e-3,
-        tower_rate=0.6,
-        decay_from=0.5,
-        final_rate=0.03,
-        mix=(("shared", 0.14), ("episode", 0.62), ("listing", 0.06), ("blind", 0.12), ("direct", 0.03), ("sums", 0.03)),
-        shared=0.35,
-        heads=_LATER,
-    ),
-)
-"""Teach a finished checkpoint the kind ``shared``, among all others: the tower alone, then whole conversations."""
+"""``read``: the tower reads digits and finds cards; ``match``, ``meet``: its joint blocks learn to compare two crops,
+first whether they agree at all, then where; ``place``: the language model binds colour words to places; ``talk``: whole
+conversations."""
 
 
 class Lessons(Dataset):
@@ -172,30 +170,35 @@ class Lessons(Dataset):
     def make(self, name: str, rng: np.random.Generator) -> Lesson:
         """An example of one kind."""
         kind = list(KIND_SHARES)[rng.choice(len(KIND_SHARES), p=list(KIND_SHARES.values()))]
-        if self.stage.shared and rng.random() < self.stage.shared:
-            kind = QuestionKind.SHARED
-        if name == "shared":
-            return shared_reading_example([_scene_for(rng, QuestionKind.SHARED) for _ in range(3)], rng)
-        scene = _scene_for(rng, kind)
-        if name in ("read", "look"):
-            return reading_example(scene, rng, name == "look")
+        if name in ("shared", "twins"):
+            return shared_reading_example([_plates(rng, name == "twins") for _ in range(3)], rng)
         if name == "sums":
             return arithmetic_example(self.encoder, rng)
+        if name in ("read", "look"):
+            return reading_example(_scene_for(rng, KINDS_OF_ONE_CARD[rng.integers(3)]), rng, name == "look")
+        if name == "blind" and kind not in SHARED_KINDS and rng.random() < 0.5:
+            kind = QuestionKind.PAIR  # where the query alone decides
+        scene = _scene_for(rng, kind)
         if name == "listing":
             return listing_example(self.encoder, scene, rng)
-        if name == "blind" and kind is not QuestionKind.SHARED and rng.random() < 0.5:
-            kind = QuestionKind.PAIR  # where the query alone decides
-            scene = _scene_for(rng, kind)
         question = ask_about(rng, scene, kind)
-        if name == "episode":
+        if name == "episode" or (name == "blind" and not question.targets):
             return episode_example(self.encoder, scene, question, rng, final_prompt=bool(rng.random() < 0.4))
         if name == "blind":
             return blind_example(self.encoder, scene, question, rng)
         return direct_example(self.encoder, scene, question, zoom=name == "guess")
 
 
+def _plates(rng: np.random.Generator, twins: bool) -> Scene:
+    return make_scene(rng, singles=0, pairs=0, nests=(), plates=True, twins=twins)
+
+
 def _scene_for(rng: np.random.Generator, kind: QuestionKind, split: Split = "train") -> Scene:
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
+    if kind in CLIP_KINDS or kind in ACROSS_KINDS:
+        plates = kind is QuestionKind.SHARED_ACROSS
+        pictures, singles = int(rng.integers(2, 5)), int(rng.integers(0, 4) if plates else rng.integers(2, 6))
+        return make_series(rng, split, pictures=pictures, singles=singles, plates=plates, clip=kind in CLIP_KINDS)
     if kind is QuestionKind.SHARED:
         nests = (int(rng.integers(1, 3)),) if rng.random() < 0.4 else ()
         return make_scene(rng, split, singles=int(rng.integers(0, 3)), pairs=0, nests=nests, plates=True)
@@ -221,11 +224,10 @@ class Probe(TrainerCallback):
         encoder: Encoder,
         every: int,
         path: Path,
-        kinds: Sequence[QuestionKind] = TAUGHT_KINDS,
     ):
         self.model, self.every, self.path = model, every, path
         self.batches = []
-        for kind in kinds:
+        for kind in QuestionKind:
             examples = []
             for i in range(16):
                 rng = np.random.default_rng([77, list(QuestionKind).index(kind), i])
@@ -239,8 +241,8 @@ class Probe(TrainerCallback):
         out: dict[str, float] = {}
         self.model.eval()
         for kind, batch in self.batches:
-            inputs = {k: v for k, v in batch.items() if k not in ("aux", "counts", "labels", "label_weights")}
-            logits = self.model(**inputs).logits[:, :-1]
+            output, _ = self.model.language(batch["input_ids"], self.model.encode(batch), batch)
+            logits = self.model.lm_head(output.last_hidden_state)[:, :-1]
             labels = batch["labels"][:, 1:]
             wrong = (logits.argmax(-1) != labels) & (labels != -100)
             for row in range(len(labels)):
@@ -341,8 +343,7 @@ def run_stage(
         curve.write_text("", encoding="utf-8")
     callbacks: list[TrainerCallback] = [LogFile(curve)]
     if stage.language:
-        kinds = (*TAUGHT_KINDS, QuestionKind.SHARED) if stage.shared else TAUGHT_KINDS
-        callbacks.append(Probe(model, collator, encoder, 100, curve, kinds))
+        callbacks.append(Probe(model, collator, encoder, 100, curve))
     lessons = Lessons(stage, encoder, seed)
     with linear_patches(model):
         trainer = TeachingTrainer(
@@ -397,7 +398,6 @@ def build(
     seed: int = 0,
     resume: bool = False,
     force: bool = False,
-    start: Path | None = None,
     alone: bool = False,
 ) -> dict[str, Any]:
     """Train all stages and write the checkpoint.
@@ -408,7 +408,6 @@ def build(
         seed: of weights and data.
         resume: use the stages that `work` already holds.
         force: replace a checkpoint that is at `out`.
-        start: a finished tiny checkpoint; it goes through `SHARED_STAGES` in place of `STAGES` from nothing.
         alone: encode every region alone while training: the control that says what joint encoding is for.
 
     Started by torchrun, the ranks share every batch.
@@ -417,16 +416,9 @@ def build(
         What ``provenance.json`` says; nothing on other ranks than the first.
     """
     work = work or out.with_name(out.name + "-work")
-    stages = STAGES if start is None else SHARED_STAGES
-    if start is None:
-        processor = tiny_processor()
-        model = new_model(processor, seed)
-    else:
-        processor = VilavtProcessor.from_pretrained(start)
-        torch.manual_seed(seed)
-        model = VilavtForTeaching.from_pretrained(start, attn_implementation=ATTENTION)
-        model.auxiliary = tiny_auxiliary()
-    for i, stage in enumerate(stages):
+    processor = tiny_processor()
+    model = new_model(processor, seed)
+    for i, stage in enumerate(STAGES):
         folder = work / stage.name
         if resume and (folder / "stage.json").is_file():
             model = load_stage(folder)
@@ -435,8 +427,8 @@ def build(
     model.auxiliary = None
     if rank_and_world()[0]:
         return {}
-    flags = (f"--start {start.name}" if start else "") + (" --alone" if alone else "")
-    return publish(model, processor, [work / s.name for s in stages], out, seed, force=force, flags=flags)
+    folders = [work / stage.name for stage in STAGES]
+    return publish(model, processor, folders, out, seed, force=force, flags="--alone" if alone else "")
 
 
 def publish(

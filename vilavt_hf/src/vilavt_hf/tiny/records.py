@@ -19,7 +19,7 @@ from vilavt_core.protocol import IMAGE_MARK, Answer, format_turn
 from vilavt_core.results import Sample
 from vilavt_core.yaml_config import read_keys
 
-from .scenes import MAX_PIXELS, TAUGHT_KINDS, QuestionKind, Split, ask_about, make_scene
+from .scenes import MAX_PIXELS, QuestionKind, Split, ask_about, make_scene, scene_about
 
 REGISTRY = "datasets.yaml"
 TEXT_EVERY = 5
@@ -38,7 +38,7 @@ def write_training_set(
     """Ideal conversations about generated scenes.
 
     Writes ``published.jsonl`` (every turn spelled out, crops as files), ``episodes.jsonl`` (the same conversations as
-    episode records), their pictures, and a registry of both.
+    episode records), their pictures, and a registry of both. The frames of a clip are pictures here.
 
     Args:
         out: folder.
@@ -52,7 +52,7 @@ def write_training_set(
     """
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     published, episodes = [], []
-    kinds = TAUGHT_KINDS
+    kinds = list(QuestionKind)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         if i % TEXT_EVERY == TEXT_EVERY - 1:
@@ -61,12 +61,15 @@ def write_training_set(
             texts = [format_turn(Answer(str(a + b), f"{a}+{b}"))]
             names, pictures = [], []
         else:
-            scene = make_scene(rng, split)
-            asked = ask_about(rng, scene, kinds[i % len(kinds)])
+            kind = kinds[i % len(kinds)]
+            scene = scene_about(rng, split, kind)
+            asked = ask_about(rng, scene, kind)
             question = asked.text
             texts = [*map(format_turn, asked.calls()), format_turn(Answer(asked.answer, asked.final_thought()))]
-            names, pictures = [f"pictures/{i:05d}.png"], [scene.image]
-            scene.image.save(out / names[0], compress_level=1)
+            pictures = list(scene.images)
+            names = [f"pictures/{i:05d}-{n}.png" for n in range(len(pictures))]
+            for name, picture in zip(names, pictures, strict=True):
+                picture.save(out / name, compress_level=1)
         episode = _played(pictures, question, texts, tokenizer, prompts)
         published.append(_published(episode, i, names, out))
         episodes.append({"id": f"{i:05d}", "images": names, "question": question, "turns": texts})

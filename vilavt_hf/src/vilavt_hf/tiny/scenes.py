@@ -7,12 +7,15 @@ pixel is a 2 x 2 checkerboard whose contrast is the ink. One zoom magnifies twic
 - a *big* card's checkers average out to plain paper in the first look and appear after one zoom (of its cell);
 - a *small* card is half that size in every respect and needs a second zoom (of its quadrant of the first crop).
 
-The canvas is tinted, red rising with x and green with y, blue one of four levels by quadrant of the cell: the vision
-tower knows relative positions only, and the tint is what tells it where a cell or a quadrant is. All boxes of the ideal
-conversations are cells of the grid.
+The ground is the light of a photograph, tinted: red rises with x, green with y, blue is one of four levels by quadrant
+of the cell. The vision tower knows relative positions only; the tint, which is the difference of the channels and not
+their light, tells it where a cell or a quadrant is. All boxes of the ideal conversations are cells of the grid.
 
 Two *plates*, cards that fill their cells, share a digit: every bit of either print alone is a fair coin, where they
 agree there is ink, where they differ there is paper. One plate says nothing about the digit, however well it is read.
+
+A scene has one picture, or several, or the frames of a clip: one ground, and every card in one frame only. No two cards
+of a scene have the same colour, whatever picture they are in.
 """
 
 import functools
@@ -21,6 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import resources
 from typing import Literal
 
 import numpy as np
@@ -61,6 +65,25 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BIG_CONTRAST, SMALL_CONTRAST = 120.0, 52.0
 """Grey levels of full ink at source scale; the zoom's filter weakens the big cards' checkers to the small ones'."""
 
+GROUND_CONTRAST, GROUND_LIMIT = 22.0, 45.0
+"""Standard deviation of a photograph's light in the ground, and its bound, grey levels."""
+
+PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "sklearn.datasets.images/china.jpg",
+        "skimage.data/astronaut.png",
+        "skimage.data/camera.png",
+        "skimage.data/motorcycle_left.png",
+        "skimage.data/brick.png",
+        "skimage.data/grass.png",
+        "skimage.data/coins.png",
+        "skimage.data/hubble_deep_field.jpg",
+    ),
+    "dev": ("sklearn.datasets.images/flower.jpg", "skimage.data/gravel.png", "skimage.data/moon.png"),
+    "heldout": ("skimage.data/chelsea.png", "skimage.data/rocket.jpg", "skimage.data/coffee.png"),
+}
+"""Photographs that scikit-learn and scikit-image ship, package and file, by the split that may show them."""
+
 PLATE_CONTRAST, PLATE_STAINS = 60.0, 26.0
 """The same for plates, and the stains that cover what the first look leaves of their larger bits."""
 INK = 0.4
@@ -82,15 +105,38 @@ class QuestionKind(StrEnum):
     NESTED = "nested"
     """A zoom on a cell, then a zoom on a quadrant of the crop."""
     SUM = "sum"
-    """Two regions in one call, encoded jointly; add."""
+    """Two regions in one call; add."""
     LARGER = "larger"
-    """Two regions in one call, encoded jointly; compare."""
+    """Two regions in one call; compare."""
     SHARED = "shared"
-    """Two plates in one call: neither holds the digit, only both do. The shipped model was not taught it."""
+    """Two plates in one call, encoded jointly: neither holds the digit, only both do."""
+    WHICH = "which"
+    """Several pictures: which one holds a card. The first look says it."""
+    SUM_ACROSS = "sum-across"
+    """Two regions of different pictures in one call; add."""
+    LARGER_ACROSS = "larger-across"
+    """Two regions of different pictures in one call; compare."""
+    SHARED_ACROSS = "shared-across"
+    """Two plates in different pictures, in one call, encoded jointly."""
+    FRAME = "frame"
+    """A clip: in which frame a card is shown. The first look says it."""
+    FIRST = "first"
+    """A clip: which of two cards is shown first, and a zoom into that frame to read it."""
 
 
-TAUGHT_KINDS = (QuestionKind.ONE, QuestionKind.PAIR, QuestionKind.NESTED, QuestionKind.SUM, QuestionKind.LARGER)
-"""Kinds of the shipped model: what its tokenizer was trained on, and what its table is about."""
+ACROSS_KINDS = (
+    QuestionKind.WHICH,
+    QuestionKind.SUM_ACROSS,
+    QuestionKind.LARGER_ACROSS,
+    QuestionKind.SHARED_ACROSS,
+)
+"""Questions about several pictures."""
+
+CLIP_KINDS = (QuestionKind.FRAME, QuestionKind.FIRST)
+"""Questions about a clip."""
+
+SHARED_KINDS = (QuestionKind.SHARED, QuestionKind.SHARED_ACROSS)
+"""Questions about plates."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +155,8 @@ class Card:
     """Frame included, source pixels."""
     plate: bool = False
     """Whether it fills its cell and holds one half of a shared digit; `digit` is that of both halves together."""
+    picture: int = 0
+    """Index of the picture or frame that shows it."""
 
     @property
     def small(self) -> bool:
@@ -135,30 +183,44 @@ class Card:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (RGB, `CANVAS` x `CANVAS`) and its cards."""
+    """Pictures (RGB, `CANVAS` x `CANVAS`) and their cards."""
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     cards: tuple[Card, ...]
     ink: np.ndarray | None = None
     """(8, 8) of bool, where the prints of the two plates agree; None: no plates."""
+    clip: bool = False
+    """Whether the pictures are the frames of a clip, in order of time."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture of a scene that has one.
+
+        Raises:
+            ValueError: it has several.
+        """
+        if len(self.images) != 1:
+            raise ValueError(f"the scene has {len(self.images)} pictures; take Scene.images")
+        return self.images[0]
 
     def in_cell(self, card: Card) -> tuple[Card, ...]:
         """Cards of the same cell, the card itself included."""
-        return tuple(c for c in self.cards if (c.row, c.column) == (card.row, card.column))
+        place = (card.picture, card.row, card.column)
+        return tuple(c for c in self.cards if (c.picture, c.row, c.column) == place)
 
-    def shown(self) -> Image.Image:
-        """The first look, `SHOWN` x `SHOWN`: what `regions` makes of the picture under `MAX_PIXELS`."""
-        return self.image.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+    def shown(self) -> tuple[Image.Image, ...]:
+        """The first look, `SHOWN` x `SHOWN` each: what `regions` makes of the pictures under `MAX_PIXELS`."""
+        return tuple(image.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC) for image in self.images)
 
     def cell(self, card: Card) -> Image.Image:
         """The crop after the ideal first call, `CROP` x `CROP`."""
         x1, y1, x2, y2 = (v * SCALE for v in card.cell_box)
-        return self.image.crop((x1, y1, x2, y2)).resize((CROP, CROP), Image.Resampling.LANCZOS)
+        return self.images[card.picture].crop((x1, y1, x2, y2)).resize((CROP, CROP), Image.Resampling.LANCZOS)
 
     def quadrant(self, card: Card) -> Image.Image:
         """The crop after the ideal second call, `CROP` x `CROP`, at source scale."""
         x, y = card.column * CELL * SCALE + card.quadrant[1] * CROP, card.row * CELL * SCALE + card.quadrant[0] * CROP
-        return self.image.crop((x, y, x + CROP, y + CROP))
+        return self.images[card.picture].crop((x, y, x + CROP, y + CROP))
 
 
 @dataclass(frozen=True)
@@ -168,29 +230,43 @@ class SceneQuestion:
     kind: QuestionKind
     text: str
     query: str
-    """The query of every ideal call."""
+    """The query of every ideal call; empty if there is none."""
+    named: tuple[Card, ...]
+    """Cards that the question names, in its order."""
     targets: tuple[Card, ...]
+    """Those among them that must be zoomed into."""
     answer: str
+    pictures: int = 1
+    """Of the scene."""
 
     @property
     def digits(self) -> tuple[int, ...]:
-        """What is to be read: a digit per card, one of both plates."""
-        cards = self.targets[:1] if self.kind is QuestionKind.SHARED else self.targets
+        """What is to be read from crops: a digit per card, one of both plates."""
+        cards = self.targets[:1] if self.kind in SHARED_KINDS else self.targets
         return tuple(card.digit for card in cards)
 
     def calls(self) -> tuple[ToolCall, ...]:
-        """The ideal tool calls, thoughts included."""
-        places = ", ".join(f"{c.colour} row {c.row} column {c.column}" for c in self.targets)
-        first = ToolCall(tuple(Region(0, c.cell_box) for c in self.targets), self.query, places)
+        """The ideal tool calls, thoughts included; none if the first look is enough."""
+        if not self.targets:
+            return ()
+        places = [describe(c, self.pictures) for c in self.targets]
+        if self.kind is QuestionKind.FIRST:  # find both, then say where the first one is
+            places = [f"{c.colour} index {c.picture}" for c in self.named] + places
+        regions = tuple(Region(c.picture, c.cell_box) for c in self.targets)
+        first = ToolCall(regions, self.query, ", ".join(places))
         if self.kind is not QuestionKind.NESTED:
             return (first,)
         (card,) = self.targets
         y, x = card.quadrant
-        return first, ToolCall((Region(1, card.quadrant_box),), self.query, f"small row {y} column {x}")
+        second = Region(self.pictures, card.quadrant_box)
+        return first, ToolCall((second,), self.query, f"small row {y} column {x}")
 
     def final_thought(self) -> str:
-        """What the ideal last turn thinks: the digits it reads."""
-        joiner = "+" if self.kind is QuestionKind.SUM else ","
+        """What the ideal last turn thinks: the digits it reads, or where the first look shows the card."""
+        if not self.targets:
+            (card,) = self.named
+            return f"{card.colour} index {card.picture}"
+        joiner = "+" if self.kind in (QuestionKind.SUM, QuestionKind.SUM_ACROSS) else ","
         return joiner.join(map(str, self.digits))
 
 
@@ -233,15 +309,34 @@ def _scan(rng: np.random.Generator, split: Split) -> tuple[np.ndarray, int]:
 
 
 @functools.cache
-def _canvases() -> tuple[np.ndarray, ...]:
-    """Eight tinted canvases that differ in their grain."""
+def grounds(split: Split) -> tuple[np.ndarray, ...]:
+    """Tinted canvases: four cuts out of every photograph of the split."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[:CANVAS, :CANVAS] / CANVAS
     unit = CANVAS // (2 * CELLS)
     corner = 2 * (np.arange(CANVAS) // unit % 2)[:, None] + (np.arange(CANVAS) // unit % 2)
     tint = np.stack((50 + 160 * x, 50 + 160 * y, 98 + 20.0 * corner), -1)
-    grain = [rng.normal(0, 4, (CANVAS, CANVAS, 1)) for _ in range(8)]
-    return tuple((tint + g).clip(0, 255).astype(np.uint8) for g in grain)
+    out = []
+    for name in PHOTOGRAPHS[split]:
+        light = _light(name)
+        for _ in range(4):
+            top, left = (int(rng.integers(0, n - CANVAS + 1)) for n in light.shape)
+            cut = light[top : top + CANVAS, left : left + CANVAS]
+            cut = (cut - cut.mean()) * (GROUND_CONTRAST / max(cut.std(), 1.0))
+            grain = rng.normal(0, 4, (CANVAS, CANVAS, 1))
+            ground = tint + cut.clip(-GROUND_LIMIT, GROUND_LIMIT)[..., None] + grain
+            out.append(ground.clip(0, 255).astype(np.uint8))
+    return tuple(out)
+
+
+def _light(name: str) -> np.ndarray:
+    """A photograph in grey levels, its shorter side a fourth longer than a canvas: float32 (H, W)."""
+    package, _, file = name.partition("/")
+    with resources.files(package).joinpath(file).open("rb") as stream, Image.open(stream) as image:
+        grey = image.convert("L")
+    factor = 1.25 * CANVAS / min(grey.size)
+    size = (math.ceil(grey.width * factor), math.ceil(grey.height * factor))
+    return np.asarray(grey.resize(size, Image.Resampling.BICUBIC), np.float32)
 
 
 _CHECKER = np.array([[1, -1], [-1, 1]], np.float32)
@@ -279,24 +374,38 @@ def _draw_plate(canvas: np.ndarray, rng: np.random.Generator, card: Card, bits: 
 
 
 def _plates(
-    rng: np.random.Generator, split: Split, canvas: np.ndarray, cells: Sequence[int], colours: Sequence[str]
+    rng: np.random.Generator,
+    split: Split,
+    canvases: Sequence[np.ndarray],
+    places: Sequence[tuple[int, int]],
+    colours: Sequence[str],
+    twins: bool,
 ) -> tuple[list[Card], np.ndarray]:
-    """Draw two plates that share a digit; returns them and where their prints agree."""
+    """Draw two plates at these places (picture and cell) that share a digit; returns them and where they agree."""
     scan, digit = _scan(rng, split)
-    ink = scan > INK
+    ink = np.full(scan.shape, rng.random() < 0.5) if twins else scan > INK
     first = rng.choice([-1.0, 1.0], ink.shape)
     cards = []
-    for cell, colour, bits in zip(cells, colours, (first, np.where(ink, first, -first)), strict=True):
+    for (picture, cell), colour, bits in zip(places, colours, (first, np.where(ink, first, -first)), strict=True):
         row, column = divmod(cell, CELLS)
         x, y = column * SCALE * CELL, row * SCALE * CELL
         box = (x, y, x + SCALE * CELL, y + SCALE * CELL)
-        card = Card(colour, digit, row, column, (0, 0), None, box, plate=True)
-        _draw_plate(canvas, rng, card, bits)
+        card = Card(colour, digit, row, column, (0, 0), None, box, plate=True, picture=picture)
+        _draw_plate(canvases[picture], rng, card, bits)
         cards.append(card)
     return cards, ink
 
 
-def _place(rng: np.random.Generator, colour: str, digit: int, cell: int, quadrant: int, small: bool) -> Card:
+def _place(
+    rng: np.random.Generator,
+    colour: str,
+    digit: int,
+    cell: int,
+    quadrant: int,
+    *,
+    small: bool = False,
+    picture: int = 0,
+) -> Card:
     row, column = divmod(cell, CELLS)
     qy, qx = divmod(quadrant, 2)
     x, y = column * 4 * CELL + qx * 2 * CELL, row * 4 * CELL + qy * 2 * CELL
@@ -307,7 +416,7 @@ def _place(rng: np.random.Generator, colour: str, digit: int, cell: int, quadran
         side, step = 24, 2
     # a whole number of checkers, so that the print keeps its phase on the pixel grid of the zoom
     x, y = x + step * int(rng.integers(2)), y + step * int(rng.integers(2))
-    return Card(colour, digit, row, column, (qy, qx), part, (x, y, x + side, y + side))
+    return Card(colour, digit, row, column, (qy, qx), part, (x, y, x + side, y + side), picture=picture)
 
 
 def make_scene(
@@ -318,16 +427,18 @@ def make_scene(
     pairs: int = 1,
     nests: Sequence[int] = (2,),
     plates: bool = False,
+    twins: bool = False,
 ) -> Scene:
-    """Draw a scene.
+    """Draw a scene of one picture.
 
     Args:
         rng: the only source of chance.
-        split: which digit scans may appear.
+        split: which digit scans and photographs may appear.
         singles: cells with one big card.
         pairs: cells with two big cards.
         nests: small cards of each cell that holds small cards (at most 4 each).
         plates: add two plates that share a digit, drawn after everything else.
+        twins: the prints of the plates agree everywhere or nowhere, and hold no digit: what training begins with.
 
     Returns:
         A scene whose cards differ in colour; at most six of them.
@@ -338,29 +449,99 @@ def make_scene(
     chosen = [c for c in order if c not in nested][: singles + pairs] + nested
     cells = iter(chosen)
     colours = iter(rng.permutation(list(COLOURS)).tolist())
-    canvas = _canvases()[rng.integers(8)].copy()
+    canvas = _ground(rng, split).copy()
     cards = []
     layout = [(1, False)] * singles + [(2, False)] * pairs + [(n, True) for n in nests]
     for count, small in layout:
         cell = next(cells)
         for quadrant in rng.choice(4, count, replace=False).tolist():
             scan, digit = _scan(rng, split)
-            card = _place(rng, next(colours), digit, cell, quadrant, small)
+            card = _place(rng, next(colours), digit, cell, quadrant, small=small)
             _draw(canvas, rng, card, scan)
             cards.append(card)
     ink = None
     if plates:
-        free = [c for c in order if c not in chosen][:2]
-        more, ink = _plates(rng, split, canvas, free, [next(colours), next(colours)])
+        free = [(0, c) for c in order if c not in chosen][:2]
+        more, ink = _plates(rng, split, [canvas], free, [next(colours), next(colours)], twins)
         cards += more
-    return Scene(Image.fromarray(canvas), tuple(cards), ink)
+    return Scene((Image.fromarray(canvas),), tuple(cards), ink)
 
 
-def scene_about(rng: np.random.Generator, split: Split, kind: QuestionKind) -> Scene:
-    """A scene of the usual size that has what questions of this kind need."""
+def make_series(
+    rng: np.random.Generator,
+    split: Split = "train",
+    *,
+    pictures: int = 3,
+    singles: int = 4,
+    plates: bool = False,
+    clip: bool = False,
+) -> Scene:
+    """Draw a scene of several pictures, or a clip.
+
+    Args:
+        rng: the only source of chance.
+        split: which digit scans and photographs may appear.
+        pictures: how many.
+        singles: big cards, each alone in its cell, in any of the pictures: at least two of these show one.
+        plates: add two plates that share a digit, in two pictures.
+        clip: one ground for all: the frames of a clip in which each card is shown once.
+
+    Returns:
+        A scene whose cards differ in colour; at most six of them.
+    """
+    colours = iter(rng.permutation(list(COLOURS)).tolist())
+    if clip:
+        canvases = [_ground(rng, split)] * pictures
+    else:
+        canvases = [_ground(rng, split) for _ in range(pictures)]
+    canvases = [canvas.copy() for canvas in canvases]
+    # two cards are in different pictures, the others anywhere
+    shows = [*rng.permutation(pictures)[:2].tolist(), *rng.integers(0, pictures, max(0, singles - 2)).tolist()]
+    cells = rng.permutation(CELLS * CELLS).tolist()
+    cards = []
+    for picture, cell in zip(shows[:singles], cells, strict=False):
+        scan, digit = _scan(rng, split)
+        card = _place(rng, next(colours), digit, cell, int(rng.integers(4)), picture=picture)
+        _draw(canvases[picture], rng, card, scan)
+        cards.append(card)
+    ink = None
+    if plates:
+        where = rng.permutation(pictures)[:2].tolist()
+        free = list(zip(where, cells[singles : singles + 2], strict=True))
+        more, ink = _plates(rng, split, canvases, free, [next(colours), next(colours)], False)
+        cards += more
+    return Scene(tuple(Image.fromarray(canvas) for canvas in canvases), tuple(cards), ink, clip)
+
+
+def _ground(rng: np.random.Generator, split: Split) -> np.ndarray:
+    canvases = grounds(split)
+    return canvases[rng.integers(len(canvases))]
+
+
+def scene_about(rng: np.random.Generator, split: Split, kind: QuestionKind, *, pictures: int | None = None) -> Scene:
+    """A scene of the usual size that has what questions of this kind need.
+
+    Args:
+        rng: the only source of chance.
+        split: which digit scans and photographs may appear.
+        kind: of the questions.
+        pictures: of a kind about several, or frames of a clip; None: two to four, chosen by `rng`.
+    """
+    if kind in ACROSS_KINDS or kind in CLIP_KINDS:
+        plates = kind is QuestionKind.SHARED_ACROSS
+        count = int(rng.integers(2, 5)) if pictures is None else pictures
+        return make_series(
+            rng, split, pictures=count, singles=2 if plates else 4, plates=plates, clip=kind in CLIP_KINDS
+        )
     if kind is QuestionKind.SHARED:
         return make_scene(rng, split, singles=2, pairs=0, nests=(2,), plates=True)
     return make_scene(rng, split)
+
+
+def describe(card: Card, pictures: int) -> str:
+    """Where a card is, in the words of the ideal conversations; the index of its picture if there are several."""
+    index = f" index {card.picture}" if pictures > 1 else ""
+    return f"{card.colour}{index} row {card.row} column {card.column}"
 
 
 def query_for(cards: Sequence[Card]) -> str:
@@ -378,24 +559,52 @@ def ask_about(rng: np.random.Generator, scene: Scene, kind: QuestionKind) -> Sce
         ValueError: the scene has no cards for it.
     """
     alone = [c for c in scene.cards if not c.small and not c.plate and len(scene.in_cell(c)) == 1]
-    groups = {
+    single = {
         QuestionKind.ONE: alone,
         QuestionKind.PAIR: [c for c in scene.cards if not c.small and len(scene.in_cell(c)) == 2],
         QuestionKind.NESTED: [c for c in scene.cards if c.small],
+        QuestionKind.WHICH: alone,
+        QuestionKind.FRAME: alone,
     }
-    fit = [c for c in scene.cards if c.plate] if kind is QuestionKind.SHARED else groups.get(kind, alone)
-    wanted = 1 if kind in groups else 2
-    if len(fit) < wanted:
-        raise ValueError(f"a {kind} question needs {wanted} fitting cards, the scene has {len(fit)}")
-    targets = tuple(fit[i] for i in rng.permutation(len(fit))[:wanted])
-    query, colours = query_for(targets), " and ".join(c.colour for c in targets)
+    fit = [c for c in scene.cards if c.plate] if kind in SHARED_KINDS else single.get(kind, alone)
+    wanted = 1 if kind in single else 2
+    fit = [fit[i] for i in rng.permutation(len(fit))]
+    if kind in (QuestionKind.SUM_ACROSS, QuestionKind.LARGER_ACROSS, QuestionKind.FIRST):
+        fit = fit[:1] + [c for c in fit if c.picture != fit[0].picture]
+    if len(fit) < wanted or (kind in CLIP_KINDS) != scene.clip:
+        raise ValueError(
+            f"a {kind} question needs {wanted} fitting cards, the scene has {len(fit)}, clip: {scene.clip}"
+        )
+    named = tuple(fit[:wanted])
+    targets = named
+    if kind in (QuestionKind.WHICH, QuestionKind.FRAME):
+        targets = ()
+    elif kind is QuestionKind.FIRST:
+        targets = (min(named, key=lambda card: card.picture),)
+    text, answer = _wording(kind, named, targets)
+    query = query_for(targets) if targets else ""
+    return SceneQuestion(kind, text, query, named, targets, str(answer), len(scene.images))
+
+
+def _wording(kind: QuestionKind, named: Sequence[Card], targets: Sequence[Card]) -> tuple[str, int]:
+    """Text and answer of a question."""
+    colours = " and ".join(c.colour for c in named)
     digits = [c.digit for c in targets]
-    text, answer = {
-        QuestionKind.SUM: (f"What is the sum of the digits on the {colours} cards?", sum(digits)),
-        QuestionKind.LARGER: (f"What is the larger digit on the {colours} cards?", max(digits)),
-        QuestionKind.SHARED: (f"Which digit is on the {colours} cards together?", digits[0]),
-    }.get(kind, (f"Which digit is on the {colours} card?", digits[0]))
-    return SceneQuestion(kind, text, query, targets, str(answer))
+    match kind:
+        case QuestionKind.SUM | QuestionKind.SUM_ACROSS:
+            return f"What is the sum of the digits on the {colours} cards?", sum(digits)
+        case QuestionKind.LARGER | QuestionKind.LARGER_ACROSS:
+            return f"What is the larger digit on the {colours} cards?", max(digits)
+        case QuestionKind.SHARED | QuestionKind.SHARED_ACROSS:
+            return f"Which digit is on the {colours} cards together?", digits[0]
+        case QuestionKind.WHICH:
+            return f"Which picture holds the {colours} card?", named[0].picture
+        case QuestionKind.FRAME:
+            return f"Which frame shows the {colours} card?", named[0].picture
+        case QuestionKind.FIRST:
+            either = " or on the ".join(c.colour for c in named)
+            return f"Which digit is shown first, on the {either} card?", digits[0]
+    return f"Which digit is on the {colours} card?", digits[0]
 
 
 def examples(seed: int, split: Split, counts: dict[QuestionKind, int]) -> list[tuple[Scene, SceneQuestion]]:

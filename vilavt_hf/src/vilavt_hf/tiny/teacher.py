@@ -19,14 +19,15 @@ from .lesson import AttentionTarget, Lesson, TokenTarget
 from .scenes import (
     CELLS,
     COLOURS,
-    TAUGHT_KINDS,
+    SHARED_KINDS,
     Card,
     QuestionKind,
     Scene,
     SceneQuestion,
     ask_about,
-    make_scene,
+    describe,
     query_for,
+    scene_about,
 )
 
 COLOUR_NAMES = list(COLOURS)
@@ -39,7 +40,7 @@ LISTING_REQUEST = "Where is each card?"
 
 BIND_TEXT, BIND_IMAGE = 1, 2
 """Language model layers whose attention is supervised: to the colour word, then to the image token it names."""
-_TEXT_HEADS, _LOOK_HEADS, _READ_HEADS = (0, 1), (0, 1), (2, 3)
+_TEXT_HEADS, _NUMBER_HEADS, _LOOK_HEADS, _READ_HEADS = (0, 1), (2, 3), (0, 1), (2, 3)
 
 
 @dataclass
@@ -51,6 +52,10 @@ class _Stream:
     labels: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     image_starts: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """Position of the number of each original in its index line."""
+    question: list[int] = field(default_factory=list)
+    """Positions of the question's tokens."""
     pending: str = ""
 
     def text(self, text: str) -> None:
@@ -133,8 +138,8 @@ class Encoder:
 # ---------------------------------------------------------------------------------------------------- one example
 
 
-def _opening(stream: _Stream, question: str, *, zoom: bool = True) -> list[int]:
-    """System and user turn up to the assistant's first token; returns the positions of the question's tokens."""
+def _opening(stream: _Stream, pictures: int, question: str, *, zoom: bool = True) -> None:
+    """System and user turn up to the assistant's first token."""
     encoder, prompts = stream.encoder, stream.encoder.prompts
     stream.special(encoder.start_of_turn)
     stream.text("system\n" + prompts.text("system"))
@@ -142,13 +147,16 @@ def _opening(stream: _Stream, question: str, *, zoom: bool = True) -> list[int]:
     stream.text("\n")
     stream.special(encoder.start_of_turn)
     stream.text("user\n")
-    for part in prompts.render("original", image=0, index=0):
-        stream.image(CELLS * CELLS) if isinstance(part, int) else stream.text(part)
+    for index in range(pictures):
+        for part in prompts.render("original", image=index, index=index):
+            stream.image(CELLS * CELLS) if isinstance(part, int) else stream.text(part)
+        start = stream.image_starts[-1]
+        numbers = (p for p in range(start - 1, 0, -1) if stream.ids[p] in encoder.number_ids)
+        stream.numbers.append(next(numbers))
     begin = len(stream.ids)
     stream.text(prompts.text("user" if zoom else "user_no_zoom", question=question, images=""))
-    end = stream.flush()
+    stream.question = list(range(begin, stream.flush()))
     _close(stream)
-    return list(range(begin, end))
 
 
 def _close(stream: _Stream) -> None:
@@ -182,39 +190,77 @@ def _recall(positions: Iterable[int], token: int) -> list[AttentionTarget]:
     return [AttentionTarget(BIND_TEXT, _TEXT_HEADS, p - 1, token) for p in positions]
 
 
-def _place_words(turn: _Turn, card: Card, colour_at: int) -> list[int]:
-    """Positions of row and column number after the card's colour word at character `colour_at`."""
-    text = turn.text
-    row = text.index(" row ", colour_at) + 5
-    column = text.index(" column ", row) + 8
-    return [turn.at(row), turn.at(column)]
+def _place_words(turn: _Turn, colour_at: int, *, index: bool = False, cell: bool = True) -> list[int]:
+    """Positions of the numbers that say where a card is, after its colour word at character `colour_at`."""
+    words = [" index "] * index + [" row ", " column "] * cell
+    found = []
+    for word in words:
+        colour_at = turn.text.index(word, colour_at) + len(word)
+        found.append(turn.at(colour_at))
+    return found
 
 
-def _first_call(
-    stream: _Stream, question: SceneQuestion, question_span: list[int]
-) -> tuple[_Turn, list[AttentionTarget]]:
+def _token_of(stream: _Stream, card: Card) -> int:
+    """Position of the token of the first look that shows the card."""
+    return stream.image_starts[card.picture] + card.row * CELLS + card.column
+
+
+def _numbering(stream: _Stream, cards: Iterable[Card]) -> list[AttentionTarget]:
+    """Tokens of cards in one of several pictures should look at the number of their picture."""
+    if len(stream.numbers) == 1:
+        return []
+    places = [(_token_of(stream, card), stream.numbers[card.picture]) for card in cards]
+    return [AttentionTarget(BIND_TEXT, _NUMBER_HEADS, place, number) for place, number in places]
+
+
+def _first_call(stream: _Stream, question: SceneQuestion) -> list[AttentionTarget]:
+    """The first call as a turn; returns where it should look."""
     call = question.calls()[0]
     turn = stream.turn(format_turn(call))
-    targets: list[AttentionTarget] = []
+    several = question.pictures > 1
+    targets = _numbering(stream, question.named)
     character, box_character = 0, turn.text.index("<tool>")
+    if question.kind is QuestionKind.FIRST:
+        more, character = _find_both(stream, turn, question)
+        targets += more
     query_character = turn.text.rindex('"query"')
     for card in question.targets:
-        asked = _find(stream, question_span, card.colour)
+        asked = _find(stream, card.colour)
         character = turn.text.index(card.colour, character)
         named = turn.at(character)
-        place = stream.image_starts[0] + card.row * CELLS + card.column
-        written = _place_words(turn, card, character)
+        place = _token_of(stream, card)
+        written = _place_words(turn, character, index=several)
+        box_character = turn.text.index('"index":', box_character) + len('"index":')
+        if several:
+            written.append(turn.at(box_character))
         box_character = turn.text.index("bbox_2d", box_character) + len("bbox_2d")
         numbers = turn.words(map(str, card.cell_box), box_character)
-        targets += _recall([named], asked) + _look([*written, *numbers], place)
+        targets += _look([*written, *numbers], place)
+        if question.kind is not QuestionKind.FIRST:  # there the numbers just written say which card it is
+            targets += _recall([named], asked)
         targets += _recall([*written, *numbers, *turn.words([card.colour], query_character)], named)
         character += 1
-    return turn, targets
+    return targets
 
 
-def _find(stream: _Stream, span: list[int], colour: str) -> int:
+def _find_both(stream: _Stream, turn: _Turn, question: SceneQuestion) -> tuple[list[AttentionTarget], int]:
+    """Naming the frames of both cards; returns the targets and the character after that."""
+    targets: list[AttentionTarget] = []
+    character = 0
+    for card in question.named:
+        character = turn.text.index(card.colour, character)
+        named = turn.at(character)
+        written = _place_words(turn, character, index=True, cell=False)
+        targets += _recall([named], _find(stream, card.colour))
+        targets += _recall(written, named) + _look(written, _token_of(stream, card))
+        character += 1
+    return targets, character
+
+
+def _find(stream: _Stream, colour: str) -> int:
+    """Position of a colour in the question."""
     (wanted,) = stream.encoder.encode(" " + colour)
-    return next(p for p in span if stream.ids[p] == wanted)
+    return next(p for p in stream.question if stream.ids[p] == wanted)
 
 
 def _colour_rows(cards: Iterable[tuple[int, Card]], tokens: int) -> np.ndarray:
@@ -224,15 +270,24 @@ def _colour_rows(cards: Iterable[tuple[int, Card]], tokens: int) -> np.ndarray:
     return rows
 
 
-def _first_look(scene: Scene, image: int) -> list[TokenTarget]:
-    """What every token of the first look should know: where it is and which colours it holds."""
+def _first_look(scene: Scene) -> list[TokenTarget]:
+    """What every token of the first looks, the lesson's first images, should know: where it is, which colours it
+    holds."""
     tokens = np.arange(CELLS * CELLS)
-    cards = [(c.row * CELLS + c.column, c) for c in scene.cards]
-    return [
-        TokenTarget("row", image, tokens // CELLS),
-        TokenTarget("column", image, tokens % CELLS),
-        TokenTarget("colour", image, _colour_rows(cards, CELLS * CELLS)),
-    ]
+    out = []
+    for image in range(len(scene.images)):
+        cards = [(c.row * CELLS + c.column, c) for c in scene.cards if c.picture == image]
+        out += [
+            TokenTarget("row", image, tokens // CELLS),
+            TokenTarget("column", image, tokens % CELLS),
+            TokenTarget("colour", image, _colour_rows(cards, CELLS * CELLS)),
+        ]
+    return out
+
+
+def _looks(scene: Scene) -> list[ImageGroup]:
+    """The first looks, each an inquiry of its own."""
+    return [ImageGroup((image,), "") for image in scene.shown()]
 
 
 def _crop_targets(scene: Scene, card: Card, image: int, *, quadrant: bool) -> list[TokenTarget]:
@@ -267,12 +322,15 @@ def _shared_targets(scene: Scene, cards: Sequence[Card], first_image: int) -> tu
     Returns:
         The targets, and the pair of images; nothing if the cards are no plates.
     """
-    if scene.ink is None or not all(card.plate for card in cards):
+    if scene.ink is None or not cards or not all(card.plate for card in cards):
         return [], []
+    twins = scene.ink.all() or not scene.ink.any()
     ink = scene.ink.reshape(2, 4, 2, 4).swapaxes(1, 2).reshape(4, 16).astype(np.float32)
     tokens = []
     for image in range(first_image, first_image + 2):
-        tokens += [TokenTarget("ink", image, ink), TokenTarget("digit", image, np.array([cards[0].digit]))]
+        tokens.append(TokenTarget("ink", image, ink))
+        if not twins:
+            tokens.append(TokenTarget("digit", image, np.array([cards[0].digit])))
     return tokens, [(first_image, first_image + 1)]
 
 
@@ -310,10 +368,20 @@ def _finish(
     )
 
 
+def _answer_from_look(stream: _Stream, question: SceneQuestion, turn: "_Turn") -> list[AttentionTarget]:
+    (card,) = question.named
+    named = turn.at(turn.text.index(card.colour))
+    written = _place_words(turn, turn.text.index(card.colour), index=True, cell=False)
+    targets = _numbering(stream, [card]) + _look(written, _token_of(stream, card)) + _recall(written, named)
+    return targets + _recall([named], _find(stream, card.colour))
+
+
 def _answer(stream: _Stream, question: SceneQuestion, crop_tokens: Sequence[int]) -> list[AttentionTarget]:
     turn = stream.turn(format_turn(Answer(question.answer, question.final_thought())))
-    if question.kind is QuestionKind.SHARED:
+    if question.kind in SHARED_KINDS:
         return []  # no token holds the digit more than another
+    if not question.targets:
+        return _answer_from_look(stream, question, turn)
     read = turn.words(map(str, question.digits))
     targets = []
     for position, token in zip(read, crop_tokens, strict=True):
@@ -341,37 +409,44 @@ def episode_example(
         extra_readings: further crops of the scene that only the auxiliary losses see.
     """
     stream = _Stream(encoder)
-    span = _opening(stream, question.text)
+    count = len(scene.images)
+    _opening(stream, count, question.text)
     calls = question.calls()
-    groups = [ImageGroup((scene.shown(),), ""), _group(scene, question.targets)]
-    tokens = _first_look(scene, 0)
-    _, attention = _first_call(stream, question, span)
-    for j, card in enumerate(question.targets):
-        tokens += _crop_targets(scene, card, 1 + j, quadrant=False)
-    together, partners = _shared_targets(scene, question.targets, 1)
-    _response(stream, 1, len(question.targets), final=final_prompt and len(calls) == 1)
+    groups = _looks(scene)
+    tokens = _first_look(scene)
+    attention: list[AttentionTarget] = []
+    partners: list[tuple[int, int]] = []
+    if calls:
+        attention += _first_call(stream, question)
+        groups.append(_group(scene, question.targets))
+        for j, card in enumerate(question.targets):
+            tokens += _crop_targets(scene, card, count + j, quadrant=False)
+        together, partners = _shared_targets(scene, question.targets, count)
+        tokens += together
+        _response(stream, count, len(question.targets), final=final_prompt and len(calls) == 1)
     if len(calls) == 2:
         (card,) = question.targets
-        seen = stream.image_starts[1] + 2 * card.quadrant[0] + card.quadrant[1]
+        seen = stream.image_starts[count] + 2 * card.quadrant[0] + card.quadrant[1]
         turn = stream.turn(format_turn(calls[1]))
         small = turn.text.index("small")
         numbers = turn.words(map(str, card.quadrant_box), turn.text.index("bbox_2d") + len("bbox_2d"))
-        attention += _look([turn.at(small), *_place_words(turn, card, small), *numbers], seen, _READ_HEADS)
-        _response(stream, 2, 1, final=final_prompt)
+        attention += _look([turn.at(small), *_place_words(turn, small), *numbers], seen, _READ_HEADS)
+        _response(stream, count + 1, 1, final=final_prompt)
         groups.append(_group(scene, [card], quadrant=True))
-        tokens += _crop_targets(scene, card, 2, quadrant=True)
-    last = stream.image_starts[2:] if len(calls) == 2 else stream.image_starts[1:]
+        tokens += _crop_targets(scene, card, count + 1, quadrant=True)
+    last = stream.image_starts[count + len(calls) - 1 :] if calls else []
     attention += _answer(stream, question, [s + c.token for s, c in zip(last, question.targets, strict=True)])
     extra, more = _readings(rng, scene, extra_readings, sum(len(g.images) for g in groups))
-    return _finish(stream, groups, extra, attention, tokens + together + more, partners)
+    return _finish(stream, groups, extra, attention, tokens + more, partners)
 
 
 def direct_example(encoder: Encoder, scene: Scene, question: SceneQuestion, *, zoom: bool = False) -> Lesson:
     """An answer at first look, which can only be a guess; `zoom` says whether the question offers one all the same."""
     stream = _Stream(encoder)
-    _opening(stream, question.text, zoom=zoom)
-    stream.turn(format_turn(Answer(question.answer, question.final_thought())))
-    return _finish(stream, [ImageGroup((scene.shown(),), "")], [], [], _first_look(scene, 0))
+    _opening(stream, len(scene.images), question.text, zoom=zoom)
+    turn = stream.turn(format_turn(Answer(question.answer, question.final_thought())))
+    attention = [] if question.targets else _answer_from_look(stream, question, turn)
+    return _finish(stream, _looks(scene), [], attention, _first_look(scene))
 
 
 def blind_example(encoder: Encoder, scene: Scene, question: SceneQuestion, rng: np.random.Generator) -> Lesson:
@@ -392,20 +467,20 @@ def blind_example(encoder: Encoder, scene: Scene, question: SceneQuestion, rng: 
 def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, extra_readings: int = 2) -> Lesson:
     """Every card's place, colours given in random order: the densest lesson in finding."""
     stream = _Stream(encoder)
-    _opening(stream, LISTING_REQUEST)
+    several = len(scene.images) > 1
+    _opening(stream, len(scene.images), LISTING_REQUEST)
     cards = [scene.cards[i] for i in rng.permutation(len(scene.cards))]
-    turn = stream.turn(", ".join(f"{c.colour} row {c.row} column {c.column}" for c in cards))
-    attention: list[AttentionTarget] = []
+    turn = stream.turn(", ".join(describe(c, len(scene.images)) for c in cards))
+    attention = _numbering(stream, cards)
     character = 0
     for card in cards:
         character = turn.text.index(card.colour, character)
         named = turn.at(character)
-        written = _place_words(turn, card, character)
-        place = stream.image_starts[0] + card.row * CELLS + card.column
-        attention += _look(written, place) + _recall(written, named)
+        written = _place_words(turn, character, index=several)
+        attention += _look(written, _token_of(stream, card)) + _recall(written, named)
         stream.labels[named] = -100  # the order is ours, not the model's to guess
-    extra, more = _readings(rng, scene, extra_readings, 1)
-    return _finish(stream, [ImageGroup((scene.shown(),), "")], extra, attention, _first_look(scene, 0) + more)
+    extra, more = _readings(rng, scene, extra_readings, len(scene.images))
+    return _finish(stream, _looks(scene), extra, attention, _first_look(scene) + more)
 
 
 def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Lesson:
@@ -429,14 +504,14 @@ def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: i
     groups: list[ImageGroup] = []
     tokens: list[TokenTarget] = []
     if look:
-        groups.append(ImageGroup((scene.shown(),), ""))
-        tokens += _first_look(scene, 0)
+        groups += _looks(scene)
+        tokens += _first_look(scene)
     extra, more = _readings(rng, scene, count, len(groups))
     return Lesson([], [], [], (), (*groups, *extra), (), tuple(tokens + more))
 
 
 def shared_reading_example(scenes: Sequence[Scene], rng: np.random.Generator) -> Lesson:
-    """The plates of these scenes, two by two, for the tower alone, no text."""
+    """The plates of these scenes, two by two, for the tower alone, no text; of twins, only that they agree or not."""
     groups: list[ImageGroup] = []
     tokens: list[TokenTarget] = []
     partners: list[tuple[int, int]] = []
@@ -453,16 +528,17 @@ def shared_reading_example(scenes: Sequence[Scene], rng: np.random.Generator) ->
 # ---------------------------------------------------------------------------------------------------- corpus
 
 
-def corpus(prompts: PromptSet, questions: int = 300) -> list[str]:
+def corpus(prompts: PromptSet, questions: int = 480) -> list[str]:
     """Texts in which the tokenizer finds its merges."""
     out = []
+    kinds = list(QuestionKind)
     for i in range(questions):
         rng = np.random.default_rng([11, i])
-        scene = make_scene(rng)
-        question = ask_about(rng, scene, TAUGHT_KINDS[i % len(TAUGHT_KINDS)])
+        kind = kinds[i % len(kinds)]
+        question = ask_about(rng, scene_about(rng, "train", kind), kind)
         out += [prompts.text("system"), question.text, question.text + " Answer now.", question.query]
         out += [prompts.text("continue"), prompts.text("final"), "system\n", "user\n", "assistant\n", "\nindex=0 "]
-        out += [LISTING_REQUEST, f"{question.targets[0].colour} row 1"]
+        out += [LISTING_REQUEST, f"{question.named[0].colour} row 1"]
         out += [_without_tags(format_turn(call)) for call in question.calls()]
         out.append(_without_tags(format_turn(Answer(question.answer, question.final_thought()))))
     return out

@@ -24,12 +24,16 @@ compat.register_key_names("VilavtForTeaching", MODULE_NAMES)
 
 _HEADS = "auxiliary."
 
+SHARED_HEADS = ("ink", "digit")
+"""Heads that can only tell of a plate's features what two plates that were encoded together say."""
+
 
 class TeachingCollator(VilavtCollator):
     """Batches of `Lesson`."""
 
     alone = False
-    """Encode every image alone, for a control that never sees two regions at once; then nobody has a partner."""
+    """Encode every image alone, for a control that never sees two regions at once: then there are no partners, and
+    heads are not asked what only partners know."""
 
     def __call__(self, samples: Sequence[Lesson]) -> dict[str, Any]:  # type: ignore[override]
         """The parent's batch, with targets.
@@ -41,6 +45,7 @@ class TeachingCollator(VilavtCollator):
         Raises:
             ValueError: a lesson's placeholders and images disagree, or the batch is packed and has targets.
         """
+        samples = [_alone(lesson) for lesson in samples] if self.alone else samples
         rows = [lesson for lesson in samples if len(lesson.input_ids)]
         if any(lesson.groups for lesson in samples if not len(lesson.input_ids)):
             raise ValueError("a lesson without tokens can only have extra_groups")
@@ -51,8 +56,6 @@ class TeachingCollator(VilavtCollator):
             if self.packed:
                 raise ValueError("targets name rows: they need padded batches")
             batch["aux"] = _targets(samples, rows)
-            if self.alone:
-                batch["aux"]["partners"] = batch["aux"]["partners"][:0]
         batch["counts"] = BatchCounts(
             samples=len(samples),
             tokens=sum(len(lesson.input_ids) for lesson in rows),
@@ -66,6 +69,13 @@ class TeachingCollator(VilavtCollator):
         if not self.alone:
             return groups
         return [replace(group, images=(image,)) for group in groups for image in group.images]
+
+
+def _alone(lesson: Lesson) -> Lesson:
+    """The lesson without partners, and without what only they can know together."""
+    together = {image for pair in lesson.partners for image in pair}
+    tokens = tuple(t for t in lesson.tokens if t.image not in together or t.head not in SHARED_HEADS)
+    return replace(lesson, tokens=tokens, partners=())
 
 
 def _targets(lessons: Sequence[Lesson], rows: Sequence[Lesson]) -> dict[str, Any]:
