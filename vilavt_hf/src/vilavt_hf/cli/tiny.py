@@ -26,20 +26,12 @@ def build_command(
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT and WORK already.")] = False,
-    start: Annotated[
-        Path | None,
-        typer.Option(help="Teach this finished checkpoint digits that two plates share, instead of building anew."),
-    ] = None,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Encode every region alone while training: the control of --start.")
+        bool, typer.Option("--alone", help="Encode every region alone while training: a control of joint encoding.")
     ] = False,
 ) -> None:
-    """Train the tiny model from nothing (about an hour on two cores) and save it."""
+    """Train the tiny model from nothing (up to three hours on two cores) and save it."""
     check_destination(out, force)
-    if start is not None:
-        require_vilavt(start)
-    elif alone:
-        raise typer.BadParameter("it is the control of --start, which is missing", param_hint="--alone")
     work = work or out.with_name(f"{out.name}-work")
     check_output_folders(work=work)
     if not (resume or force) and any(work.glob("*/stage.json")):
@@ -51,7 +43,7 @@ def build_command(
     from ..tiny.build import build
 
     with resumable(f"with --resume the same command keeps the stages that are done, in {work}"):
-        record = build(out, work=work, seed=seed, resume=resume, force=force, start=start, alone=alone)
+        record = build(out, work=work, seed=seed, resume=resume, force=force, alone=alone)
     if record:
         typer.echo(json.dumps(record, indent=1))
 
