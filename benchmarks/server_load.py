@@ -90,18 +90,15 @@ class Question:
 
     def __init__(self, number: int, kind: str, task: Any) -> None:
         self.number, self.kind, self.right = number, kind, task.question.answer
-        picture = task.scene.image.copy()
-        picture.putpixel((0, 0), (number % 256, number // 256, 0))
-        file = io.BytesIO()
-        picture.save(file, "png", compress_level=1)  # the default takes the client longer than the server's answer
-        data = base64.b64encode(file.getvalue()).decode()
-        url = (
-            f"data:image/png;base64,{data[: len(data) // 3]}"
-            if kind == "malformed"
-            else f"data:image/png;base64,{data}"
-        )
-        image = {"type": "image_url", "image_url": {"url": url}}
-        self.messages = [{"role": "user", "content": [image, {"type": "text", "text": task.question.text}]}]
+        parts: list[dict[str, Any]] = []
+        for picture in task.images:
+            picture.putpixel((0, 0), (number % 256, number // 256, 0))
+            file = io.BytesIO()
+            picture.save(file, "png", compress_level=1)  # the default takes the client longer than the server's answer
+            data = base64.b64encode(file.getvalue()).decode()
+            data = data[: len(data) // 3] if kind == "malformed" else data
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+        self.messages = [{"role": "user", "content": [*parts, {"type": "text", "text": task.question.text}]}]
 
     async def ask(self, client: AsyncOpenAI, kind: str) -> tuple[str, Any]:
         """(id of the response, what it said); what a client that hung up saw is None."""

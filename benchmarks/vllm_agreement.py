@@ -32,7 +32,7 @@ def compare(chat: VilavtChat, llm: VilavtLLM, questions: int | None = None) -> d
         pairs of transcripts that differ.
     """
     todo = tasks("heldout", questions)
-    samples = [Sample([task.scene.image], task.question.text, id=str(i)) for i, task in enumerate(todo)]
+    samples = [Sample(list(task.images), task.question.text, id=str(i)) for i, task in enumerate(todo)]
     began = time.perf_counter()
     theirs = llm.ask_many(samples)
     middle = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vilavt_hf.tiny.benchmark import write_benchmark
+from vilavt_hf.tiny.benchmark import tasks, write_benchmark
 
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 VILAVT = str(Path(sys.executable).with_name("vilavt"))
@@ -17,7 +17,7 @@ VILAVT = str(Path(sys.executable).with_name("vilavt"))
 
 @pytest.fixture(scope="module")
 def definition(tmp_path_factory):
-    return write_benchmark(tmp_path_factory.mktemp("tiny"), 20)
+    return write_benchmark(tmp_path_factory.mktemp("tiny"), tasks("heldout", 20))
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python")
@@ -50,7 +50,7 @@ def test_two_ranks_write_the_file_of_one_process(definition, tmp_path):
 
 
 def test_a_rank_whose_questions_fail_does_not_end_the_other_one(tmp_path):
-    definition = write_benchmark(tmp_path / "tiny", 15)
+    definition = write_benchmark(tmp_path / "tiny", tasks("heldout", 15))
     for number in range(1, 15, 2):  # all of the second rank's questions: it ends at once
         (tmp_path / "tiny" / "pictures" / f"{number}.png").write_bytes(b"no picture")
     ranks = evaluate(definition, tmp_path / "out", *TORCHRUN, code=1)

@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 from vilavt_core.cli import app
 from vilavt_core.errors import BenchmarkError, EvaluationError
 from vilavt_eval.runner import run
-from vilavt_hf.tiny.benchmark import write_benchmark
+from vilavt_hf.tiny.benchmark import tasks, write_benchmark
 
 TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")
 
 
 @pytest.fixture(scope="module")
 def definition(tmp_path_factory):
-    return str(write_benchmark(tmp_path_factory.mktemp("tiny"), 16))
+    return str(write_benchmark(tmp_path_factory.mktemp("tiny"), tasks("heldout", 16)))
 
 
 @pytest.fixture

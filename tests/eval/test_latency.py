@@ -11,7 +11,7 @@ from vilavt_eval.evaluation_preset import EvaluationPreset
 from vilavt_eval.latency import Spread, measure_latency
 from vilavt_eval.questions import Questions
 from vilavt_eval.runner import Setting
-from vilavt_hf.tiny.benchmark import write_benchmark
+from vilavt_hf.tiny.benchmark import tasks, write_benchmark
 
 TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")
 PRESET = EvaluationPreset.load("default", {"precision": "float32"})
@@ -19,7 +19,7 @@ PRESET = EvaluationPreset.load("default", {"precision": "float32"})
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), 22)
+    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), tasks("heldout", 22))
     return Questions(load_benchmark(definition), definition.parent)
 
 

@@ -24,6 +24,8 @@ from vilavt_core.protocol import Answer, Region, ToolCall, format_turn, parse_tu
 from vilavt_core.regions import Gallery, View
 from vilavt_core.results import Sample
 from vilavt_core.sft_config import SftConfig
+from vilavt_core.sources import Video
+from vilavt_core.video import VideoLimits, read_frames
 from vilavt_eval.ablation import ABLATIONS, Ablation
 from vilavt_eval.statistics import wilson
 from vilavt_hf.tiny import benchmark as questions
@@ -323,7 +325,7 @@ INTERVENE = ABLATIONS["random-box"].transform_regions
 @pytest.fixture(scope="module")
 def training_set(tmp_path_factory, processor):
     folder = tmp_path_factory.mktemp("set")
-    write_training_set(folder, processor.tokenizer, processor.prompts, count=10)
+    write_training_set(folder, processor.tokenizer, processor.prompts, count=14)
     return folder
 
 
@@ -348,7 +350,7 @@ def test_both_schemas_of_a_training_set_give_the_same_conversations(training_set
         for first, second in zip(one.groups, other.groups, strict=True):
             assert [image.tobytes() for image in first.images] == [image.tobytes() for image in second.images]
         kinds.add(len(one.groups))
-    assert kinds == {0, 2, 3}  # text alone, one zoom, nested zooms
+    assert kinds > {0, 2, 3}  # text alone, one zoom, nested zooms, several pictures
 
 
 def test_crops_of_the_training_set_can_be_cut_on_the_fly(training_set, tmp_path):
@@ -356,7 +358,8 @@ def test_crops_of_the_training_set_can_be_cut_on_the_fly(training_set, tmp_path)
     source = Registry.load(training_set / REGISTRY).find("tiny_published")
     lines = [json.loads(line) for line in source.annotations.read_text().splitlines()]
     for line in lines:
-        line |= {"images": line["images"][:1], "queries": None, "image_to_query_mapping": None}
+        originals = [name for name in line["images"] if "crop" not in name]
+        line |= {"images": originals, "queries": None, "image_to_query_mapping": None}
     (training_set / "boxes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (training_set / "boxes.yaml").write_text("datasets: [{name: boxes, annotations: boxes.jsonl, crops: cut}]")
     cut = make_dataset(recipe(training_set, tmp_path, "boxes", f"data.registry={training_set / 'boxes.yaml'}"))
@@ -372,7 +375,7 @@ def test_the_shipped_model_is_at_home_in_its_published_records(training_set, tmp
                         "output.log_steps=1")).train()  # fmt: skip
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert first["loss"] < 0.6
-    assert (report.samples, report.dropped) == (10, {})
+    assert (report.samples, report.dropped) == (14, {})
     assert inspect_checkpoint(report.folder).complete
 
 
@@ -419,7 +422,7 @@ def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch, alone):
 
 def test_the_question_set_is_fixed_and_large_enough():
     counts = questions.COUNTS
-    assert sum(counts.values()) >= 500
+    assert sum(counts.values()) >= 800
     few = questions.tasks("heldout", 20)
     assert {t.question.kind for t in few} == set(QuestionKind)
     assert [t.question for t in few] == [t.question for t in questions.tasks("heldout", 20)]
@@ -433,7 +436,7 @@ def test_a_plain_classifier_reads_the_crop_but_not_the_first_look():
 
 def test_crops_cover_a_question_if_they_show_its_cards_large_enough():
     scene, question, _ = scene_and_question(QuestionKind.NESTED, 3)
-    task, calls = SceneTask(scene, question), [format_turn(call) for call in question.calls()]
+    task, calls = SceneTask(question, lambda: scene), [format_turn(call) for call in question.calls()]
     pixels = (1, MAX_PIXELS)
     assert evaluation.covers([*calls, "<answer>1</answer>"], task, *pixels)
     assert not evaluation.covers(calls[:1], task, *pixels)  # the whole cell: too small to read
@@ -449,7 +452,7 @@ def test_an_ideal_call_is_forced_and_the_other_card_asked_for():
     teacher, swap = (own[name] for name in (evaluation.TEACHER_BOXES, evaluation.SWAPPED_QUERY))
     (call,) = task.question.calls()
     assert [teacher.forced_turns(sample, turn) for turn in (0, 1)] == [format_turn(call), None]
-    (picture,) = task.scene.shown()
+    (picture,) = task.draw().shown()
     (asked,) = swap.transform_inquiry(sample, Inquiry((picture,), call.query, (1,)))
     assert asked.query == query_for([task.other]) != call.query
     (first_look,) = swap.transform_inquiry(sample, Inquiry((picture,), "", (0,)))
@@ -468,7 +471,7 @@ def test_a_name_of_its_own_is_no_ablation_of_another_benchmark():
 
 def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for(tmp_path):
     rows = ("teacher-boxes", "no-zoom", "random-box", "swapped-query")
-    fingerprint, table = evaluation.score_scenes(str(SHIPPED), tmp_path, rows, limit=60)
+    fingerprint, table = evaluation.score_scenes(str(SHIPPED), tmp_path, rows, questions.tasks("heldout", 60))
     assert fingerprint == checkpoint_fingerprint(SHIPPED)
     found = {row.name: row for row in table.rows}
     assert list(found) == ["full", "coverage", "swapped-query", "teacher-boxes", "no-zoom", "random-box"]
@@ -496,3 +499,11 @@ def test_the_shipped_checkpoint_is_small_and_says_where_it_came_from():
     questions = json.loads((SHIPPED.parent / "pictures" / "questions.json").read_text())
     assert len(questions) == 3
     assert all((SHIPPED.parent / "pictures" / q["image"]).is_file() for q in questions)
+
+
+def test_a_clip_is_read_back_as_it_was_drawn(tmp_path):
+    task = questions.make_task("dev", QuestionKind.FIRST, 0, pictures=5)
+    questions.write_clip(tmp_path / "clip.mkv", task.images)
+    frames = read_frames(Video(tmp_path / "clip.mkv"), VideoLimits())
+    assert [frame.time for frame in frames] == [0, 1, 2, 3, 4]
+    assert [frame.image.tobytes() for frame in frames] == [image.tobytes() for image in task.images]

@@ -12,7 +12,7 @@ from vilavt_eval.evaluation_preset import EvaluationPreset
 from vilavt_eval.questions import Questions
 from vilavt_eval.ray_data import Cluster
 from vilavt_eval.runner import Setting, asking, run
-from vilavt_hf.tiny.benchmark import write_benchmark
+from vilavt_hf.tiny.benchmark import tasks, write_benchmark
 
 TINY = str(Path(__file__).parents[2] / "examples" / "vilavt-tiny")
 PRESET = EvaluationPreset.load("default", {"precision": "float32"})
@@ -21,7 +21,7 @@ SETTING = Setting(TINY, "hf", PRESET, Ablation.parse("random-box"), device="cpu"
 
 @pytest.fixture
 def questions(tmp_path_factory):
-    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), 20)
+    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), tasks("heldout", 20))
     return Questions(load_benchmark(definition), definition.parent)
 
 

@@ -14,7 +14,7 @@ from vilavt_eval.result_file import lines
 from vilavt_eval.runner import Setting, asking, run
 from vilavt_eval.scores import score_file
 from vilavt_eval.summary import summarise
-from vilavt_hf.tiny.benchmark import write_benchmark
+from vilavt_hf.tiny.benchmark import tasks, write_benchmark
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +25,7 @@ ENGINE = (("enforce_eager", True), ("block_size", 32), ("max_num_seqs", 8), ("di
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), 40)
+    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), tasks("heldout", 40))
     return Questions(load_benchmark(definition), definition.parent)
 
 

@@ -40,7 +40,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def samples():
-    return [Sample([task.scene.image], task.question.text, id=str(i)) for i, task in enumerate(tasks("heldout", 60))]
+    return [Sample(list(task.images), task.question.text, id=str(i)) for i, task in enumerate(tasks("heldout", 60))]
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def reference():
     torch.set_num_threads(1)
     todo = tasks("heldout", QUESTIONS)
     chat = VilavtChat.from_pretrained(TINY, concurrency=64, dtype="float32")
-    results = chat.ask_many([Sample([t.scene.image], t.question.text, id=str(i)) for i, t in enumerate(todo)])
+    results = chat.ask_many([Sample(list(t.images), t.question.text, id=str(i)) for i, t in enumerate(todo)])
     return [(str(t.question.kind), r.answer == t.question.answer) for t, r in zip(todo, results, strict=True)]
 
 

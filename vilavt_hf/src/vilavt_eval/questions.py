@@ -216,7 +216,7 @@ class Questions(Sequence[Question]):
 
     def _images(self, i: int, record: Mapping[str, Any]) -> tuple[str, ...]:
         key, frames = self.benchmark.keys.images, self.benchmark.frames
-        if key is None or (self.benchmark.videos is not None and record.get(key) is None):
+        if key is None or (self.benchmark.videos is not None and record.get(key) in (None, [])):
             return ()
         paths = _paths(record.get(key))
         if not paths or not all(isinstance(path, str) and path for path in paths):
@@ -235,6 +235,9 @@ class Questions(Sequence[Question]):
         videos = self.benchmark.videos
         if videos is None:
             return ()
+        images = self.benchmark.keys.images
+        if images and record.get(images) and all(record.get(key, "") in (None, []) for key in videos.keys):
+            return ()  # said to have none
         each = videos.named(record)
         for one in each:
             for key, value in one.items():

@@ -28,11 +28,11 @@ def options(answer: str) -> list[str]:
 
 
 def write(folder: Path, limit: int | None = None) -> Path:
-    """Write ``VilavtTinyHeldout.tsv`` and its pictures into the toolkit's data folder.
+    """Write ``VilavtTinyHeldout.tsv`` and its pictures into the toolkit's data folder; frames of clips are pictures.
 
     Args:
         folder: the toolkit's, ``$LMUData``.
-        limit: questions; None: all 560.
+        limit: questions; None: all 980.
 
     Returns:
         Path of the table.
@@ -47,11 +47,13 @@ def write(folder: Path, limit: int | None = None) -> Path:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(["index", "question", *letters, "answer", "category", "image_path"])
         for index, task in enumerate(tasks("heldout", limit)):
-            picture = pictures / f"{index}.png"
-            task.scene.image.save(picture, compress_level=1)
+            paths = [pictures / f"{index}-{n}.png" for n in range(task.question.pictures)]
+            for path, image in zip(paths, task.images, strict=True):
+                image.save(path, compress_level=1)
             texts = options(task.question.answer)
             right = letters[texts.index(task.question.answer)]
-            writer.writerow([index, task.question.text, *texts, right, str(task.question.kind), picture])
+            shown = str(paths[0]) if len(paths) == 1 else str(list(map(str, paths)))  # the toolkit's list of paths
+            writer.writerow([index, task.question.text, *texts, right, str(task.question.kind), shown])
     return table
 
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vilavt_vlmeval.tiny_benchmark", description=__doc__)
     default = os.environ.get("LMUData") or Path.home() / "LMUData"  # noqa: SIM112 (the toolkit's name)
     parser.add_argument("--out", type=Path, default=default, help="default: $LMUData, else ~/LMUData")
-    parser.add_argument("--limit", type=int, help="questions; default: all 560")
+    parser.add_argument("--limit", type=int, help="questions; default: all 980")
     arguments = parser.parse_args()
     print(write(arguments.out, arguments.limit))
 

@@ -93,14 +93,14 @@ def eval_command(
 @tiny_app.command("benchmark")
 def benchmark_command(
     out: Annotated[Path, typer.Option(help="Folder for definition, questions and pictures.")],
-    limit: Annotated[int | None, typer.Option(help="Questions; default: all 560.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions; default: all 980.")] = None,
 ) -> None:
     """Write the held-out scenes as a benchmark; `vilavt eval` takes the path that is printed."""
     check_output_folders(out=out)
-    from ..tiny.benchmark import write_benchmark
+    from ..tiny.benchmark import tasks, write_benchmark
 
     with waiting("drawing scenes"):
-        definition = write_benchmark(out, limit)
+        definition = write_benchmark(out, tasks("heldout", limit))
     typer.echo(definition)
 
 

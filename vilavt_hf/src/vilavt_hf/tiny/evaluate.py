@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vilavt_core.errors import EvaluationError, RegionError
 from vilavt_core.protocol import ToolCall, format_turn, parse_turn
@@ -22,7 +23,7 @@ from vilavt_eval.runner import Outcome, Setting, asking, run
 from vilavt_eval.scores import ScoredFile, score_file
 
 from .benchmark import SEED, SceneTask, tasks, write_benchmark, write_swapped
-from .scenes import CELL, Card, Split, make_scene, query_for
+from .scenes import CANVAS, CELL, Card, Split, make_scene, query_for
 
 TEACHER_BOXES = "teacher-boxes"
 SWAPPED_QUERY = "swapped-query"
@@ -103,28 +104,25 @@ def evaluate_tiny(
     Raises:
         EvaluationError: a question ended in an error.
     """
-    fingerprint, table = score_scenes(
-        checkpoint, folder, ROWS, split=split, limit=limit, concurrency=concurrency, progress=progress
-    )
-    count = len(tasks(split, limit))
-    return TinyReport(checkpoint, fingerprint, count, split, SEED, table, **pixel_classifier(split))
+    todo = tasks(split, limit)
+    fingerprint, table = score_scenes(checkpoint, folder, ROWS, todo, concurrency=concurrency, progress=progress)
+    return TinyReport(checkpoint, fingerprint, len(todo), split, SEED, table, **pixel_classifier(split))
 
 
 def score_scenes(
     checkpoint: str,
     folder: Path,
     rows: Sequence[str],
+    todo: Sequence[SceneTask],
     *,
-    split: Split = "heldout",
-    limit: int | None = None,
     concurrency: int = 64,
     progress: bool = False,
 ) -> tuple[str | None, AblationTable]:
-    """The checkpoint's fingerprint, and the method as it is beside some of `ROWS`; see `evaluate_tiny`."""
-    todo = tasks(split, limit)
+    """The checkpoint's fingerprint, and the method as it is beside some of `ROWS` on these questions; see
+    `evaluate_tiny`."""
     own = interventions(todo)
-    questions = Questions(load_benchmark(write_benchmark(folder, limit, split)), folder)
-    swapped = Questions(load_benchmark(write_swapped(folder, limit, split)), folder)
+    questions = Questions(load_benchmark(write_benchmark(folder, todo)), folder)
+    swapped = Questions(load_benchmark(write_swapped(folder, todo)), folder)
     preset = EvaluationPreset.load("default", {"precision": "float32"})
     setting = Setting(checkpoint, "hf", preset, concurrency=concurrency)
     backend = setting.open()
@@ -177,14 +175,21 @@ def covers(turns: Sequence[str], task: SceneTask, min_pixels: float, max_pixels:
         max_pixels: of the first look and of a crop, as in the run.
     """
     gallery = Gallery(min_pixels=min_pixels)
-    gallery.add_original(task.scene.image, max_pixels)
+    for _ in range(task.question.pictures):
+        gallery.add_original(Image.new("RGB", (CANVAS, CANVAS)), max_pixels)  # their sizes are enough
     for action in map(parse_turn, turns):
         if isinstance(action, ToolCall):
             with contextlib.suppress(RegionError):  # the model was told so, and shown nothing
                 gallery.crop(action, max_pixels)
-    width = task.scene.image.width
-    crops = [([v * width for v in view.region], view.image.width) for view in gallery.views if view.kind == "crop"]
-    return all(any(_shows(card, region, shown) for region, shown in crops) for card in task.question.targets)
+    crops = [
+        (view.source, [v * CANVAS for v in view.region], view.image.width)
+        for view in gallery.views
+        if view.kind == "crop"
+    ]
+    return all(
+        any(card.picture == picture and _shows(card, region, shown) for picture, region, shown in crops)
+        for card in task.question.targets
+    )
 
 
 def _shows(card: Card, region: Sequence[float], width: int) -> bool:
@@ -212,7 +217,7 @@ def pixel_classifier(split: Split = "heldout", scenes: int = 900) -> dict[str, f
         first, zoomed, digits = [], [], []
         for i in range(count):
             scene = make_scene(np.random.default_rng([seed, i]), which, singles=6, pairs=0, nests=())
-            look = np.asarray(scene.shown().convert("L"), np.float32)
+            look = np.asarray(scene.shown()[0].convert("L"), np.float32)
             for card in scene.cards:
                 y, x = (c * CELL + q * CELL // 2 for c, q in zip((card.row, card.column), card.quadrant, strict=True))
                 first.append(look[y : y + CELL // 2, x : x + CELL // 2].ravel())

@@ -19,7 +19,6 @@ of a scene have the same colour, whatever picture they are in.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -605,13 +604,3 @@ def _wording(kind: QuestionKind, named: Sequence[Card], targets: Sequence[Card])
             either = " or on the ".join(c.colour for c in named)
             return f"Which digit is shown first, on the {either} card?", digits[0]
     return f"Which digit is on the {colours} card?", digits[0]
-
-
-def examples(seed: int, split: Split, counts: dict[QuestionKind, int]) -> list[tuple[Scene, SceneQuestion]]:
-    """A fixed set of questions, each about its own scene: `counts` says how many of each kind."""
-    out = []
-    for kind, i in itertools.chain.from_iterable(((k, i) for i in range(n)) for k, n in counts.items()):
-        rng = np.random.default_rng([seed, list(QuestionKind).index(kind), i])
-        scene = scene_about(rng, split, kind)
-        out.append((scene, ask_about(rng, scene, kind)))
-    return out
