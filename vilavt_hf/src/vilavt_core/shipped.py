@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CheckpointError, TrainingError
+from .errors import CheckpointError, ImageError, TrainingError
+from .json_text import parse_json
+from .sources import VIDEO_SUFFIXES, ImageSource, Video
 from .spelling import did_you_mean
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -26,6 +29,43 @@ def shipped(name: str, instead: str = "name a checkpoint of your own") -> Path:
         if (root / name).exists():
             return root / name
     raise CheckpointError(f"examples/{name} is not here; {instead}, or run from a checkout of the project")
+
+
+@dataclass(frozen=True)
+class DemoQuestion:
+    """A question of the demo, with the right answer."""
+
+    files: tuple[Path, ...]
+    """Pictures and videos, in the order in which they are shown."""
+    question: str
+    answer: str
+
+    @property
+    def sources(self) -> list[ImageSource]:
+        """The files as a backend takes them."""
+        return [Video(path) if path.suffix.lower() in VIDEO_SUFFIXES else path for path in self.files]
+
+
+def read_demo_questions(path: Path) -> list[DemoQuestion]:
+    """Questions of a JSON list of ``{"image", "question", "answer"}``, files beside it; instead of ``image`` an entry
+    may have ``images``, a list of pictures and videos.
+
+    Raises:
+        ImageError: the file cannot be read or is no such list.
+    """
+    try:
+        entries = parse_json(path.read_text(encoding="utf-8-sig"))
+        out = []
+        for entry in entries:
+            names = [entry["image"]] if "image" in entry else list(entry["images"])
+            files = tuple(path.parent / str(name) for name in names)
+            out.append(DemoQuestion(files, str(entry["question"]), str(entry.get("answer", ""))))
+        return out
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}; check --data") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise ImageError(f'{path}: not a list of {{"image", "question", "answer"}} ({detail}); check --data') from None
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:

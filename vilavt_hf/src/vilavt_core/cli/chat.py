@@ -13,7 +13,6 @@ from ..backends import names_server
 from ..checkpoint import adapter_base, require_vilavt
 from ..errors import ImageError
 from ..failures import printable_text
-from ..json_text import parse_json
 from ..sources import ImageSource, Video, file_paths
 from .model_options import AttentionMaps, Base, DeviceMap, Quantize, limits_of, open_model, require_attention_maps
 from .quiet import open_quietly
@@ -136,35 +135,35 @@ def demo(
     dtype: DtypeOption = Dtype.AUTO,
     attention_maps: AttentionMaps = False,
 ) -> None:
-    """Watch a real, tiny ViLaVT answer three questions it was not trained on. Writes a web page of them."""
+    """Watch a real, tiny ViLaVT answer questions that it was not trained on. Writes a web page of them."""
     from rich.console import Console
 
-    from ..shipped import shipped
+    from ..shipped import read_demo_questions, shipped
     from ..watching import require_watched, with_attention
 
     console = Console(highlight=False)
     check_output_files(out=out)
     check_picture_file(picture=picture)
-    questions = _questions(data or shipped("pictures/questions.json", "pass --data"))
+    questions = read_demo_questions(data or shipped("pictures/questions.json", "pass --data"))
     name = model or str(shipped("vilavt-tiny", "pass --model"))
     require_vilavt(name)
-    _check_pictures([str(image) for image, _, _ in questions])
+    _check_pictures([source for asked in questions for source in asked.sources])
     chat = _load(name, device, dtype)
     if attention_maps:
         require_watched(chat)
     parameters = sum(p.numel() for p in chat.model.parameters())
     console.print(f"[bold]{markup(Path(name).name)}[/], {parameters / 1e6:.1f} M parameters, on {chat.model.device}")
     results, targets, right = [], list[str | None](), 0
-    for image, question, expected in questions:
+    for asked in questions:
         console.rule(style="dim")
-        console.print(printable_text(question), style="bold", markup=False)
-        result = show(console, chat.stream(image, question))
+        console.print(printable_text(asked.question), style="bold", markup=False)
+        result = show(console, chat.stream(asked.sources, asked.question))
         results.append(with_attention(chat, result) if attention_maps else result)
-        correct = (result.answer or "").strip() == expected.strip()
+        correct = (result.answer or "").strip() == asked.answer.strip()
         right += correct
-        targets.append(expected)
+        targets.append(asked.answer)
         verdict = "[green]right[/]" if correct else "[red]wrong[/]"
-        console.print(f"  {verdict}, the answer is {markup(expected)}")
+        console.print(f"  {verdict}, the answer is {markup(asked.answer)}")
     console.rule(style="dim")
     console.print(f"{right} of {len(questions)} right")
     _write(console, results, out, picture, chat, targets)
@@ -230,18 +229,6 @@ def _write(
     if picture is not None:
         draw_conversation(results[0]).save(picture)
         console.print(f"picture: {picture}", soft_wrap=True, markup=False)
-
-
-def _questions(path: Path) -> list[tuple[Path, str, str]]:
-    """Picture, question and expected answer of every entry."""
-    try:
-        entries = parse_json(path.read_text(encoding="utf-8-sig"))
-        return [(path.parent / str(e["image"]), str(e["question"]), str(e.get("answer", ""))) for e in entries]
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}; check --data") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise ImageError(f'{path}: not a list of {{"image", "question", "answer"}} ({detail}); check --data') from None
 
 
 __all__ = ["ask", "demo"]

@@ -1,7 +1,6 @@
 """The page: components of Gradio, wired to the visitors' desks. Gradio is imported when the page is built."""
 
 # Without postponed annotations: Gradio reads those of the functions it calls, whose `gr` is no global.
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from ..dialogue import Wishes, note_of
 from ..errors import EngineError, VilavtError
 from ..presets import PRESETS, Preset
 from ..results import Provenance
-from ..shipped import shipped
+from ..shipped import read_demo_questions, shipped
 from ..sources import VIDEO_SUFFIXES, ImageSource, Video
 from ..video import VideoLimits
 from . import exhibits
@@ -262,8 +261,7 @@ def _scenes() -> list[list[dict[str, Any]]]:
         file = shipped("pictures/questions.json")
     except VilavtError:
         return []
-    asked = json.loads(file.read_text(encoding="utf-8"))
-    return [[{"text": one["question"], "files": [str(file.parent / one["image"])]}] for one in asked]
+    return [[{"text": one.question, "files": list(map(str, one.files))}] for one in read_demo_questions(file)]
 
 
 def _trace_of(desks: Desks) -> Any:

@@ -107,10 +107,10 @@ def benchmark_command(
 @tiny_app.command("scenes")
 def scenes_command(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and questions.json.")],
-    count: Annotated[int, typer.Option(help="Number of scenes.")] = 3,
+    count: Annotated[int, typer.Option(help="Number of scenes.")] = 6,
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 7,
 ) -> None:
-    """Draw held-out scenes as PNG files, with questions and answers."""
+    """Draw held-out scenes, pictures and clips, with questions and answers."""
     check_output_folders(out=out)
     from ..tiny.build import write_examples
 

@@ -32,6 +32,7 @@ from ..processing_vilavt import VilavtProcessor
 from ..train.ranks import rank_and_world
 from ..train.reporting import LogFile
 from ..train.trainer import StableDecay
+from .benchmark import write_clip
 from .lesson import Lesson
 from .scenes import (
     ACROSS_KINDS,
@@ -44,6 +45,7 @@ from .scenes import (
     ask_about,
     make_scene,
     make_series,
+    scene_about,
 )
 from .teacher import (
     Encoder,
@@ -556,24 +558,42 @@ def plot_stages(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_examples(out: Path, count: int = 3, seed: int = 7) -> list[str]:
-    """Held-out scenes as ``scene-<n>.png`` and ``questions.json`` (image, question, answer, kind); returns the file
-    names.
+EXAMPLES: tuple[tuple[QuestionKind, ...], ...] = (
+    (QuestionKind.NESTED,),
+    (QuestionKind.PAIR,),
+    (QuestionKind.SUM,),
+    (QuestionKind.SHARED,),
+    (QuestionKind.WHICH, QuestionKind.SUM_ACROSS),
+    (QuestionKind.FRAME, QuestionKind.FIRST),
+)
+"""What the example scenes are asked, scene by scene."""
 
-    The first asks for a nested zoom, the second for a card of a pair, the third for a sum, then the same again.
+
+def write_examples(out: Path, count: int = len(EXAMPLES), seed: int = 7) -> list[str]:
+    """Held-out scenes as pictures and clips, and ``questions.json``; returns the file names.
+
+    A scene of one picture is ``scene-<n>.png``, one of several ``scene-<n>-<k>.png``, a clip ``clip-<n>.mkv``. They
+    are asked what `EXAMPLES` says, then the same again. ``questions.json`` is a list of image (or images), question, answer
+    and kind.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kinds = (QuestionKind.NESTED, QuestionKind.PAIR, QuestionKind.SUM)
     entries, names = [], []
     for i in range(count):
         rng = np.random.default_rng([seed, i])
-        scene = make_scene(rng, "heldout")
-        question = ask_about(rng, scene, kinds[i % len(kinds)])
-        name = f"scene-{i + 1}.png"
-        scene.image.save(out / name, optimize=True)
-        entries.append(
-            {"image": name, "question": question.text, "answer": question.answer, "kind": str(question.kind)}
-        )
-        names.append(name)
+        kinds = EXAMPLES[i % len(EXAMPLES)]
+        scene = scene_about(rng, "heldout", kinds[0], pictures=3 if kinds[0] in CLIP_KINDS else 2)
+        if scene.clip:
+            files = [f"clip-{i + 1}.mkv"]
+            write_clip(out / files[0], scene.images)
+        else:
+            several = len(scene.images) > 1
+            files = [f"scene-{i + 1}" + f"-{k + 1}" * several + ".png" for k in range(len(scene.images))]
+            for file, image in zip(files, scene.images, strict=True):
+                image.save(out / file, optimize=True)
+        names += files
+        for kind in kinds:
+            question = ask_about(rng, scene, kind)
+            shown = {"image": files[0]} if len(files) == 1 and not scene.clip else {"images": files}
+            entries.append(shown | {"question": question.text, "answer": question.answer, "kind": str(kind)})
     (out / "questions.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return [*names, "questions.json"]
