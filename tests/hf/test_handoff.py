@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from vilavt_core.shipped import read_demo_questions
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, VilavtProcessor, compat
 from vilavt_hf.chat import VilavtChat
 
@@ -84,8 +85,8 @@ def found_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
         inputs = processor(text=prompt["text"], images=images, return_tensors="pt")
         tensors[f"tokens.{number}"] = inputs["input_ids"][0]
         tensors[f"logprobs.{number}"] = model(**inputs).logits[0, -1].float().log_softmax(-1)
-    questions = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
-    results = chat.ask_many([([PICTURES / q["image"]], q["question"]) for q in questions])
+    questions = read_demo_questions(PICTURES / "questions.json")
+    results = chat.ask_many([(q.sources, q.question) for q in questions])
     assert [result.error for result in results] == [None] * len(results)
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     generation = model.generation_config

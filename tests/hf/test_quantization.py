@@ -1,6 +1,5 @@
 """Quantised weights: which modules keep theirs, what is refused, and that nothing moves them afterwards."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from vilavt_core.backends import BackendOptions, open_backend
 from vilavt_core.cli import app
 from vilavt_core.errors import EngineError
 from vilavt_core.presets import Limits
+from vilavt_core.shipped import read_demo_questions
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, quantization
 from vilavt_hf.chat import VilavtChat
 from vilavt_hf.quantization import PACKAGES, quantization_config, unquantised
@@ -80,8 +80,8 @@ def test_the_example_keeps_its_answers(method):
     kinds = {name: type(module.weight.data) for name, module in chat.model.named_modules() if hasattr(module, "weight")}
     kept = set(unquantised(chat.model.config))
     assert all((kinds[name] is torch.Tensor) == (name in kept) for name in kinds if name.endswith("_proj"))
-    for question in json.loads((PICTURES / "questions.json").read_text()):
-        assert chat.ask(PICTURES / question["image"], question["question"]).answer == question["answer"]
+    for question in read_demo_questions(PICTURES / "questions.json"):
+        assert chat.ask(question.sources, question.question).answer == question.answer
     assert chat.provenance(0).dtype == f"float32, {method} weights"
 
 

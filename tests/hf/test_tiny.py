@@ -24,6 +24,7 @@ from vilavt_core.protocol import Answer, Region, ToolCall, format_turn, parse_tu
 from vilavt_core.regions import Gallery, View
 from vilavt_core.results import Sample
 from vilavt_core.sft_config import SftConfig
+from vilavt_core.shipped import read_demo_questions
 from vilavt_core.sources import Video
 from vilavt_core.video import VideoLimits, read_frames
 from vilavt_eval.ablation import ABLATIONS, Ablation
@@ -55,6 +56,7 @@ from vilavt_hf.train.run import Run, make_dataset
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "vilavt-tiny"
+PICTURES = ROOT / "examples" / "pictures"
 
 
 @pytest.fixture(scope="module")
@@ -495,10 +497,11 @@ def test_the_shipped_checkpoint_is_small_and_says_where_it_came_from():
     assert size < 10_000_000
     record = json.loads((SHIPPED / "provenance.json").read_text())
     assert record["command"].startswith("vilavt tiny build")
-    assert [s["name"].split("_")[0] for s in record["stages"]][:3] == ["read", "place", "talk"]
-    questions = json.loads((SHIPPED.parent / "pictures" / "questions.json").read_text())
-    assert len(questions) == 3
-    assert all((SHIPPED.parent / "pictures" / q["image"]).is_file() for q in questions)
+    assert [s["name"] for s in record["stages"]] == ["read", "match", "meet", "place", "talk"]
+    asked_of_shipped = json.loads((PICTURES / "questions.json").read_text())
+    assert {kind for kinds in building.EXAMPLES for kind in kinds} == {asked["kind"] for asked in asked_of_shipped}
+    files = [file for asked in read_demo_questions(PICTURES / "questions.json") for file in asked.files]
+    assert all(file.is_file() for file in files)
 
 
 def test_a_clip_is_read_back_as_it_was_drawn(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from vilavt_core.shipped import read_demo_questions
 from vilavt_vllm import VilavtLLM
 
 pytestmark = pytest.mark.engine
@@ -25,7 +26,7 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 def test_every_checkpoint_that_was_handed_over_gives_the_writers_numbers(start, tools):
     folders = sorted(path.parents[1] for path in Path(HANDOFF).glob("*/*/expected/found.json"))
     assert folders, f"{HANDOFF} holds no checkpoint: run `nox -s hf_newest hf_oldest` before"
-    questions = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))
+    questions = read_demo_questions(PICTURES / "questions.json")
     for folder in folders:
         expected = json.loads((folder / "expected" / "found.json").read_text())
         tensors = load_file(folder / "expected" / "found.safetensors")
@@ -45,6 +46,6 @@ def test_every_checkpoint_that_was_handed_over_gives_the_writers_numbers(start, 
         llm = VilavtLLM(engine.llm)
         assert llm.settings.prompts.sha256 == expected["prompts_sha256"]
         assert llm.settings.preset.name == expected["preset"]
-        results = llm.ask_many([([PICTURES / q["image"]], q["question"]) for q in questions])
+        results = llm.ask_many([(q.sources, q.question) for q in questions])
         assert [result.error for result in results] == [None] * len(results)
         assert [[turn.text for turn in result.turns] for result in results] == expected["transcripts"], folder

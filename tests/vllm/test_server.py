@@ -28,7 +28,7 @@ if problem := support.server_problem(vllm.__version__):
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT, PICTURES = ROOT / "examples" / "vilavt-tiny", ROOT / "examples" / "pictures"
-ASKED = json.loads((PICTURES / "questions.json").read_text())
+ASKED = json.loads((PICTURES / "questions.json").read_text())[:3]  # of one picture
 MODEL = str(CHECKPOINT)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vilavt_core.episode import Episode
+from vilavt_core.shipped import read_demo_questions
 from vilavt_hf.chat import VilavtChat
 from vilavt_vllm import VilavtLLM
 
@@ -31,10 +32,9 @@ def handed_over(name):
 
 @handed_over("transcripts.json")
 def test_the_merged_checkpoint_of_a_run_speaks_in_vllm_as_in_transformers(start):
-    pictures = EXAMPLES / "pictures"
-    questions = json.loads((pictures / "questions.json").read_text(encoding="utf-8"))
+    questions = read_demo_questions(EXAMPLES / "pictures" / "questions.json")
     llm = VilavtLLM(start(HANDOFF / "merged").llm)
-    results = llm.ask_many([([pictures / q["image"]], q["question"]) for q in questions])
+    results = llm.ask_many([(q.sources, q.question) for q in questions])
     assert [[turn.text for turn in result.turns] for result in results] == json.loads(
         (HANDOFF / "transcripts.json").read_text(encoding="utf-8")
     )

@@ -19,14 +19,18 @@ from vilavt_hf.tiny.scenes import QuestionKind, Split, ask_about
 
 SHARES = {
     QuestionKind.ONE: 0.1,
-    QuestionKind.PAIR: 0.2,
-    QuestionKind.NESTED: 0.2,
-    QuestionKind.SUM: 0.3,
-    QuestionKind.LARGER: 0.2,
+    QuestionKind.PAIR: 0.15,
+    QuestionKind.NESTED: 0.15,
+    QuestionKind.SUM: 0.2,
+    QuestionKind.LARGER: 0.15,
+    QuestionKind.SUM_ACROSS: 0.15,
+    QuestionKind.FIRST: 0.1,
 }
-"""Of the kinds of questions."""
+"""Of the kinds of questions; the frames of a clip are pictures here."""
+STAGES = ("read", "place", "talk")
+"""Those of `vilavt tiny build` that the start goes through: it is not asked for digits that two cards share."""
 TALK_STEPS = 300
-"""Steps of the last stage, instead of 1000."""
+"""Steps of the last stage, instead of 1500."""
 GUESS_STEPS = 24
 """Steps of half conversations, half guesses."""
 
@@ -42,7 +46,7 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
         name: of the file, and of the folder of its pictures.
         progress: show a bar.
     """
-    from vilavt_hf.tiny.build import _scene_for
+    from vilavt_hf.tiny.build import training_scene
 
     out = Path(out)
     (out / name).mkdir(parents=True, exist_ok=True)
@@ -52,15 +56,16 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
         for i in counted(range(count), name, "question", shown=progress):
             rng = np.random.default_rng([seed, i])
             kind = kinds[int(rng.choice(len(kinds), p=list(SHARES.values())))]
-            scene = _scene_for(rng, kind, split)
+            scene = training_scene(rng, kind, split)
             question = ask_about(rng, scene, kind)
-            image = f"{name}/{i:06d}.png"
-            scene.image.save(out / image, compress_level=1)  # grain does not compress
+            images = [f"{name}/{i:06d}-{n}.png" for n in range(len(scene.images))]
+            for path_of, picture in zip(images, scene.images, strict=True):
+                picture.save(out / path_of, compress_level=1)  # grain does not compress
             row = {
                 "id": f"{name}-{i}",
                 "question": question.text,
                 "answer": question.answer,
-                "image_path": [image],
+                "image_path": images,
                 "question_type": "numerical",
                 "data_type": f"tiny-{kind}",
                 "max_num_steps": 4,
@@ -80,19 +85,20 @@ def build_start(
     """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`, then
     `guess_steps` more in which every second answer is a guess.
     """
-    from vilavt_hf.tiny.build import STAGES, new_model, publish, run_stage
+    from vilavt_hf.tiny import build
     from vilavt_hf.tiny.tiny_model import tiny_processor
 
     out = Path(out)
     work = work or out.with_name(out.name + "-work")
-    talk = replace(STAGES[-1], steps=talk_steps)
+    *before, talk = (stage for stage in build.STAGES if stage.name in STAGES)
+    talk = replace(talk, steps=talk_steps)
     mix = (("episode", 0.5), ("guess", 0.5))
     guess = replace(talk, name="guess", steps=guess_steps, mix=mix, learning_rate=4e-4, warmup=3)
-    stages = [*STAGES[:-1], talk, guess]
+    stages = [*before, talk, guess]
     processor = tiny_processor()
-    model = new_model(processor, seed)
+    model = build.new_model(processor, seed)
     for number, stage in enumerate(stages, 1):
-        run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
+        build.run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
     model.auxiliary = None
     note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps, then come guesses"
-    return publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
+    return build.publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])

@@ -177,10 +177,10 @@ class Lessons(Dataset):
         if name == "sums":
             return arithmetic_example(self.encoder, rng)
         if name in ("read", "look"):
-            return reading_example(_scene_for(rng, KINDS_OF_ONE_CARD[rng.integers(3)]), rng, name == "look")
+            return reading_example(training_scene(rng, KINDS_OF_ONE_CARD[rng.integers(3)]), rng, name == "look")
         if name == "blind" and kind not in SHARED_KINDS and rng.random() < 0.5:
             kind = QuestionKind.PAIR  # where the query alone decides
-        scene = _scene_for(rng, kind)
+        scene = training_scene(rng, kind)
         if name == "listing":
             return listing_example(self.encoder, scene, rng)
         question = ask_about(rng, scene, kind)
@@ -195,7 +195,7 @@ def _plates(rng: np.random.Generator, twins: bool) -> Scene:
     return make_scene(rng, singles=0, pairs=0, nests=(), plates=True, twins=twins)
 
 
-def _scene_for(rng: np.random.Generator, kind: QuestionKind, split: Split = "train") -> Scene:
+def training_scene(rng: np.random.Generator, kind: QuestionKind, split: Split = "train") -> Scene:
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
     if kind in CLIP_KINDS or kind in ACROSS_KINDS:
         plates = kind is QuestionKind.SHARED_ACROSS
@@ -233,7 +233,7 @@ class Probe(TrainerCallback):
             examples = []
             for i in range(16):
                 rng = np.random.default_rng([77, list(QuestionKind).index(kind), i])
-                scene = _scene_for(rng, kind, "dev")
+                scene = training_scene(rng, kind, "dev")
                 examples.append(episode_example(encoder, scene, ask_about(rng, scene, kind), rng, extra_readings=0))
             self.batches.append((kind, collator(examples)))
 
@@ -573,7 +573,7 @@ def write_examples(out: Path, count: int = len(EXAMPLES), seed: int = 7) -> list
     """Held-out scenes as pictures and clips, and ``questions.json``; returns the file names.
 
     A scene of one picture is ``scene-<n>.png``, one of several ``scene-<n>-<k>.png``, a clip ``clip-<n>.mkv``. They
-    are asked what `EXAMPLES` says, then the same again. ``questions.json`` is a list of image (or images), question, answer
+    are asked what `EXAMPLES` says, then the same again. ``questions.json`` lists image (or images), question, answer
     and kind.
     """
     out.mkdir(parents=True, exist_ok=True)
