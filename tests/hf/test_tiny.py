@@ -407,10 +407,12 @@ def test_the_new_lesson_is_about_the_smaller_digit_of_scans_of_its_own(tmp_path,
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch, alone):
     stages = tuple(dataclasses.replace(s, steps=2, batch=3, warmup=1) for s in building.STAGES)
+    stages = stages[2::2] if alone else stages
     monkeypatch.setattr(building, "STAGES", stages)
+    monkeypatch.setattr(building, "PROBED", 1)
     record = building.build(tmp_path / "built", alone=alone)
     assert record["command"].endswith("--alone") == alone
-    assert [s["name"] for s in record["stages"]] == ["read", "match", "meet", "place", "talk"]
+    assert [s["name"] for s in record["stages"]] == [s.name for s in stages]
     found = inspect_checkpoint(tmp_path / "built")
     assert found.complete
     assert found.parameters == record["parameters"]

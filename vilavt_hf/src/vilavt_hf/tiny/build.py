@@ -216,6 +216,10 @@ def training_scene(rng: np.random.Generator, kind: QuestionKind, split: Split = 
 # ---------------------------------------------------------------------------------------------------- probing
 
 
+PROBED = 16
+"""Conversations of each kind that a probe measures."""
+
+
 class Probe(TrainerCallback):
     """Every so often: share of whole turns right under teacher forcing, on scenes made from the dev scans."""
 
@@ -231,7 +235,7 @@ class Probe(TrainerCallback):
         self.batches = []
         for kind in QuestionKind:
             examples = []
-            for i in range(16):
+            for i in range(PROBED):
                 rng = np.random.default_rng([77, list(QuestionKind).index(kind), i])
                 scene = training_scene(rng, kind, "dev")
                 examples.append(episode_example(encoder, scene, ask_about(rng, scene, kind), rng, extra_readings=0))
