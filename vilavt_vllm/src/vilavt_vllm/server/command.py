@@ -169,7 +169,8 @@ def _serve(arguments: list[str] | None) -> None:
 
     rest = line.rest
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
-        rest = [*rest, "--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
+        # on the raw route, forged tokens are refused with it only
+        rest = [*rest, "--chat-template", str(CHAT_TEMPLATE)]
     compat.serve(["--help"] if line.checkpoint is None else ["--model", line.checkpoint, *rest], options, VLLM_DEFAULTS)
 
 
