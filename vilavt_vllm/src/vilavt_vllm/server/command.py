@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from vilavt_core.ending import ending
 from vilavt_core.presets import get_preset
@@ -13,6 +14,9 @@ from vilavt_core.versions import version_of
 
 from .. import CHAT_TEMPLATE
 from ..checkpoints import require_servable
+
+if TYPE_CHECKING:
+    from .options import ServerOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,8 +76,28 @@ def _serve(arguments: list[str] | None) -> None:
     ours, rest = own.parse_known_args(arguments)
     if ours.model is None and not ours.vllm_help:
         own.error("name a checkpoint: vilavt-serve CHECKPOINT")
+    given, options = ready(ours, rest)
 
-    from .options import VLLM_DEFAULTS, options_of
+    from .. import compat
+    from .options import VLLM_DEFAULTS
+
+    compat.serve(["--help"] if ours.vllm_help else given, options, VLLM_DEFAULTS)
+
+
+def ready(ours: argparse.Namespace, rest: list[str]) -> tuple[list[str], ServerOptions]:
+    """Prepare this process for vLLM's server, once all that can be seen to be wrong before it starts was looked for.
+
+    Args:
+        ours: flags that `parser` has read.
+        rest: vLLM's.
+
+    Returns:
+        vLLM's command line, and our options.
+
+    Raises:
+        VilavtError: the checkpoint, the preset or this vLLM cannot be served.
+    """
+    from .options import options_of
 
     options = options_of(vars(ours))
     if options.preset is not None:
@@ -87,8 +111,8 @@ def _serve(arguments: list[str] | None) -> None:
     allow_plugins()
 
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
-        rest += ["--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
-    compat.serve(["--help"] if ours.vllm_help else ["--model", ours.model, *rest], options, VLLM_DEFAULTS)
+        rest = [*rest, "--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
+    return ["--model", ours.model, *rest], options
 
 
 if __name__ == "__main__":
