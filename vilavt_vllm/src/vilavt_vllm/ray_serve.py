@@ -4,8 +4,8 @@
 
 A replica is what ``vilavt-serve`` runs, without its socket: all its routes, limits and keys. Ray Serve listens, counts
 the requests that go on, adds and ends replicas by their number, answers 503 with ``Retry-After`` when all are full, and
-sends the requests that have one session (the header ``x-session-id``) to one replica, by a hash that moves few sessions
-when replicas come and go. Ray's routers by prefix read the arguments of a Python call; an HTTP request has none to them.
+sends the requests of one session (the header ``x-session-id``) to one replica, by a hash that moves few sessions when
+replicas come and go. Ray's routers by prefix read the arguments of a Python call, which an HTTP request does not have.
 
 Needs ``pip install "vilavt-vllm[ray]"``.
 """
@@ -47,7 +47,9 @@ class Arguments(BaseModel):
     cpus: float = Field(1.0, ge=0, description="of a replica")
     min_replicas: PositiveInt = Field(1, description="replicas that there are always")
     max_replicas: PositiveInt = Field(1, description="replicas that there are at most")
-    target_ongoing_requests: PositiveInt = Field(32, description="requests of a replica beyond which one more is started")
+    target_ongoing_requests: PositiveInt = Field(
+        32, description="requests of a replica beyond which one more is started"
+    )
     max_ongoing_requests: PositiveInt = Field(64, description="requests that a replica gets at the same time")
     max_queued_requests: PositiveInt = Field(
         64, description="requests that wait in each proxy for a replica; more get 503 with Retry-After"

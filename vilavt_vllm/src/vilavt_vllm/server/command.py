@@ -111,7 +111,11 @@ def ready(ours: argparse.Namespace, rest: list[str]) -> tuple[list[str], ServerO
     allow_plugins()
 
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
-        rest = [*rest, "--chat-template", str(CHAT_TEMPLATE)]  # on the raw route, forged tokens are refused with it only
+        rest = [
+            *rest,
+            "--chat-template",
+            str(CHAT_TEMPLATE),
+        ]  # on the raw route, forged tokens are refused with it only
     return ["--model", ours.model, *rest], options
 
 
