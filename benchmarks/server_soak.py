@@ -62,6 +62,8 @@ PATIENCE = 900.0
 """Seconds for which a client asks a question again, before it counts as lost."""
 TIMEOUT = 300.0
 """Seconds for one attempt: a client that waits longer hangs."""
+KEY = {"VILAVT_STATE_KEY": "a key of this benchmark alone, which signs the states of conversations"}
+"""What servers that follow one another, or run side by side, have in common."""
 GRACE = 60
 """Seconds that a server gets to end: `--shutdown-timeout`."""
 BAD = ("gone", "half sent", "first chunk", "half picture", "no JSON", "no number")
@@ -152,6 +154,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Within the block there is a server, or soon will be."""
+        os.environ.update(KEY)
         watching = asyncio.create_task(self._watch())
         try:
             yield
@@ -205,7 +208,7 @@ class Replicas:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Within the block there are replicas."""
-        os.environ.update({"RAY_AUTH_MODE": "disabled", **SETTINGS})
+        os.environ.update({"RAY_AUTH_MODE": "disabled", **SETTINGS, **KEY})
         import ray
         from ray import serve
         from ray.serve.config import HTTPOptions

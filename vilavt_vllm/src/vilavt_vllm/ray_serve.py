@@ -14,7 +14,6 @@ Needs ``pip install "vilavt-vllm[ray]"``.
 import contextlib
 import io
 import shlex
-from argparse import Namespace
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -22,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
-from .errors import UnsupportedError
-from .server.command import parser, ready
+from .errors import CommandError
+from .server.command import CommandLine, read, ready
 
 NAME = "vilavt"
 """Of the deployment, in a config file."""
@@ -98,8 +97,7 @@ class Replica:
     """
 
     async def __init__(self, model: str, flags: str) -> None:
-        ours, rest = _read(model, flags)
-        command, options = ready(ours, rest)
+        command, options = ready(_read(model, flags))
 
         from . import compat  # imports vLLM, which whoever asks for the application need not have
         from .server.options import VLLM_DEFAULTS
@@ -119,17 +117,17 @@ class Replica:
             await running.aclose()
 
 
-def _read(model: str, flags: str) -> tuple[Namespace, list[str]]:
-    """Our flags, and vLLM's unread."""
+def _read(model: str, flags: str) -> CommandLine:
+    """The command line that `Arguments` stand for."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            ours, rest = parser().parse_known_args([model, *shlex.split(flags)])
-        except ValueError as error:  # an open quotation
-            raise UnsupportedError(f"flags: {error}: {flags}") from None
+            line = read([model, *shlex.split(flags)])
         except SystemExit:
             *_, last = said.getvalue().splitlines() or ["they ask for help; give what an answer depends on"]
-            raise UnsupportedError(f"flags: {last}: {flags}") from None
-    if ours.vllm_help:
-        raise UnsupportedError(f"flags: --vllm-help has no place here: {flags}")
-    return ours, rest
+            raise CommandError(f"flags: {last}: {flags}") from None
+        except ValueError as error:  # an open quotation among them
+            raise CommandError(f"flags: {error}: {flags}") from None
+    if line.checkpoint is None:
+        raise CommandError(f"flags: --vllm-help has no place here: {flags}")
+    return line
