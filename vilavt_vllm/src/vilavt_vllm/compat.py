@@ -340,7 +340,7 @@ def _set_up_environment() -> None:
 FRONT = (
     *("host", "port", "uds", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"),
     *("ssl_cert_reqs", "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log", "log_config_file"),
-    *("h11_max_incomplete_event_size", "h11_max_header_count", "shutdown_timeout", "api_server_count", "headless"),
+    *("h11_max_incomplete_event_size", "h11_max_header_count", "shutdown_timeout"),
 )
 """Flags of vLLM's API server that say how it listens and ends, by name: of no use where something else does that."""
 
@@ -374,6 +374,7 @@ async def application(
     if useless := [name for name in FRONT if getattr(args, name, None) != getattr(usual, name, None)]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
         raise UnsupportedError(f"{flags}: the server does not listen itself here; say it to what does, or leave it out")
+    refuse_other_processes(args)
     args.vilavt = options
     async with build_async_engine_client(args) as engine:
         tasks = await engine.get_supported_tasks()
@@ -390,8 +391,11 @@ def refuse_other_processes(args: argparse.Namespace) -> None:
         args: of `server_arguments`.
 
     Raises:
+        CommandError: two checkpoints are named.
         UnsupportedError: names the flag, why, and what to do.
     """
+    if args.model_tag not in (None, args.model):
+        raise CommandError(f"two checkpoints are named, {args.model!r} and {args.model_tag!r}; name one")
     alone = "a conversation is remembered in the process that answered it"
     asked = {
         f"--api-server-count {args.api_server_count}": (
@@ -428,8 +432,6 @@ def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> No
 
     _set_up_environment()
     args = server_arguments(arguments, defaults)
-    if args.model_tag not in (None, args.model):
-        raise CommandError(f"two checkpoints are named, {args.model!r} and {args.model_tag!r}; name one")
     refuse_other_processes(args)
     args.vilavt = options
     uvloop.run(run_server(args))

@@ -1,7 +1,7 @@
 """Checkpoints with quantised weights: what their configuration says of it, and what their tensors stand for.
 
-Methods write other tensors than a layer's weight, under names of their own (``qweight``, ``weight_packed``, ``scales``);
-which, and how they are computed with, is the engine's to know.
+Methods write other tensors than a layer's weight, under names of their own (``qweight``, ``weight_packed``,
+``scales``); which, and how they are computed with, is the engine's to know.
 """
 
 from __future__ import annotations
