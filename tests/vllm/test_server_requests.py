@@ -41,6 +41,7 @@ if problem := support.server_problem(vllm_version):
     pytest.skip(problem, allow_module_level=True)
 
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vilavt_vllm.server.budget import PictureBudget
 from vilavt_vllm.server.command import allow_plugins, parser
@@ -567,7 +568,12 @@ def test_a_hostile_picture_is_400_and_the_server_goes_on(app, file):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "error, status",
-    [(RuntimeError("out of memory"), 500), (VLLMValidationError("too long"), 400), (QueueOverflowError(), 503)],
+    [
+        (RuntimeError("out of memory"), 500),
+        (VLLMValidationError("too long"), 400),
+        (QueueOverflowError(), 503),
+        (EngineDeadError(), 503),
+    ],
 )
 def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app, error, status, stream):
     server = app()
@@ -577,7 +583,9 @@ def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app,
 
     server.state.vilavt_loop.llm.engine.generate = generate
     response = post(server, question(data_url((PICTURES / "scene-1.png").read_bytes()), stream=stream))
-    assert (response.status_code, error_of(response)) == (status, str(error))
+    words = "the engine of this server has died" if isinstance(error, EngineDeadError) else str(error)
+    assert (response.status_code, words in error_of(response)) == (status, True)
+    assert ("Retry-After" in response.headers) == (status == 503)
     assert server.state.vilavt_loop.running == 0
 
 

@@ -51,11 +51,11 @@ from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, setti
 
 from .. import compat
 from ..episodes import Handling, adapted, settings_of_engine
-from ..errors import BusyError, EngineFailure, LimitError, ModelMissingError, RequestError
+from ..errors import BusyError, EngineDiedError, EngineFailure, LimitError, ModelMissingError, RequestError
 from ..online import AsyncVilavtLLM
 from .budget import PictureBudget, Reservation
 from .fields import short
-from .gate import Draining, DrainingEngine, Gate
+from .gate import RETRY, Draining, DrainingEngine, Gate
 from .history import History, Kept
 from .media import Pictures
 from .metrics import metrics, queued_turns
@@ -444,7 +444,7 @@ async def chat_completions(raw: Request) -> Response:
             )
         finished = await _unless_disconnected(raw, _last(answer))
     except BusyError as error:
-        return _error(raw, error, 503, {"Retry-After": "1"})
+        return _error(raw, error, 503)
     except ModelMissingError as error:
         return _error(raw, error, 404)
     except (VilavtError, ValueError) as error:
@@ -563,6 +563,8 @@ def _refusal(result: ChatResult) -> Exception | None:
 def _status(error: Exception) -> int:
     if isinstance(error, GracefulHTTPError):  # vLLM's own queue is full, …
         return int(error.http_status)
+    if isinstance(error, EngineDiedError):
+        return 503
     return 400 if isinstance(error, ValueError | VLLMClientError) and not isinstance(error, EngineFailure) else 500
 
 
@@ -574,8 +576,10 @@ def _name(raw: Request) -> str:
     return raw.state.vilavt_name
 
 
-def _error(raw: Request, error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+def _error(raw: Request, error: Exception, status: int) -> JSONResponse:
     """The response, and one line in the log: quoted, because a message has words of the client."""
+    wait = RETRY if isinstance(error, EngineDiedError) else "1"
+    headers = {"Retry-After": wait} if status == 503 else None
     cause = error if status >= 500 and not isinstance(error, BusyError) else None
     logger.warning("request %r: %d %r", _name(raw), status, one_line(error), exc_info=cause)
     metrics().refusals.labels(str(status)).inc()

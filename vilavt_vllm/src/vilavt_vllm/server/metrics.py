@@ -64,7 +64,7 @@ class Metrics:
         self.answers.observe(seconds)
         self.turns_each.observe(len(result.turns))
         self.turns.inc(len(result.turns))
-        self.crops.inc(sum(view.kind == "crop" for view in result.views) - driver.crops_before)
+        self.crops.inc(driver.crops)
         self.prompt_tokens.inc(result.billed.prompt)
         self.cached_tokens.inc(result.billed.cached)
         self.sampled_tokens.inc(result.billed.sampled)
