@@ -5,14 +5,19 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+if find_spec("vilavt_core") is None:  # a bare checkout, in which tests/gpu runs
+    sys.path.insert(0, str(Path(__file__).parents[1] / "vilavt_hf" / "src"))
 
 from vilavt_core import wire
 from vilavt_core.conversation import Result, ShownImage, Turn, Usage

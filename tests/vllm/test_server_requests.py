@@ -323,10 +323,10 @@ def test_every_option_and_every_limit_has_a_flag_and_a_help_text():
 
 
 def test_flags_that_were_given_change_the_options_and_the_limits():
-    given = vars(parser().parse_args(["model", "--max-turns", "3", "--max-context", "900", "--seed", "7"]))
+    given = vars(parser().parse_args(["--max-turns", "3", "--max-context", "900", "--seed", "7"]))
     options = options_of(given)
     assert options == ServerOptions(seed=7, limits={"max_turns": 3, "max_context": 900})
-    assert options_of(vars(parser().parse_args(["model"]))) == ServerOptions()
+    assert options_of(vars(parser().parse_args([]))) == ServerOptions()
 
 
 def test_the_readme_lists_every_flag():
@@ -355,7 +355,7 @@ try:
 except LimitError as error:
     above = str(error)
 found = {
-    "flag": dict(options_of(vars(parser().parse_args(["model", "--max-zooms", "5"]))).limits),
+    "flag": dict(options_of(vars(parser().parse_args(["--max-zooms", "5"]))).limits),
     "help": "zooms of a conversation" in parser().format_help(),
     "request": request(4).limits(server).max_zooms,
     "above": above,

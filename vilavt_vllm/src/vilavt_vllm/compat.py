@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import vllm
+import yaml
 from torch import nn
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -15,10 +16,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.platforms import current_platform
 
+from vilavt_core.failures import one_line
 from vilavt_hf import VilavtConfig
 
 from . import support
-from .errors import UnsupportedError
+from .errors import CommandError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -274,6 +276,32 @@ def with_keep_alive(chunks: AsyncGenerator[str, None], interval: float) -> Async
     return with_sse_keep_alive(chunks, interval)
 
 
+def _server_parser() -> Any:
+    """vLLM's parser of its API server's command line."""
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+
+
+def flags_of_file(file: str) -> list[str]:
+    """The flags that a YAML file holds, as they would be typed: a key is a flag's name.
+
+    Raises:
+        CommandError: it cannot be read, or holds something else.
+    """
+    try:
+        return list(_server_parser().load_config_file(file))
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:  # a text has no items, …
+        raise CommandError(
+            f"{file}: no YAML file of flags ({one_line(error)}); name a .yaml file with one flag a line, such as "
+            "port: 8000"
+        ) from error
+
+
 def server_arguments(arguments: list[str], defaults: Mapping[str, Any]) -> argparse.Namespace:
     """The command line of vLLM's API server, read and checked.
 
@@ -282,16 +310,43 @@ def server_arguments(arguments: list[str], defaults: Mapping[str, Any]) -> argpa
         defaults: of its flags, by name, instead of vLLM's.
     """
     try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.common.cli_args import validate_parsed_serve_args
     except ModuleNotFoundError:  # vLLM 0.32
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+    parser = _server_parser()
     parser.set_defaults(**defaults)
     args = parser.parse_args(arguments)
     validate_parsed_serve_args(args)
     return args
+
+
+def refuse_other_processes(args: argparse.Namespace) -> None:
+    """Stop where vLLM's command would start something else than this process's one API server.
+
+    Args:
+        args: of `server_arguments`.
+
+    Raises:
+        UnsupportedError: names the flag, why, and what to do.
+    """
+    alone = "a conversation is remembered in the process that answered it"
+    asked = {
+        f"--api-server-count {args.api_server_count}": (
+            args.api_server_count not in (None, 1),
+            f"{alone}; run several servers behind a proxy that keeps a client on one of them",
+        ),
+        "--headless": (args.headless, "there is no server in it to run the loop; use `vllm serve --headless`"),
+        "--grpc": (getattr(args, "grpc", False), "the loop is in the HTTP server; leave it out"),
+        "--data-parallel-multi-port-external-lb": (
+            getattr(args, "data_parallel_multi_port_external_lb", False),
+            f"it starts a server per rank, and {alone}; start each with --data-parallel-rank, behind a proxy that "
+            "keeps a client on one of them, or leave it out",
+        ),
+    }
+    for flag, (wanted, reason) in asked.items():
+        if wanted:
+            raise UnsupportedError(f"{flag}: {reason}")
 
 
 def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> None:
@@ -301,6 +356,10 @@ def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> No
         arguments: its command line.
         options: put on its namespace as ``vilavt``, where our endpoint plug-in finds them.
         defaults: see `server_arguments`.
+
+    Raises:
+        CommandError: two checkpoints are named.
+        UnsupportedError: see `refuse_other_processes`.
     """
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
@@ -312,10 +371,8 @@ def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> No
 
     cli_env_setup()
     args = server_arguments(arguments, defaults)
-    if (args.api_server_count or 1) > 1:
-        raise UnsupportedError(
-            f"--api-server-count {args.api_server_count}: a conversation is remembered in the process that answered "
-            "it; run several servers behind a proxy that keeps a client on one of them"
-        )
+    if args.model_tag not in (None, args.model):
+        raise CommandError(f"two checkpoints are named, {args.model!r} and {args.model_tag!r}; name one")
+    refuse_other_processes(args)
     args.vilavt = options
     uvloop.run(run_server(args))

@@ -41,3 +41,7 @@ class KeyMissingError(VilavtError):
 
 class StoppingError(VilavtError):
     """The server is being stopped: it takes no request any more, or its time for a running one is over."""
+
+
+class CommandError(VilavtError):
+    """The command line of ``vilavt-serve`` cannot be carried out; the message says what to type."""
