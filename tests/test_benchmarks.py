@@ -73,3 +73,14 @@ def test_the_start_up_benchmark_reports_every_case_of_every_checkout(run):
         assert checkouts["here"]["cpu_seconds"] > 0
     torch = figures["cases"]["import vilavt_hf"]["here"]["peak_mb"]
     assert all(figures["cases"][case]["here"]["peak_mb"] < torch / 2 for case in light)
+
+
+def test_the_benchmark_of_real_sizes_does_every_step(run):
+    figures = run("real_size.py", "--shape", "3b", "--small")
+    steps = figures["steps"]
+    assert list(steps) == ["inspect", "convert", "doctor", "load", "encode", "prefill", "decode"]
+    done = figures["conversation"]
+    assert done["patches"] == 12 * 8 * 3  # the picture, and two crops that are enlarged to its size
+    assert done["decoded"] >= 40  # a call of two regions, and an answer
+    assert steps["decode"]["planned_mb"] > steps["load"]["planned_mb"] > done["imported_mb"]
+    assert steps["decode"]["peak_mb"] >= steps["load"]["peak_mb"] > done["imported_mb"]
