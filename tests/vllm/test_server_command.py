@@ -115,14 +115,7 @@ def test_two_checkpoints_are_refused_wherever_they_stand(monkeypatch):
         (["--headless"], "use `vllm serve --headless`"),
         (["--grpc"], "the loop is in the HTTP server"),
         (
-<<<<<<< HEAD
-            [
-                "--data-parallel-multi-port-external-lb",
-                *["--data-parallel-size", "2", "--data-parallel-size-local", "2"],
-            ],
-=======
             ["--data-parallel-multi-port-external-lb", "--data-parallel-size", "2", "--data-parallel-size-local", "2"],
->>>>>>> main
             "start each with --data-parallel-rank",
         ),
     ],
