@@ -95,9 +95,7 @@ def test_no_checkpoint_is_one_line_with_the_remedy(words, flags_file, capsys):
         main(words)
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
-        "vilavt-serve: CommandError: no checkpoint is named: vilavt-serve CHECKPOINT, a folder or a hub id"
-    )
+    assert line == ("vilavt-serve: CommandError: no checkpoint is named: vilavt-serve CHECKPOINT, a folder or a hub id")
 
 
 def test_two_checkpoints_are_refused_wherever_they_stand(monkeypatch):
@@ -116,7 +114,10 @@ def test_two_checkpoints_are_refused_wherever_they_stand(monkeypatch):
         (["--api-server-count", "2", "--data-parallel-size", "2"], "a conversation is remembered"),
         (["--headless"], "use `vllm serve --headless`"),
         (["--grpc"], "the loop is in the HTTP server"),
-        (["--data-parallel-multi-port-external-lb", *"--data-parallel-size 2 --data-parallel-size-local 2".split()], "start each with --data-parallel-rank"),
+        (
+            ["--data-parallel-multi-port-external-lb", "--data-parallel-size", "2", "--data-parallel-size-local", "2"],
+            "start each with --data-parallel-rank",
+        ),
     ],
 )
 def test_what_would_start_other_processes_than_one_server_is_refused_by_name(words, message):
