@@ -41,11 +41,12 @@ if problem := support.server_problem(vllm_version):
     pytest.skip(problem, allow_module_level=True)
 
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vilavt_vllm.server.budget import PictureBudget
 from vilavt_vllm.server.command import allow_plugins, parser
 from vilavt_vllm.server.endpoint import VilavtEndpoint
-from vilavt_vllm.server.history import History
+from vilavt_vllm.server.history import History, Kept
 from vilavt_vllm.server.media import Pictures
 from vilavt_vllm.server.metrics import queued_turns
 from vilavt_vllm.server.options import ServerOptions, flags, options_of
@@ -159,15 +160,13 @@ def test_an_assistant_message_cannot_bring_an_image():
         exchanges(messages(("user", "a"), ("assistant", image), ("user", "b")))
 
 
-class Kept:
+def run_of(size: int) -> Kept:
     """A finished run as `History` sees it."""
-
-    def __init__(self, size: int) -> None:
-        self.picture_bytes = size
+    return Kept(SimpleNamespace(picture_bytes=size), None)
 
 
 def test_a_conversation_is_found_by_exactly_what_was_said_and_shown():
-    history, run = History(8, 100), Kept(10)
+    history, run = History(8, 100), run_of(10)
     said = [Exchange((SentPicture("picture"),), "One?", "1")]
     history.keep(said, run)
     assert history.find(said) is run
@@ -184,7 +183,7 @@ def test_a_conversation_is_found_by_exactly_what_was_said_and_shown():
 
 @pytest.mark.parametrize("returned", [" two  words\n", "two words", "two\r\nwords", "two\nwords\n\n"])
 def test_blanks_of_a_returned_answer_do_not_lose_the_conversation(returned):
-    history, run = History(8, 100), Kept(10)
+    history, run = History(8, 100), run_of(10)
     history.keep([Exchange((), "One?", "two\nwords ")], run)
     assert history.find([Exchange((), "One?", returned)]) is run
     assert history.find([Exchange((), "One?", "twowords")]) is None
@@ -196,13 +195,13 @@ def test_the_conversation_used_longest_ago_is_forgotten_first_by_number_and_by_b
 
     history = History(2, 100)
     for n in (0, 1):
-        history.keep(said(n), Kept(10))
+        history.keep(said(n), run_of(10))
     assert history.find(said(0)) is not None
-    history.keep(said(2), Kept(10))
+    history.keep(said(2), run_of(10))
     assert [history.find(said(n)) is not None for n in range(3)] == [True, False, True]
-    history.keep(said(2), Kept(95))  # the same one, grown
+    history.keep(said(2), run_of(95))  # the same one, grown
     assert (len(history), history.bytes) == (1, 95)
-    history.keep(said(3), Kept(101))
+    history.keep(said(3), run_of(101))
     assert (len(history), history.bytes) == (0, 0)
 
 
@@ -567,7 +566,12 @@ def test_a_hostile_picture_is_400_and_the_server_goes_on(app, file):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "error, status",
-    [(RuntimeError("out of memory"), 500), (VLLMValidationError("too long"), 400), (QueueOverflowError(), 503)],
+    [
+        (RuntimeError("out of memory"), 500),
+        (VLLMValidationError("too long"), 400),
+        (QueueOverflowError(), 503),
+        (EngineDeadError(), 503),
+    ],
 )
 def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app, error, status, stream):
     server = app()
@@ -577,7 +581,9 @@ def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app,
 
     server.state.vilavt_loop.llm.engine.generate = generate
     response = post(server, question(data_url((PICTURES / "scene-1.png").read_bytes()), stream=stream))
-    assert (response.status_code, error_of(response)) == (status, str(error))
+    words = "the engine of this server has died" if isinstance(error, EngineDeadError) else str(error)
+    assert (response.status_code, words in error_of(response)) == (status, True)
+    assert ("Retry-After" in response.headers) == (status == 503)
     assert server.state.vilavt_loop.running == 0
 
 

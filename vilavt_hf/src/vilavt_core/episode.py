@@ -23,6 +23,7 @@ from PIL import Image
 
 from .conversation import (
     Chunk,
+    FedTurn,
     ImageSpan,
     Inquiry,
     Mark,
@@ -80,6 +81,7 @@ class Episode:
         self._gallery = gallery
         self._stream = stream
         self._turns: list[Turn] = []
+        self._fed: list[FedTurn] = []
         self._pending: Request | None = None
         self._finish: FinishReason | None = None
         self._answer: str | None = None
@@ -220,6 +222,11 @@ class Episode:
     def turns(self) -> tuple[Turn, ...]:
         """Assistant turns of this episode so far."""
         return tuple(self._turns)
+
+    @property
+    def fed(self) -> tuple[FedTurn, ...]:
+        """What `feed` was given for each of these turns: with it the episode can be gone through again."""
+        return tuple(self._fed)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -371,6 +378,7 @@ class Episode:
         else:
             turn = self._act(turn)
         self._turns.append(turn)
+        self._fed.append(FedTurn(tuple(ids), finish))
         return turn
 
     @property

@@ -1,10 +1,13 @@
 """The only module that knows vLLM versions (0.20 to 0.33) and flags: what differs, by feature, and what is refused."""
 
 import argparse
+import contextlib
 import inspect
+import io
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import vllm
@@ -21,6 +24,9 @@ from vilavt_hf import VilavtConfig
 
 from . import support
 from .errors import CommandError, UnsupportedError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
@@ -321,6 +327,63 @@ def server_arguments(arguments: list[str], defaults: Mapping[str, Any]) -> argpa
     return args
 
 
+def _set_up_environment() -> None:
+    """What vLLM's command line does first."""
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+
+
+FRONT = (
+    *("host", "port", "uds", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"),
+    *("ssl_cert_reqs", "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log", "log_config_file"),
+    *("h11_max_incomplete_event_size", "h11_max_header_count", "shutdown_timeout"),
+)
+"""Flags of vLLM's API server that say how it listens and ends, by name: of no use where something else does that."""
+
+
+@contextlib.asynccontextmanager
+async def application(
+    arguments: list[str], options: Any, defaults: Mapping[str, Any]
+) -> AsyncGenerator["FastAPI", None]:
+    """vLLM's API server, with its engine, for something else to listen in its place; both end with the block.
+
+    Args:
+        arguments: its command line.
+        options: see `serve`.
+        defaults: see `server_arguments`.
+
+    Raises:
+        CommandError: the command line cannot be read.
+        UnsupportedError: it has a flag about listening.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+
+    _set_up_environment()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            args, usual = (server_arguments(given, defaults) for given in (arguments, arguments[:2]))
+        except SystemExit:
+            *_, last = said.getvalue().splitlines() or ["they ask for help"]
+            raise CommandError(f"flags of the server: {last}") from None
+    if useless := [name for name in FRONT if getattr(args, name, None) != getattr(usual, name, None)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise UnsupportedError(f"{flags}: the server does not listen itself here; say it to what does, or leave it out")
+    refuse_other_processes(args)
+    args.vilavt = options
+    async with build_async_engine_client(args) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)
+        app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine has died
+        yield app
+
+
 def refuse_other_processes(args: argparse.Namespace) -> None:
     """Stop where vLLM's command would start something else than this process's one API server.
 
@@ -328,8 +391,11 @@ def refuse_other_processes(args: argparse.Namespace) -> None:
         args: of `server_arguments`.
 
     Raises:
+        CommandError: two checkpoints are named.
         UnsupportedError: names the flag, why, and what to do.
     """
+    if args.model_tag not in (None, args.model):
+        raise CommandError(f"two checkpoints are named, {args.model!r} and {args.model_tag!r}; name one")
     alone = "a conversation is remembered in the process that answered it"
     asked = {
         f"--api-server-count {args.api_server_count}": (
@@ -364,15 +430,8 @@ def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> No
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
-    try:
-        from vllm.entrypoints.common.startup import cli_env_setup
-    except ModuleNotFoundError:  # vLLM 0.32
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
-    cli_env_setup()
+    _set_up_environment()
     args = server_arguments(arguments, defaults)
-    if args.model_tag not in (None, args.model):
-        raise CommandError(f"two checkpoints are named, {args.model!r} and {args.model_tag!r}; name one")
     refuse_other_processes(args)
     args.vilavt = options
     uvloop.run(run_server(args))

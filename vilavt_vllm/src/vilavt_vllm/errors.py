@@ -23,6 +23,10 @@ class EngineFailure(VilavtError):
     """vLLM gave up on a request that it had accepted."""
 
 
+class EngineDiedError(EngineFailure):
+    """vLLM's engine has ended, and answers nothing until it is started again."""
+
+
 class RequestError(VilavtError):
     """A request to the server is not one it can answer; the message names the field."""
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vilavt_core.ending import ending
 from vilavt_core.presets import get_preset
@@ -17,6 +17,9 @@ from vilavt_core.versions import version_of
 from .. import CHAT_TEMPLATE
 from ..checkpoints import require_servable
 from ..errors import CommandError
+
+if TYPE_CHECKING:
+    from .options import ServerOptions
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,27 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _serve(arguments: list[str] | None) -> None:
     line = read(sys.argv[1:] if arguments is None else arguments)
+    given, options = ready(line)
 
-    from .options import VLLM_DEFAULTS, options_of
+    from .. import compat
+    from .options import VLLM_DEFAULTS
+
+    compat.serve(given, options, VLLM_DEFAULTS)
+
+
+def ready(line: CommandLine) -> tuple[list[str], ServerOptions]:
+    """Prepare this process for vLLM's server, once all that can be seen to be wrong before it starts was looked for.
+
+    Args:
+        line: see `read`.
+
+    Returns:
+        vLLM's command line, and our options.
+
+    Raises:
+        VilavtError: the checkpoint, the preset or this vLLM cannot be served.
+    """
+    from .options import options_of
 
     options = options_of(line.own)
     if options.preset is not None:
@@ -171,7 +193,7 @@ def _serve(arguments: list[str] | None) -> None:
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
         # on the raw route, forged tokens are refused with it only
         rest = [*rest, "--chat-template", str(CHAT_TEMPLATE)]
-    compat.serve(["--help"] if line.checkpoint is None else ["--model", line.checkpoint, *rest], options, VLLM_DEFAULTS)
+    return ["--help"] if line.checkpoint is None else ["--model", line.checkpoint, *rest], options
 
 
 if __name__ == "__main__":

@@ -126,7 +126,10 @@ REQUEST: Mapping[str, Refusal] = {
     # fields that belong elsewhere
     **_each("extra_body extra_headers extra_query", Refusal(instead="put its keys beside the other fields")),
     **_each("options", Refusal(instead="put its keys beside the other fields")),
-    **{name: Refusal(instead=f'put it into the field vilavt: {{"{name}": …}}') for name in Limits.per_request()},
+    **{
+        name: Refusal(instead=f'put it into the field vilavt: {{"{name}": …}}')
+        for name in (*Limits.per_request(), "state")
+    },
 }
 """Of a request. What is not here, and is no field of `requests.ChatRequest`, is a hint: ``user``, ``metadata``,
 ``reasoning_effort``, ``prompt_cache_key``, …"""

@@ -416,6 +416,14 @@ RequestLimits = create_model(
     **optional_fields(Limits, per_request=True),
 )
 
+
+class RequestSettings(RequestLimits):  # type: ignore[valid-type, misc]
+    """What a request says to the loop: its limits, and the conversation that it continues."""
+
+    state: str | None = None
+    """As it came with the last answer; see `vilavt_core.state`."""
+
+
 _RequestSampling = create_model("_RequestSampling", **optional_fields(Sampling, per_request=True))
 
 
@@ -459,7 +467,7 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
     """Of videos; as vLLM's clients say it for a whole request."""
     media_io_kwargs: MediaKwargs | None = None
     """Likewise."""
-    vilavt: RequestLimits | None = None  # type: ignore[valid-type]
+    vilavt: RequestSettings | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> ChatRequest:
@@ -476,6 +484,11 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
     def frames(self) -> Frames | None:
         """Which are taken of videos of which their parts say nothing."""
         return next((one for one in (self.mm_processor_kwargs, self._of_media) if one is not None and one.said), None)
+
+    @property
+    def state(self) -> str | None:
+        """Of the conversation that it continues."""
+        return None if self.vilavt is None else self.vilavt.state
 
     def ignored(self, unheeded: Sequence[str] = ()) -> tuple[str, ...]:
         """Fields that were accepted and have no effect: for ``vilavt.ignored`` of the response. See `fields`.
@@ -515,7 +528,9 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         Raises:
             LimitError: one is above the server's.
         """
-        wanted: dict[str, Any] = {} if self.vilavt is None else self.vilavt.model_dump(exclude_none=True)
+        wanted: dict[str, Any] = (
+            {} if self.vilavt is None else self.vilavt.model_dump(exclude_none=True, exclude={"state"})
+        )
         for name, value in wanted.items():
             most = getattr(server, name)
             if most is None and name == "crop_max_pixels":
