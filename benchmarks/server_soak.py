@@ -492,9 +492,8 @@ async def compare(quiet: Soak, talks: list[Conversation], again: list[Conversati
         for place, (answer, whole) in enumerate(zip(talk.answers, second.answers, strict=False)):
             told = answer.told.get("history") or "first"
             inexact += talk.sends_state and told == "rebuilt"
-            if answer.said == whole.said:
-                history[told] += 1
-            elif told == "rebuilt" and await _rebuilt(quiet, talk, place) == answer.said:
+            same = answer.said == whole.said
+            if same or (told == "rebuilt" and await _rebuilt(quiet, talk, place) == answer.said):
                 history[told] += 1
             else:
                 crossed += 1
