@@ -531,6 +531,7 @@ def ray_serve(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)
+    _keep_bytecode(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_NIGHTLY": "1"})
     session.run("pytest", "--durations", "6", *(session.posargs or ["tests/vllm/test_ray_serve.py"]))
 
