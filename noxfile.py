@@ -2,7 +2,8 @@
 
 nox              everything that CI runs, two things at a time
 nox -s quick     the fast tests alone, in under three minutes
-nox -s demo      the shipped tiny ViLaVT looks at a picture
+nox -s demo      the shipped tiny ViLaVT looks at an image
+nox -s docs      build the documentation site
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
@@ -106,12 +107,14 @@ QUICK_TESTS = (
     "tests/hf/test_commands.py",
     "tests/test_architecture.py",
     "tests/test_deploy.py",
+    "tests/test_documentation.py",
     "tests/test_install.py",
     "tests/test_readme.py",
 )
 """What `quick` runs, less what is marked slow."""
 WORKSPACE_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("architecture", "benchmarks", "deploy", "install", "packages", "readme")
+    f"tests/test_{name}.py"
+    for name in ("architecture", "benchmarks", "deploy", "documentation", "examples", "install", "packages", "readme")
 )
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -284,9 +287,10 @@ def wheelhouse(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, formatting, and who may import whom."""
+    """Style, formatting, spelling, and who may import whom."""
     session.install(*UV)
-    _add(session, RUFF, "import-linter==2.16")
+    _add(session, RUFF, "import-linter==2.16", "codespell==2.4.3")
+    session.run("codespell", "-D", "-", "-D", "docs/words.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     _add(session, "--no-deps", "./vilavt_hf", *(f"./{host}" for host in HOSTS))
@@ -482,13 +486,8 @@ def _requirements(session: nox.Session, distribution: str, without: tuple[str, .
     return [str(one).partition(";")[0].strip() for one in here if one.name not in without]
 
 
-@nox.session
-def vllm_cpu(session: nox.Session) -> None:
-    """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
-    tested through vLLM too, and that takes longest to install. Before them the model's on this transformers.
-
-    VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
-    """
+def _install_vllm(session: nox.Session) -> None:
+    """The newest vLLM with a CPU build, VLMEvalKit beside it, and our packages."""
     known = _known_good("vllm")
     _install_torch(session, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn", "av>=14")
@@ -501,6 +500,16 @@ def vllm_cpu(session: nox.Session) -> None:
     _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
     _keep_bytecode(session)
+
+
+@nox.session
+def vllm_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
+    tested through vLLM too, and that takes longest to install. Before them the model's on this transformers.
+
+    VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
+    """
+    _install_vllm(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
     if other := os.environ.get("VILAVT_VLLM"):
         older = tuple(map(int, other.split(".")[:2])) < (0, 29)  # they want an older transformers
@@ -591,3 +600,37 @@ def deepspeed(session: nox.Session) -> None:
     session.env.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
     _add(session, "--no-build-isolation", "--no-deps", "deepspeed==0.19.8")
     session.run("pytest", *HOURS, *(session.posargs or ["tests/deepspeed"]))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in .nox/site; a link, anchor or reference that leads nowhere ends it. Not in CI,
+    which checks links and the navigation without it: installing takes longer than building.
+    """
+    known = _known_good(f"transformers-{NEWEST}")
+    _install_torch(session, TORCH, "numpy", *known)
+    _add(session, f"transformers=={NEWEST}", "./vilavt_hf[tiny]", *known)
+    _add(session, "mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "mkdocstrings-python==2.0.11", RUFF)
+    _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
+    session.env.update({"HF_HUB_OFFLINE": "1", "NO_MKDOCS_2_WARNING": "1"})
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("host", ["hf", "vllm", "verl"])
+def docs_examples(session: nox.Session, host: str) -> None:
+    """Run the commands of the documentation that take minutes, beside one host, and print which commands nothing runs
+    and why; not in CI.
+    """
+    if host == "hf":
+        _install(session, NEWEST, *TEST_TOOLS)
+        _add(session, "--no-deps", *(f"./{one}" for one in HOSTS))
+    elif host == "verl":
+        _install_verl(session)
+        _add(session, "--no-deps", "./vilavt_vllm", "./vilavt_vlmeval")  # tests read their commands
+    else:
+        _install_vllm(session)
+        _add(session, "--no-deps", "./vilavt_rl")
+    session.env["VILAVT_EXAMPLES"] = host
+    session.run("python", "tests/shared/page_examples.py")
+    session.run("pytest", "-s", *HOURS, "tests/test_examples.py", "-k", "take_minutes", *session.posargs)

@@ -503,8 +503,7 @@ async def compare(quiet: Soak, talks: list[Conversation], again: list[Conversati
         for place, (answer, whole) in enumerate(zip(talk.answers, second.answers, strict=False)):
             told = answer.told.get("history") or "first"
             inexact += talk.sends_state and told == "rebuilt"
-            same = answer.said == whole.said
-            if same or (told == "rebuilt" and await _rebuilt(quiet, talk, place) == answer.said):
+            if answer.said == whole.said or (told == "rebuilt" and await _rebuilt(quiet, talk, place) == answer.said):
                 history[told] += 1
             else:
                 crossed += 1

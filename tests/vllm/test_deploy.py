@@ -112,7 +112,7 @@ def test_labels_in_rules_and_board_have_values_that_occur():
     ends = {value for found in re.findall(r'finish=~?\\?"([\w|]+)', text) for value in found.split("|")}
     assert ends
     assert ends <= {*FinishReason, "aborted", "error", "refused"}
-    assert set(re.findall(r'history=\\?"(\w+)', text + PAGE)) <= {"kept", "rebuilt"}
+    assert set(re.findall(r'history=\\?"(\w+)', text + PAGE)) <= {"kept", "state", "rebuilt"}
 
 
 def test_the_plan_assumes_the_share_of_memory_that_vllm_takes():

@@ -3,7 +3,6 @@
 Only where `ray[serve]` is installed beside vLLM: `nox -s ray_serve`.
 """
 
-import asyncio
 import json
 import re
 import subprocess
@@ -17,7 +16,6 @@ import vllm
 import yaml
 
 from vilavt_vllm import compat, support
-from vilavt_vllm.errors import UnsupportedError
 
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed beside vLLM here; `nox -s ray_serve` has it")
 if problem := support.server_problem(vllm.__version__):
@@ -27,7 +25,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from vilavt_vllm.ray_serve import NAME, Arguments, _read, app
-from vilavt_vllm.server.options import VLLM_DEFAULTS, ServerOptions
+from vilavt_vllm.server.options import VLLM_DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 FILE = yaml.safe_load((ROOT / "deploy" / "ray-serve.yaml").read_text())
@@ -60,16 +58,6 @@ def test_arguments_of_a_command_line_are_words():
     assert (arguments.gpus, arguments.max_replicas) == (0.5, 3)
     line = _read(arguments.model, arguments.flags)
     assert (line.own["max_turns"], line.rest) == (3, ["--dtype", "float32"])
-
-
-@pytest.mark.parametrize("flags", ["--port 8001", "--host 0.0.0.0", "--shutdown-timeout 60", "--ssl-keyfile k"])
-def test_flags_about_listening_are_refused_by_name(flags):
-    async def start():
-        async with compat.application(["--model", TINY, *flags.split()], ServerOptions(), VLLM_DEFAULTS):
-            pass
-
-    with pytest.raises(UnsupportedError, match=flags.partition(" ")[0]):
-        asyncio.run(start())
 
 
 def test_the_config_file_is_one_and_its_arguments_are_the_applications():

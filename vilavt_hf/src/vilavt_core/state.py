@@ -201,7 +201,7 @@ class SaidQuestion:
 def unsampled(limits: Limits) -> Limits:
     """Limits for an answer that is not sampled here: bounds on sampling do not hold for it. Whether all of it fits into
     the context is seen where the next question is appended."""
-    return replace(limits, max_new_tokens_per_turn=sys.maxsize, max_context=None)
+    return replace(limits, max_new_tokens_per_turn=sys.maxsize, max_answer_tokens=None, max_context=None)
 
 
 # ---------------------------------------------------------------------- what a state must agree with

@@ -191,11 +191,8 @@ def ready(line: CommandLine) -> tuple[list[str], ServerOptions]:
 
     rest = line.rest
     if not any(argument.startswith("--chat-template") and argument[15:16] in ("", "=") for argument in rest):
-        rest = [
-            *rest,
-            "--chat-template",
-            str(CHAT_TEMPLATE),
-        ]  # on the raw route, forged tokens are refused with it only
+        # on the raw route, forged tokens are refused with it only
+        rest = [*rest, "--chat-template", str(CHAT_TEMPLATE)]
     return ["--help"] if line.checkpoint is None else ["--model", line.checkpoint, *rest], options
 
 

@@ -58,9 +58,9 @@ from .fields import short
 from .gate import RETRY, Draining, DrainingEngine, Gate
 from .history import History, Kept
 from .media import Pictures
-from .metrics import metrics
+from .metrics import metrics, queued_turns
 from .options import ServerOptions
-from .requests import ChatRequest, Exchange, exchanges, place
+from .requests import ChatRequest, Exchange, exchanges, place, whole_number
 from .states import States
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, SETTINGS = "/v1/chat/completions", f"/v1{SETTINGS_PATH}"
+PATH, SETTINGS, LOAD = "/v1/chat/completions", f"/v1{SETTINGS_PATH}", "/load"
 API, RAW = "/v1/", "/v1/raw/"
 """Prefix of OpenAI's routes, and that under which a client that runs the loop itself finds them as vLLM made them."""
 TURNS = (
@@ -88,6 +88,8 @@ TURNS = (
 )
 """Routes of vLLM that answer with one turn of the model, or go to one that does: a client would take a zoom for an
 answer."""
+PRIORITY = "X-Vllm-Priority"
+"""Header that says a request's priority, before its field: vLLM's."""
 STATUS_WITHIN = 1.0
 """Seconds that a stream waits for its first event, so that an error that is found at once still has a status code."""
 
@@ -143,11 +145,32 @@ class Loop:
         self.history = History(options.max_conversations, options.max_conversation_bytes)
         self.states = States(options)
         self.running = 0
+        """Questions that are being answered."""
+        self.preparing = 0
+        """Of these, questions whose pictures are not ready yet."""
         found = read_chat_settings(config.model, hub={"revision": config.revision})
         self.note = found.note if found else ""
 
+    def priority(self, request: ChatRequest, headers: Mapping[str, str]) -> tuple[int, list[str]]:
+        """The priority of a request, its header's or else its field's, and which of the two has no effect here.
+
+        Args:
+            request: the body.
+            headers: of the request.
+
+        Raises:
+            RequestError: the header is no number that vLLM takes.
+        """
+        field, said = request.priority, headers.get(PRIORITY)
+        header = None if said is None else whole_number(PRIORITY, said)
+        if not self.by_priority:
+            return 0, [*(["priority"] if field else []), *([PRIORITY] if header else [])]
+        if header is None:
+            return field or 0, []
+        return header, ["priority"] if field not in (None, header) else []
+
     def handling(self, request: ChatRequest, name: str, headers: Mapping[str, str]) -> Handling:
-        """What the engine is told of a request.
+        """What the engine is told of a request, at each of its turns.
 
         Args:
             request: the body.
@@ -156,14 +179,15 @@ class Loop:
 
         Raises:
             ModelMissingError: no model or adapter has the name that the request asks for.
+            RequestError: a header cannot be taken.
         """
         lora, model = None, request.model
         if model is not None and not self.models.is_base_model(model):
             lora = getattr(self.models, "lora_requests", {}).get(model)
             if lora is None:
                 raise ModelMissingError(f"no model {short(repr(model))} here; GET /v1/models lists them")
-        priority = request.priority if self.by_priority else None
-        return Handling(name, lora, priority or 0, extract_trace_headers(headers) or None, logprobs=False)
+        priority, _ = self.priority(request, headers)
+        return Handling(name, lora, priority, extract_trace_headers(headers) or None, logprobs=False)
 
     async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
@@ -179,6 +203,7 @@ class Loop:
                 "later, or raise it with --max-episodes"
             )
         self.running += 1
+        self.preparing += 1
         metrics().running.inc()
         begun, speaks = time.monotonic(), False
         driver, finish, reservation = None, "aborted", self.budget.reservation()
@@ -189,6 +214,8 @@ class Loop:
             except Exception:
                 finish = "refused"
                 raise
+            finally:
+                self.preparing -= 1
             metrics().preparation.observe(time.monotonic() - begun)
             yield driver
             async with aclosing(self.llm.events(driver, handling)) as events:
@@ -317,6 +344,7 @@ class VilavtEndpoint:
                 app.add_api_route(route.path, refused, methods=[*route.methods], response_model=None)
         app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
         app.add_api_route(SETTINGS, settings, methods=["GET"], response_model=None)
+        app.add_api_route(LOAD, load, methods=["GET"], response_model=None)
         app.state.vilavt_draining = Draining()
         keys = getattr(getattr(app.state, "args", None), "api_key", None) or [envs.VLLM_API_KEY]
         app.add_middleware(Gate, draining=app.state.vilavt_draining, keys=[key for key in keys if key])
@@ -367,6 +395,20 @@ async def settings(raw: Request) -> Response:
     return JSONResponse(settings_body(loop.models.model_name(), provenance, loop.note, loop.states.to_json()))
 
 
+async def load(raw: Request) -> Response:
+    """How busy the server is: for what shares requests among several.
+
+    ``server_load`` is what vLLM's route says, every request under way, here questions and, if vLLM was told to count
+    them (``--enable-server-load-tracking``), requests to its own routes. ``waiting`` are questions whose pictures are
+    not ready or whose turn is in the engine's queue, ``running`` the others.
+    """
+    loop: Loop | None = raw.app.state.vilavt_loop
+    others = getattr(raw.app.state, "server_load_metrics", 0)
+    questions, preparing = (0, 0) if loop is None else (loop.running, loop.preparing)
+    waiting = min(questions, preparing + queued_turns())
+    return JSONResponse({"server_load": questions + others, "running": questions - waiting, "waiting": waiting})
+
+
 async def front_page(raw: Request) -> Response:
     """What this server is, and how it is asked: for whoever opens its address in a browser."""
     loop: Loop | None = raw.app.state.vilavt_loop
@@ -382,7 +424,8 @@ async def chat_completions(raw: Request) -> Response:
         return _error(raw, EngineFailure("this server has no engine"), 501)
     try:
         request = await _parsed(raw, loop.options)
-        reply = Reply(request.model or loop.models.model_name(), request.ignored(loop.by_priority), _name(raw))
+        ignored = request.ignored(loop.priority(request, raw.headers)[1])
+        reply = Reply(request.model or loop.models.model_name(), ignored, _name(raw))
         answer = loop.answer(request, loop.handling(request, reply.id, raw.headers))
         if request.stream:
             first = await _unless_disconnected(raw, _begun(answer))

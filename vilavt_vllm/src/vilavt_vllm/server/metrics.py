@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from vilavt_core.driver import Driver
 
@@ -68,6 +68,12 @@ class Metrics:
         self.prompt_tokens.inc(result.billed.prompt)
         self.cached_tokens.inc(result.billed.cached)
         self.sampled_tokens.inc(result.billed.sampled)
+
+
+def queued_turns(registry: CollectorRegistry = REGISTRY) -> int:
+    """Requests in the engine's queue, of all its ranks, as vLLM's own metric says it."""
+    families = registry.restricted_registry(["vllm:num_requests_waiting"]).collect()
+    return int(sum(sample.value for family in families for sample in family.samples))
 
 
 @lru_cache(maxsize=1)
