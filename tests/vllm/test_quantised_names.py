@@ -1,5 +1,5 @@
-"""Quantised checkpoints by the names of their tensors: what vLLM's layers take of AWQ, GPTQ, fp8 and compressed-tensors,
-which layers stay as they are, and what is refused. The model is built and loaded, and no engine runs.
+"""Quantised checkpoints by the names of their tensors: what vLLM's layers take of AWQ, GPTQ, fp8 and
+compressed-tensors, which layers stay as they are, and what is refused. The model is built and loaded; no engine runs.
 """
 
 import ast
