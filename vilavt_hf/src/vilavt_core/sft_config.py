@@ -1,8 +1,8 @@
 """The one schema of a training run: what ``vilavt sft CONFIG.yaml`` reads. Unknown keys are refused."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -348,13 +348,15 @@ def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         inner = _inner_section(field.annotation)
+        if inner is None or field.description:
+            default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+            yield key, default, field.description or ""
         if inner is not None:
-            if field.description:
-                yield key, "null", field.description
-            yield from describe(inner, f"{key}.")
-            continue
-        default = "required" if field.is_required() else _shown(field.default)
-        yield key, default, field.description or ""
+            yield from describe(inner, f"{key}{_MANY.get(get_origin(field.annotation), '')}.")
+
+
+_MANY: Mapping[Any, str] = {dict: ".NAME", list: "[]", tuple: "[]"}
+"""Written behind a key that holds several sections."""
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:
