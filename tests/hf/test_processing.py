@@ -423,8 +423,8 @@ def test_variables_of_a_chat_template_reach_it(processor):
         ({"processor_kwargs": {"padding": True}}, "padding is for the processor's call"),
         ({"tokenize": True, "max_pixel": 784}, "did you mean max_pixels?"),
         ({"tokenize": True, "padding": True, "processor_kwargs": {"padding": True}}, "padding was passed two times"),
-        ({"documents": [{"title": "t", "text": "x"}]}, "the chat template does not heed documents"),
-        ({"tokenize": True, "load_audio_from_video": True}, "does not heed load_audio_from_video"),
+        ({"documents": [{"title": "t", "text": "x"}]}, "the chat template does not use documents"),
+        ({"tokenize": True, "load_audio_from_video": True}, "does not use load_audio_from_video"),
     ],
 )
 def test_a_chat_template_refuses_what_nobody_heeds(processor, given, says):

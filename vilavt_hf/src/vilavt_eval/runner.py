@@ -278,6 +278,6 @@ def _while_it_works(rows: Iterator[ResultRow]) -> Iterator[ResultRow]:
         in_a_row = in_a_row + 1 if row["error"] else 0
         if in_a_row >= MAX_FAILURES:
             raise EvaluationError(
-                f"{in_a_row} questions in a row ended in an error, the last one with {row['error']}. What was answered "
-                "is kept; mend that and run the same command again"
+                f"{in_a_row} questions in a row ended in an error, the last one with {row['error']}. Results so "
+                "far are saved; fix the cause and run the same command again"
             )

@@ -199,7 +199,7 @@ class Frames(Extended):
 
 
 class ProcessorKwargs(Frames):
-    """What is said of the videos of a whole request. It may say nothing else: a processor would heed it."""
+    """What is said of the videos of a whole request. It may say nothing else: a processor would use it."""
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
