@@ -1,7 +1,7 @@
 """Asks a backend the questions of a benchmark and writes down what it says, one row per question.
 
 A run is one benchmark with one preset, one seed and at most one ablation; it has one file of results (see
-:mod:`vilavt_eval.result_file`). Questions are read when they are asked, rows are written when they are known:
+`vilavt_eval.result_file`). Questions are read when they are asked, rows are written when they are known:
 memory does not grow with the benchmark, except for the ids of its questions.
 """
 
@@ -150,7 +150,7 @@ def run(
         questions: of the benchmark.
         out: folder of all results; this run's are in ``OUT/BENCHMARK/PRESET-seedK[-ABLATION].jsonl``.
         provenance: of the opened backend, for this seed.
-        ask: see :func:`asking`; another one may ask in other processes.
+        ask: see `asking`; another one may ask in other processes.
         seed: of the run.
         shard: this process's share.
         limit: only that many of the first questions.

@@ -205,7 +205,7 @@ class VilavtProcessor(ProcessorMixin):
             query_prefix: overrides the processor's.
             kwargs: for the tokenizer (``padding``, ``truncation``, ``max_length``, …) and for the image processor
                 (``size``, ``min_pixels``, ``max_pixels``, ``do_resize``, …), flat or in ``text_kwargs``,
-                ``images_kwargs`` and ``common_kwargs``; see :mod:`vilavt_hf.call_settings`.
+                ``images_kwargs`` and ``common_kwargs``; see `vilavt_hf.call_settings`.
 
         Returns:
             input_ids, attention_mask (B, L); with images pixel_values (N, 1176), image_grid_thw (n, 3),

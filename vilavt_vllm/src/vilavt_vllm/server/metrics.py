@@ -14,7 +14,7 @@ TURNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Metrics:
-    """Prometheus series of the loop. One per process: made by :func:`metrics`."""
+    """Prometheus series of the loop. One per process: made by `metrics`."""
 
     def __init__(self) -> None:
         self.running = Gauge("vilavt_episodes_running", "Questions being answered.", multiprocess_mode="livesum")
