@@ -512,6 +512,13 @@ def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, 
     assert max(v.abs().max() for n, v in load_file(adapter / "adapter_model.safetensors").items() if "lora_B" in n) > 0
     merged = tmp_path / "run" / "merged"
     assert inspect_checkpoint(merged).complete
+    cards = [(folder / "README.md").read_text() for folder in (adapter, merged)]
+    assert "# ViLaVT adapter (LoRA)" in cards[0]
+    assert "library_name: peft" in cards[0]
+    assert "[More Information Needed]" not in cards[0]
+    assert "# ViLaVT checkpoint, an adapter merged into it" in cards[1]
+    assert "library_name: transformers" in cards[1]
+    assert all(f"| base | {base.name} |" in card and "| data | set |" in card for card in cards)
     processor = VilavtProcessor.from_pretrained(merged)
     inputs = processor(text="<|im_start|>user\nfind 3<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
     with torch.no_grad():
@@ -656,6 +663,9 @@ def test_validation_is_measured_at_the_start_every_so_often_and_at_the_end(valid
     lines = read_log(folder / "validation.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert all(line["questions"] == 9 and 0 <= line["answers_right"] <= 1 for line in lines)
+    card = (folder / "final" / "README.md").read_text()
+    assert "# ViLaVT checkpoint, fine-tuned" in card
+    assert f"| the run's validation data | answers right | {lines[-1]['answers_right']:g} | 9 |" in card
     assert lines[-1]["loss"] < lines[0]["loss"]  # some of it is trained on
     assert report.validations == tuple(lines)
     assert f"validation: loss {lines[0]['loss']:.4f}, 0 of 9 answers right at step 0, " in report.summary()

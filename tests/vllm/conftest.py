@@ -210,6 +210,24 @@ def start():
         running.pop().stop()
 
 
+@pytest.fixture(scope="module")
+def vllm_world(tmp_path_factory):
+    """What vLLM's layers need to be built outside an engine: a configuration and a world of one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    with set_current_vllm_config(VllmConfig()):
+        where = f"file://{tmp_path_factory.mktemp('world') / 'init'}"
+        init_distributed_environment(world_size=1, rank=0, distributed_init_method=where, local_rank=0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
 @contextlib.contextmanager
 def serving(log: Path, *flags: str, key: str = "none"):
     """A ``vilavt-serve`` for vilavt-tiny, in its own processes: `.url`, `.base`, `.key`, `.process`, `.metric(…)`."""

@@ -225,6 +225,14 @@ class Request:
         return dict.fromkeys((*self.banned_token_ids, *more), BAN)
 
 
+@dataclass(frozen=True)
+class FedTurn:
+    """One assistant turn as an engine gave it."""
+
+    token_ids: tuple[int, ...]
+    finish: Literal["stop", "length"]
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
     """One assistant turn and what came of it."""

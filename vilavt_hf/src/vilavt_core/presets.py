@@ -48,6 +48,9 @@ class Limits:
     max_turns: int = described(5, "assistant turns of a conversation, the answer included", ge=1, per_request=True)
     max_images: int = described(52, "images of a conversation, crops included", ge=1, per_request=True)
     max_new_tokens_per_turn: int = described(2048, "tokens the model may sample in a turn", ge=1, per_request=True)
+    max_answer_tokens: int | None = described(
+        None, "tokens the model may sample for an answer, all turns together; none: unlimited", ge=1, per_request=True
+    )
     max_context: int | None = described(
         None, "tokens of a whole conversation, sampled ones included; none: unlimited", ge=1, per_request=True
     )

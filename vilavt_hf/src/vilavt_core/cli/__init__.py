@@ -83,6 +83,9 @@ SUBCOMMANDS = {
         "vilavt_core.cli.checkpoint:init",
         "Make a new ViLaVT from a Qwen2.5-VL and a Qwen3-Embedding checkpoint.",
     ),
+    "push": Subcommand(
+        "vilavt_core.cli.push:push", "Upload a checkpoint with its model card to the hub, as one commit."
+    ),
     "prompts": Subcommand(
         "vilavt_core.cli.prompts:prompts_app",
         "Prompt sets: show one, or import one from a checkout of the published system.",

@@ -170,6 +170,8 @@ def _print_inspection(found: "Inspection") -> None:
     )
     console.print(table)
     console.print(f"types: {', '.join(f'{_inert(dtype)} {count:,}' for dtype, count in found.dtypes.items())}")
+    if found.quantisation is not None:
+        console.print(_inert(str(found.quantisation)))
     console.print(f"files: {', '.join(f'{_inert(name)} {readable_size(size)}' for name, size in found.files.items())}")
     console.print(f"fingerprint: {found.fingerprint}")
     console.print(f"prompt set: {'its own' if found.prompts else 'none, the built-in default applies'}")
