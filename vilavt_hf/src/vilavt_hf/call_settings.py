@@ -117,8 +117,7 @@ def check_known(given: Iterable[str], known: Iterable[str], where: str = "") -> 
         meant = sorted({match for name in unknown for match in difflib.get_close_matches(name, names, 1)})
         hint = f"did you mean {', '.join(meant)}? It" if meant else "it"
         raise ProcessorError(
-            f"{where}the processor does not know {', '.join(unknown)}, nothing would come of it; {hint} takes "
-            f"{', '.join(names)}"
+            f"{where}the processor does not support {', '.join(unknown)}; {hint} takes {', '.join(names)}"
         )
 
 
