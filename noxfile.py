@@ -608,7 +608,7 @@ def docs(session: nox.Session) -> None:
     which checks links and the navigation without it: installing takes longer than building.
     """
     known = _known_good(f"transformers-{NEWEST}")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     _add(session, f"transformers=={NEWEST}", "./vilavt_hf[tiny]", *known)
     _add(session, "mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "mkdocstrings-python==2.0.11", RUFF)
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
