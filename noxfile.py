@@ -437,6 +437,7 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
         session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
+    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
     for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
