@@ -6,8 +6,8 @@ nox -s demo      the shipped tiny ViLaVT looks at a picture
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
-others release today breaks nothing. pip installs torch and uv the rest, or pip all of it: if uv cannot, or you say
-`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
+others release today breaks nothing. pip fetches torch, and uv installs it and the rest; pip does if uv cannot, or with
+`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox -s SESSION` takes the newest of everything; sessions that pass record it.
 """
 
 import contextlib
