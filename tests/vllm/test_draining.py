@@ -25,13 +25,8 @@ if problem := support.server_problem(vllm.__version__):
     pytest.skip(problem, allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-<<<<<<< HEAD
-PICTURES = ROOT / "examples" / "pictures"
-ASKED = json.loads((PICTURES / "questions.json").read_text())[:3]  # of one picture
-=======
 MODEL, PICTURES = str(ROOT / "examples" / "vilavt-tiny"), ROOT / "examples" / "pictures"
-ASKED = json.loads((PICTURES / "questions.json").read_text())
->>>>>>> main
+ASKED = json.loads((PICTURES / "questions.json").read_text())[:3]  # of one picture
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "1024"]
 MARGIN = 60
 """Seconds beyond the time-out after which a server must be gone: it does not hang, however slow the machine."""

@@ -92,13 +92,8 @@ def eval_command(
 
 @tiny_app.command("benchmark")
 def benchmark_command(
-<<<<<<< HEAD
-    out: Annotated[Path, typer.Option(help="Folder for definition, questions and pictures.")],
-    limit: Annotated[int | None, typer.Option(help="Questions; default: all 980.")] = None,
-=======
     out: Annotated[Path, typer.Option(help="Folder for definition, questions and images.")],
-    limit: Annotated[int | None, typer.Option(help="Questions; default: all 560.")] = None,
->>>>>>> main
+    limit: Annotated[int | None, typer.Option(help="Questions; default: all 980.")] = None,
 ) -> None:
     """Write the held-out scenes as a benchmark; `vilavt eval` takes the path that is printed."""
     check_output_folders(out=out)
@@ -111,15 +106,9 @@ def benchmark_command(
 
 @tiny_app.command("scenes")
 def scenes_command(
-<<<<<<< HEAD
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and questions.json.")],
-    count: Annotated[int, typer.Option(help="Number of scenes.")] = 6,
-    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 7,
-=======
     out: Annotated[Path, typer.Option(help="Folder for the images and questions.json.")],
-    count: Annotated[int, typer.Option(help="Number of scenes.")] = 3,
+    count: Annotated[int, typer.Option(help="Number of scenes.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 7,
->>>>>>> main
 ) -> None:
     """Draw held-out scenes, pictures and clips, with questions and answers."""
     check_output_folders(out=out)
