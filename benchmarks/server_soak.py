@@ -129,15 +129,17 @@ def _text(text: str) -> dict[str, Any]:
 
 def conversations(count: int, seed: int) -> list[Conversation]:
     """About pictures of which no two are alike."""
-    out, scenes = [], tasks("heldout")
+    out: list[Conversation] = []
+    scenes = [task for task in tasks("heldout") if task.question.pictures == 1]
     for number in range(count):
         draws = random.Random(f"{seed} {number}")
         task = scenes[number % len(scenes)]
-        picture = task.scene.image.copy()
+        scene = task.draw()
+        picture = scene.image
         picture.putpixel((0, 0), (number % 256, number // 256, seed % 256))
         file = io.BytesIO()
         picture.save(file, "png", compress_level=1)
-        cards = draws.sample(task.scene.cards, k=min(len(task.scene.cards), draws.choice((0, 1, 1, 2))))
+        cards = draws.sample(scene.cards, k=min(len(scene.cards), draws.choice((0, 1, 1, 2))))
         more = [f"Which digit is on the {card.colour} card?" for card in cards]
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         out.append(Conversation(number, url, [task.question.text, *more], draws, draws.random() < 0.9))
