@@ -7,8 +7,8 @@ nox -s docs      build the documentation site
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
-others release today breaks nothing. pip installs torch and uv the rest, or pip all of it: if uv cannot, or you say
-`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
+others release today breaks nothing. pip fetches torch, and uv installs it and the rest; pip does if uv cannot, or with
+`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox -s SESSION` takes the newest of everything; sessions that pass record it.
 """
 
 import contextlib
@@ -175,10 +175,11 @@ def _add(session: nox.Session, *what: str) -> None:
 
 def _keep_bytecode(session: nox.Session) -> None:
     """Let processes keep the bytecode of what they import, where Python is told to write none too: in the environment,
-    not in the checkout.
+    not in the checkout. Ours is compiled now: tests measure what importing it costs.
     """
     folder = Path(session.virtualenv.location).resolve() / "bytecode"
     session.env.update({"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder)})
+    session.run("python", "-m", "compileall", "-q", *map(str, _site_packages(session).glob("vilavt_*")), silent=True)
 
 
 def _record(session: nox.Session, name: str) -> None:
@@ -442,6 +443,7 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
         session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
+    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
     for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
@@ -567,7 +569,8 @@ def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
         for extension in (_site_packages(session) / "vllm").glob("*.abi3.so"):
             (partial / "vllm" / extension.name).symlink_to(extension)
         if beside:
-            session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), *beside)
+            pip = ("uv", "pip") if UV else ("python", "-m", "pip")
+            session.run(*pip, "install", "-q", "--no-deps", "--target", str(partial), *beside)
         partial.rename(folder)
     return {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}
 
@@ -579,7 +582,6 @@ def vllm_range(session: nox.Session) -> None:
     wrote.
     """
     _install_torch(session, "numpy", torch=OLDER_TORCH)
-    _keep_bytecode(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
     session.env["VILAVT_NIGHTLY"] = "1"
     for vllm, transformers in RANGE:
@@ -588,6 +590,7 @@ def vllm_range(session: nox.Session) -> None:
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
         _add(session, f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
+        _keep_bytecode(session)
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 
 
@@ -608,7 +611,7 @@ def docs(session: nox.Session) -> None:
     which checks links and the navigation without it: installing takes longer than building.
     """
     known = _known_good(f"transformers-{NEWEST}")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     _add(session, f"transformers=={NEWEST}", "./vilavt_hf[tiny]", *known)
     _add(session, "mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "mkdocstrings-python==2.0.11", RUFF)
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
