@@ -124,3 +124,14 @@ def test_the_gpu_suite_runs_from_a_bare_checkout_at_a_tiny_size(tmp_path):
     assert "skipped" not in run.stdout
     parts = {"golden", "reuse", "batch", "gradient", "conversation", "groups", "training"}
     assert parts <= set(json.loads((tmp_path / "gpu.json").read_text()))
+
+
+def test_the_benchmark_of_real_sizes_does_every_step(run):
+    figures = run("real_size.py", "--shape", "3b", "--small")
+    steps = figures["steps"]
+    assert list(steps) == ["inspect", "convert", "doctor", "load", "encode", "prefill", "decode"]
+    done = figures["conversation"]
+    assert done["patches"] == 12 * 8 * 3  # the picture, and two crops that are enlarged to its size
+    assert done["decoded"] >= 40  # a call of two regions, and an answer
+    assert steps["decode"]["planned_mb"] > steps["load"]["planned_mb"] > done["imported_mb"]
+    assert steps["decode"]["peak_mb"] >= steps["load"]["peak_mb"] > done["imported_mb"]

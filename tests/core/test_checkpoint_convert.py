@@ -320,6 +320,9 @@ def test_provenance_names_the_source_and_survives_a_second_conversion(sft, tmp_p
     record = json.loads((tmp_path / "twice/provenance.json").read_text())
     assert record["details"]["source"] == "once"
     assert record["details"]["source_provenance"]["details"]["source_fingerprint"] == fingerprint(sft)
+    card = (tmp_path / "twice/README.md").read_text()
+    assert card.count("`convert`, ") == 2
+    assert f"`{fingerprint(sft)}`" in card
     assert record["packages"]["vilavt-hf"]
 
 

@@ -163,6 +163,9 @@ def test_result_is_complete_with_processor_query_tokenizer_and_prompts(base, enc
     assert json.loads((tmp_path / "out/provenance.json").read_text())["details"]["base_fingerprint"] == fingerprint(
         base
     )
+    card = (tmp_path / "out/README.md").read_text()
+    assert "# ViLaVT checkpoint, not trained yet" in card
+    assert f"| base | {base.name} |" in card
 
 
 @pytest.mark.parametrize(

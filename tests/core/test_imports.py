@@ -75,6 +75,7 @@ def test_commands_that_need_no_model_load_neither_torch_nor_transformers(tmp_pat
         ["convert", str(TINY), str(tmp_path / "converted")],
         ["score", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "scores")],
         ["view", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "view")],
+        ["push", str(tmp_path / "converted"), "me/mine", "--dry-run", "--scores", str(tmp_path / "scores/scores.json")],
         ["curve", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "curve.png")],
         ["prompts", "show", "default"],
         ["doctor"],

@@ -177,13 +177,17 @@ def test_overrides_win_over_the_file(tmp_path):
 # ------------------------------------------------------------------------------------------- runs
 
 
+SHORT = {"max_turns": 3, "max_new_tokens_per_turn": 24}
+"""Limits of the base: a model that learned nothing talks until it is stopped."""
+
+
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint, tmp_path_factory):
     """A complete checkpoint with prompts and settings."""
     folder = tmp_path_factory.mktemp("base") / "checkpoint"
     shutil.copytree(tiny_checkpoint, folder)
     PromptSet.load("tiny").save(folder / "prompts")
-    (folder / "vilavt_chat.json").write_text('{"preset": "default", "limits": {"max_turns": 3}}')
+    (folder / "vilavt_chat.json").write_text(json.dumps({"preset": "default", "limits": SHORT}))
     return folder
 
 
@@ -303,7 +307,7 @@ def test_every_checkpoint_is_complete(unbroken, base):
     assert_same_weights(folder / "checkpoint-6", folder / "final")
 
 
-TRAINED = {"preset": "default", "limits": {"max_turns": 3, "min_pixels": 3136, "max_pixels": 28 * 28 * 16}}
+TRAINED = {"preset": "default", "limits": SHORT | {"min_pixels": 3136, "max_pixels": 28 * 28 * 16}}
 """Of every checkpoint: what the base asks for, and the pixels of the run."""
 
 
@@ -512,6 +516,13 @@ def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, 
     assert max(v.abs().max() for n, v in load_file(adapter / "adapter_model.safetensors").items() if "lora_B" in n) > 0
     merged = tmp_path / "run" / "merged"
     assert inspect_checkpoint(merged).complete
+    cards = [(folder / "README.md").read_text() for folder in (adapter, merged)]
+    assert "# ViLaVT adapter (LoRA)" in cards[0]
+    assert "library_name: peft" in cards[0]
+    assert "[More Information Needed]" not in cards[0]
+    assert "# ViLaVT checkpoint, an adapter merged into it" in cards[1]
+    assert "library_name: transformers" in cards[1]
+    assert all(f"| base | {base.name} |" in card and "| data | set |" in card for card in cards)
     processor = VilavtProcessor.from_pretrained(merged)
     inputs = processor(text="<|im_start|>user\nfind 3<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
     with torch.no_grad():
@@ -656,6 +667,9 @@ def test_validation_is_measured_at_the_start_every_so_often_and_at_the_end(valid
     lines = read_log(folder / "validation.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert all(line["questions"] == 9 and 0 <= line["answers_right"] <= 1 for line in lines)
+    card = (folder / "final" / "README.md").read_text()
+    assert "# ViLaVT checkpoint, fine-tuned" in card
+    assert f"| the run's validation data | answers right | {lines[-1]['answers_right']:g} | 9 |" in card
     assert lines[-1]["loss"] < lines[0]["loss"]  # some of it is trained on
     assert report.validations == tuple(lines)
     assert f"validation: loss {lines[0]['loss']:.4f}, 0 of 9 answers right at step 0, " in report.summary()

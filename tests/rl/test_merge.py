@@ -221,6 +221,21 @@ def test_a_merged_checkpoint_is_run_as_the_episodes_of_its_run(run, tmp_path):
     assert (chat.settings.preset.name, chat.settings.limits.max_turns) == ("rl", 3)
 
 
+def test_the_card_of_a_merged_checkpoint_names_what_the_run_noted(shards, tmp_path):
+    source = tmp_path / "run" / "global_step_7" / "actor"
+    shutil.copytree(shards["fsdp2"], source)
+    command = "vilavt-rl easyr1 recipe data.train_files=/data/rows.jsonl"
+    note_settings(str(tmp_path / "run"), "owner/base", '{"preset": "rl"}', ("/data/rows.jsonl",), command)
+    merge_shards(source, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# ViLaVT checkpoint, after reinforcement learning" in card
+    assert "base_model: owner/base\n" in card
+    assert "| data | rows.jsonl |" in card
+    assert "| preset | rl, " in card
+    assert "vilavt-rl easyr1 recipe data.train_files=rows.jsonl\n" in card
+    assert "`merge`, " in card
+
+
 def test_a_run_can_name_how_its_checkpoints_are_run(run, tmp_path):
     source = run(
         preset="rl", limits={"max_pixels": 28224}, inference={"preset": "default", "limits": {"max_pixels": 50000}}

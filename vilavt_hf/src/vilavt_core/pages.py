@@ -1,4 +1,5 @@
-"""Self-contained HTML pages out of templates. Whatever a template shows is escaped, unless a template wrote it.
+"""Self-contained HTML pages out of templates. Whatever a template shows is escaped, unless a template wrote it; other
+text out of templates.
 
 ``templates/page.html`` is what every page extends: style, and a policy by which browsers load nothing from elsewhere
 and run no script but the one that the page came with.
@@ -58,14 +59,19 @@ def policy(script: str, pictures_at: Place) -> str:
     return "; ".join(allowed)
 
 
+def render_text(template: str, **values: Any) -> str:
+    """Fill a template of `TEMPLATES` in that is no HTML: nothing is escaped, the caller makes values harmless."""
+    return _environment(None, escape=False).get_template(template).render(values)
+
+
 @lru_cache
-def _environment(folder: Path | None) -> Environment:
+def _environment(folder: Path | None, escape: bool = True) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folders = [TEMPLATES] if folder is None else [folder, TEMPLATES]
     return Environment(
         loader=FileSystemLoader(folders),
-        autoescape=True,
+        autoescape=escape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vilavt_core.checkpoint import command_line
 from vilavt_core.markdown import markdown_table, plain
 
 from .comparison import Comparison, Contrast
@@ -38,6 +39,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scores.{suffix}" for suffix in ("json", "md", "png")]
     whole = {
+        "command": command_line(),
         "settings": [_setting(summary, files) for summary, files in settings],
         "comparison": None if comparison is None else asdict(comparison),
     }

@@ -22,6 +22,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from vilavt_core.architecture import expected_tensors, is_tied, published_name, query_encoder_part
 from vilavt_core.checkpoint.build_info import write_build_info
+from vilavt_core.checkpoint.card import write_card
 from vilavt_core.checkpoint.companions import Companions, Missing, bring_companions
 from vilavt_core.checkpoint.config import (
     ARCHITECTURE,
@@ -48,7 +49,7 @@ from vilavt_core.failures import one_line, quoted
 from vilavt_core.progress import Advance, counting
 from vilavt_core.settings import ChatSettings, describe_preset, preset_of, read_chat_settings
 
-from .run_settings import noted_settings
+from .run_settings import noted_provenance, noted_settings
 
 logger = logging.getLogger(__name__)
 
@@ -168,13 +169,16 @@ def merge_shards(
             [settings, *([Path(processor)] if processor else [])],
             [Path(query_encoder)] if query_encoder else [],
         )
-        write_build_info(
-            partial, {"made_by": "merge", "source": folder.name, "world_size": len(files), "mesh": mesh, "dtype": dtype}
-        )
+        details: dict[str, Any] = {"made_by": "merge", "source": folder.name, "world_size": len(files), "mesh": mesh}
+        details["dtype"] = dtype
+        if (origin := noted_provenance(folder)) is not None:
+            details["source_provenance"] = origin
+        write_build_info(partial, details)
         write_json(partial / CONFIG, final)
         if settings_of_run is not None:
             settings_of_run.save(partial)
         runs_as = describe_preset(preset_of(partial))
+        write_card(partial)
     return MergeReport(
         source=folder,
         destination=destination,

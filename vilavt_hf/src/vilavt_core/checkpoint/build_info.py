@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..settings import is_hub_id
 from ..versions import OURS, installed
 from .layout import Checkpoint, TensorEntry
 from .writing import file_range, write_json
@@ -76,9 +77,8 @@ def collect_build_info(details: Mapping[str, Any] | None = None, command: Sequen
         details: anything worth knowing that is JSON (seeds, settings, source fingerprints).
         command: the command line, by default this process's.
     """
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
     return BuildInfo(
-        command=shlex.join(words),
+        command=command_line() if command is None else shlex.join(command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -86,6 +86,16 @@ def collect_build_info(details: Mapping[str, Any] | None = None, command: Sequen
         git=_git_state(),
         details=dict(details or {}),
     )
+
+
+def command_line() -> str:
+    """What this process was started as, the program by its name alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def public_name(checkpoint: str | os.PathLike) -> str:
+    """A checkpoint as others may read its name: the hub id, or the last part of a path."""
+    return str(checkpoint) if is_hub_id(os.fspath(checkpoint)) else Path(checkpoint).name
 
 
 def write_build_info(

@@ -12,6 +12,7 @@ from ..architecture import published_name, query_encoder_part
 from ..errors import CheckpointError
 from ..progress import Advance, counting
 from .build_info import PROVENANCE, fingerprint, write_build_info
+from .card import write_card
 from .companions import Companions, Missing, bring_companions
 from .config import (
     ARCHITECTURE,
@@ -117,6 +118,7 @@ def convert_checkpoint(
         )
         _record(checkpoint, partial, weights)
         write_json(partial / CONFIG, config)  # last: without it the folder is no checkpoint
+        write_card(partial)
         if verify:
             verify_same_tensors(source, partial, progress=progress)
     if "prompts/" not in companions.brought:

@@ -14,6 +14,7 @@ from ..architecture import as_query_encoder_part, expected_tensors, is_new, publ
 from ..errors import CheckpointError
 from ..progress import Advance, counting
 from .build_info import fingerprint, write_build_info
+from .card import write_card
 from .companions import PROMPTS, Companions, Missing, bring_companions, has_tokenizer
 from .config import check_query_encoder, query_encoder_config, vilavt_config
 from .inspection import Flavour, detect_flavour
@@ -149,6 +150,7 @@ def initialise_checkpoint(
             },
         )
         write_json(partial / CONFIG, config)
+        write_card(partial)
     return InitialisationReport(
         destination=destination,
         new_tensors=tuple(new),

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from vilavt_core.checkpoint import adapter_base, require_vilavt, write_build_info
+from vilavt_core.checkpoint.build_info import PROVENANCE, public_name
+from vilavt_core.checkpoint.card import write_card
 from vilavt_core.checkpoint.companions import bring_companions
-from vilavt_core.checkpoint.layout import ADAPTER_CONFIG
+from vilavt_core.checkpoint.layout import ADAPTER_CONFIG, read_json
 from vilavt_core.checkpoint.writing import check_destination, staged_folder
 from vilavt_core.errors import TrainingError
 from vilavt_core.failures import loading
@@ -76,7 +78,11 @@ def merge_adapter(
         merged.save_pretrained(partial)
         (partial / "generation_config.json").unlink(missing_ok=True)
         bring_companions(partial, [adapter, Path(base)])
-        write_build_info(partial, {"adapter": str(adapter), "base": str(base)})
+        details: dict[str, Any] = {"made_by": "merge-lora", "adapter": adapter.name, "base": public_name(base)}
+        if (adapter / PROVENANCE).is_file():
+            details["source_provenance"] = read_json(adapter / PROVENANCE)
+        write_build_info(partial, details)
+        write_card(partial)
     return Path(destination)
 
 

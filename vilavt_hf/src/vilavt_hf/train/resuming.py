@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vilavt_core.checkpoint import fingerprint
-from vilavt_core.checkpoint.build_info import PROVENANCE
+from vilavt_core.checkpoint.build_info import PROVENANCE, public_name
 from vilavt_core.data.dataset import Lengths
 from vilavt_core.data.order import Order, digest
 from vilavt_core.errors import TrainingError
@@ -38,6 +38,7 @@ def describe_run(
     return {
         "made_by": "sft",
         "config": config.model_dump(mode="json"),
+        "base": public_name(config.model.path),
         "base_fingerprint": weights,
         "ranks": args.world_size,
         "resume": {

@@ -19,6 +19,7 @@ from transformers.integrations import deepspeed
 
 from vilavt_core.checkpoint import require_vilavt
 from vilavt_core.checkpoint.build_info import write_build_info
+from vilavt_core.checkpoint.card import CARD, write_card
 from vilavt_core.checkpoint.config import set_dtype
 from vilavt_core.checkpoint.hub import checkpoint_folder
 from vilavt_core.checkpoint.layout import CONFIG
@@ -191,6 +192,10 @@ class Run:
             self._save(BEST, {**self.record, "validation": self.best.record})
         return figures.to_json()
 
+    def _record_of_last_validation(self) -> dict[str, Any]:
+        lines = read_log(self.out / VALIDATION) if self.validation is not None else []
+        return self.record | ({"validation": lines[-1]} if lines else {})
+
     def _save(self, name: str, record: Mapping[str, Any]) -> Path:
         dtype = "fp32" if self.config.lora is not None else self.config.output.final_dtype
         return save_final(self.trainer, self.processor, self.out / name, dtype, record)
@@ -206,7 +211,7 @@ class Run:
             raise TrainingError("parallel.strategy is fsdp2, but accelerate shards on GPUs only; use ddp here")
         trainer.args.eval_on_start = self.validation is not None and self.resume is None
         trainer.train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
-        folder = self._save(FINAL, self.record)
+        folder = self._save(FINAL, self._record_of_last_validation())
         lines = read_log(out / LOG)
         if trainer.args.process_index == 0:
             if lines and find_spec("matplotlib"):
@@ -376,6 +381,8 @@ def save_final(
             set_dtype(values, str(target).removeprefix("torch."))
             write_json(partial / CONFIG, values)
         write_build_info(partial, {**record, "step": trainer.state.global_step, "epoch": trainer.state.epoch})
+        (partial / CARD).unlink(missing_ok=True)  # peft leaves a form to fill in
+        write_card(partial)
         replace_folder(partial, folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -1,6 +1,6 @@
 """``python -m vilavt_rl.easyr1.main config=… worker.actor.model.model_path=…``: EasyR1's trainer with our parts.
 
-The arguments are EasyR1's, plus the block ``vilavt`` (see :mod:`vilavt_rl.easyr1.block`); ``config`` may be the name
+The arguments are EasyR1's, plus the block ``vilavt`` (see `vilavt_rl.easyr1.block`); ``config`` may be the name
 of a recipe.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from vilavt_core.checkpoint import command_line
 from vilavt_core.driver import ConversationSettings
 from vilavt_core.shipped import find_recipe, recipe_names
 from vilavt_core.spelling import did_you_mean
@@ -22,7 +23,7 @@ from ..compat import require_easyr1
 from ..errors import HostError
 from ..launch import RECIPES
 from ..preflight import check_checkpoint, check_episodes, check_output, check_rows, refuse_options
-from ..run_settings import note_settings
+from ..run_settings import file_names, note_settings
 from . import engine
 from .block import Settings
 
@@ -179,7 +180,9 @@ def train(config: Any) -> None:
     rewards = ray.remote(VilavtRewardManager).options(num_cpus=config.worker.reward.num_cpus)
     settings = Settings.of_environment()
     if config.trainer.save_freq > 0:
-        note_settings(config.trainer.save_checkpoint_path, model.model_path, json.dumps(asdict(settings)))
+        files = file_names(config.data.train_files)
+        noted = json.dumps(asdict(settings))
+        note_settings(config.trainer.save_checkpoint_path, model.model_path, noted, files, command_line())
     train, val = dataloaders(config.data, settings.episodes(model.model_path, processor))
     trainer = RayPPOTrainer(
         config=config,

@@ -25,7 +25,7 @@ from ..errors import HostError, RolloutError
 from ..replay import Rollout, write_rollouts
 from ..rewards import RewardSettings, Trajectory, reward
 from ..rollout import TokenRecord, cached_settings, finished_episode, start_row
-from ..run_settings import note_settings
+from ..run_settings import file_names, note_settings
 from .cpu.names import ROLLOUT
 from .reward import score_fields
 
@@ -73,7 +73,8 @@ class VilavtAgentLoop(AgentLoopBase):
             # Hydra hands sections over as its own kind of dictionary
             given = OmegaConf.create({"preset": preset, "limits": limits, "inference": inference})
             settings = json.dumps(OmegaConf.to_container(given), sort_keys=True)
-            note_settings(trainer.default_local_dir, self.tokenizer.name_or_path, settings)
+            files = file_names(self.config.data.get("train_files"))
+            note_settings(trainer.default_local_dir, self.tokenizer.name_or_path, settings, files)
 
     async def run(self, sampling_params: dict[str, Any], **fields: Any) -> AgentLoopOutput:
         """See the parent's.
