@@ -1,6 +1,5 @@
 """The formula of memory, held to what torch allocates on small models."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -202,17 +201,3 @@ def test_shards_have_the_bytes_that_fsdp2_holds():
         dist.destroy_process_group()
     planned = trained(ModelSizes.of(CONFIG), Work(16, 0, 1), strategy="fsdp2", gpus=4)
     assert planned.weights == pytest.approx(held, rel=0.01)  # rows are not always a multiple of four
-
-
-def test_the_measured_run_at_real_size_took_what_was_planned():
-    """What `benchmarks/real_size.py --shape 3b` printed, in docs/benchmarks.md's figures."""
-    figures = json.loads((ROOT / "benchmarks" / "real_size_3b.json").read_text(encoding="utf-8"))
-    from vilavt_core.memory import SHAPES
-
-    steps, done = figures["steps"], figures["conversation"]
-    sizes = ModelSizes.of(SHAPES["3b"])
-    assert figures["bytes"] == pytest.approx(stored_bytes(sizes, 2), rel=0.001)
-    before, tokens = done["imported_mb"], done["prefilled"] + done["decoded"]
-    memory = asked(sizes, Work(tokens, min(tokens, done["patches"] // 4), 0))
-    assert steps["load"]["peak_mb"] - before == pytest.approx(memory.weights / 2**20, rel=NEAR)
-    assert steps["decode"]["peak_mb"] - before == pytest.approx(memory.total / 2**20, rel=NEAR)
