@@ -1,4 +1,4 @@
-"""What a model takes on one GPU: the table, and what of the formula needs no torch (the rest: tests/hf/test_memory.py)."""
+"""What a model takes on one GPU: the table, and what of the formula needs no torch (the rest is in tests/hf)."""
 
 import json
 import math

@@ -1,6 +1,5 @@
 """The formula of memory, held to what torch allocates on small models."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
