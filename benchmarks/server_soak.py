@@ -77,7 +77,7 @@ class Outcome:
     """What became of one attempt."""
 
     kind: str
-    """``answer``, ``told``, ``refused`` (nobody listens), ``silent``."""
+    """``answer``, ``told``, ``refused`` (nobody listens), ``silent``; ``cut`` (see `Replicas`)."""
     said: Any = None
     """Of an answer: what is compared. Else the reason."""
     told: dict[str, Any] = field(default_factory=dict)
@@ -147,6 +147,9 @@ def conversations(count: int, seed: int) -> list[Conversation]:
 class Server:
     """A ``vilavt-serve`` that is started again when it has ended."""
 
+    cut_short = "silent"
+    """What an answer that breaks off counts as."""
+
     def __init__(self) -> None:
         self.port, self.up, self.stopping = free_port(), asyncio.Event(), float("inf")
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed where the server ends for good)
@@ -201,6 +204,9 @@ class Server:
 
 class Replicas:
     """Two replicas on Ray Serve, in a cluster of this machine."""
+
+    cut_short = "cut"
+    """Ray's proxy closes the connection of an answer whose replica was killed: its client sees that, and asks again."""
 
     def __init__(self) -> None:
         self.port, self.up, self.stopping = free_port(), asyncio.Event(), float("inf")
@@ -315,7 +321,8 @@ class Soak:
         except httpx.TransportError as error:
             # Not accepted by a server that was about to end, although the kernel had taken the connection.
             late = begun > self.target.stopping and not begun_answer
-            return Outcome("refused" if late else "silent", f"{type(error).__name__} {error}")
+            kind = "refused" if late else self.target.cut_short
+            return Outcome(kind, f"{type(error).__name__} {error}")
         if response.status_code != 200:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if message := json.loads(text)["error"]["message"]:
@@ -324,7 +331,9 @@ class Soak:
             if text and response.status_code in (503, 500) and isinstance(self.target, Replicas):
                 return Outcome("told", f"{response.status_code} {text[:80]}")  # Ray's own words, without our JSON
             return Outcome("silent", f"{response.status_code} {text[:80]!r}")
-        return _of_stream(text) if stream else _of_whole(json.loads(text))
+        if not stream:
+            return _of_whole(json.loads(text))
+        return _of_stream(text) or Outcome(self.target.cut_short, "a stream without an end")
 
     async def misbehave(self, conversation: Conversation, bad: str) -> None:
         """Hang up, or send nonsense, which must be refused with a reason."""
@@ -391,7 +400,8 @@ def _of_whole(reply: dict[str, Any]) -> Outcome:
     return Outcome("answer", (message["content"], message["reasoning_content"], told["events"]), told, reply["id"])
 
 
-def _of_stream(text: str) -> Outcome:
+def _of_stream(text: str) -> Outcome | None:
+    """None: it does not come to its end."""
     content = thoughts = name = ""
     told: dict[str, Any] = {}
     lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
@@ -409,7 +419,7 @@ def _of_stream(text: str) -> Outcome:
         if (said := chunk.get("vilavt")) and said["type"] == "end":
             told = said
     else:
-        return Outcome("silent", "a stream without an end")
+        return None
     return Outcome("answer", (content, thoughts, told["events"]), told, name)
 
 
@@ -463,6 +473,7 @@ async def measure(target: Server | Replicas, count: int, seed: int) -> dict[str,
         "answered": storm.answered,
         "told": storm.counts["told"],
         "refused_connections": storm.counts["refused"],
+        "cut": storm.counts["cut"],
         "bad": {bad: storm.counts[f"bad: {bad}"] for bad in BAD},
         "ends": target.ends,
         **figures,
@@ -523,7 +534,7 @@ def main() -> None:
         f"{figures['conversations']} conversations, {figures['questions']} questions in {figures['seconds']:.0f} s: "
         f"{figures['answered']} answered; {none}\n"
         f"attempts that were told why not: {figures['told']}; while nobody listened: {figures['refused_connections']}; "
-        f"bad requests: {figures['bad']}\n"
+        f"cut short: {figures['cut']}; bad requests: {figures['bad']}\n"
         f"how they went on: {figures['history']}; {figures['shared_transcripts']:.0%} share a transcript with another\n"
         f"ends: {figures['ends']}",
         highlight=False,

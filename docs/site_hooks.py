@@ -27,6 +27,8 @@ PLACES = {
 FILES = "files"
 """Folder of the site with the other files that pages link to, as they are."""
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+NAMED = re.compile(r"`docs/(\w+\.md)`")
+"""How the packages' own pages name one of ours: they go to a package index, where a relative link leads nowhere."""
 
 
 def site_place(path: str) -> str:
@@ -117,4 +119,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if place.startswith(("reference/", f"{FILES}/")):
         return markdown
     path = next((path for path, one in PLACES.items() if one == place), f"docs/{place}")
+    if place.startswith("packages/"):
+        markdown = NAMED.sub(r"[\1](../docs/\1)", markdown)
     return rewritten(path, markdown)

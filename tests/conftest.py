@@ -43,9 +43,9 @@ with contextlib.suppress(ImportError):  # the hosts' environments have no hypoth
     settings.load_profile("no deadline")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave what is marked ``nightly`` to `nox -s nightly`, which sets ``VILAVT_NIGHTLY``."""
-    if "VILAVT_NIGHTLY" in os.environ:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked ``nightly`` to `nox -s nightly`, which sets ``VILAVT_NIGHTLY`` or says ``-m nightly``."""
+    if "VILAVT_NIGHTLY" in os.environ or "nightly" in config.option.markexpr:
         return
     for item in items:
         if (marker := item.get_closest_marker("nightly")) is not None:
@@ -166,6 +166,15 @@ def start_stub():
 def stub_server(start_stub):
     """A server that answers ``A``; see `StubServer`."""
     return start_stub()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ``vilavt-serve`` for vilavt-tiny, for most tests that ask one; see `serving`."""
+    from serving import FOR_MOST_TESTS, KEY, serving
+
+    with serving(tmp_path_factory.mktemp("server") / "log", *FOR_MOST_TESTS, key=KEY) as running:
+        yield running
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -121,3 +121,10 @@ def test_the_server_is_described_as_openapi(reference):
 def test_the_figures_of_the_method_are_drawn_from_this_code():
     for name, draw in runpy.run_path(str(DOCS / "make_method_figures.py"))["FIGURES"].items():
         assert (DOCS / name).read_text(encoding="utf-8") == draw(), "run python docs/make_method_figures.py"
+
+
+def test_docstrings_have_no_roles_of_sphinx():
+    """The site shows them as Markdown."""
+    role = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):`")
+    sources = [path for path in ROOT.glob("vilavt_*/src/**/*.py") if role.search(path.read_text(encoding="utf-8"))]
+    assert sources == []

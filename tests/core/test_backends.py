@@ -84,7 +84,7 @@ def test_a_local_backend_is_asked_in_another_way_as_if_it_had_been_opened_so():
         ("http://127.0.0.1:1/v1", "hf", {}, "does not fit"),
         (TINY, "server", {}, "does not fit"),
         ("http://127.0.0.1:1/v1", None, {}, "no vilavt-serve of this version answers"),
-        ("http://127.0.0.1:1/v1", None, {"dtype": "float16"}, "cannot heed dtype='float16'"),
+        ("http://127.0.0.1:1/v1", None, {"dtype": "float16"}, "does not support dtype='float16'"),
         ("http://127.0.0.1:1/v1", None, {"limits": {"min_pixels": 9}}, "restart the server"),
     ],
 )

@@ -1,5 +1,6 @@
 """What `vilavt-serve` understands of its command line, and which of vLLM's flags it refuses; no engine is started."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import vllm
 from vilavt_vllm import compat, support
 from vilavt_vllm.errors import CommandError, UnsupportedError
 from vilavt_vllm.server.command import main, read
-from vilavt_vllm.server.options import VLLM_DEFAULTS, options_of
+from vilavt_vllm.server.options import VLLM_DEFAULTS, ServerOptions, options_of
 
 if problem := support.server_problem(vllm.__version__):
     pytest.skip(problem, allow_module_level=True)
@@ -126,6 +127,27 @@ def test_what_would_start_other_processes_than_one_server_is_refused_by_name(wor
     assert str(refusal.value).startswith(words[0])
     assert message in str(refusal.value)
     compat.refuse_other_processes(compat.server_arguments(["--model", TINY], VLLM_DEFAULTS))
+
+
+@pytest.mark.parametrize(
+    "words", ["--port 8001", "--host 0.0.0.0", "--shutdown-timeout 60", "--ssl-keyfile k", "--grpc"]
+)
+def test_where_something_else_listens_what_is_about_listening_is_refused_by_name(words):
+    async def start():
+        async with compat.application(["--model", TINY, *words.split()], ServerOptions(), VLLM_DEFAULTS):
+            pass
+
+    with pytest.raises(UnsupportedError, match=words.partition(" ")[0]):
+        asyncio.run(start())
+
+
+def test_where_something_else_listens_an_unknown_flag_is_refused_by_name():
+    async def start():
+        async with compat.application(["--model", TINY, "--max-turnz", "3"], ServerOptions(), VLLM_DEFAULTS):
+            pass
+
+    with pytest.raises(CommandError, match="max-turnz"):
+        asyncio.run(start())
 
 
 def test_help_and_version_load_neither_torch_nor_vllm():

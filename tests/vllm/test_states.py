@@ -92,7 +92,7 @@ class Replica:
 
         self.loop.llm.events = events
 
-    def post(self, talk: list[dict], state: str | None = None, path: str = "/v1/chat/completions", **fields):
+    def post(self, talk: list[dict], state: str | None = None, /, **fields):
         body = {"messages": talk, **fields}
         if state is not None:
             body["vilavt"] = {**fields.get("vilavt", {}), "state": state}
@@ -100,11 +100,11 @@ class Replica:
         async def send():
             transport = httpx.ASGITransport(self.app)
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-                return await client.post(path, json=body)
+                return await client.post("/v1/chat/completions", json=body)
 
         return asyncio.run(send())
 
-    def told(self, talk: list[dict], state: str | None = None, **fields) -> dict:
+    def told(self, talk: list[dict], state: str | None = None, /, **fields) -> dict:
         """The field ``vilavt`` of the response."""
         response = self.post(talk, state, **fields)
         assert response.status_code == 200, response.text
@@ -114,7 +114,7 @@ class Replica:
         (end,) = [chunk["vilavt"] for chunk in chunks if chunk.get("vilavt", {}).get("type") == "end"]
         return end
 
-    def refused(self, talk: list[dict], state: str, **fields) -> str:
+    def refused(self, talk: list[dict], state: str, /, **fields) -> str:
         response = self.post(talk, state, **fields)
         error = response.json()["error"]
         assert (response.status_code, error["type"]) == (400, "StateError"), response.text
@@ -198,7 +198,7 @@ def test_a_state_is_refused_by_what_disagrees(config, key, tmp_path, monkeypatch
     server, question = Replica(config, state_key_file=key), messages("Which digit?")
     state = server.told(question)["state"]
     talk = messages("Which digit?", "7", "Sure?")
-    assert "changed on its way" in server.refused(talk, state[:-2] + ("AA" if state[-2:] != "AA" else "BB"))
+    assert "changed on its way" in server.refused(talk, state[:100] + ("A" if state[100] != "A" else "B") + state[101:])
     assert "no base64url of a state" in server.refused(talk, "mine")
     assert "characters, at most 524288 are read" in server.refused(talk, "A" * 600_000)
     assert "1 questions, the messages have 0 before the last one" in server.refused(question, state)
@@ -213,7 +213,7 @@ def test_a_state_is_refused_by_what_disagrees(config, key, tmp_path, monkeypatch
     assert "another prompt set" in prompts
     limits = Replica(config, state_key_file=key, limits={"max_turns": 2}).refused(talk, state)
     assert "asked with max_turns 5, this server has 2; start all replicas with the same limits" in limits
-    monkeypatch.setattr("vilavt_vllm.server.states.time.time", lambda: 4e9)
+    monkeypatch.setattr("vilavt_vllm.server.states.time", SimpleNamespace(time=lambda: 4e9))
     old = Replica(config, state_key_file=key, state_max_age=3600.0).refused(talk, state)
     assert re.search(r"is \d+ s old, at most 3600 are allowed", old)
     assert server.told(talk, state)["history"] == "kept"  # of any age
@@ -240,11 +240,11 @@ def test_the_same_pixels_from_another_file_are_the_same_picture(config, key, tmp
 
 
 def test_this_requests_limits_do_not_hold_for_what_was_said_before(config, key):
-    one, other = Replica(config, state_key_file=key), Replica(config, state_key_file=key)
+    one, other = Replica(config, state_key_file=key), Replica(config, turns=(), state_key_file=key)
     state = one.told(messages("Which digit?"))["state"]
-    talk = messages("Which digit?", "7", "Sure?")
-    told = other.told(talk, state, max_tokens=20, vilavt={"max_turns": 1})
-    assert (told["history"], told["turns"]) == ("state", 1)
+    assert max(len(turn.token_ids) for turn in one.drivers[0].conversation.fed) > 12
+    told = other.told(messages("Which digit?", "7", "Sure?"), state, max_tokens=12, vilavt={"max_turns": 1})
+    assert (told["history"], told["turns"], told["finish"]) == ("state", 1, "answer")
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,8 @@ def test_a_replica_answers_from_a_state_as_the_one_that_kept_the_conversation(ke
     more = "And which digit is on the card beside it?"
 
     async def run():
-        engine = AsyncVilavtLLM.from_checkpoint(CHECKPOINT, engine_args=engine_args).engine
+        llm = AsyncVilavtLLM.from_checkpoint(CHECKPOINT, engine_args=engine_args)
+        engine = llm.engine
         state = SimpleNamespace(openai_serving_models=MODELS)
         loops = [Loop(engine, state, ServerOptions(state_key_file=key)) for _ in range(3)]
 
@@ -358,7 +359,7 @@ def test_a_replica_answers_from_a_state_as_the_one_that_kept_the_conversation(ke
         finally:
             for loop in loops:
                 loop.llm.worker.shutdown()
-            engine.shutdown()
+            llm.shutdown()
             await asyncio.sleep(0)  # vLLM's reader of outputs is cancelled; here it notices
 
     first, kept, moved, rebuilt, again = asyncio.run(asyncio.wait_for(run(), 600))

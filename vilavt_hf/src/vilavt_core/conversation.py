@@ -196,7 +196,7 @@ class ShownImage:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShownImage:
-        """Inverse of :meth:`to_json`; other keys are ignored."""
+        """Inverse of `to_json`; other keys are ignored."""
         given = {f.name: data[f.name] for f in fields(cls) if f.default is MISSING or f.name in data}
         box = None if given["box"] is None else tuple(given["box"])
         return cls(**{**given, "region": tuple(given["region"]), "box": box})
@@ -231,6 +231,7 @@ class FedTurn:
 
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
+    """Why sampling ended."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +269,7 @@ class Turn:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Turn:
-        """What :meth:`to_json` wrote, without the views."""
+        """What `to_json` wrote, without the views."""
         return cls(
             index=data["index"],
             text=data["text"],
@@ -364,7 +365,7 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Result:
-        """What :meth:`to_json` wrote, without pixels.
+        """What `to_json` wrote, without pixels.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

@@ -185,7 +185,7 @@ class ConversationSettings:
         sample_id: str | None = None,
         gallery: Gallery | None = None,
     ) -> Episode:
-        """A new episode about loaded pictures; see :meth:`Episode.start`."""
+        """A new episode about loaded pictures; see `Episode.start`."""
         return Episode.start(
             images,
             question,
@@ -206,7 +206,7 @@ class Driver:
         settings: of the backend.
         name: named in errors if the sample has no id.
         place: of the sample among those asked together, counted from 0; varies its seed if it has no id.
-        stream: whether :meth:`take` gives text as it arrives.
+        stream: whether `take` gives text as it arrives.
         sampling: instead of the settings'.
         intervention: changes for ablations.
         episode: that was started already, for the sample's question; its pictures are not loaded again.

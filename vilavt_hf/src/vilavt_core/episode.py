@@ -1,8 +1,8 @@
 """One conversation as a state machine without input or output: requests out, sampled tokens in.
 
 The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the
-stream of token ids only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with
-:meth:`Episode.feed`, until the request is None; then :attr:`Episode.result` and :attr:`Episode.record` are there.
+stream of token ids only grows. An engine asks `Episode.next_request`, samples, and gives the ids back with
+`Episode.feed`, until the request is None; then `Episode.result` and `Episode.record` are there.
 An episode is used once.
 
 What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never
@@ -58,7 +58,7 @@ from .versions import version_of
 
 
 class Episode:
-    """One conversation, single use; made by :meth:`start`, :meth:`follow_up` or :meth:`fallback`."""
+    """One conversation, single use; made by `start`, `follow_up` or `fallback`."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Episode:
         """Begin a conversation.
 
         Args:
-            images: source pictures, RGB, at full resolution (:func:`vilavt_core.images.load_image` makes them), alone
+            images: source pictures, RGB, at full resolution (`vilavt_core.images.load_image` makes them), alone
                 or with their names, times, and bounds on their pixels within the limits.
             question: the user's text; special tokens in it stay text.
             tokenizer: has Qwen's special tokens.

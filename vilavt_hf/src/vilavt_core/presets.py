@@ -2,7 +2,7 @@
 
 A preset is what a score depends on besides the checkpoint: limits, how turns are read, what a bad call leads to,
 how the first turn is laid out, how the answer is taken out. Wording comes from the prompt set (see
-:mod:`vilavt_core.prompts`). Source of the facts: `docs/protocol.md`, table "Presets".
+`vilavt_core.prompts`). Source of the facts: `docs/protocol.md`, table "Presets".
 
 Whatever the preset, an episode of one turn is offered no zoom, as no call could be carried out. The published variants
 have more turns; with one they would go on offering it.
@@ -186,7 +186,7 @@ class Preset:
     close_tag_ends: bool = False
     """Whether ``</answer>`` alone ends the episode, even if no ``<answer>`` comes before it."""
     forced_answer: bool = False
-    """Whether :meth:`Episode.fallback` offers a fresh conversation without zoom when no answer came."""
+    """Whether `Episode.fallback` offers a fresh conversation without zoom when no answer came."""
     unbox_answer: bool = False
     r"""Whether ``\boxed{…}`` around an answer is taken off."""
 

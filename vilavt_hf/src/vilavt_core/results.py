@@ -224,7 +224,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
-        """What :meth:`to_json` wrote.
+        """What `to_json` wrote.
 
         Raises:
             TypeError, KeyError: other fields than this version's.
@@ -323,7 +323,7 @@ class ChatResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ChatResult:
-        """What :meth:`to_json` wrote of a conversation that did not fail: without the token stream and the pixels.
+        """What `to_json` wrote of a conversation that did not fail: without the token stream and the pixels.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

@@ -135,7 +135,7 @@ class InferenceConfig(_Section):
     preset: str | None = Field(default=None, description="default: the preset of training")
     limits: dict[str, float | None] = Field(
         default={},
-        description="limits that differ from those of training, as {max_pixels: 6422528} for larger pictures",
+        description="limits that differ from those of training, as {max_pixels: 6422528} for larger images",
     )
 
 
@@ -256,7 +256,7 @@ class SftConfig(_Section):
             raise TrainingError(f"{path}: {found_problems}; `vilavt sft --keys` lists all keys") from None
 
     @model_validator(mode="after")
-    def _heeded(self) -> Self:
+    def _used(self) -> Self:
         """Refuse what differs from its default and is left without effect by another key."""
         usual = OptimizerConfig()
         undecayed = self.optimizer.schedule != "stable_decay"

@@ -128,7 +128,7 @@ class Reply:
     def progress(self, event: Event) -> str | None:
         """The chunk of an event on the way, if it has one: thoughts as their text arrives, zooms, crops, refusals.
 
-        The answer is not among them: it is sent by :meth:`end`, when it is certain.
+        The answer is not among them: it is sent by `end`, when it is certain.
         """
         if not isinstance(event, TextDelta):
             data = event_json(event)

@@ -1,7 +1,7 @@
 """Which part of the method an answer owes to what: the same questions with one part taken away.
 
-The text of the conversation stays what the model wrote; what it is shown changes behind its back
-(:class:`vilavt_core.results.Intervention`). Only a local model can be treated so (backend ``hf``); ``no-zoom`` is a
+The text of the conversation stays what the model wrote; the features that it gets change
+(`vilavt_core.results.Intervention`). Only a local model can be treated so (backend ``hf``); ``no-zoom`` is a
 limit of one turn, which every backend can set.
 """
 
@@ -47,7 +47,7 @@ def random_boxes(sample: Sample, regions: Sequence[Region], views: Sequence[View
     and lands on the same grid if there is one. A box too large for that goes anywhere it fits. Drawn from the sample's
     seed and its number of images, whatever else is in the batch. Regions that cannot be carried out stay as they are.
     """
-    rng = random.Random(f"{sample.seed_from(0)}:{len(views)}")
+    rng = random.Random(f"{sample.seed_from(0)}:{len(views)}")  # repeatable on purpose  # nosec B311
     return [_moved(region, views, rng) for region in regions]
 
 

@@ -274,23 +274,15 @@ class VilavtForConditionalGeneration(
                 "load_format='dummy' and send every tensor"
                 if packed
                 else f"a tensor does not fit this model{f' ({last[0]})' if last else ''} "
-                f"(integration_point={self.config.vision_config.integration_point!r}): {error}"
+                f"(integration_point={self.config.vision_config.integration_point!r}): {error}{self._hint}"
             ) from error
         if self._strict:
             missing = sorted(self._names - brought if self.quant_config is None else bare_layers(self._names, brought))
             if missing:
-                quantised = (
-                    ""
-                    if self.quant_config is None
-                    else (
-                        "; layers that it stores unquantised must be in the list of those to ignore in its "
-                        "quantization_config, in the words of its method, and no others"
-                    )
-                )
                 raise WeightsError(
                     f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; "
                     "`vilavt inspect` lists what it holds, `vilavt init` makes a ViLaVT from a plain Qwen2.5-VL"
-                    f"{quantised}"
+                    f"{self._hint}"
                 )
             self._strict = False
         return loaded
@@ -303,6 +295,16 @@ class VilavtForConditionalGeneration(
         if known or (name == "lm_head.weight" and self.config.tie_word_embeddings):
             return False
         return not is_pp_missing_parameter(vllm_name(name), self)
+
+    @property
+    def _hint(self) -> str:
+        """What else may be wrong with a quantised checkpoint that does not fit."""
+        if self.quant_config is None:
+            return ""
+        return (
+            "; layers that are stored whole must be in the list of those to ignore in its quantization_config, in the "
+            "words of its method, and no others"
+        )
 
     @cached_property
     def _names(self) -> frozenset[str]:

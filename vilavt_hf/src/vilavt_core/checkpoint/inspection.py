@@ -147,7 +147,7 @@ def detect_flavour(checkpoint: Checkpoint) -> Flavour:
 
 
 def flavour_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Flavour:
-    """:func:`detect_flavour` by ``config.json`` and the published names of the tensors, if they are known."""
+    """`detect_flavour` by ``config.json`` and the published names of the tensors, if they are known."""
     if config.get("model_type") == "vilavt" or isinstance(config.get("text_encoder_config"), dict):
         ours = ARCHITECTURE in (config.get("architectures") or ())
         return Flavour.OURS if ours else Flavour.PUBLISHED_RL

@@ -49,7 +49,7 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
         if isinstance(group, Mapping):
             weights, inputs = (_bits(group.get(name)) for name in ("weights", "input_activations"))
             details.append(f"W{weights or 16}A{inputs or 16}")
-    kept = next((settings[name] for name in _IGNORED if isinstance(settings.get(name), list)), [])
+    kept: list[Any] = next((settings[name] for name in _IGNORED if isinstance(settings.get(name), list)), [])
     if isinstance(rules := settings.get("dynamic"), Mapping):  # of GPTQModel: a rule with a minus leaves layers out
         kept = [*kept, *(rule for rule in rules if str(rule).startswith("-:"))]
     unique = dict.fromkeys(map(quoted, details))

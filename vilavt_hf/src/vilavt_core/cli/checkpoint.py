@@ -98,7 +98,7 @@ def init(
         str | None, typer.Option(help="Blocks with full attention inside an image, as 7,15; default: the base's.")
     ] = None,
     prompts: Annotated[str, typer.Option(help="Prompt set to put in: a name or a folder.")] = "default",
-    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weights instead of hard-linking them.")] = False,
     force: Force = False,
 ) -> None:

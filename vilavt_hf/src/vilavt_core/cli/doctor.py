@@ -37,10 +37,11 @@ def doctor(
         int | None, typer.Option(help="GPUs that hold one replica together. Default: 1.", rich_help_panel=PLANNING)
     ] = None,
     utilization: Annotated[
-        float | None, typer.Option(help="Share of it that vLLM takes. Default: 0.92.", rich_help_panel=PLANNING)
+        float | None,
+        typer.Option(help="Share of a GPU's memory that vLLM takes. Default: 0.92.", rich_help_panel=PLANNING),
     ] = None,
     reserve: Annotated[
-        float | None, typer.Option(help="GiB of each for activations. Default: 4.", rich_help_panel=PLANNING)
+        float | None, typer.Option(help="GiB of each GPU kept for activations. Default: 4.", rich_help_panel=PLANNING)
     ] = None,
     batched_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a step of the engine. Default: 8192.", rich_help_panel=PLANNING)
@@ -49,16 +50,16 @@ def doctor(
         str | None, typer.Option(help="Type that is served. Default: bfloat16.", rich_help_panel=PLANNING)
     ] = None,
     picture: Annotated[
-        str | None, typer.Option(help="Size of a picture as sent. Default: 4000x3000.", rich_help_panel=PLANNING)
+        str | None, typer.Option(help="Size of an image as sent. Default: 4000x3000.", rich_help_panel=PLANNING)
     ] = None,
     pictures: Annotated[
-        int | None, typer.Option(help="Pictures of a conversation. Default: 1.", rich_help_panel=PLANNING)
+        int | None, typer.Option(help="Images of a conversation. Default: 1.", rich_help_panel=PLANNING)
     ] = None,
     crops: Annotated[
         int | None, typer.Option(help="Crops of a conversation. Default: 4.", rich_help_panel=PLANNING)
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Its tokens that are text. Default: 1500.", rich_help_panel=PLANNING)
+        int | None, typer.Option(help="Tokens of text in a conversation. Default: 1500.", rich_help_panel=PLANNING)
     ] = None,
     training_gpus: Annotated[
         int | None, typer.Option(help="GPUs that share a training run. Default: 8.", rich_help_panel=PLANNING)

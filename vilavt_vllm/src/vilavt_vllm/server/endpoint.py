@@ -252,8 +252,6 @@ class Loop:
         if kept is not None and state is not None and kept.state.stream != state.stream:
             kept = None  # the same words, which were sampled another way
         history: Literal["kept", "state", "rebuilt"] = "kept" if kept else "state" if state else "rebuilt"
-        if past:
-            metrics().follow_ups.labels(history).inc()
         needed = talk if kept is None else [last]
         *earlier, shown = await self.pictures.load([one.images for one in needed], limits.max_images, reservation)
         sample = Sample(shown, last.question, seed=request.seed, limits=limits)
@@ -269,6 +267,7 @@ class Loop:
         else:
             before, questions = await self._rebuilt(past, settings, limits, earlier)
         driver = await self.llm.follow_up(before, sample, stream=stream, sampling=sampling)
+        metrics().follow_ups.labels(history).inc()
         return Asked(driver, talk, questions, history)
 
     async def _remembered(self, result: ChatResult, asked: Asked, lora: LoRARequest | None) -> ChatResult:

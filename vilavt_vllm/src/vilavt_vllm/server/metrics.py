@@ -15,7 +15,7 @@ BYTES = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
 
 
 class Metrics:
-    """Prometheus series of the loop. One per process: made by :func:`metrics`."""
+    """Prometheus series of the loop. One per process: made by `metrics`."""
 
     def __init__(self) -> None:
         self.running = Gauge("vilavt_episodes_running", "Questions being answered.", multiprocess_mode="livesum")

@@ -200,7 +200,7 @@ class Frames(Extended):
 
 
 class ProcessorKwargs(Frames):
-    """What is said of the videos of a whole request. It may say nothing else: a processor would heed it."""
+    """What is said of the videos of a whole request. It may say nothing else: a processor would use it."""
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
@@ -490,16 +490,16 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         """Of the conversation that it continues."""
         return None if self.vilavt is None else self.vilavt.state
 
-    def ignored(self, unheeded: Sequence[str] = ()) -> tuple[str, ...]:
+    def ignored(self, without_effect: Sequence[str] = ()) -> tuple[str, ...]:
         """Fields that were accepted and have no effect: for ``vilavt.ignored`` of the response. See `fields`.
 
         Args:
-            unheeded: honoured fields, and headers, that have none on this server.
+            without_effect: honoured fields, and headers, that have none on this server.
 
         Raises:
             RequestError: a field would change the answer and cannot be honoured; names it.
         """
-        found: list[str] = list(unheeded)
+        found: list[str] = list(without_effect)
         objects: list[tuple[str, Extended]] = [("", self)]
         objects += [(f"messages[{number}]", message) for number, message in enumerate(self.messages)]
         for name in ("stream_options", "mm_processor_kwargs", "media_io_kwargs"):
