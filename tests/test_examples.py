@@ -35,7 +35,7 @@ PICTURES = ("photo.jpg", "a.jpg", "b.jpg", "c.jpg", "another.jpg", "plan.png")
 MOST_REASONS = 16
 """Of blocks; what a page cannot show being run should stay the exception."""
 PYTHON_PROGRAMS = ("python", "python3", "pip", "nox", "torchrun", ".venv/bin/pip", ".venv/bin/nox")
-OTHERS = ("git", "podman", "kubectl", "curl", "vllm", "export", ".")
+OTHERS = ("git", "podman", "kubectl", "curl", "vllm", "serve", "ray", "export", ".")
 
 
 def in_page(example: Example) -> str:
