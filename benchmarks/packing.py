@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from multi_turn import IMAGE, PATCH, SMALL, VOCABULARY, Size, random_model
+from multi_turn import IMAGE, PATCH, SMALL, VOCABULARY, Clock, Size, random_model
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -87,10 +88,26 @@ def model_for(size: Size, attention: str) -> VilavtForTraining:
     return model
 
 
-def benchmark(size: Size, count: int, scale: float, repeats: int) -> dict[str, Any]:
-    """Figures of every way of batching the same samples."""
-    keep_freed_memory()
-    torch.set_num_threads(1)
+def compare(
+    model_with: Callable[[str], VilavtForTraining],
+    count: int,
+    scale: float,
+    repeats: int,
+    now: Clock = time.process_time,
+    tolerance: float = 1e-4,
+    limit: float = math.inf,
+) -> dict[str, Any]:
+    """Figures of every way of batching the same samples.
+
+    Args:
+        model_with: the same weights with `PACKED` attention or with "sdpa", on the device that is measured.
+        count: samples.
+        scale: of their lengths.
+        repeats: of every way.
+        now: what is measured.
+        tolerance: of the loss per token.
+        limit: wall seconds after which no further repeat begins.
+    """
     rng = np.random.default_rng(0)
     examples = [sample(rng, scale) for _ in range(count)]
     lengths = np.array([len(e.input_ids) for e in examples])
@@ -105,16 +122,19 @@ def benchmark(size: Size, count: int, scale: float, repeats: int) -> dict[str, A
             "sdpa",
             batches(examples, rows, packed=False),
         )
-    models = {attention: model_for(size, attention) for attention in (PACKED, "sdpa")}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     losses: dict[str, float] = {}
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() - began > limit:
+            break
         for name, (attention, prepared) in ways.items():
-            begin = time.process_time()
-            losses[name] = train(models[attention], prepared)
-            seconds[name].append(time.process_time() - begin)
+            model = model_with(attention)
+            begin = now()
+            losses[name] = train(model, prepared)
+            seconds[name].append(now() - begin)
     expected = losses["packed"]
-    if any(abs(loss - expected) > 1e-4 for loss in losses.values()):
+    if not all(abs(loss - expected) <= tolerance for loss in losses.values()):
         raise SystemExit(f"the losses differ: {losses}")
     tokens = int(lengths.sum())
     rows = []
@@ -129,7 +149,22 @@ def benchmark(size: Size, count: int, scale: float, repeats: int) -> dict[str, A
                 "loss": losses[name],
             }
         )
-    return {"samples": count, "tokens": tokens, "longest": int(lengths.max()), "budget": budget, "rows": rows}
+    return {
+        "samples": count,
+        "repeats": len(seconds["packed"]),
+        "tokens": tokens,
+        "longest": int(lengths.max()),
+        "budget": budget,
+        "rows": rows,
+    }
+
+
+def benchmark(size: Size, count: int, scale: float, repeats: int) -> dict[str, Any]:
+    """`compare` on one thread of this machine's processor."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    models = {attention: model_for(size, attention) for attention in (PACKED, "sdpa")}
+    return compare(models.__getitem__, count, scale, repeats)
 
 
 def batches(examples: Sequence[Example], rows: Sequence[Sequence[int]], *, packed: bool) -> list[dict[str, Any]]:
@@ -149,6 +184,7 @@ def train(model: VilavtForTraining, prepared: Sequence[dict[str, Any]]) -> float
     model.zero_grad()
     total, weight = 0.0, 0.0
     for batch in prepared:
+        batch = {name: v.to(model.device) if torch.is_tensor(v) else v for name, v in batch.items()}
         loss = model(**batch)["loss"]
         loss.backward()
         total, weight = total + loss.item(), weight + label_weight(batch).item()

@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -50,28 +50,44 @@ FEW = 4
 """Questions at a time when they are asked again. One by one, the engine's processes mostly wait for each other."""
 
 
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "1024")
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(port: int, log: IO[bytes], *flags: str) -> subprocess.Popen[bytes]:
+    """A server on this loopback port, once it answers.
+
+    Raises:
+        SystemExit: it ended instead.
+    """
+    command = [sys.executable, "-m", "vilavt_vllm.server.command", str(CHECKPOINT), "--host", "127.0.0.1"]
+    command += ["--port", str(port), *FLAGS, *flags]
+    process = subprocess.Popen(command, env=SETTINGS | os.environ, stdout=log, stderr=subprocess.STDOUT)
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
+                break
+        if process.poll() is not None:
+            log.seek(0)
+            raise SystemExit(f"the server did not start:\n{log.read().decode()[-3000:]}")
+        time.sleep(0.5)
+    return process
+
+
 @contextlib.contextmanager
 def running_server(key: str) -> Iterator[tuple[str, int]]:
     """(base URL, pid) of a server that stops with the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vilavt_vllm.server.command", str(CHECKPOINT), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--api-key", key]
-    # Caches that the first load fills: what grows after it is no cache.
-    command += ["--num-gpu-blocks-override", "1024", "--mm-processor-cache-gb", "0.05"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+    port = free_port()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=settings | os.environ, stdout=log, stderr=subprocess.STDOUT)
+        # A cache that the first load fills: what grows after it is no cache.
+        process = start(port, log, "--api-key", key, "--mm-processor-cache-gb", "0.05")
         try:
-            for _ in range(300):
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
-                        break
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise SystemExit(f"the server did not start:\n{log.read().decode()[-3000:]}")
-                time.sleep(0.5)
             yield f"http://127.0.0.1:{port}/v1", process.pid
         finally:
             process.terminate()

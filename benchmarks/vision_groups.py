@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multi_turn import PATCH, SMALL, VOCABULARY, Size, random_model
+from multi_turn import PATCH, SMALL, VOCABULARY, Clock, Size, random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -51,12 +51,18 @@ def inputs(size: Size, groups: int) -> dict[str, torch.Tensor]:
     }
 
 
-def benchmark(size: Size, repeats: int) -> dict[str, Any]:
-    """Seconds per number of groups, and how far from linear they are."""
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    model: Any = random_model(size).model
-    batches = {groups: inputs(size, groups) for groups in GROUPS}
+def scaling(model: Any, size: Size, repeats: int, now: Clock = time.process_time) -> dict[str, Any]:
+    """Seconds per number of groups, and how far from linear they are.
+
+    Args:
+        model: a `VilavtModel`, on the device that is measured.
+        size: of the groups.
+        repeats: of every number of groups.
+        now: what is measured.
+    """
+    batches = {
+        groups: {name: value.to(model.device) for name, value in inputs(size, groups).items()} for groups in GROUPS
+    }
     seconds: dict[int, list[float]] = {groups: [] for groups in GROUPS}
     with torch.inference_mode():
         for groups in (GROUPS[-1], 1):
@@ -65,17 +71,24 @@ def benchmark(size: Size, repeats: int) -> dict[str, Any]:
             for groups, batch in batches.items():
                 # One group is too short to time alone: as many runs as there are groups in the largest batch.
                 runs = GROUPS[-1] // groups
-                began = time.process_time()
+                began = now()
                 for _ in range(runs):
                     model.get_image_features(**batch)
-                seconds[groups].append((time.process_time() - began) / runs)
+                seconds[groups].append((now() - began) / runs)
     best = {groups: min(values) for groups, values in seconds.items()}
     return {
         **{f"ratio_{groups}": best[groups] / (groups * best[1]) for groups in GROUPS[1:]},
-        "cpu_seconds": {str(groups): value for groups, value in best.items()},
+        "seconds": {str(groups): value for groups, value in best.items()},
         "patches_per_group": sum(rows * columns for rows, columns in size.regions),
         "repeats": repeats,
     }
+
+
+def benchmark(size: Size, repeats: int) -> dict[str, Any]:
+    """`scaling` on one thread of this machine's processor."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    return scaling(random_model(size).model, size, repeats)
 
 
 def main() -> None:
@@ -89,7 +102,7 @@ def main() -> None:
     table = Table(title=f"groups of {figures['patches_per_group']} patches, fp32, one thread")
     for column in ("groups", "CPU s", "CPU s per group", "against linear"):
         table.add_column(column, justify="right")
-    for groups, seconds in figures["cpu_seconds"].items():
+    for groups, seconds in figures["seconds"].items():
         ratio = figures.get(f"ratio_{groups}", 1.0)
         table.add_row(groups, f"{seconds:.3f}", f"{seconds / int(groups):.3f}", f"{ratio:.2f}")
     Console().print(table)

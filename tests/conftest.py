@@ -5,14 +5,19 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+if find_spec("vilavt_core") is None:  # a bare checkout, in which tests/gpu runs
+    sys.path.insert(0, str(Path(__file__).parents[1] / "vilavt_hf" / "src"))
 
 from vilavt_core import wire
 from vilavt_core.conversation import Result, ShownImage, Turn, Usage
@@ -38,9 +43,9 @@ with contextlib.suppress(ImportError):  # the hosts' environments have no hypoth
     settings.load_profile("no deadline")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave what is marked ``nightly`` to `nox -s nightly`, which sets ``VILAVT_NIGHTLY``."""
-    if "VILAVT_NIGHTLY" in os.environ:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked ``nightly`` to `nox -s nightly`, which sets ``VILAVT_NIGHTLY`` or says ``-m nightly``."""
+    if "VILAVT_NIGHTLY" in os.environ or "nightly" in config.option.markexpr:
         return
     for item in items:
         if (marker := item.get_closest_marker("nightly")) is not None:
@@ -50,7 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class StubServer:
     """Speaks like ``vilavt-serve`` without a model: `requests` are what it was asked, `answer` decides what it says.
 
-    `answer` takes a request and returns an answer, None (no answer), or an HTTP status to fail with.
+    `answer` takes a request and returns an answer, None (no answer), an HTTP status or an error to fail with. Answers
+    come with the state ``state-N``, N being the number of messages.
     """
 
     def __init__(self) -> None:
@@ -75,7 +81,9 @@ class StubServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.requests.append(request)
                 answer = stub.answer(request)
-                if isinstance(answer, int):
+                if isinstance(answer, Exception):
+                    self._send(400, wire.error_body(str(answer), type(answer).__name__, 400))
+                elif isinstance(answer, int):
                     self._send(answer, wire.error_body("the stub was told to fail", "error", answer))
                 elif request.get("stream"):
                     self._send_text(200, "".join(stub.chunks(request, answer)), "text/event-stream")
@@ -120,7 +128,8 @@ class StubServer:
             provenance.prompts, provenance.prompts_sha256, {}, None,
         )  # fmt: skip
         question = str(request["messages"][-1]["content"][-1]["text"])
-        return ChatResult(question, None, episode, None, provenance, Work(), 0.5, BilledTokens(10, 4, 25))
+        state = f"state-{len(request['messages'])}"
+        return ChatResult(question, None, episode, None, provenance, Work(), 0.5, BilledTokens(10, 4, 25), state=state)
 
     def reply(self, request: dict, answer: str | None) -> dict:
         """The body of a response."""
@@ -157,6 +166,15 @@ def start_stub():
 def stub_server(start_stub):
     """A server that answers ``A``; see `StubServer`."""
     return start_stub()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ``vilavt-serve`` for vilavt-tiny, for most tests that ask one; see `serving`."""
+    from serving import FOR_MOST_TESTS, KEY, serving
+
+    with serving(tmp_path_factory.mktemp("server") / "log", *FOR_MOST_TESTS, key=KEY) as running:
+        yield running
 
 
 GOLDEN = Path(__file__).parent / "golden"

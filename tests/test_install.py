@@ -104,7 +104,7 @@ def test_the_documented_packages_run_from_a_fresh_environment(tmp_path):
     assert examples.startswith(str(site))
     for script in (name for names in SCRIPTS.values() for name in names):
         assert (python.parent / script).is_file()
-    assert "Ask a checkpoint or a server about pictures" in run(str(python.parent / "vilavt"), "--help")
+    assert "Ask a checkpoint or a server about images" in run(str(python.parent / "vilavt"), "--help")
     assert "complete" in run(str(python.parent / "vilavt"), "inspect", examples)
     assert "vilavt-hf " in run(str(python.parent / "vilavt"), "version")
 

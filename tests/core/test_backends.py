@@ -13,7 +13,7 @@ from PIL import Image
 
 from vilavt_core.backends import BackendOptions, backends, open_backend
 from vilavt_core.client import ServerClient
-from vilavt_core.errors import EngineError
+from vilavt_core.errors import EngineError, StateError
 from vilavt_core.presets import PRESETS, Limits
 from vilavt_core.regions import Picture, PixelBounds
 from vilavt_core.results import (
@@ -84,7 +84,7 @@ def test_a_local_backend_is_asked_in_another_way_as_if_it_had_been_opened_so():
         ("http://127.0.0.1:1/v1", "hf", {}, "does not fit"),
         (TINY, "server", {}, "does not fit"),
         ("http://127.0.0.1:1/v1", None, {}, "no vilavt-serve of this version answers"),
-        ("http://127.0.0.1:1/v1", None, {"dtype": "float16"}, "cannot heed dtype='float16'"),
+        ("http://127.0.0.1:1/v1", None, {"dtype": "float16"}, "does not support dtype='float16'"),
         ("http://127.0.0.1:1/v1", None, {"limits": {"min_pixels": 9}}, "restart the server"),
     ],
 )
@@ -229,6 +229,43 @@ def test_a_conversation_with_a_server_sends_what_was_said(stub_server):
     events.close()
     with pytest.raises(EngineError, match="was closed, or an earlier question failed"):
         talk.ask("fourth")
+
+
+def test_a_conversation_with_a_server_sends_the_state_of_its_last_answer(stub_server):
+    client = ServerClient(stub_server.url, BackendOptions(limits={"max_turns": 3}))
+    talk = client.conversation(PICTURE)
+    talk.ask("first")
+    list(talk.stream("second"))
+    talk.ask("third")
+    client.ask(PICTURE, "another")
+    sent = [request["vilavt"] for request in stub_server.requests]
+    limits = {"max_turns": 3}
+    assert sent == [limits, {**limits, "state": "state-1"}, {**limits, "state": "state-3"}, limits]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_state_that_a_server_refuses_is_left_out_with_a_warning(stub_server, stream, caplog):
+    """The server was started again without the key that others share: better without zooms than not at all."""
+    refusal = StateError("vilavt.state was signed with another key")
+    stub_server.answer = lambda request: refusal if "state" in request["vilavt"] else "A"
+    talk = ServerClient(stub_server.url).conversation(PICTURE)
+    talk.ask("first")
+    again = [*talk.stream("second")][-1].result if stream else talk.ask("second")
+    assert again.answer == "A"
+    assert ["state" in request["vilavt"] for request in stub_server.requests] == [False, True, False]
+    assert stub_server.requests[1]["messages"] == stub_server.requests[2]["messages"]
+    (warning,) = caplog.records
+    assert "goes on without its zooms" in warning.getMessage()
+    assert "signed with another key" in warning.getMessage()
+
+
+def test_any_other_refusal_is_an_error_at_once(stub_server):
+    talk = ServerClient(stub_server.url, BackendOptions(engine={"max_retries": 0})).conversation(PICTURE)
+    talk.ask("first")
+    stub_server.answer = lambda request: EngineError("no")
+    with pytest.raises(EngineError, match="no"):
+        talk.ask("second")
+    assert len(stub_server.requests) == 2
 
 
 def test_a_server_refuses_interventions(stub_server):

@@ -176,3 +176,80 @@ def test_command_prints_findings_for_people(golden, tiny_checkpoint):
     assert "663,920" in text
     assert "missing: query_tokenizer/" in text
     assert run("inspect", tiny_checkpoint).endswith("complete\n")
+
+
+GROUPED = {
+    "group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int"},
+        "input_activations": {"num_bits": 8, "type": "int"},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "settings, kinds, words",
+    [
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemm", "modules_to_not_convert": ["visual", "lm_head"]},
+            ("qweight", "qzeros", "scales"),
+            "quantised with awq (gemm, W4A16), but for visual, lm_head",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*visual.*": {}, "+:.*down.*": {"bits": 8}}},
+            ("qweight", "qzeros", "scales", "g_idx"),
+            "quantised with gptq (W4A16), but for -:.*visual.*",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "int-quantized",
+                "config_groups": GROUPED,
+                "ignore": ["a"],
+            },
+            ("weight", "weight_scale"),
+            "quantised with compressed-tensors (int-quantized, W8A8), but for a",
+        ),
+        ({"quant_method": "bitsandbytes"}, ("weight", "weight.absmax"), "quantised with bitsandbytes, all layers"),
+    ],
+)
+def test_a_quantised_checkpoint_is_told_by_its_method_and_complete(copy, settings, kinds, words):
+    tensors = load_file(copy / "model.safetensors")
+    linear = [name for name in tensors if ".self_attn." in name and name.endswith("_proj.weight")]
+    for name in linear:
+        weight = tensors.pop(name)
+        for kind in kinds:
+            tensors[f"{name.removesuffix('.weight')}.{kind}"] = weight[:1].clone()
+    rewrite(copy, tensors)
+    assert not inspect_checkpoint(copy).complete  # its configuration does not say so
+    edit(copy, quantization_config=settings)
+    found = inspect_checkpoint(copy)
+    assert found.problems == ()
+    assert str(found.quantisation) == words
+    printed = " ".join(CliRunner().invoke(app, ["inspect", str(copy)]).output.split())
+    assert words in printed
+    del tensors["text_proj.weight"]
+    rewrite(copy, {name: tensor for name, tensor in tensors.items() if not name.startswith(linear[0][:-7])})
+    (problem,) = inspect_checkpoint(copy).problems
+    assert "2 tensors are missing" in problem or "3 tensors are missing" in problem
+    assert linear[0] in problem
+
+
+@pytest.mark.parametrize("settings", [None, {}, [], "awq", 4])
+def test_whatever_is_no_quantisation_leaves_a_checkpoint_whole(copy, settings):
+    edit(copy, quantization_config=settings)
+    assert inspect_checkpoint(copy).quantisation is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": ["\x1b[2J"], "bits": "4", "ignore": "all", "config_groups": [1], "dynamic": 7},
+        {"quant_method": "x" * 10_000, "ignore": [None, {}, "\x1b]0;"], "config_groups": {"a": 1, "b": {"weights": 2}}},
+    ],
+)
+def test_settings_of_wrong_types_are_told_in_printable_words(copy, settings):
+    edit(copy, quantization_config=settings)
+    words = str(inspect_checkpoint(copy).quantisation)
+    assert words.isprintable()
+    assert len(words) < 1500

@@ -179,9 +179,15 @@ def test_a_follow_up_continues_the_stream_and_counts_its_own_turns(settings, say
     again = driver.follow_up(Sample([PICTURE], "And here?"))
     assert again.start() == []
     assert again.request.all_token_ids[: len(before)] == before
-    assert (again.request.turn, again.crops_before, len(again.request.inquiries)) == (0, 1, 3)
+    assert (again.request.turn, again.crops, len(again.request.inquiries)) == (0, 0, 3)
+    say(again, ZOOM)
+    assert (driver.crops, again.crops) == (1, 1)
     say(again, ANSWER)
-    assert (len(again.result.turns), again.result.question) == (1, "And here?")
+    assert (len(again.result.turns), again.result.question) == (2, "And here?")
+    failing = again.follow_up(Sample([], "And now?"))
+    failing.start()
+    failing.fail(EngineError("the engine has died"))
+    assert failing.crops == 0
     with pytest.raises(EngineError, match="never began"):
         Driver(Sample([], "?"), settings).follow_up(Sample([], "?"))
 

@@ -464,6 +464,58 @@ def test_a_turn_cut_off_at_its_own_limit_ends_with_length(begin, tokenizer):
     assert "9 tokens are allowed" in episode.result.detail
 
 
+def test_all_turns_of_an_answer_share_its_tokens(begin, tokenizer):
+    first = len(tokenizer.encode(zoom(), split_special_tokens=True)) + 1
+    episode = begin(max_answer_tokens=first + 9)
+    say(episode, zoom())
+    assert episode.next_request().max_new_tokens == 9
+    episode.feed(tokenizer.encode("<tool>abc"), finish="length")
+    assert episode.result.finish is FinishReason.LENGTH
+    assert f"turn 2 was cut off, {first + 9} tokens are allowed for all turns" in episode.result.detail
+    follow = episode.follow_up("And?")
+    assert follow.next_request().max_new_tokens == first + 9  # of this answer
+
+
+def test_a_turn_that_takes_the_last_token_of_the_answer_is_followed_by_none(begin, tokenizer):
+    for text in (zoom(), "neither", "<tool>{"):
+        spent = len(tokenizer.encode(text, split_special_tokens=True)) + 1
+        episode = begin(max_answer_tokens=spent)
+        turn = say(episode, text)
+        assert episode.next_request() is None
+        assert episode.result.finish is FinishReason.LENGTH
+        assert f"turn 1 needs another one, and the {spent} tokens that are allowed for all of them" in turn.problem
+        assert len(episode.views) == 1
+    answer = len(tokenizer.encode(ANSWER, split_special_tokens=True)) + 1
+    episode = begin(max_answer_tokens=answer)
+    say(episode, ANSWER)
+    assert episode.result.answer == "stop"
+
+
+def test_the_forced_answer_has_what_is_left_of_the_answers_tokens(begin, tokenizer):
+    spent = len(tokenizer.encode("no idea", split_special_tokens=True)) + 1
+    for more in (0, 5):
+        episode = begin(preset="eval-hf", max_turns=1, max_answer_tokens=spent + more)
+        say(episode, "no idea")
+        fallback = episode.fallback()
+        assert (fallback and fallback.next_request().max_new_tokens) == (more or None)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6), st.integers(1, 120))
+def test_no_answer_has_more_tokens_than_it_may(begin, tokenizer, turns, most):
+    episode = begin(max_turns=6, max_answer_tokens=most)
+    (word,) = tokenizer.encode("a")
+    for length, stops in turns:
+        if (request := episode.next_request()) is None:
+            break
+        assert request.max_new_tokens >= 1
+        ids = [word] * min(length, request.max_new_tokens)
+        if stops:
+            ids[-1] = episode.special.im_end
+        episode.feed(ids, finish="stop" if stops else "length")
+    assert sum(turn.token_count for turn in episode.turns) <= most
+
+
 def test_an_answer_that_is_complete_when_cut_off_counts(begin, tokenizer):
     episode = begin()
     episode.next_request()

@@ -385,7 +385,7 @@ def test_ask_asks_a_server(stub_server, photo, tmp_path):
     "more, words",
     [
         (["--picture", "t.png"], "a server tells no pixels"),
-        (["--dtype", "float32"], "cannot heed dtype"),
+        (["--dtype", "float32"], "does not support dtype"),
         (["--attention", "sdpa"], "a server's engine is set up when it is started"),
         (["--preset", "rl"], "runs the preset 'default', 'rl' was asked for"),
         (["--image", "https://example.com/a.png"], "pass --allow-urls"),

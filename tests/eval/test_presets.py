@@ -108,7 +108,7 @@ def test_a_server_is_asked_for_the_presets_limits_and_sampling(start_stub):
         ),
         ({"query_prefix": "Query: "}, EvaluationError, "own preset's '' before queries, .* asks for 'Query: '; use"),
         ({"max_turns": 50}, EvaluationError, "allows max_turns=5, --set asks for 50; restart the server"),
-        ({"prompts": "default"}, EngineError, "cannot heed prompts='default'"),
+        ({"prompts": "default"}, EngineError, "does not support prompts='default'"),
         ({"episode": "rl"}, EngineError, "runs the preset 'default', 'rl' was asked for"),
     ],
 )

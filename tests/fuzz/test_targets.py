@@ -1,12 +1,16 @@
 """Everything that reads what strangers write, for any input: the right kind of answer, or the right kind of error."""
 
+import base64
+import hashlib
+import hmac
 import io
 import json
 import math
 import struct
 import tempfile
+import zlib
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
@@ -17,8 +21,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from vilavt_core.checkpoint import Checkpoint, inspect_checkpoint
-from vilavt_core.conversation import Result
+from vilavt_core.conversation import Result, SpecialTokens, encode_text
 from vilavt_core.data.schema import read_record
+from vilavt_core.driver import ConversationSettings
 from vilavt_core.episode import Episode
 from vilavt_core.errors import (
     BenchmarkError,
@@ -28,6 +33,7 @@ from vilavt_core.errors import (
     EvaluationError,
     ImageError,
     RegionError,
+    StateError,
 )
 from vilavt_core.images import ImageLimits, load_image
 from vilavt_core.json_text import parse_json
@@ -47,7 +53,18 @@ from vilavt_core.protocol import (
     without_tags,
 )
 from vilavt_core.regions import Gallery
-from vilavt_core.settings import SETTINGS, preset_of
+from vilavt_core.settings import SETTINGS as SETTINGS_FILE
+from vilavt_core.settings import preset_of
+from vilavt_core.state import (
+    Origin,
+    SaidQuestion,
+    StateKey,
+    check_count,
+    check_origin,
+    check_replayed,
+    check_said,
+    replay,
+)
 from vilavt_core.yaml_config import parse_change, read_keys
 from vilavt_eval.recordings import read_recordings
 from vilavt_eval.scores import score_file
@@ -296,7 +313,7 @@ settings_file = some_of(
 
 @fuzzed(st.one_of(settings_file.map(dumped), values_of("preset", "limits").map(dumped), st.binary()))
 def test_any_settings_file_is_a_preset_or_refused(data):
-    (FOLDER / SETTINGS).write_bytes(data)
+    (FOLDER / SETTINGS_FILE).write_bytes(data)
     try:
         assert isinstance(preset_of(FOLDER), Preset)
     except CheckpointError as error:
@@ -438,3 +455,85 @@ def test_any_request_is_carried_out_or_the_clients_fault(body):
         return
     assert len(ignored) <= 101
     assert [one.answer is None for one in talk] == [False] * (len(talk) - 1) + [True]
+
+
+# ---------------------------------------------------------------------- states
+
+KEY = StateKey(b"k" * 32)
+SETTINGS = ConversationSettings(
+    tokenizer=TOKENIZER, prompts=TINY, preset=PRESETS["default"], limits=Limits(max_context=2000, max_pixels=64 * 784),
+    sampling=PRESETS["default"].sampling, fingerprint="f",
+)  # fmt: skip
+SPECIAL = SpecialTokens.of(TOKENIZER)
+ORIGIN = asdict(Origin.of(SETTINGS))
+hashes = st.sampled_from(["0" * 64, hashlib.sha256(b"").hexdigest(), hashlib.sha256(b"What?").hexdigest()])
+
+
+def mostly(usual: st.SearchStrategy, other: st.SearchStrategy) -> st.SearchStrategy:
+    """What gets through to the next check, and now and then what does not."""
+    return st.sampled_from([usual] * 9 + [other]).flatmap(lambda one: one)
+
+
+fed = st.builds(
+    lambda text, more, finish: {"token_ids": [*encode_text(text, TOKENIZER, SPECIAL), *more], "finish": finish},
+    st.one_of(zooms, said, st.just(format_turn(Answer("A")))),
+    mostly(st.just([SPECIAL.im_end]), st.lists(ids | numbers, max_size=3)),
+    mostly(st.just("stop"), st.sampled_from(["length", ""])),
+)
+question_said = st.fixed_dictionaries(
+    {
+        "pictures": st.just([]) | st.lists(hashes, max_size=2),
+        "question": hashes,
+        "answer": hashes,
+        "limits": mostly(
+            st.just(asdict(SETTINGS.limits)),
+            some_of(**dict.fromkeys(Limits.__dataclass_fields__, numbers | st.none())),
+        ),
+        "turns": st.lists(fed, min_size=1, max_size=3),
+        "told": st.booleans(),
+    }
+)
+state_said = st.fixed_dictionaries(
+    {
+        "origin": mostly(st.just(ORIGIN), some_of(**dict.fromkeys(ORIGIN, hashes))),
+        "questions": st.lists(question_said, min_size=1, max_size=2),
+        "images": mostly(st.just([]), st.lists(some_of(start=numbers, box=boxes | st.none()), max_size=1)),
+        "pixels": hashes,
+        "tokens": st.integers(0, 999),
+        "stream": hashes,
+        "issued": mostly(st.just(10**6), numbers),
+    }
+)
+payload = mostly(
+    mostly(state_said, values_of("origin", "questions")).map(lambda one: zlib.compress(dumped(one))),
+    st.binary(max_size=60),
+)
+
+
+def signed(payload: bytes) -> str:
+    """As somebody with the key would: what is behind the signature is read with as much care."""
+    head = bytes([1]) + bytes.fromhex(KEY.name)
+    mac = hmac.digest(b"k" * 32, b"vilavt.state\0" + head + payload, "sha256")
+    return base64.urlsafe_b64encode(head + mac + payload).rstrip(b"=").decode()
+
+
+@fuzzed(
+    mostly(payload.map(signed), st.text() | st.binary().map(lambda one: base64.urlsafe_b64encode(one).decode())),
+    st.lists(st.builds(SaidQuestion, st.just(()), st.sampled_from(["What?", ""]), st.just("")), min_size=2, max_size=2),
+    mostly(st.just(True), st.just(False)),
+    examples=60,
+)
+def test_any_state_is_gone_through_or_refused(text, said, as_many):
+    try:
+        state = KEY.read(text, max_age=1e9, now=1e6)
+        check_origin(state, SETTINGS)
+        said = said[: len(state.questions)] if as_many else said
+        check_count(state, len(said))
+        driver = None
+        for one, told in zip(state.questions, said, strict=True):
+            driver = replay(driver, SETTINGS, one, told)
+        if driver is not None:
+            check_replayed(state, driver)
+        check_said(state, said)
+    except StateError as error:
+        said_shortly(error)

@@ -4,6 +4,8 @@ With ``VILAVT_HANDOFF=FOLDER`` each version writes checkpoints into ``FOLDER/VER
 reads those that other versions have left there; ``tests/vllm/test_handoff.py`` reads them in vLLM. nox sets it.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -115,6 +117,15 @@ def _theta(config) -> float:
     return (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or config.rope_theta
 
 
+@contextlib.contextmanager
+def taking_turns(how: int):
+    """Among sessions that run at once: one replaces (``LOCK_EX``), or all read (``LOCK_SH``)."""
+    Path(HANDOFF).mkdir(parents=True, exist_ok=True)
+    with (Path(HANDOFF) / "lock").open("w") as file:
+        fcntl.flock(file, how)
+        yield
+
+
 def checkpoints() -> list[Path]:
     """All that were handed over; that there is none is a failure, not a reason to skip."""
     found = sorted(path.parents[1] for path in Path(HANDOFF).glob("*/*/expected/found.json"))
@@ -141,15 +152,22 @@ def test_this_version_hands_a_checkpoint_over(tied, tmp_path):
     expected = {"transformers": transformers.__version__, "prompts": prompts(), "sizes": SIZES, **rest}
     (folder / "expected" / "found.json").write_text(json.dumps(expected, indent=1))
     target = Path(HANDOFF) / transformers.__version__ / ("tied" if tied else "untied")
-    if target.exists():
-        shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(folder, target)
+    with taking_turns(fcntl.LOCK_EX):
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, target)
 
 
-def test_every_checkpoint_that_was_handed_over_is_the_same_here():
+@pytest.fixture
+def handed_over():
+    with taking_turns(fcntl.LOCK_SH):
+        yield checkpoints()
+
+
+def test_every_checkpoint_that_was_handed_over_is_the_same_here(handed_over):
     torch.set_num_threads(1)
-    for folder in checkpoints():
+    for folder in handed_over:
         expected = json.loads((folder / "expected" / "found.json").read_text())
         tensors, rest = found_in(folder)
         for name, value in rest.items():
@@ -159,10 +177,10 @@ def test_every_checkpoint_that_was_handed_over_is_the_same_here():
             assert float((tensors[name] - tensor).abs().max()) <= 1e-3, f"{name} of {folder}"
 
 
-def test_what_the_installed_version_saves_again_is_still_the_same(tmp_path):
+def test_what_the_installed_version_saves_again_is_still_the_same(handed_over, tmp_path):
     """Reading and saving is what a training does: nothing of what another version wrote may be lost on the way."""
     torch.set_num_threads(1)
-    for number, folder in enumerate(checkpoints()):
+    for number, folder in enumerate(handed_over):
         again = tmp_path / str(number)
         VilavtForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).save_pretrained(again)
         VilavtProcessor.from_pretrained(folder).save_pretrained(again)

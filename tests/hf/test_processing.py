@@ -282,12 +282,12 @@ def test_what_the_tokenizer_was_made_with_is_its_default(processor, tokenizer):
 @pytest.mark.parametrize(
     "given, says",
     [
-        ({"max_pixel": 784}, "does not know max_pixel, nothing would come of it; did you mean max_pixels?"),
-        ({"images_kwargs": {"do_resise": False}}, "images_kwargs: the processor does not know do_resise"),
-        ({"text_kwargs": {"max_pixels": 784}}, "text_kwargs: the processor does not know max_pixels"),
-        ({"common_kwargs": {"colour": "red"}}, "common_kwargs: the processor does not know colour"),
-        ({"crop_size": {"height": 9}}, "does not know crop_size"),
-        ({"fps": 2}, "does not know fps"),
+        ({"max_pixel": 784}, "does not support max_pixel; did you mean max_pixels?"),
+        ({"images_kwargs": {"do_resise": False}}, "images_kwargs: the processor does not support do_resise"),
+        ({"text_kwargs": {"max_pixels": 784}}, "text_kwargs: the processor does not support max_pixels"),
+        ({"common_kwargs": {"colour": "red"}}, "common_kwargs: the processor does not support colour"),
+        ({"crop_size": {"height": 9}}, "does not support crop_size"),
+        ({"fps": 2}, "does not support fps"),
         ({"videos_kwargs": {"fps": 2}}, "videos_kwargs: ViLaVT takes neither videos nor audio"),
         ({"audio_kwargs": {"sampling_rate": 1}}, "audio_kwargs: ViLaVT takes neither"),
         ({"text_kwargs": True}, "text_kwargs is a bool"),
@@ -418,13 +418,13 @@ def test_variables_of_a_chat_template_reach_it(processor):
 @pytest.mark.parametrize(
     "given, says",
     [
-        ({"add_generation_promt": True}, "does not know add_generation_promt"),
+        ({"add_generation_promt": True}, "does not support add_generation_promt"),
         ({"max_pixels": 784}, "max_pixels is for the processor's call, which tokenize=False leaves out"),
         ({"processor_kwargs": {"padding": True}}, "padding is for the processor's call"),
         ({"tokenize": True, "max_pixel": 784}, "did you mean max_pixels?"),
         ({"tokenize": True, "padding": True, "processor_kwargs": {"padding": True}}, "padding was passed two times"),
-        ({"documents": [{"title": "t", "text": "x"}]}, "the chat template does not heed documents"),
-        ({"tokenize": True, "load_audio_from_video": True}, "does not heed load_audio_from_video"),
+        ({"documents": [{"title": "t", "text": "x"}]}, "the chat template does not use documents"),
+        ({"tokenize": True, "load_audio_from_video": True}, "does not use load_audio_from_video"),
     ],
 )
 def test_a_chat_template_refuses_what_nobody_heeds(processor, given, says):

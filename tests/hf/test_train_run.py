@@ -177,13 +177,17 @@ def test_overrides_win_over_the_file(tmp_path):
 # ------------------------------------------------------------------------------------------- runs
 
 
+SHORT = {"max_turns": 3, "max_new_tokens_per_turn": 24}
+"""Limits of the base: a model that learned nothing talks until it is stopped."""
+
+
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint, tmp_path_factory):
     """A complete checkpoint with prompts and settings."""
     folder = tmp_path_factory.mktemp("base") / "checkpoint"
     shutil.copytree(tiny_checkpoint, folder)
     PromptSet.load("tiny").save(folder / "prompts")
-    (folder / "vilavt_chat.json").write_text('{"preset": "default", "limits": {"max_turns": 3}}')
+    (folder / "vilavt_chat.json").write_text(json.dumps({"preset": "default", "limits": SHORT}))
     return folder
 
 
@@ -303,7 +307,7 @@ def test_every_checkpoint_is_complete(unbroken, base):
     assert_same_weights(folder / "checkpoint-6", folder / "final")
 
 
-TRAINED = {"preset": "default", "limits": {"max_turns": 3, "min_pixels": 3136, "max_pixels": 28 * 28 * 16}}
+TRAINED = {"preset": "default", "limits": SHORT | {"min_pixels": 3136, "max_pixels": 28 * 28 * 16}}
 """Of every checkpoint: what the base asks for, and the pixels of the run."""
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from vilavt_core.download import UrlPolicy
 from vilavt_core.images import ImageLimits
 from vilavt_core.json_text import MAX_DEPTH
+from vilavt_core.state import MAX_BYTES, MAX_CHARACTERS
 from vilavt_core.video import VideoLimits
 from vilavt_vllm.server.options import ServerOptions
 
@@ -26,6 +27,7 @@ def test_the_page_has_the_limits_of_the_code():
         f"| a request | {server.max_body_bytes:,} bytes, {server.max_request_pixels:,} pixels |",
         f"| all running requests | {server.max_episodes}, {server.max_picture_memory:,} bytes of pictures |",
         f"| kept conversations | {server.max_conversations}, {server.max_conversation_bytes:,} bytes of pictures |",
+        f"| a conversation's state | {MAX_CHARACTERS:,} characters, {MAX_BYTES:,} bytes inflated |",
         f"| JSON out of files | nested {MAX_DEPTH} deep |",
     ):
         assert line in PAGE

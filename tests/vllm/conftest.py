@@ -13,17 +13,12 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM 0.20.0 knows only numbers of cores
 
-import contextlib
 import gc
-import socket
-import subprocess
 import sys
-import time
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -33,7 +28,6 @@ from PIL import Image
 from vilavt_core.protocol import Region, ToolCall, format_tool_call
 from vilavt_hf import VilavtProcessor, compat
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 HIDDEN = 128
 """Heads of 32: what vLLM's CPU attention supports."""
@@ -210,60 +204,22 @@ def start():
         running.pop().stop()
 
 
-@contextlib.contextmanager
-def serving(log: Path, *flags: str, key: str = "none"):
-    """A ``vilavt-serve`` for vilavt-tiny, in its own processes: `.url`, `.base`, `.key`, `.process`, `.metric(…)`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vilavt_vllm.server.command", str(EXAMPLES / "vilavt-tiny"), *flags]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    settings = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS")}
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
-    base = f"http://127.0.0.1:{port}"
+@pytest.fixture(scope="module")
+def vllm_world(tmp_path_factory):
+    """What vLLM's layers need to be built outside an engine: a configuration and a world of one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
 
-    def metric(name: str) -> float:
-        """Sum over the series of a metric, or the one series that is named with its labels."""
-        series = [line.rsplit(" ", 1) for line in httpx.get(f"{base}/metrics", timeout=30).text.splitlines()]
-        return sum(float(row[1]) for row in series if name in (row[0], row[0].split("{")[0]))
-
-    try:
-        for _ in range(360):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{base}/health", timeout=2).status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield SimpleNamespace(
-            url=f"{base}/v1", base=base, key=key, pid=process.pid, process=process, log=log, metric=metric
-        )
-        process.terminate()
-        assert process.wait(60) == 0, "a SIGTERM did not end the server in the ordinary way"
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait(30)
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A server for most tests; see `serving`."""
-    key = "secret"
-    flags = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--api-key", key]
-    flags += ["--enable-prompt-tokens-details", "--allowed-local-media-path", str(EXAMPLES / "pictures")]
-    # Caches small enough for the load test's first round to fill: what grows after it is no cache.
-    flags += ["--num-gpu-blocks-override", "1024", "--mm-processor-cache-gb", "0.05"]
-    with serving(tmp_path_factory.mktemp("server") / "log", *flags, key=key) as running:
-        yield running
-
-
-@pytest.fixture
-def server_with_defaults(tmp_path):
-    """A server that was told nothing but its address."""
-    with serving(tmp_path / "log") as running:
-        yield running
+    with set_current_vllm_config(VllmConfig()):
+        where = f"file://{tmp_path_factory.mktemp('world') / 'init'}"
+        init_distributed_environment(world_size=1, rank=0, distributed_init_method=where, local_rank=0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="session")
@@ -279,7 +235,6 @@ def tools():
         difference=lambda a, b: float(np.abs(a[: len(b)] - b[: len(a)]).max()),
         image=IMAGE,
         engine=Engine,
-        serving=serving,
         config=partial(tiny_config, hidden=HIDDEN),
     )
 

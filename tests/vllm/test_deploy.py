@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError:  # vLLM 0.32
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-from vilavt_vllm.server.command import parser
+from vilavt_vllm.server.command import parser, read
 from vilavt_vllm.server.gate import CLOSING, OPEN, SAYING, STOPPING
 from vilavt_vllm.server.options import VLLM_DEFAULTS, ServerOptions
 
@@ -59,9 +59,9 @@ def command_lines() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("where, words", command_lines().items(), ids=[*command_lines()])
 def test_every_command_line_is_taken(where, words):
-    ours, rest = parser().parse_known_args(words)
-    assert ours.model == "/model"
-    args = compat.server_arguments(["--model", ours.model, *rest], VLLM_DEFAULTS)
+    line = read(words)
+    assert line.checkpoint == "/model"
+    args = compat.server_arguments(["--model", line.checkpoint, *line.rest], VLLM_DEFAULTS)
     assert args.port == 8000
     assert args.host == ("127.0.0.1" if where == "unit" else "0.0.0.0")
     assert args.shutdown_timeout == 120
@@ -112,7 +112,7 @@ def test_labels_in_rules_and_board_have_values_that_occur():
     ends = {value for found in re.findall(r'finish=~?\\?"([\w|]+)', text) for value in found.split("|")}
     assert ends
     assert ends <= {*FinishReason, "aborted", "error", "refused"}
-    assert set(re.findall(r'history=\\?"(\w+)', text + PAGE)) <= {"kept", "rebuilt"}
+    assert set(re.findall(r'history=\\?"(\w+)', text + PAGE)) <= {"kept", "state", "rebuilt"}
 
 
 def test_the_plan_assumes_the_share_of_memory_that_vllm_takes():

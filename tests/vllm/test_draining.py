@@ -1,8 +1,12 @@
-"""A real `vilavt-serve` that gets a SIGTERM while it answers: who is answered, who is told why not, when it is gone."""
+"""A real `vilavt-serve` with default flags, and one that is told to finish: what each does, also on a SIGTERM while it
+answers: who is answered, who is told why not, when it is gone.
+"""
 
 import base64
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import vllm
+from openai import OpenAI
+from serving import serving
 
 from vilavt_vllm import support
 
@@ -19,7 +25,7 @@ if problem := support.server_problem(vllm.__version__):
     pytest.skip(problem, allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
+MODEL, PICTURES = str(ROOT / "examples" / "vilavt-tiny"), ROOT / "examples" / "pictures"
 ASKED = json.loads((PICTURES / "questions.json").read_text())
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "1024"]
 MARGIN = 60
@@ -74,17 +80,39 @@ def stop_while_running(server, count: int) -> tuple[list[tuple[str, str]], httpx
     return got, late, time.monotonic() - begun
 
 
-def test_questions_that_run_are_finished(tools, tmp_path):
-    with tools.serving(tmp_path / "log", *FLAGS, "--shutdown-timeout", "60") as server:
+@pytest.fixture(scope="module")
+def server_with_defaults(tmp_path_factory):
+    """A server that was told nothing but its address."""
+    with serving(tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+def test_the_examples_and_the_readmes_client_run_on_a_server_with_default_flags(server_with_defaults):
+    """Every script in examples/, as its docstring says to start it; the request of the README through the loop."""
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert scripts == {"openai_client.py"}, "a new example needs its own run here"
+    url, asked = server_with_defaults.url, ASKED[0]
+    command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{url}/raw", MODEL]
+    command += [str(PICTURES / asked["image"]), asked["question"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"<answer>{asked['answer']}</answer>" in done.stdout
+    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        reply = client.chat.completions.create(model=MODEL, **body(0))
+        assert reply.choices[0].message.content == asked["answer"]
+
+
+def test_questions_that_run_are_finished(tmp_path):
+    with serving(tmp_path / "log", *FLAGS, "--shutdown-timeout", "60") as server:
         got, late, took = stop_while_running(server, 6)
     assert Counter(kind for kind, _ in got) == {"right": 4, "raw": 2}, got
     assert late is None or (late.status_code, "Retry-After" in late.headers) == (503, True)
     assert took < 60 + MARGIN
 
 
-def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(tools, tmp_path):
-    with tools.serving(tmp_path / "log", *FLAGS) as server:
-        got, _, took = stop_while_running(server, 24)
+def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(server_with_defaults):
+    """Last: it ends the server."""
+    got, _, took = stop_while_running(server_with_defaults, 24)
     kinds = Counter(kind for kind, _ in got)
     assert set(kinds) <= {"right", "raw", "told"}, [one for one in got if one[0] not in ("right", "raw", "told")]
     assert len(got) == 24

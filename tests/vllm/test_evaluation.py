@@ -25,7 +25,7 @@ ENGINE = (("enforce_eager", True), ("block_size", 32), ("max_num_seqs", 8), ("di
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), 40)
+    definition = write_benchmark(tmp_path_factory.mktemp("tiny"), 24)
     return Questions(load_benchmark(definition), definition.parent)
 
 

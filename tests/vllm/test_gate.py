@@ -25,13 +25,13 @@ from vilavt_vllm.server.endpoint import TURNS
 from vilavt_vllm.server.gate import OPEN, Draining, DrainingEngine, Gate
 from vilavt_vllm.server.options import NO_DOMAINS, VLLM_DEFAULTS
 
-OURS = {"POST /v1/chat/completions", "GET /v1/vilavt", "GET /"}
+OURS = {"POST /v1/chat/completions", "GET /v1/vilavt", "GET /load", "GET /"}
 UNGUARDED = {"GET /health", "GET /ping", "POST /ping", "GET /metrics"}
 REFUSED = {f"POST {path}" for path in TURNS}
 TOKENS = {"POST /tokenize", "POST /detokenize", "POST /generative_scoring", "POST /inference/v1/generate"}
 TOKENS |= {"POST /inference/v1/abort_requests"}
 """vLLM's own, about tokens: they say nothing that could be taken for an answer."""
-OPERATION = {"GET /load", "GET /version", "GET /kv_event_sources"}
+OPERATION = {"GET /version", "GET /kv_event_sources"}
 OPERATION |= {"POST /scale_elastic_ep", "POST /is_scaling_elastic_ep"}
 DOCUMENTATION = {"GET /openapi.json", "GET /docs", "GET /docs/oauth2-redirect", "GET /redoc"}
 PARTS = {

@@ -253,20 +253,6 @@ def test_fields_without_effect_are_told_and_a_pictures_own_bounds_hold(client):
     assert shown["width"] * shown["height"] <= 20_000 < ordinary["width"] * ordinary["height"]
 
 
-def test_the_examples_and_the_readmes_client_run_on_a_server_with_default_flags(server_with_defaults):
-    """Every script in examples/, as its docstring says to start it; the request of the README through the loop."""
-    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert scripts == {"openai_client.py"}, "a new example needs its own run here"
-    url, asked = server_with_defaults.url, ASKED[0]
-    command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{url}/raw", MODEL]
-    command += [str(PICTURES / asked["image"]), asked["question"]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"<answer>{asked['answer']}</answer>" in done.stdout
-    with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
-        assert ask(client, question(0)).choices[0].message.content == asked["answer"]
-
-
 def test_every_metric_that_alerts_and_board_name_is_exported(server):
     kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\w+)$", httpx.get(server.url.removesuffix("/v1") + "/metrics").text))
     series = set(kinds) | {f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"}
@@ -296,12 +282,20 @@ def test_metrics_count_what_the_loop_did_beside_vllms_own(client, server):
     assert server.metric("vllm:request_success_total") > 0
 
 
+@pytest.mark.parametrize(
+    "requests, warm_up",
+    [
+        pytest.param(120, 180, id="briefly"),
+        pytest.param(300, 300, id="for long", marks=pytest.mark.nightly("the same with more requests")),
+    ],
+)
 @pytest.mark.slow
 @pytest.mark.timeout(1100)
-def test_under_load_no_answer_is_lost_doubled_or_crossed_and_memory_comes_back(server, tmp_path):
-    """64 clients, 300 requests; some stream, read slowly, hang up, or send nonsense."""
+def test_under_load_no_answer_is_lost_doubled_or_crossed_and_memory_comes_back(server, tmp_path, requests, warm_up):
+    """64 clients; some stream, read slowly, hang up, or send nonsense."""
     out = tmp_path / "load.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "server_load.py"), "--json", str(out), "--warm-up", "300"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "server_load.py"), "--json", str(out)]
+    command += ["--requests", str(requests), "--warm-up", str(warm_up)]
     command += ["--url", server.url, "--pid", str(server.process.pid), "--key", server.key]
     subprocess.run(command, check=True, timeout=1000)
     figures = json.loads(out.read_text())

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from argparse import Namespace
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from hostile_pictures import CORPUS, MEGABYTE, webp
 from measuring import measured
 from new_limit import with_a_new_limit
 from PIL import Image
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig
 from vllm.lora.request import LoRARequest
@@ -40,12 +41,14 @@ if problem := support.server_problem(vllm_version):
     pytest.skip(problem, allow_module_level=True)
 
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vilavt_vllm.server.budget import PictureBudget
 from vilavt_vllm.server.command import allow_plugins, parser
 from vilavt_vllm.server.endpoint import VilavtEndpoint
-from vilavt_vllm.server.history import History
+from vilavt_vllm.server.history import History, Kept
 from vilavt_vllm.server.media import Pictures
+from vilavt_vllm.server.metrics import queued_turns
 from vilavt_vllm.server.options import ServerOptions, flags, options_of
 from vilavt_vllm.server.requests import ChatRequest, Exchange, SentPicture, exchanges
 
@@ -157,15 +160,13 @@ def test_an_assistant_message_cannot_bring_an_image():
         exchanges(messages(("user", "a"), ("assistant", image), ("user", "b")))
 
 
-class Kept:
+def run_of(size: int) -> Kept:
     """A finished run as `History` sees it."""
-
-    def __init__(self, size: int) -> None:
-        self.picture_bytes = size
+    return Kept(SimpleNamespace(picture_bytes=size), None)
 
 
 def test_a_conversation_is_found_by_exactly_what_was_said_and_shown():
-    history, run = History(8, 100), Kept(10)
+    history, run = History(8, 100), run_of(10)
     said = [Exchange((SentPicture("picture"),), "One?", "1")]
     history.keep(said, run)
     assert history.find(said) is run
@@ -182,7 +183,7 @@ def test_a_conversation_is_found_by_exactly_what_was_said_and_shown():
 
 @pytest.mark.parametrize("returned", [" two  words\n", "two words", "two\r\nwords", "two\nwords\n\n"])
 def test_blanks_of_a_returned_answer_do_not_lose_the_conversation(returned):
-    history, run = History(8, 100), Kept(10)
+    history, run = History(8, 100), run_of(10)
     history.keep([Exchange((), "One?", "two\nwords ")], run)
     assert history.find([Exchange((), "One?", returned)]) is run
     assert history.find([Exchange((), "One?", "twowords")]) is None
@@ -194,13 +195,13 @@ def test_the_conversation_used_longest_ago_is_forgotten_first_by_number_and_by_b
 
     history = History(2, 100)
     for n in (0, 1):
-        history.keep(said(n), Kept(10))
+        history.keep(said(n), run_of(10))
     assert history.find(said(0)) is not None
-    history.keep(said(2), Kept(10))
+    history.keep(said(2), run_of(10))
     assert [history.find(said(n)) is not None for n in range(3)] == [True, False, True]
-    history.keep(said(2), Kept(95))  # the same one, grown
+    history.keep(said(2), run_of(95))  # the same one, grown
     assert (len(history), history.bytes) == (1, 95)
-    history.keep(said(3), Kept(101))
+    history.keep(said(3), run_of(101))
     assert (len(history), history.bytes) == (0, 0)
 
 
@@ -211,7 +212,12 @@ def test_a_request_may_tighten_the_servers_limits_and_not_loosen_them():
     server = Limits(max_turns=4, max_new_tokens_per_turn=100, max_context=1000)
     assert request(vilavt={"max_turns": 2}).limits(server).max_turns == 2
     assert request(max_tokens=50).limits(server).max_new_tokens_per_turn == 50
-    assert request(max_completion_tokens=5000).limits(server).max_new_tokens_per_turn == 100
+    assert request(max_tokens=5000).limits(server).max_new_tokens_per_turn == 100
+    whole = request(max_completion_tokens=5000, max_tokens=70).limits(server)
+    assert (whole.max_answer_tokens, whole.max_new_tokens_per_turn) == (5000, 70)
+    assert request(max_completion_tokens=5000).limits(replace(server, max_answer_tokens=300)).max_answer_tokens == 300
+    both = request(max_completion_tokens=9, max_tokens=90, vilavt={"max_answer_tokens": 8, "max_turns": 1})
+    assert (both.limits(server).max_answer_tokens, both.limits(server).max_new_tokens_per_turn) == (8, 90)
     assert request(vilavt={"max_total_pixels": 5e6}).limits(server).max_total_pixels == 5e6
     for name, value, most in (("max_turns", 5, 4), ("max_context", 1001, 1000), ("crop_max_pixels", 1e8, 6422528)):
         with pytest.raises(LimitError, match=rf"vilavt.{name} is \d+, this server allows at most {most};"):
@@ -325,10 +331,10 @@ def test_every_option_and_every_limit_has_a_flag_and_a_help_text():
 
 
 def test_flags_that_were_given_change_the_options_and_the_limits():
-    given = vars(parser().parse_args(["model", "--max-turns", "3", "--max-context", "900", "--seed", "7"]))
+    given = vars(parser().parse_args(["--max-turns", "3", "--max-context", "900", "--seed", "7"]))
     options = options_of(given)
     assert options == ServerOptions(seed=7, limits={"max_turns": 3, "max_context": 900})
-    assert options_of(vars(parser().parse_args(["model"]))) == ServerOptions()
+    assert options_of(vars(parser().parse_args([]))) == ServerOptions()
 
 
 def test_the_readme_lists_every_flag():
@@ -357,7 +363,7 @@ try:
 except LimitError as error:
     above = str(error)
 found = {
-    "flag": dict(options_of(vars(parser().parse_args(["model", "--max-zooms", "5"]))).limits),
+    "flag": dict(options_of(vars(parser().parse_args(["--max-zooms", "5"]))).limits),
     "help": "zooms of a conversation" in parser().format_help(),
     "request": request(4).limits(server).max_zooms,
     "above": above,
@@ -560,7 +566,12 @@ def test_a_hostile_picture_is_400_and_the_server_goes_on(app, file):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "error, status",
-    [(RuntimeError("out of memory"), 500), (VLLMValidationError("too long"), 400), (QueueOverflowError(), 503)],
+    [
+        (RuntimeError("out of memory"), 500),
+        (VLLMValidationError("too long"), 400),
+        (QueueOverflowError(), 503),
+        (EngineDeadError(), 503),
+    ],
 )
 def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app, error, status, stream):
     server = app()
@@ -570,7 +581,9 @@ def test_an_engine_that_refuses_or_fails_has_its_status_and_frees_its_place(app,
 
     server.state.vilavt_loop.llm.engine.generate = generate
     response = post(server, question(data_url((PICTURES / "scene-1.png").read_bytes()), stream=stream))
-    assert (response.status_code, error_of(response)) == (status, str(error))
+    words = "the engine of this server has died" if isinstance(error, EngineDeadError) else str(error)
+    assert (response.status_code, words in error_of(response)) == (status, True)
+    assert ("Retry-After" in response.headers) == (status == 503)
     assert server.state.vilavt_loop.running == 0
 
 
@@ -721,6 +734,133 @@ def test_questions_and_refusals_are_measured(app):
     served.post(temperature=-1)
     served.post(temprature=1)
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [2, 1, 2, 2, 2]
+
+
+def test_a_priority_in_a_header_goes_before_the_field_and_what_has_no_effect_is_listed(app):
+    served = Answering(app())
+    header = {"X-Vllm-Priority": "-3"}
+
+    def ignored(headers=(), **fields):
+        return served.post(headers=headers, **fields).json()["vilavt"]["ignored"]
+
+    assert ignored(header, priority=2) == ["priority", "X-Vllm-Priority"]
+    assert ignored({"X-Vllm-Priority": "0"}) == []
+    served.loop.by_priority = True
+    assert ignored(header) == []
+    assert ignored(header, priority=2) == ["priority"]
+    assert ignored(header, priority=-3) == []
+    assert [handling.priority for handling in served.told] == [0, 0, -3, -3, -3]
+    for wrong in ("high", "", str(2**63), "9" * 5000):
+        refused = served.post(headers={"X-Vllm-Priority": wrong})
+        assert refused.status_code == 400
+        assert "X-Vllm-Priority is " in error_of(refused)
+        assert len(error_of(refused)) < 200
+
+
+def test_load_tells_running_questions_from_waiting_ones(app, monkeypatch):
+    server = app()
+    loop, seen, queued = server.state.vilavt_loop, [], [0]
+    monkeypatch.setattr("vilavt_vllm.server.endpoint.queued_turns", lambda: queued[0])
+
+    async def load() -> dict:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(server), base_url="http://server") as client:
+            return (await client.get("/load")).json()
+
+    decode = loop.pictures.load
+
+    async def watched(*arguments):
+        seen.append(await load())
+        return await decode(*arguments)
+
+    async def events(driver, handling):
+        for queued[0] in (0, 1, 5):
+            seen.append(await load())
+        for event in [*driver.start(), *driver.take_text("<think>Red.</think><answer>4</answer>")]:
+            yield event
+
+    loop.pictures.load, loop.llm.events = watched, events
+    assert post(server, question(data_url(png(30, 30)))).status_code == 200
+    running, waiting = ({"server_load": 1, "running": r, "waiting": 1 - r} for r in (1, 0))
+    assert seen == [waiting, running, waiting, waiting]
+    assert asyncio.run(load()) == {"server_load": 0, "running": 0, "waiting": 0}
+    post(server, question("http://nowhere/x.png"))  # refused while it is prepared
+    server.state.server_load_metrics = 2  # vLLM's own routes
+    assert asyncio.run(load()) == {"server_load": 2, "running": 0, "waiting": 0}
+
+
+def test_queued_turns_are_those_of_all_ranks():
+    registry = CollectorRegistry()
+    assert queued_turns(registry) == 0
+    gauge = Gauge("vllm:num_requests_waiting", "…", ["engine"], registry=registry)
+    gauge.labels("0").set(2)
+    gauge.labels("1").set(3)
+    Gauge("vllm:num_requests_running", "…", registry=registry).set(9)
+    assert queued_turns(registry) == 5
+
+
+def sampling(server: FastAPI, *turns: str) -> list[tuple[str, dict, int]]:
+    """Let the engine sample these turns; (name, arguments, most tokens) of every request that it gets."""
+    asked, tokenizer = [], server.state.vilavt_loop.llm.settings.tokenizer
+
+    async def generate(prompt, params, name, **more):
+        asked.append((name, more, params.max_tokens))
+        ids = tokenizer.encode(turns[(len(asked) - 1) % len(turns)], split_special_tokens=True)[: params.max_tokens]
+        finish = "length" if len(ids) == params.max_tokens else "stop"
+        ids += [] if finish == "length" else params.stop_token_ids[:1]
+        completion = SimpleNamespace(token_ids=ids, finish_reason=finish, logprobs=None)
+        yield SimpleNamespace(outputs=[completion], finished=True, num_cached_tokens=0)
+
+    server.state.vilavt_loop.llm.engine.generate = generate
+    return asked
+
+
+TURNS = (
+    '<think>Closer.</think><tool>{"region": [{"index": 0, "bbox_2d": [0, 0, 28, 28]}], "query": "a digit"}</tool>',
+    "<think>Red.</think><answer>4</answer>",
+)
+
+
+def test_every_turn_carries_the_requests_name_priority_and_trace(app):
+    server = app()
+    server.state.vilavt_loop.by_priority = True
+    asked = sampling(server, *TURNS)
+    headers = {"X-Request-Id": "mine", "X-Vllm-Priority": "7", "traceparent": "00-1-2-01", "tracestate": "a=b"}
+    answer = post(server, question(data_url(png(64, 64))), **headers).json()
+    assert (answer["choices"][0]["message"]["content"], answer["vilavt"]["turns"]) == ("4", 2)
+    assert answer["id"] == "chatcmpl-mine"
+    assert [name.rsplit("-", 1)[0] for name, _, _ in asked] == ["chatcmpl-mine-0", "chatcmpl-mine-1"]
+    for _, more, _ in asked:
+        assert more["trace_headers"] == {"traceparent": "00-1-2-01", "tracestate": "a=b"}
+        assert more["priority"] == 7
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_max_tokens_bounds_a_turn_and_max_completion_tokens_all_of_them(app, field, stream):
+    server = app()
+    asked = sampling(server, *TURNS)
+    tokenizer = server.state.vilavt_loop.llm.settings.tokenizer
+    first, second = (len(tokenizer.encode(turn, split_special_tokens=True)) + 1 for turn in TURNS)
+
+    def ask(most: int):
+        asked.clear()
+        response = post(server, question(data_url(png(64, 64)), stream=stream, **{field: most}))
+        assert response.status_code == 200, response.text
+        lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")] if stream else []
+        body = json.loads(lines[-1]) if stream else response.json()
+        told = body["vilavt"]
+        tokens = sum(turn["tokens"] for turn in told["conversation"]["turns"])
+        return [most for _, _, most in asked], told["finish"], body["choices"][0]["finish_reason"], tokens
+
+    assert max(first, second) < 90  # within what the checkpoint allows a turn
+    if field == "max_tokens":
+        assert ask(first + 1) == ([first + 1] * 2, "answer", "stop", first + second)
+        assert ask(5) == ([5], "length", "length", 5)
+    else:
+        assert ask(first + second + 1)[1:] == ("answer", "stop", first + second)
+        bounds, finish, reason, tokens = ask(first + 4)
+        assert (bounds[1], finish, reason, tokens) == (4, "length", "length", first + 4)
+        assert ask(5) == ([5], "length", "length", 5)
 
 
 def test_a_priority_reaches_an_engine_that_schedules_by_it_and_is_listed_as_ignored_by_others(app):

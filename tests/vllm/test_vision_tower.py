@@ -1,6 +1,7 @@
 """The tower and the query encoder on vLLM's layers give the published model's vectors (tests/golden)."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,6 @@ from vilavt_hf.vision_layout import Segments, VisionLayout
 GOLDEN = Path(__file__).parent.parent / "golden"
 VISION, TEXT = 5e-5, 1e-5  # tests/golden/README.md
 CASES = ["a", "b", "c", "d", "e", "d_late_fullatt13"]
-
-
-@pytest.fixture(scope="module")
-def vllm_world(tmp_path_factory):
-    """What vLLM's layers need to be built outside an engine: a configuration and a world of one."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    with set_current_vllm_config(VllmConfig()):
-        where = f"file://{tmp_path_factory.mktemp('world') / 'init'}"
-        init_distributed_environment(world_size=1, rank=0, distributed_init_method=where, local_rank=0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +107,65 @@ def test_the_tower_computes_nothing_that_only_attention_in_transformers_needs(bu
     ids, mask = inputs["query_ids"], inputs["query_attention_mask"]
     per_query = torch.bincount(inputs["image_to_query_mapping"], minlength=len(ids))
     assert len(tower(pixels, inputs["image_grid_thw"], per_query, projection(encoder.features(ids, mask)), mask))
+
+
+def packed(tower, *grids, per_query=None, columns=(0, 3), kept=True):
+    """The packing that the tower takes for these images under queries with tokens in `columns`, or a fresh one."""
+    grid, mask = torch.tensor(grids), torch.zeros(len(per_query or grids), 5, dtype=torch.long)
+    mask[:, slice(*columns)] = 1
+    per_query = torch.tensor(per_query or [1] * len(grids))
+    n = int(grid.prod(-1).sum())
+    make = partial(tower._packing, grid, per_query, mask, n)
+    return tower.packings.get(grid, per_query, mask, make) if kept else make()
+
+
+def tensors_of(packing):
+    of_spans = [one for kind in sorted(packing.spans) for one in vars(packing.spans[kind]).values()]
+    return [packing.order, packing.undo, packing.text_index, packing.cos, packing.sin, *of_spans]
+
+
+def test_calls_of_the_same_sizes_share_a_packing_that_equals_a_fresh_one(build):
+    tower, _, _ = build()
+    variants = [
+        ([[1, 8, 12]], {}),
+        ([[1, 12, 8]], {}),
+        ([[1, 8, 12], [1, 4, 4]], {}),
+        ([[1, 8, 12], [1, 4, 4]], {"per_query": [2]}),
+        ([[1, 8, 12]], {"columns": (0, 2)}),
+        ([[1, 8, 12]], {"columns": (1, 4)}),
+        ([[1, 8, 12]], {"columns": (0, 0)}),
+    ]
+
+    first = [packed(tower, *grids, **more) for grids, more in variants]
+    assert len(tower.packings) == len(variants)
+    for one, (grids, more) in zip(first, variants, strict=True):
+        assert packed(tower, *grids, **more) is one
+        fresh = packed(tower, *grids, **more, kept=False)
+        for kept, made in zip(tensors_of(one), tensors_of(fresh), strict=True):
+            assert kept is made is None or torch.equal(kept, made)
+
+
+@torch.no_grad()
+def test_a_packing_that_is_used_again_gives_the_same_features(build):
+    tower, encoder, projection = build()
+    inputs, pixels, _ = load_case("d")
+    ids, mask = inputs["query_ids"], inputs["query_attention_mask"]
+    per_query = torch.bincount(inputs["image_to_query_mapping"], minlength=len(ids))
+    text = projection(encoder.features(ids, mask))
+    features = [tower(pixels, inputs["image_grid_thw"], per_query, text, mask) for _ in range(2)]
+    assert len(tower.packings) == 1
+    assert torch.equal(*features)
+
+
+def test_packings_are_bounded_by_their_patches_and_the_one_used_longest_ago_goes_first(build):
+    tower, _, _ = build()
+    size = 64 + 5  # patches, and a query's room
+    tower.packings = type(tower.packings)(2 * size)
+    first, second = packed(tower, [1, 8, 8]), packed(tower, [1, 4, 16])
+    assert packed(tower, [1, 8, 8]) is first
+    packed(tower, [1, 16, 4])
+    assert (len(tower.packings), tower.packings.patches) == (2, 2 * size)
+    assert packed(tower, [1, 8, 8]) is first
+    assert packed(tower, [1, 4, 16]) is not second
+    packed(tower, [1, 16, 16])  # larger than all of it
+    assert (len(tower.packings), tower.packings.patches) == (0, 0)

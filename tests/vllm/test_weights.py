@@ -127,8 +127,12 @@ def test_a_layer_is_there_whatever_a_quantisation_calls_its_tensors():
 
     needed = {"text_proj.weight", "text_proj.bias", "a.q_proj.weight_packed", "a.q_proj.weight_scale", "a.norm.weight"}
     assert bare_layers(needed, needed) == set()
-    assert bare_layers(needed, {"text_proj.weight", "a.q_proj.qweight", "a.norm.weight"}) == set()
+    assert bare_layers(needed, {"text_proj.weight", "a.q_proj.qweight", "a.norm.weight"}) == {"text_proj.bias"}
     assert bare_layers(needed, {"a.q_proj.weight_packed", "a.norm.weight"}) == {"text_proj.weight"}
+    whole = {"text_proj.weight", "text_proj.bias", "a.norm.weight"}
+    # quantised in the model alone, and in the checkpoint alone
+    assert bare_layers(needed, whole | {"a.q_proj.weight"}) == {"a.q_proj.weight_packed", "a.q_proj.weight_scale"}
+    assert bare_layers(needed, whole - {"a.norm.weight"} | {"a.norm.qweight", "a.q_proj.scales"}) == {"a.norm.weight"}
 
 
 def test_query_projections_outside_query_aware_blocks_are_refused(tiny, tmp_path, start):

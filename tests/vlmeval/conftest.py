@@ -1,33 +1,21 @@
 """VLMEvalKit in processes of its own: importing it switches gradients off, so no test does that here."""
 
-import contextlib
 import csv
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from serving import SMALL
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TINY = ROOT / "examples" / "vilavt-tiny"
-QUESTIONS = 40
+QUESTIONS = 24
 """Asked for; the benchmark rounds per kind."""
-
-
-VLLM = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def _own_environment() -> dict[str, str]:
@@ -39,7 +27,7 @@ def _own_environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def vllm_settings() -> dict[str, str]:
     """Environment of an in-process vLLM on a small machine."""
-    return VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return SMALL | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def _load(name):
@@ -133,42 +121,3 @@ def reference():
     chat = VilavtChat.from_pretrained(TINY, concurrency=64, dtype="float32")
     results = chat.ask_many([Sample([t.scene.image], t.question.text, id=str(i)) for i, t in enumerate(todo)])
     return [(str(t.question.kind), r.answer == t.question.answer) for t, r in zip(todo, results, strict=True)]
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory):
-    """A ``vilavt-serve`` for vilavt-tiny; its `.url`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vilavt_vllm.server.command",
-        str(TINY),
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-    ]
-    command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-    log = tmp_path_factory.mktemp("served") / "log"
-    settings = _own_environment() | VLLM
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=settings, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(360):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-            with contextlib.suppress(OSError):
-                if urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200:
-                    break
-            time.sleep(0.5)
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}/v1")
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)

@@ -81,7 +81,7 @@ class Heat:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Heat:
-        """Inverse of :meth:`to_json`.
+        """Inverse of `to_json`.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
@@ -138,7 +138,7 @@ class Layer:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layer:
-        """Inverse of :meth:`to_json`.
+        """Inverse of `to_json`.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
@@ -188,7 +188,7 @@ class AttentionPicture:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionPicture:
-        """Inverse of :meth:`to_json`.
+        """Inverse of `to_json`.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
@@ -254,7 +254,7 @@ class QueryDifference:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QueryDifference:
-        """Inverse of :meth:`to_json`.
+        """Inverse of `to_json`.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

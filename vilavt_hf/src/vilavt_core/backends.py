@@ -313,7 +313,7 @@ class BackendOptions:
         return replace(sampling, **self.sampling)
 
     def refuse(self, backend: str, *names: str) -> None:
-        """Stop if one of these options was given to a backend that cannot heed it.
+        """Stop if one of these options was given to a backend that does not support it.
 
         Raises:
             EngineError: names option and backend.
@@ -321,7 +321,7 @@ class BackendOptions:
         defaults = BackendOptions()
         for name in names:
             if (value := getattr(self, name)) != getattr(defaults, name):
-                raise EngineError(f"the backend {backend!r} cannot heed {name}={value!r}; leave it out")
+                raise EngineError(f"the backend {backend!r} does not support {name}={value!r}; remove it")
 
 
 Factory = Callable[[str, BackendOptions], Backend]
@@ -346,7 +346,7 @@ def open_backend(model: str, name: str | None = None, options: BackendOptions = 
         options: how.
 
     Raises:
-        EngineError: no such backend, an option it cannot heed, or the server does not answer.
+        EngineError: no such backend, an option that it does not support, or the server does not answer.
         VilavtError: the checkpoint cannot be loaded.
     """
     name = name or ("server" if names_server(model) else "hf")

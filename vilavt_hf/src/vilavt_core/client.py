@@ -19,7 +19,7 @@ from typing import Any, Self
 from . import wire
 from .asking import AskingBackend, Talk, refuse_intervention
 from .backends import BackendOptions
-from .errors import EngineError, VilavtError
+from .errors import EngineError, StateError, VilavtError
 from .images import image_file
 from .presets import Limits, Preset, Sampling, get_preset
 from .regions import Picture, PixelBounds
@@ -156,7 +156,7 @@ class ServerClient(AskingBackend):
         began = time.perf_counter()
         sample = replace(sample, seed=self._seed(sample, place))
         try:
-            result = next(self._answers(sample, [], stream=False))
+            result = next(self._answers(sample, [], None, stream=False))
             assert isinstance(result, Finished)
             return replace(result.result, seconds=time.perf_counter() - began)
         except Exception as error:
@@ -171,12 +171,16 @@ class ServerClient(AskingBackend):
                 error=error if isinstance(error, VilavtError) else self._failure(sample, error),
             )
 
-    def _answers(self, sample: Sample, before: Sequence[Mapping[str, Any]], *, stream: bool) -> Iterator[Event]:
+    def _answers(
+        self, sample: Sample, before: Sequence[Mapping[str, Any]], state: str | None, *, stream: bool
+    ) -> Iterator[Event]:
         """Events of one question; `Finished` comes last.
 
         Args:
             sample: the question; its images are the new ones.
             before: messages of the conversation so far.
+            state: that came with the last answer; without it, a server that does not know the conversation any more
+                rebuilds it from the messages, without the zooms.
             stream: whether events come as they happen, else `Finished` alone.
 
         Raises:
@@ -188,33 +192,47 @@ class ServerClient(AskingBackend):
             "model": self.model,
             "messages": [*before, self.message(sample)],
             "seed": self._seed(sample),
-            "extra_body": {**self.options.sampling, wire.FIELD: limits},
         }
         try:
-            if not stream:
-                body: Any = self._client.chat.completions.create(**request).to_dict()
-                yield Finished(self._result(sample, body[wire.FIELD]))
-                return
-            finished = False
-            # Left early, the connection is closed, upon which the server ends the question.
-            with self._client.chat.completions.create(**request, stream=True) as chunks:
-                for chunk in chunks:
-                    data: Any = chunk.to_dict().get(wire.FIELD)
-                    if data is None:
-                        continue
-                    if data["type"] == "end":
-                        *events, _ = wire.read_chunk(data)
-                        yield from events
-                        finished = True
-                        yield Finished(self._result(sample, data))
-                    else:
-                        yield from wire.read_chunk(data)
-            if not finished:
-                raise EngineError("the stream ended without a result")
+            try:
+                yield from self._attempt(
+                    sample, request, limits if state is None else {**limits, wire.STATE: state}, stream
+                )
+            except Exception as error:
+                if state is None or getattr(error, "type", None) != StateError.__name__:
+                    raise
+                logger.warning("%s: the conversation goes on without its zooms: %s", self.url, error)
+                yield from self._attempt(sample, request, limits, stream)
         except VilavtError:
             raise
         except Exception as error:
             raise self._failure(sample, error) from error
+
+    def _attempt(
+        self, sample: Sample, request: Mapping[str, Any], field: Mapping[str, Any], stream: bool
+    ) -> Iterator[Event]:
+        """`_answers` of one request whose field ``vilavt`` is this."""
+        said: dict[str, Any] = {**request, "extra_body": {**self.options.sampling, wire.FIELD: field}}
+        if not stream:
+            body: Any = self._client.chat.completions.create(**said).to_dict()
+            yield Finished(self._result(sample, body[wire.FIELD]))
+            return
+        finished = False
+        # Left early, the connection is closed, upon which the server ends the question.
+        with self._client.chat.completions.create(**said, stream=True) as chunks:
+            for chunk in chunks:
+                data: Any = chunk.to_dict().get(wire.FIELD)
+                if data is None:
+                    continue
+                if data["type"] == "end":
+                    *events, _ = wire.read_chunk(data)
+                    yield from events
+                    finished = True
+                    yield Finished(self._result(sample, data))
+                else:
+                    yield from wire.read_chunk(data)
+        if not finished:
+            raise EngineError("the stream ended without a result")
 
     def _seed(self, sample: Sample, place: int = 0) -> int:
         return sample.drawing_seed(self.options.seed, self.options.change_sampling(self._server.sampling), place)
@@ -279,6 +297,7 @@ class ServedConversation(Talk):
         super().__init__(sample)
         self._client = client
         self._messages: list[dict[str, Any]] = []
+        self._state: str | None = None
 
     def ask(self, question: str, images: Images = ()) -> ChatResult:
         """See `vilavt_core.backends.Conversation.ask`."""
@@ -301,13 +320,14 @@ class ServedConversation(Talk):
         asked, whole, begun = self._client.message(sample), False, False
         self._busy = True
         try:
-            for event in self._client._answers(sample, self._messages, stream=stream):
+            for event in self._client._answers(sample, self._messages, self._state, stream=stream):
                 begun = True
                 if isinstance(event, Finished):
                     whole = True
                     if event.result.turns:  # else nothing is there to continue
                         answer = {"role": "assistant", "content": event.result.answer or ""}
                         self._messages += [asked, answer]
+                        self._state = event.result.state
                 yield event
         finally:
             self._busy = False

@@ -196,7 +196,7 @@ class ShownImage:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShownImage:
-        """Inverse of :meth:`to_json`; other keys are ignored."""
+        """Inverse of `to_json`; other keys are ignored."""
         given = {f.name: data[f.name] for f in fields(cls) if f.default is MISSING or f.name in data}
         box = None if given["box"] is None else tuple(given["box"])
         return cls(**{**given, "region": tuple(given["region"]), "box": box})
@@ -223,6 +223,14 @@ class Request:
     def logit_bias(self, *more: int) -> dict[int, float]:
         """The ban of `banned_token_ids` and `more` for engines with a ``logit_bias``: what is added to the logits."""
         return dict.fromkeys((*self.banned_token_ids, *more), BAN)
+
+
+@dataclass(frozen=True)
+class FedTurn:
+    """One assistant turn as an engine gave it."""
+
+    token_ids: tuple[int, ...]
+    finish: Literal["stop", "length"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +268,7 @@ class Turn:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Turn:
-        """What :meth:`to_json` wrote, without the views."""
+        """What `to_json` wrote, without the views."""
         return cls(
             index=data["index"],
             text=data["text"],
@@ -356,7 +364,7 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Result:
-        """What :meth:`to_json` wrote, without pixels.
+        """What `to_json` wrote, without pixels.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

@@ -137,6 +137,8 @@ def _checkpoint(folder: Path) -> Check:
         return Check("checkpoint", Status.FAILED, verdict.problem, verdict.remedy)
     found = inspect_checkpoint(folder)
     detail = f"{folder}: {found.flavour.value}, {found.parameters / 1e6:.1f} M parameters"
+    if found.quantisation is not None:
+        detail += f"; {found.quantisation}"
     if found.missing:
         lacks = ", ".join(missing.name for missing in found.missing)
         remedies = "; ".join(missing.remedy for missing in found.missing)

@@ -185,7 +185,7 @@ class ConversationSettings:
         sample_id: str | None = None,
         gallery: Gallery | None = None,
     ) -> Episode:
-        """A new episode about loaded pictures; see :meth:`Episode.start`."""
+        """A new episode about loaded pictures; see `Episode.start`."""
         return Episode.start(
             images,
             question,
@@ -206,7 +206,7 @@ class Driver:
         settings: of the backend.
         name: named in errors if the sample has no id.
         place: of the sample among those asked together, counted from 0; varies its seed if it has no id.
-        stream: whether :meth:`take` gives text as it arrives.
+        stream: whether `take` gives text as it arrives.
         sampling: instead of the settings'.
         intervention: changes for ablations.
         episode: that was started already, for the sample's question; its pictures are not loaded again.
@@ -235,7 +235,7 @@ class Driver:
         self.intervention = intervention or Intervention()
         self.work, self.billed = Work(), BilledTokens()
         """What the engine did; its adapter counts."""
-        self.crops_before = 0
+        self._crops_before = 0
         """Crops of the conversation that earlier questions made."""
         self.episode = episode
         """The one that `request` belongs to: the conversation, or its fallback."""
@@ -299,7 +299,7 @@ class Driver:
             raise EngineError(f"sample {self.name}: its first question never began, there is nothing to continue")
         images = self.settings.load(sample.images, sample.bounds)
         again = Driver(sample, self.settings, name=self.name, place=self.place, stream=stream, sampling=sampling)
-        again.crops_before = sum(view.kind == "crop" for view in before.views)
+        again._crops_before = _crops(before)
         again.episode = before.follow_up(sample.question, images, limits=again.sample.limits)
         return again
 
@@ -314,6 +314,12 @@ class Driver:
     def sampled(self) -> int:
         """Tokens of the running turn so far."""
         return len(self._ids)
+
+    @property
+    def crops(self) -> int:
+        """Crops that this question has made, whether or not it came to an end."""
+        episode = self.conversation
+        return 0 if episode is None else _crops(episode) - self._crops_before
 
     @property
     def picture_bytes(self) -> int:
@@ -447,6 +453,10 @@ class Driver:
         assert self.episode is not None
         special = self.episode.special
         return [*encode_text(text, self.settings.tokenizer, special), special.im_end]
+
+
+def _crops(episode: Episode) -> int:
+    return sum(view.kind == "crop" for view in episode.views)
 
 
 class _Redirected(Gallery):

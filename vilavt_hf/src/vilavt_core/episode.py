@@ -1,8 +1,8 @@
 """One conversation as a state machine without input or output: requests out, sampled tokens in.
 
 The same object drives chat, serving, evaluation and RL. It never decodes and re-encodes what the model sampled: the
-stream of token ids only grows. An engine asks :meth:`Episode.next_request`, samples, and gives the ids back with
-:meth:`Episode.feed`, until the request is None; then :attr:`Episode.result` and :attr:`Episode.record` are there.
+stream of token ids only grows. An engine asks `Episode.next_request`, samples, and gives the ids back with
+`Episode.feed`, until the request is None; then `Episode.result` and `Episode.record` are there.
 An episode is used once.
 
 What an engine must keep: the ids it feeds include the stop token it ended on; ids of vision placeholders are never
@@ -23,6 +23,7 @@ from PIL import Image
 
 from .conversation import (
     Chunk,
+    FedTurn,
     ImageSpan,
     Inquiry,
     Mark,
@@ -57,7 +58,7 @@ from .versions import version_of
 
 
 class Episode:
-    """One conversation, single use; made by :meth:`start`, :meth:`follow_up` or :meth:`fallback`."""
+    """One conversation, single use; made by `start`, `follow_up` or `fallback`."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Episode:
         self._gallery = gallery
         self._stream = stream
         self._turns: list[Turn] = []
+        self._fed: list[FedTurn] = []
         self._pending: Request | None = None
         self._finish: FinishReason | None = None
         self._answer: str | None = None
@@ -105,7 +107,7 @@ class Episode:
         """Begin a conversation.
 
         Args:
-            images: source pictures, RGB, at full resolution (:func:`vilavt_core.images.load_image` makes them), alone
+            images: source pictures, RGB, at full resolution (`vilavt_core.images.load_image` makes them), alone
                 or with their names, times, and bounds on their pixels within the limits.
             question: the user's text; special tokens in it stay text.
             tokenizer: has Qwen's special tokens.
@@ -177,13 +179,14 @@ class Episode:
         """The forced-answer conversation of presets that have one: the original images, a plain question, one turn.
 
         Returns:
-            None if the preset has none or an answer was found. An answer tag is not needed in it: without one the
-            whole text counts.
+            None if the preset has none, an answer was found, or no token of ``max_answer_tokens`` is left. An answer
+            tag is not needed in it: without one the whole text counts.
         """
-        if self._finish is None or self._answer is not None or not self.preset.forced_answer:
+        left = self._tokens_left()
+        if self._finish is None or self._answer is not None or not self.preset.forced_answer or left == 0:
             return None
         preset = replace(self.preset, budget_split="per_image", sizes="first", interleave=False, forced_answer=False)
-        limits = replace(self.limits, max_turns=1)
+        limits = replace(self.limits, max_turns=1, max_answer_tokens=left)
         episode = Episode(
             tokenizer=self.tokenizer,
             prompts=self.prompts,
@@ -219,6 +222,11 @@ class Episode:
     def turns(self) -> tuple[Turn, ...]:
         """Assistant turns of this episode so far."""
         return tuple(self._turns)
+
+    @property
+    def fed(self) -> tuple[FedTurn, ...]:
+        """What `feed` was given for each of these turns: with it the episode can be gone through again."""
+        return tuple(self._fed)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -296,13 +304,13 @@ class Episode:
             return None
         if self._pending is None:
             stream = self._stream
-            room = self._room()
+            bounds = (self.limits.max_new_tokens_per_turn, self._room(), self._tokens_left())
             self._pending = Request(
                 new_token_ids=stream.tokens[stream.sent :],
                 all_token_ids=list(stream.tokens),
                 new_inquiries=tuple(stream.inquiries[stream.sent_inquiries :]),
                 inquiries=tuple(stream.inquiries),
-                max_new_tokens=min(self.limits.max_new_tokens_per_turn, room),
+                max_new_tokens=min(bound for bound in bounds if bound is not None),
                 stop_token_ids=self.special.stops,
                 banned_token_ids=self.special.banned,
                 turn=len(self._turns),
@@ -370,6 +378,7 @@ class Episode:
         else:
             turn = self._act(turn)
         self._turns.append(turn)
+        self._fed.append(FedTurn(tuple(ids), finish))
         return turn
 
     @property
@@ -476,6 +485,13 @@ class Episode:
         """Carry out a turn that stopped in the ordinary way and is no answer."""
         limits, action = self.limits, turn.action
         last = turn.index + 1 >= limits.max_turns
+        if self._tokens_left(turn.token_count) == 0:
+            problem = (
+                f"turn {turn.index + 1} needs another one, and the {limits.max_answer_tokens} tokens that are allowed "
+                "for all of them are sampled; raise Limits.max_answer_tokens"
+            )
+            self._end(FinishReason.LENGTH, problem)
+            return replace(turn, problem=problem)
         if isinstance(action, ToolCall):
             if last:
                 problem = f"turn {turn.index + 1} of {limits.max_turns} asked for another zoom; raise Limits.max_turns"
@@ -600,7 +616,13 @@ class Episode:
 
     def _end_cut_off(self, request: Request) -> None:
         limits = self.limits
-        if request.max_new_tokens < limits.max_new_tokens_per_turn:
+        if request.max_new_tokens == self._tokens_left():
+            detail = (
+                f"turn {len(self._turns) + 1} was cut off, {limits.max_answer_tokens} tokens are allowed for all turns "
+                "of an answer; raise Limits.max_answer_tokens"
+            )
+            self._end(FinishReason.LENGTH, detail)
+        elif request.max_new_tokens < limits.max_new_tokens_per_turn:
             detail = (
                 f"the turn was cut off at token {len(self._stream.tokens)} of {limits.max_context}; raise "
                 "Limits.max_context"
@@ -610,6 +632,11 @@ class Episode:
             allowed = limits.max_new_tokens_per_turn
             detail = f"the turn was cut off, {allowed} tokens are allowed; raise Limits.max_new_tokens_per_turn"
             self._end(FinishReason.LENGTH, detail)
+
+    def _tokens_left(self, *more: int) -> int | None:
+        """Tokens that may still be sampled for the answer, once turns of `more` tokens are; None: any number."""
+        most = self.limits.max_answer_tokens
+        return None if most is None else max(0, most - sum(more) - sum(turn.token_count for turn in self._turns))
 
     def _room(self) -> int:
         """Tokens that still fit."""

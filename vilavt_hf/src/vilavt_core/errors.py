@@ -36,6 +36,10 @@ class EpisodeError(VilavtError):
     """An episode was driven against its contract."""
 
 
+class StateError(VilavtError):
+    """A conversation cannot be continued from a state that a client sent back; names what disagrees."""
+
+
 class CheckpointError(VilavtError):
     """A checkpoint is incomplete, inconsistent, or cannot be written."""
 

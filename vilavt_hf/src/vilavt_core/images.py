@@ -112,7 +112,7 @@ def load_image(
     Args:
         source: a path, the bytes of a file (``bytes``, ``bytearray``, ``memoryview``), an open binary file, a
             ``{"bytes": …, "path": …}`` dict of `datasets`, a ``data:`` URL, an http(s) URL (only with ``allow_urls``),
-            a PIL image, or pixels as an array or tensor; see :func:`vilavt_core.sources.array_image`. An open file is
+            a PIL image, or pixels as an array or tensor; see `vilavt_core.sources.array_image`. An open file is
             read from its beginning and left where it was.
         limits: caps.
         allow_urls: whether the network may be used.
@@ -154,7 +154,7 @@ def decoding_cost(data: bytes, limits: ImageLimits = ImageLimits(), *, name: str
     """What it will cost to decode the bytes of a file, which are not decoded for it.
 
     Raises:
-        ImageError: as :func:`load_image`, where the header shows it.
+        ImageError: as `load_image`, where the header shows it.
     """
     with _opened(data, limits, name or f"the image ({len(data)} bytes)") as image:
         pixels = image.width * image.height
@@ -166,7 +166,7 @@ def image_file(
 ) -> bytes:
     """A picture as the bytes of a file: its own, unread, where it comes as one; of pixels in memory, a PNG.
 
-    URLs are not followed; the other arguments and errors are those of :func:`load_image`.
+    URLs are not followed; the other arguments and errors are those of `load_image`.
     """
     if isinstance(source, Image.Image) or is_array(source):
         buffer = io.BytesIO()
@@ -176,19 +176,19 @@ def image_file(
 
 
 def is_url(source: str) -> bool:
-    """Whether :func:`load_image` takes it for a URL; a ``data:`` URL holds the picture itself and is none."""
+    """Whether `load_image` takes it for a URL; a ``data:`` URL holds the picture itself and is none."""
     return source[:5].lower() != "data:" and _URL.match(source) is not None
 
 
 def image_size(
     source: ImageSource, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
 ) -> tuple[int, int]:
-    """Width and height that :func:`load_image` would give, from the header alone; of a path, no more is read.
+    """Width and height that `load_image` would give, from the header alone; of a path, no more is read.
 
     What comes behind the header goes unseen: damage, and the orientation of a PNG that states it after its pixels.
 
     Raises:
-        ImageError: as :func:`load_image`, which URLs it does not follow.
+        ImageError: as `load_image`, which URLs it does not follow.
     """
     if is_array(source):
         label = name or "the array"

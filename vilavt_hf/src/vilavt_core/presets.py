@@ -2,7 +2,7 @@
 
 A preset is what a score depends on besides the checkpoint: limits, how turns are read, what a bad call leads to,
 how the first turn is laid out, how the answer is taken out. Wording comes from the prompt set (see
-:mod:`vilavt_core.prompts`). Source of the facts: `docs/protocol.md`, table "Presets".
+`vilavt_core.prompts`). Source of the facts: `docs/protocol.md`, table "Presets".
 
 Whatever the preset, an episode of one turn is offered no zoom, as no call could be carried out. The published variants
 have more turns; with one they would go on offering it.
@@ -48,6 +48,9 @@ class Limits:
     max_turns: int = described(5, "assistant turns of a conversation, the answer included", ge=1, per_request=True)
     max_images: int = described(52, "images of a conversation, crops included", ge=1, per_request=True)
     max_new_tokens_per_turn: int = described(2048, "tokens the model may sample in a turn", ge=1, per_request=True)
+    max_answer_tokens: int | None = described(
+        None, "tokens the model may sample for an answer, all turns together; none: unlimited", ge=1, per_request=True
+    )
     max_context: int | None = described(
         None, "tokens of a whole conversation, sampled ones included; none: unlimited", ge=1, per_request=True
     )
@@ -183,7 +186,7 @@ class Preset:
     close_tag_ends: bool = False
     """Whether ``</answer>`` alone ends the episode, even if no ``<answer>`` comes before it."""
     forced_answer: bool = False
-    """Whether :meth:`Episode.fallback` offers a fresh conversation without zoom when no answer came."""
+    """Whether `Episode.fallback` offers a fresh conversation without zoom when no answer came."""
     unbox_answer: bool = False
     r"""Whether ``\boxed{…}`` around an answer is taken off."""
 

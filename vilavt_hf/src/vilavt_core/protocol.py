@@ -1,11 +1,11 @@
 """The grammar of one assistant turn: text in, one typed outcome out.
 
 A turn is ``<think>…</think>`` followed by either a zoom request ``<tool>{"region": [{"index": int, "bbox_2d": [x1,
-y1, x2, y2]}], "query": str}</tool>`` or a final ``<answer>…</answer>``. :func:`parse_turn` never raises, whatever
-the text: what cannot be read is a :class:`Malformed` with a named reason. Two rule sets exist. ``strict`` (default)
+y1, x2, y2]}], "query": str}</tool>`` or a final ``<answer>…</answer>``. `parse_turn` never raises, whatever
+the text: what cannot be read is a `Malformed` with a named reason. Two rule sets exist. ``strict`` (default)
 refuses what the published system accepted by accident; ``published`` reads a turn as the published evaluators did,
 so that a checkpoint's scores carry over. Only the shape of a call is checked here; whether a box fits its image is
-checked by :mod:`vilavt_core.regions`.
+checked by `vilavt_core.regions`.
 """
 
 from __future__ import annotations
@@ -409,7 +409,7 @@ def _kind(value: Any) -> str:
 
 def format_tool_call(call: ToolCall) -> str:
     """Canonical ``<tool>…</tool>`` text of a call: compact JSON, whole coordinates without ``.0``;
-    :func:`parse_turn` reads it back."""
+    `parse_turn` reads it back."""
     region = [
         {"index": r.index, "bbox_2d": [int(v) if float(v).is_integer() else float(v) for v in r.box]}
         for r in call.regions

@@ -98,7 +98,7 @@ def token_count(image: Image.Image, factor: int = FACTOR) -> int:
 
 
 def fit(image: Image.Image, *, min_pixels: float = MIN_PIXELS, max_pixels: float = MAX_PIXELS) -> Image.Image:
-    """The image as the encoder gets it: RGB, resized (bicubic) to :func:`smart_resize`'s size."""
+    """The image as the encoder gets it: RGB, resized (bicubic) to `smart_resize`'s size."""
     image = image if image.mode == "RGB" else image.convert("RGB")
     height, width = smart_resize(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
@@ -226,7 +226,7 @@ class Gallery:
         the call.
 
         Raises:
-            RegionError: as :meth:`crop`.
+            RegionError: as `crop`.
         """
         return [self._plan(i, region, max_pixels) for i, region in enumerate(regions)]
 

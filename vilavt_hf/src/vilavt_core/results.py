@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 from .attention import AttentionPicture
 from .conversation import Inquiry, Record, Result, ShownImage, Thoughts, Turn
@@ -224,7 +224,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
-        """What :meth:`to_json` wrote.
+        """What `to_json` wrote.
 
         Raises:
             TypeError, KeyError: other fields than this version's.
@@ -255,6 +255,11 @@ class ChatResult:
     """The forced-answer conversation of presets that have one."""
     ignored: tuple[str, ...] = ()
     """Fields of the request that a server accepted and did not use."""
+    history: Literal["kept", "state", "rebuilt"] | None = None
+    """Where a server had the conversation from that this question continues: from its memory, from a state that the
+    client sent back, or from the messages alone, without their zooms. None: it continues none."""
+    state: str | None = None
+    """With which any server of the same kind continues this conversation (`vilavt_core.state`)."""
     transcript: str = ""
     """Everything that the model saw and said, special tokens spelled out, an image as ``<image WxH>``."""
     attention: tuple[AttentionPicture, ...] = ()
@@ -318,7 +323,7 @@ class ChatResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ChatResult:
-        """What :meth:`to_json` wrote of a conversation that did not fail: without the token stream and the pixels.
+        """What `to_json` wrote of a conversation that did not fail: without the token stream and the pixels.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.

@@ -24,7 +24,7 @@ from .spelling import meant
 logger = logging.getLogger(__name__)
 
 SETTINGS = "vilavt_chat.json"
-"""File of a checkpoint that says how the checkpoint wants to be run; see :func:`save_chat_settings`."""
+"""File of a checkpoint that says how the checkpoint wants to be run; see `save_chat_settings`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ChatSettings:
 def save_chat_settings(
     folder: str | Path, *, preset: str = "default", limits: Mapping[str, Any] | None = None, note: str = ""
 ) -> Path:
-    """Write how a checkpoint wants to be run: ``vilavt_chat.json``, read by :func:`preset_of`.
+    """Write how a checkpoint wants to be run: ``vilavt_chat.json``, read by `preset_of`.
 
     Args:
         folder: the checkpoint.

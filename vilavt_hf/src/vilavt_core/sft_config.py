@@ -1,8 +1,8 @@
 """The one schema of a training run: what ``vilavt sft CONFIG.yaml`` reads. Unknown keys are refused."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -135,7 +135,7 @@ class InferenceConfig(_Section):
     preset: str | None = Field(default=None, description="default: the preset of training")
     limits: dict[str, float | None] = Field(
         default={},
-        description="limits that differ from those of training, as {max_pixels: 6422528} for larger pictures",
+        description="limits that differ from those of training, as {max_pixels: 6422528} for larger images",
     )
 
 
@@ -256,7 +256,7 @@ class SftConfig(_Section):
             raise TrainingError(f"{path}: {found_problems}; `vilavt sft --keys` lists all keys") from None
 
     @model_validator(mode="after")
-    def _heeded(self) -> Self:
+    def _used(self) -> Self:
         """Refuse what differs from its default and is left without effect by another key."""
         usual = OptimizerConfig()
         undecayed = self.optimizer.schedule != "stable_decay"
@@ -348,13 +348,15 @@ def describe(section: type[BaseModel] = SftConfig, prefix: str = "") -> Iterator
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         inner = _inner_section(field.annotation)
+        if inner is None or field.description:
+            default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+            yield key, default, field.description or ""
         if inner is not None:
-            if field.description:
-                yield key, "null", field.description
-            yield from describe(inner, f"{key}.")
-            continue
-        default = "required" if field.is_required() else _shown(field.default)
-        yield key, default, field.description or ""
+            yield from describe(inner, f"{key}{_MANY.get(get_origin(field.annotation), '')}.")
+
+
+_MANY: Mapping[Any, str] = {dict: ".NAME", list: "[]", tuple: "[]"}
+"""Written behind a key that holds several sections."""
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:

@@ -157,9 +157,9 @@ def plan(
     machine, talk, root = machine or Machine(), talk or PlannedTalk(), Path(checkpoint)
     found = Checkpoint.open(root)
     config, element = found.config, DTYPES[dtype]
-    shapes = _shapes(found)
+    shapes = tensor_shapes(found)
     parts = _parts(found, shapes, element)
-    text = _Decoder.of(config)
+    text = Decoder.of(config)
     tower_heads = (config.get("vision_config") or {}).get("num_heads") or text.heads
     for part, heads in (("language model", text.heads), ("vision tower", tower_heads)):
         if heads % machine.gpus:
@@ -202,7 +202,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class Decoder:
     """Sizes of the language model."""
 
     hidden: int
@@ -213,7 +213,12 @@ class _Decoder:
     context: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> _Decoder:
+    def of(cls, config: Mapping[str, Any]) -> Decoder:
+        """From ``config.json``.
+
+        Raises:
+            CheckpointError: it lacks a size.
+        """
         expected_tensors({**config, "text_encoder_config": None})  # names a size that is missing
         text = text_fields(config)
         hidden, heads, context = text["hidden_size"], text["num_attention_heads"], text.get("max_position_embeddings")
@@ -223,19 +228,28 @@ class _Decoder:
         return cls(hidden, text["num_hidden_layers"], heads, text["num_key_value_heads"], head, context)
 
 
-def _shapes(found: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that are there, or that the configuration asks for if there are no weights yet."""
+def tensor_shapes(found: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that are there, or that the configuration asks for if there are no weights yet.
+
+    Raises:
+        CheckpointError: weights are damaged, or the configuration lacks a size.
+    """
     if any(found.folder.glob("*.safetensors")) or found.index is not None:
         found.require_sound()
         return {name: tensor.shape for name, tensor in found.tensors.items()}
     if not isinstance(found.config.get("text_encoder_config"), dict):
         raise CheckpointError(f"{found.folder} has neither weights nor a text_encoder_config: its sizes are unknown")
-    tied = is_tied(found.config)
-    return {
-        name: shape
-        for name, shape in expected_tensors(found.config).items()
-        if not (tied and name.startswith("lm_head."))
-    }
+    return configured_shapes(found.config)
+
+
+def configured_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that ``config.json`` asks for, but of an LM head that is tied.
+
+    Raises:
+        CheckpointError: it lacks a size.
+    """
+    tied = is_tied(config)
+    return {n: shape for n, shape in expected_tensors(config).items() if not (tied and n.startswith("lm_head."))}
 
 
 def _parts(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], element: int) -> dict[str, PartSize]:
@@ -266,9 +280,7 @@ def _encoding(config: Mapping[str, Any], parts: Mapping[str, PartSize], tokens: 
     return weights + 4.0 * len(whole) * vision["hidden_size"] * patches**2
 
 
-def _reading(
-    parts: Mapping[str, PartSize], shapes: Mapping[str, tuple[int, ...]], text: _Decoder, tokens: int
-) -> float:
+def _reading(parts: Mapping[str, PartSize], shapes: Mapping[str, tuple[int, ...]], text: Decoder, tokens: int) -> float:
     """Operations of reading so many tokens: two per weight that is not the embedding, and causal attention."""
     embedding = math.prod(shapes.get("model.embed_tokens.weight", (0,)))
     weights = 2.0 * (_of(parts, "language_model") - embedding) * tokens

@@ -1,7 +1,7 @@
 """What a picture may be given as: paths, bytes, files, rows of `datasets`, arrays and tensors, PIL images.
 
-Every entry of every package takes a picture, or several, through :func:`image_list` and
-:func:`vilavt_core.images.load_image`; tensors are recognised by what they have, torch is not imported.
+Every entry of every package takes a picture, or several, through `image_list` and
+`vilavt_core.images.load_image`; tensors are recognised by what they have, torch is not imported.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Video:
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """Which frames, without what is not said: keys that :meth:`of` takes."""
+        """Which frames, without what is not said: keys that `of` takes."""
         said = {"frames": self.frames, "fps": self.fps, "rule": None if self.rule == "ends" else self.rule}
         return {name: value for name, value in said.items() if value is not None}
 

@@ -27,6 +27,6 @@ def _compared(name: object) -> str:
 
 
 def meant(written: Iterable[object], known: Iterable[object]) -> str:
-    """:func:`did_you_mean` for the first of several names that has a likeness."""
+    """`did_you_mean` for the first of several names that has a likeness."""
     known = list(known)
     return next(filter(None, (did_you_mean(name, known) for name in written)), "")

@@ -1,7 +1,7 @@
 """The viewer of conversations: what every page of them shows, whoever recorded them.
 
-A :class:`Trace` is one question with its turns, images and answer: of a chat or a server (:meth:`Trace.of`), of a
-result file, of a training run. :func:`shown_talk` makes of the questions of one conversation what the macros of
+A `Trace` is one question with its turns, images and answer: of a chat or a server (`Trace.of`), of a
+result file, of a training run. `shown_talk` makes of the questions of one conversation what the macros of
 ``templates/talk.html`` show: pictures with their regions beside the turns, each region linked with its crop and with
 the words that asked for it.
 """

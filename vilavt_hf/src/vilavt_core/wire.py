@@ -1,9 +1,10 @@
 """What a server and its client say to each other beside OpenAI's chat completions: one module for both ends.
 
-A request is an ordinary chat completion whose field ``vilavt`` holds tighter limits. A response is an ordinary one with
-a field ``vilavt``: how the conversation ended, its zooms as events, the fields of the request that had no effect, and
-the whole conversation as `ChatResult.to_json` writes it. A streamed response has the same events, one per chunk, while
-they happen.
+A request is an ordinary chat completion whose field ``vilavt`` holds tighter limits, and the state that came with the
+last answer (`vilavt_core.state`). A response is an ordinary one with a field ``vilavt``: how the conversation ended,
+its zooms as events, the fields of the request that had no effect, the state to send with the next question, and the
+whole conversation as `ChatResult.to_json` writes it. A streamed response has the same events, one per chunk, while they
+happen.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from .results import (
 
 FIELD = "vilavt"
 """Of requests, responses and chunks."""
+STATE = "state"
+"""Of `FIELD`, in requests and responses."""
 SETTINGS_PATH = "/vilavt"
 """Below the API's base URL: `settings_body`."""
 
@@ -39,9 +42,11 @@ SETTINGS_PATH = "/vilavt"
 # ---------------------------------------------------------------------- what a server says
 
 
-def settings_body(model: str, provenance: Provenance, note: str = "") -> dict[str, Any]:
-    """What answers depend on besides the question, and the checkpoint's note for people."""
-    return {"model": model, "provenance": provenance.to_json(), "note": note}
+def settings_body(
+    model: str, provenance: Provenance, note: str = "", state: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What answers depend on besides the question, the checkpoint's note for people, and which states are read."""
+    return {"model": model, "provenance": provenance.to_json(), "note": note, "state": dict(state or {})}
 
 
 def event_json(event: Event) -> dict[str, Any] | None:
@@ -68,6 +73,9 @@ def told(result: ChatResult, ignored: Sequence[str] = ()) -> dict[str, Any]:
         "images": len(result.images),
         "events": events,
         "ignored": list(ignored),
+        "history": result.history,
+        "state": result.state,
+        "state_bytes": len(result.state or ""),
         "provenance": conversation.pop("provenance"),
         "conversation": conversation,
     }
@@ -120,7 +128,7 @@ class Reply:
     def progress(self, event: Event) -> str | None:
         """The chunk of an event on the way, if it has one: thoughts as their text arrives, zooms, crops, refusals.
 
-        The answer is not among them: it is sent by :meth:`end`, when it is certain.
+        The answer is not among them: it is sent by `end`, when it is certain.
         """
         if not isinstance(event, TextDelta):
             data = event_json(event)
@@ -184,7 +192,8 @@ def read_told(data: Mapping[str, Any]) -> ChatResult:
         KeyError, TypeError, ValueError: as `read_settings`.
     """
     result = ChatResult.from_json({**data["conversation"], "provenance": data["provenance"]})
-    return replace(result, ignored=tuple(data["ignored"]))
+    # An older server tells neither of the last two.
+    return replace(result, ignored=tuple(data["ignored"]), history=data.get("history"), state=data.get("state"))
 
 
 def read_chunk(data: Mapping[str, Any]) -> Iterator[Event]:

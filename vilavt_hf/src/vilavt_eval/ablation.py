@@ -1,7 +1,7 @@
 """Which part of the method an answer owes to what: the same questions with one part taken away.
 
-The text of the conversation stays what the model wrote; what it is shown changes behind its back
-(:class:`vilavt_core.results.Intervention`). Only a local model can be treated so (backend ``hf``); ``no-zoom`` is a
+The text of the conversation stays what the model wrote; the features that it gets change
+(`vilavt_core.results.Intervention`). Only a local model can be treated so (backend ``hf``); ``no-zoom`` is a
 limit of one turn, which every backend can set.
 """
 

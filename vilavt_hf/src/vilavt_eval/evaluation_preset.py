@@ -2,7 +2,7 @@
 
 A file is complete: it names every limit and every sampling setting, so that what it means does not change with the
 package. Only what is off unless it is set (its default is None) may be left out, so that a file outlives new limits.
-``episode`` is the name of a preset of :mod:`vilavt_core.presets`, which says how turns are read and what a bad
+``episode`` is the name of a preset of `vilavt_core.presets`, which says how turns are read and what a bad
 call leads to; those are rules in code, versioned with the package.
 """
 

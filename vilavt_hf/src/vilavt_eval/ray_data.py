@@ -61,7 +61,7 @@ class Cluster:
         return lambda seed: replace(told, seed=seed)
 
     def asking(self, setting: Setting, seed: int) -> Ask:
-        """Ask on the cluster; see :func:`vilavt_eval.runner.asking`."""
+        """Ask on the cluster; see `vilavt_eval.runner.asking`."""
 
         def ask(questions: Sequence[Question]) -> Iterator[ResultRow]:
             import ray.data

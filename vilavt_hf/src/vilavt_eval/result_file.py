@@ -222,7 +222,7 @@ class RunFiles:
 
 
 class Writer:
-    """Appends rows to one file; a context manager. Made by :meth:`RunFiles.writer`."""
+    """Appends rows to one file; a context manager. Made by `RunFiles.writer`."""
 
     def __init__(self, path: Path, run: Mapping[str, Any], lock: FileLock) -> None:
         self.path, self._run, self._lock = path, run, lock

@@ -1,7 +1,7 @@
 """Asks a backend the questions of a benchmark and writes down what it says, one row per question.
 
 A run is one benchmark with one preset, one seed and at most one ablation; it has one file of results (see
-:mod:`vilavt_eval.result_file`). Questions are read when they are asked, rows are written when they are known:
+`vilavt_eval.result_file`). Questions are read when they are asked, rows are written when they are known:
 memory does not grow with the benchmark, except for the ids of its questions.
 """
 
@@ -150,7 +150,7 @@ def run(
         questions: of the benchmark.
         out: folder of all results; this run's are in ``OUT/BENCHMARK/PRESET-seedK[-ABLATION].jsonl``.
         provenance: of the opened backend, for this seed.
-        ask: see :func:`asking`; another one may ask in other processes.
+        ask: see `asking`; another one may ask in other processes.
         seed: of the run.
         shard: this process's share.
         limit: only that many of the first questions.
@@ -278,6 +278,6 @@ def _while_it_works(rows: Iterator[ResultRow]) -> Iterator[ResultRow]:
         in_a_row = in_a_row + 1 if row["error"] else 0
         if in_a_row >= MAX_FAILURES:
             raise EvaluationError(
-                f"{in_a_row} questions in a row ended in an error, the last one with {row['error']}. What was answered "
-                "is kept; mend that and run the same command again"
+                f"{in_a_row} questions in a row ended in an error, the last one with {row['error']}. Results so "
+                "far are saved; fix the cause and run the same command again"
             )

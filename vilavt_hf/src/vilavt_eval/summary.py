@@ -136,7 +136,7 @@ class Rows:
 
 
 def other_scorer(scorer: Scorer) -> Scorer:
-    """The one of the two that it is not."""
+    """The other scorer."""
     return "published" if scorer == "strict" else "strict"
 
 

@@ -1,7 +1,7 @@
-"""The keyword arguments of a processor's call, sorted by who heeds them, as stock processors of transformers take them:
+"""The keyword arguments of a processor's call, sorted by who uses them, as stock processors of transformers take them:
 flat, or in ``text_kwargs``, ``images_kwargs`` and ``common_kwargs``.
 
-Stock versions differ in what they drop in silence; here every argument is heeded, or an error that names it.
+Stock versions differ in what they drop in silence; here every argument is used, or is an error that names it.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from vilavt_core.errors import ProcessorError
 from . import compat
 
 OF_TEXT = compat.TEXT_SETTINGS | {"return_tensors", "return_mm_token_type_ids", "return_text_replacement_offsets"}
-"""What the tokenizer heeds, and what the processor does with its tokens."""
+"""What the tokenizer uses, and what the processor does with its tokens."""
 OF_IMAGES = frozenset(
     {
         "do_convert_rgb",
@@ -34,7 +34,7 @@ OF_IMAGES = frozenset(
         "temporal_patch_size",
     }
 )
-"""What the image processor heeds. Not what all image processors take and this one ignores, such as ``crop_size``."""
+"""What the image processor uses. Not what all image processors take and this one ignores, such as ``crop_size``."""
 _GROUPS = {"text_kwargs": OF_TEXT, "images_kwargs": OF_IMAGES}
 _UNUSED_GROUPS = ("videos_kwargs", "audio_kwargs")
 FLAT = OF_TEXT | OF_IMAGES
@@ -73,7 +73,7 @@ def sort_settings(given: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, A
 
 
 def bounds_within(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str, Any]:
-    """Image settings with the bounds on a picture's area under the one name, ``size``, that every version heeds.
+    """Image settings with the bounds on a picture's area under the one name, ``size``, that every version uses.
 
     Args:
         settings: of the call.
@@ -106,7 +106,7 @@ def bounds_within(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str
 
 
 def check_known(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
-    """Stop at names that nobody heeds.
+    """Stop at names that nobody uses.
 
     Raises:
         ProcessorError: names them, and what was meant or may be given.
@@ -117,8 +117,7 @@ def check_known(given: Iterable[str], known: Iterable[str], where: str = "") -> 
         meant = sorted({match for name in unknown for match in difflib.get_close_matches(name, names, 1)})
         hint = f"did you mean {', '.join(meant)}? It" if meant else "it"
         raise ProcessorError(
-            f"{where}the processor does not know {', '.join(unknown)}, nothing would come of it; {hint} takes "
-            f"{', '.join(names)}"
+            f"{where}the processor does not support {', '.join(unknown)}; {hint} takes {', '.join(names)}"
         )
 
 

@@ -1,6 +1,6 @@
 """Ask a ViLaVT about pictures with a model in this process: one question or many, streamed, or with follow-ups.
 
-:class:`VilavtChat` is the backend ``hf``: conversations are `vilavt_core.driver.Driver`s, :mod:`vilavt_hf.engine`
+`VilavtChat` is the backend ``hf``: conversations are `vilavt_core.driver.Driver`s, `vilavt_hf.engine`
 computes them, each image and token once.
 """
 
@@ -50,7 +50,7 @@ class VilavtChat(DrivenBackend):
     Args:
         model: in eval mode; a ``PeftModel`` is asked with its adapters.
         processor: its processor, with a query tokenizer.
-        preset: how episodes run; see :mod:`vilavt_core.presets`.
+        preset: how episodes run; see `vilavt_core.presets`.
         limits: budgets. None: the preset's, with the pixel bounds of the image processor where they are tighter, and
             the context the language model was made for.
         sampling: how tokens are chosen. None: the preset's (the default preset is greedy).

@@ -1,9 +1,9 @@
 """Token-in/token-out generation for many conversations at once; no image is encoded twice, no token is prefilled twice.
 
-Contract: token ids in, token ids out. One :class:`EngineRow` is one conversation's token stream; :meth:`Engine.submit`
-appends a request's tokens and images to it, :meth:`Engine.step` advances every row that has work, and a row that has
+Contract: token ids in, token ids out. One `EngineRow` is one conversation's token stream; `Engine.submit`
+appends a request's tokens and images to it, `Engine.step` advances every row that has work, and a row that has
 finished a turn waits, with its keys and values, for its next request. Text, tool calls and crops are none of the
-engine's business (:mod:`vilavt_core.episode` has them).
+engine's business (`vilavt_core.episode` has them).
 
 How reuse stays exact:
 
@@ -104,7 +104,7 @@ class Sampled:
 
 @dataclass(eq=False)
 class EngineRow:
-    """One conversation: its token stream and, between turns, its keys and values. Made by :meth:`Engine.open`."""
+    """One conversation: its token stream and, between turns, its keys and values. Made by `Engine.open`."""
 
     generator: torch.Generator
     name: str = ""
@@ -177,7 +177,7 @@ class Sampler:
         self._penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
 
     def __call__(self, rows: Sequence[EngineRow], logits: torch.Tensor) -> torch.Tensor:
-        """See :class:`Choose`."""
+        """See `Choose`."""
         sampling = self.sampling
         if sampling.repetition_penalty != 1:
             logits = self._penalised(rows, logits)
@@ -356,7 +356,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether :meth:`step` has anything to do."""
+        """Whether `step` has anything to do."""
         return bool(self._waiting) or self._running is not None
 
     def _append(self, row: EngineRow, request: Request) -> None:

@@ -39,7 +39,7 @@ QUERY_END_TOKEN = "<|endoftext|>"
 
 _CALL = FLAT | GROUPS | {"queries", "images_per_query", "query_prefix"}
 """What `VilavtProcessor.__call__` takes beside text and images."""
-_HEEDED_BY_TEMPLATES = ("tools", "documents", "add_generation_prompt")
+_USED_BY_TEMPLATES = ("tools", "documents", "add_generation_prompt")
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -205,7 +205,7 @@ class VilavtProcessor(ProcessorMixin):
             query_prefix: overrides the processor's.
             kwargs: for the tokenizer (``padding``, ``truncation``, ``max_length``, …) and for the image processor
                 (``size``, ``min_pixels``, ``max_pixels``, ``do_resize``, …), flat or in ``text_kwargs``,
-                ``images_kwargs`` and ``common_kwargs``; see :mod:`vilavt_hf.call_settings`.
+                ``images_kwargs`` and ``common_kwargs``; see `vilavt_hf.call_settings`.
 
         Returns:
             input_ids, attention_mask (B, L); with images pixel_values (N, 1176), image_grid_thw (n, 3),
@@ -213,7 +213,7 @@ class VilavtProcessor(ProcessorMixin):
 
         Raises:
             GroupError: placeholders, images and queries do not add up; names the sample.
-            ProcessorError: an argument that nobody heeds, one that was passed two times, or a prompt that truncation
+            ProcessorError: an argument that nobody uses, one that was passed two times, or a prompt that truncation
                 would cut inside an image.
             ImageError: a picture cannot be loaded.
         """
@@ -274,7 +274,7 @@ class VilavtProcessor(ProcessorMixin):
                 settings of `__call__`.
 
         Raises:
-            ProcessorError: an argument that neither the template nor the processor heeds, or that this transformers
+            ProcessorError: an argument that neither the template nor the processor uses, or that this transformers
                 carries out wrongly.
         """
         variables = _variables(chat_template, self.chat_template)
@@ -288,10 +288,10 @@ class VilavtProcessor(ProcessorMixin):
             else:
                 of_call[name] = value
         check_known(of_call, _CALL | compat.CHAT_SETTINGS | variables, "apply_chat_template: ")
-        unheard = [name for name in _HEEDED_BY_TEMPLATES if of_template.get(name) and name not in variables]
+        unheard = [name for name in _USED_BY_TEMPLATES if of_template.get(name) and name not in variables]
         unheard += [name for name in ("load_audio_from_video",) if of_template.get(name)]
         if unheard:
-            raise ProcessorError(f"apply_chat_template: the chat template does not heed {', '.join(unheard)}")
+            raise ProcessorError(f"apply_chat_template: the chat template does not use {', '.join(unheard)}")
         if of_call and not of_template.get("tokenize"):
             raise ProcessorError(
                 f"apply_chat_template: {', '.join(of_call)} is for the processor's call, which tokenize=False leaves "

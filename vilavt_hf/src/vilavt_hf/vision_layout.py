@@ -202,7 +202,10 @@ class VisionLayout:
         """(N + M, D / 2) fp32 rotary angles, computed on a device: rows first, then columns."""
         # computed, not a buffer: `model.bfloat16()` would round a buffer
         steps = torch.arange(0, self._half, 2, device=device, dtype=torch.float32) / self._half
-        return (self.position.to(device)[:, :, None].float() * (1.0 / ROPE_THETA**steps)).flatten(1)
+        position = self.position
+        if device.type == "cuda" and position.device.type == "cpu":
+            position = position.pin_memory()  # so that the copy does not hold up this thread
+        return (position.to(device, non_blocking=True)[:, :, None].float() * (1.0 / ROPE_THETA**steps)).flatten(1)
 
     @cached_property
     def cos(self) -> torch.Tensor:

@@ -175,7 +175,7 @@ def replay_command(
     model: Annotated[Path, typer.Option("--model", "-m", help="Checkpoint of the run: its tokenizer and prompts.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("rollouts.html"),
     limit: Annotated[int, typer.Option(help="Show at most that many.")] = 32,
-    step: Annotated[int | None, typer.Option(help="Of this step only.")] = None,
+    step: Annotated[int | None, typer.Option(help="Show this step only.")] = None,
     gaps: Annotated[
         bool, typer.Option("--gaps", help="Compare with the log-probabilities of MODEL's weights.")
     ] = False,
@@ -247,9 +247,9 @@ def tiny_data_command(
     out: Annotated[Path, typer.Option(help="Folder.")],
     train: Annotated[int, typer.Option(help="Questions to train on, of the training scans.")] = 1600,
     val: Annotated[int, typer.Option(help="Questions to validate on, of the held-out scans.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 11,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 11,
 ) -> None:
-    """Write train.jsonl and val.jsonl with their pictures."""
+    """Write train.jsonl and val.jsonl with their images."""
     check_output_folders(out=out)
     from .tiny import write_data
 
@@ -260,7 +260,7 @@ def tiny_data_command(
 @tiny_app.command("checkpoint")
 def tiny_checkpoint_command(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train the checkpoint that GRPO starts from (about a quarter of an hour on one core)."""
     check_destination(out)

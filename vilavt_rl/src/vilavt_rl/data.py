@@ -30,7 +30,7 @@ class Row:
     images: tuple[str, ...]
     """Files or data URLs; also the sources of every crop, so every rollout worker must be able to read the files."""
     question_type: str
-    """See :class:`vilavt_core.scoring.QuestionType`."""
+    """See `vilavt_core.scoring.QuestionType`."""
     data_type: str = ""
     """Where it comes from: the prefix of metrics, and verl's ``data_source``."""
     max_turns: int | None = None
@@ -60,7 +60,7 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of `to_json`."""
         lists = {name: tuple(data.get(name, ())) for name in ("images", "options", "videos")}
         return cls(**{**data, **lists})
 

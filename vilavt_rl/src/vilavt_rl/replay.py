@@ -89,7 +89,7 @@ class Rollout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rollout:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of `to_json`."""
         return cls(
             **{
                 **data,

@@ -1,7 +1,7 @@
 """Rewards of whole trajectories: accuracy, format, and what is made of them. Pure functions, the same in every host.
 
 ``overall = 0.5 * accuracy + 0.5 * format`` if the accuracy is above 0, else 0: form alone earns nothing. What counts as
-accurate is :mod:`vilavt_core.scoring`'s business. ``strict`` (default) also asks that the trajectory ends in an answer
+accurate is `vilavt_core.scoring`'s business. ``strict`` (default) also asks that the trajectory ends in an answer
 of the assistant, and that every call could be carried out; ``published`` is the published reward bit for bit.
 """
 
@@ -84,7 +84,7 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, messages: Sequence[Mapping[str, Any]], *, sampled_tokens: int = 0) -> Trajectory:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of `to_json`."""
         return cls(tuple(Message(m["role"], m["text"], m.get("problem")) for m in messages), sampled_tokens)
 
 

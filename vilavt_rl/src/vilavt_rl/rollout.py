@@ -97,7 +97,7 @@ def start_row(row: Row, settings: ConversationSettings, *, max_prompt: int, max_
 
 
 def first_turn_fits(row: Row, settings: ConversationSettings, max_prompt: int) -> bool:
-    """Whether :func:`start_row` would accept the row's first turn; only the headers of its images are read.
+    """Whether `start_row` would accept the row's first turn; only the headers of its images are read.
 
     Raises:
         ImageError: an image is none, or has a refused shape.

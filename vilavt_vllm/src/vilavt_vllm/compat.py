@@ -1,13 +1,17 @@
 """The only module that knows vLLM versions (0.20 to 0.33) and flags: what differs, by feature, and what is refused."""
 
 import argparse
+import contextlib
 import inspect
+import io
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import vllm
+import yaml
 from torch import nn
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -15,10 +19,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.platforms import current_platform
 
+from vilavt_core.failures import one_line
 from vilavt_hf import VilavtConfig
 
 from . import support
-from .errors import UnsupportedError
+from .errors import CommandError, UnsupportedError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
@@ -274,6 +282,32 @@ def with_keep_alive(chunks: AsyncGenerator[str, None], interval: float) -> Async
     return with_sse_keep_alive(chunks, interval)
 
 
+def _server_parser() -> Any:
+    """vLLM's parser of its API server's command line."""
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+
+
+def flags_of_file(file: str) -> list[str]:
+    """The flags that a YAML file holds, as they would be typed: a key is a flag's name.
+
+    Raises:
+        CommandError: it cannot be read, or holds something else.
+    """
+    try:
+        return list(_server_parser().load_config_file(file))
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:  # a text has no items, …
+        raise CommandError(
+            f"{file}: no YAML file of flags ({one_line(error)}); name a .yaml file with one flag a line, such as "
+            "port: 8000"
+        ) from error
+
+
 def server_arguments(arguments: list[str], defaults: Mapping[str, Any]) -> argparse.Namespace:
     """The command line of vLLM's API server, read and checked.
 
@@ -282,16 +316,103 @@ def server_arguments(arguments: list[str], defaults: Mapping[str, Any]) -> argpa
         defaults: of its flags, by name, instead of vLLM's.
     """
     try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.common.cli_args import validate_parsed_serve_args
     except ModuleNotFoundError:  # vLLM 0.32
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vilavt-serve CHECKPOINT"))
+    parser = _server_parser()
     parser.set_defaults(**defaults)
     args = parser.parse_args(arguments)
     validate_parsed_serve_args(args)
     return args
+
+
+def _set_up_environment() -> None:
+    """What vLLM's command line does first."""
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ModuleNotFoundError:  # vLLM 0.32
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+
+
+FRONT = (
+    *("host", "port", "uds", "root_path", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"),
+    *("ssl_cert_reqs", "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log", "log_config_file"),
+    *("h11_max_incomplete_event_size", "h11_max_header_count", "shutdown_timeout"),
+)
+"""Flags of vLLM's API server that say how it listens and ends, by name: of no use where something else does that."""
+
+
+@contextlib.asynccontextmanager
+async def application(
+    arguments: list[str], options: Any, defaults: Mapping[str, Any]
+) -> AsyncGenerator["FastAPI", None]:
+    """vLLM's API server, with its engine, for something else to listen in its place; both end with the block.
+
+    Args:
+        arguments: its command line.
+        options: see `serve`.
+        defaults: see `server_arguments`.
+
+    Raises:
+        CommandError: the command line cannot be read.
+        UnsupportedError: it has a flag about listening.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+
+    _set_up_environment()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            args, usual = (server_arguments(given, defaults) for given in (arguments, arguments[:2]))
+        except SystemExit:
+            *_, last = said.getvalue().splitlines() or ["they ask for help"]
+            raise CommandError(f"flags of the server: {last}") from None
+    if useless := [name for name in FRONT if getattr(args, name, None) != getattr(usual, name, None)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise UnsupportedError(f"{flags}: the server does not listen itself here; say it to what does, or leave it out")
+    refuse_other_processes(args)
+    args.vilavt = options
+    async with build_async_engine_client(args) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)
+        app.state.server = SimpleNamespace()  # vLLM tells it to exit when the engine has died
+        yield app
+
+
+def refuse_other_processes(args: argparse.Namespace) -> None:
+    """Stop where vLLM's command would start something else than this process's one API server.
+
+    Args:
+        args: of `server_arguments`.
+
+    Raises:
+        CommandError: two checkpoints are named.
+        UnsupportedError: names the flag, why, and what to do.
+    """
+    if args.model_tag not in (None, args.model):
+        raise CommandError(f"two checkpoints are named, {args.model!r} and {args.model_tag!r}; name one")
+    alone = "a conversation is remembered in the process that answered it"
+    asked = {
+        f"--api-server-count {args.api_server_count}": (
+            args.api_server_count not in (None, 1),
+            f"{alone}; run several servers behind a proxy that keeps a client on one of them",
+        ),
+        "--headless": (args.headless, "there is no server in it to run the loop; use `vllm serve --headless`"),
+        "--grpc": (getattr(args, "grpc", False), "the loop is in the HTTP server; leave it out"),
+        "--data-parallel-multi-port-external-lb": (
+            getattr(args, "data_parallel_multi_port_external_lb", False),
+            f"it starts a server per rank, and {alone}; start each with --data-parallel-rank, behind a proxy that "
+            "keeps a client on one of them, or leave it out",
+        ),
+    }
+    for flag, (wanted, reason) in asked.items():
+        if wanted:
+            raise UnsupportedError(f"{flag}: {reason}")
 
 
 def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> None:
@@ -301,21 +422,16 @@ def serve(arguments: list[str], options: Any, defaults: Mapping[str, Any]) -> No
         arguments: its command line.
         options: put on its namespace as ``vilavt``, where our endpoint plug-in finds them.
         defaults: see `server_arguments`.
+
+    Raises:
+        CommandError: two checkpoints are named.
+        UnsupportedError: see `refuse_other_processes`.
     """
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
-    try:
-        from vllm.entrypoints.common.startup import cli_env_setup
-    except ModuleNotFoundError:  # vLLM 0.32
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
-    cli_env_setup()
+    _set_up_environment()
     args = server_arguments(arguments, defaults)
-    if (args.api_server_count or 1) > 1:
-        raise UnsupportedError(
-            f"--api-server-count {args.api_server_count}: a conversation is remembered in the process that answered "
-            "it; run several servers behind a proxy that keeps a client on one of them"
-        )
+    refuse_other_processes(args)
     args.vilavt = options
     uvloop.run(run_server(args))

@@ -23,6 +23,10 @@ class EngineFailure(VilavtError):
     """vLLM gave up on a request that it had accepted."""
 
 
+class EngineDiedError(EngineFailure):
+    """vLLM's engine has ended, and answers nothing until it is started again."""
+
+
 class RequestError(VilavtError):
     """A request to the server is not one it can answer; the message names the field."""
 
@@ -41,3 +45,7 @@ class KeyMissingError(VilavtError):
 
 class StoppingError(VilavtError):
     """The server is being stopped: it takes no request any more, or its time for a running one is over."""
+
+
+class CommandError(VilavtError):
+    """The command line of ``vilavt-serve`` cannot be carried out; the message says what to type."""

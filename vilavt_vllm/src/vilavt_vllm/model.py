@@ -239,8 +239,8 @@ class VilavtForConditionalGeneration(
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or afterwards any part of one.
 
-        The first load must bring every tensor; of a quantised checkpoint, whose tensors have names of its method, at
-        least one of every layer with weights. Later calls are weight updates (RL): they may bring any subset, under
+        The first load must bring every tensor; of a quantised checkpoint, whose tensors have names of its method, see
+        `bare_layers`. Later calls are weight updates (RL): they may bring any subset, under
         checkpoint names or parameter names of the transformers model; clear vLLM's prefix and encoder caches
         afterwards. Under ``load_format="dummy"`` every call is treated as an update.
 
@@ -274,7 +274,7 @@ class VilavtForConditionalGeneration(
                 "load_format='dummy' and send every tensor"
                 if packed
                 else f"a tensor does not fit this model{f' ({last[0]})' if last else ''} "
-                f"(integration_point={self.config.vision_config.integration_point!r}): {error}"
+                f"(integration_point={self.config.vision_config.integration_point!r}): {error}{self._hint}"
             ) from error
         if self._strict:
             missing = sorted(self._names - brought if self.quant_config is None else bare_layers(self._names, brought))
@@ -282,6 +282,7 @@ class VilavtForConditionalGeneration(
                 raise WeightsError(
                     f"the checkpoint lacks {len(missing)} tensors, they would stay at random: {missing[:8]}; "
                     "`vilavt inspect` lists what it holds, `vilavt init` makes a ViLaVT from a plain Qwen2.5-VL"
+                    f"{self._hint}"
                 )
             self._strict = False
         return loaded
@@ -294,6 +295,16 @@ class VilavtForConditionalGeneration(
         if known or (name == "lm_head.weight" and self.config.tie_word_embeddings):
             return False
         return not is_pp_missing_parameter(vllm_name(name), self)
+
+    @property
+    def _hint(self) -> str:
+        """What else may be wrong with a quantised checkpoint that does not fit."""
+        if self.quant_config is None:
+            return ""
+        return (
+            "; layers that are stored whole must be in the list of those to ignore in its quantization_config, in the "
+            "words of its method, and no others"
+        )
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -308,16 +319,38 @@ class VilavtForConditionalGeneration(
         return names
 
 
+PLAIN = {"weight", "bias"}
+"""Tensors of a layer that is not quantised."""
+
+
 def bare_layers(needed: Iterable[str], brought: Iterable[str]) -> set[str]:
-    """Weights of layers of which a checkpoint brought nothing, whatever a quantisation calls its tensors.
+    """Tensors that would stay at random: of layers of which a checkpoint brought nothing, or which it stores quantised
+    and the model does not have so, or the other way round. What a quantisation calls its tensors does not matter.
 
     Args:
         needed: tensors of the model.
         brought: tensors of the checkpoint.
     """
-    layers = {name.rpartition(".")[0] for name in brought}
-    weights = ((name, *name.rpartition(".")[::2]) for name in needed)
-    return {name for name, layer, kind in weights if "weight" in kind and layer not in layers}
+    have, out = _kinds(brought), set()
+    for layer, wanted in _kinds(needed).items():
+        found = have.get(layer, set())
+        if not found:
+            lacking = {kind for kind in wanted if "weight" in kind}
+        elif wanted <= PLAIN or found <= PLAIN:
+            lacking = wanted - found
+        else:
+            lacking = set()
+        out |= {f"{layer}.{kind}" for kind in lacking}
+    return out
+
+
+def _kinds(names: Iterable[str]) -> dict[str, set[str]]:
+    """Layer -> the last parts of its tensors' names."""
+    out: dict[str, set[str]] = {}
+    for name in names:
+        layer, _, kind = name.rpartition(".")
+        out.setdefault(layer, set()).add(kind)
+    return out
 
 
 __all__ = ["EncoderCounts", "VilavtForConditionalGeneration"]

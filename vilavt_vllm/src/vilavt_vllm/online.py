@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vilavt_core.asking import AsyncDrivenBackend
 from vilavt_core.driver import ConversationSettings, Driver
@@ -30,6 +31,7 @@ from .episodes import (
     take,
     to_prompt,
 )
+from .errors import EngineDiedError
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -114,6 +116,13 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
                             yield event
                         if driver.request is None:
                             break
+            except EngineDeadError as error:
+                died = EngineDiedError(
+                    "the engine of this server has died, and the question with it; send it again, to another server or "
+                    "later"
+                )
+                died.__cause__ = error
+                yield driver.fail(died)
             except Exception as error:
                 yield driver.fail(error)
 

@@ -7,7 +7,8 @@ segment bounds serves queries and keys. Their output rows are dropped.
 Shapes: N patches, M query tokens kept, C vision hidden size, H heads of this rank, D head size.
 """
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,6 +38,9 @@ from . import compat
 NORM_EPS = 1e-6
 """Of the tower's RMS norms (fixed in Qwen2.5-VL)."""
 
+MOST_PATCHES = 2**17
+"""Patches of the packings that are kept for calls of the same sizes: about 46 MB."""
+
 
 @dataclass(frozen=True)
 class AttentionSpan:
@@ -49,6 +53,61 @@ class AttentionSpan:
     """(N + M,) sorts patches and query tokens by segment; None when there are no query tokens."""
     undo: torch.Tensor | None = None
     """(N,) places of the patches among the sorted rows."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A `VisionLayout` as the blocks take it, on the tower's device."""
+
+    order: torch.Tensor
+    """(N / merge_size²,) merged tokens into window order."""
+    undo: torch.Tensor
+    """(N / merge_size²,) and back."""
+    text_index: torch.Tensor
+    """(M,) kept query tokens in the flattened (Q, T) grid."""
+    cos: torch.Tensor
+    sin: torch.Tensor
+    """(N + M, D / 2) fp32."""
+    spans: Mapping[str, AttentionSpan]
+    """By kind of block."""
+
+
+class Packings:
+    """The packings that were used last: the same sizes of pictures come again and again, and making one takes the
+    worker's main thread longer than launching the tower's kernels.
+
+    Args:
+        most_patches: of all that are kept, about 350 bytes each; one above it alone is not kept.
+    """
+
+    def __init__(self, most_patches: int) -> None:
+        self.most_patches, self.patches = most_patches, 0
+        self._kept: OrderedDict[Hashable, tuple[Packing, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(
+        self,
+        grid_thw: torch.Tensor,
+        images_per_query: torch.Tensor,
+        query_mask: torch.Tensor,
+        make: Callable[[], Packing],
+    ) -> Packing:
+        """The packing of these images and queries, all on the CPU; made if it is not kept."""
+        # Which of a query's columns hold tokens decides all that its text does here; a query takes room like a patch.
+        parts = (grid_thw.long(), images_per_query.long(), query_mask.bool())
+        key = tuple((tuple(part.shape), part.numpy().tobytes()) for part in parts)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        packing, size = make(), int(grid_thw.prod(-1).sum()) + query_mask.numel()
+        self._kept[key] = packing, size
+        self.patches += size
+        while self.patches > self.most_patches:
+            _, (_, least) = self._kept.popitem(last=False)
+            self.patches -= least
+        return packing
 
 
 class VisionAttention(nn.Module):
@@ -144,6 +203,7 @@ class VisionTower(nn.Module):
             hidden_size=config.hidden_size,
         )
         joint, full = config.query_aware_blocks(), set(config.fullatt_block_indexes)
+        self.packings = Packings(MOST_PATCHES)
         self.kinds = ["group" if i in joint else "frame" if i in full else "window" for i in range(config.depth)]
         self.blocks = nn.ModuleList(
             VisionBlock(config, kind, quant_config, f"{prefix}.blocks.{i}") for i, kind in enumerate(self.kinds)
@@ -187,20 +247,38 @@ class VisionTower(nn.Module):
         Returns:
             (N / merge_size², out_hidden) in prompt order.
         """
+        packing = self.packings.get(
+            grid_thw,
+            images_per_query,
+            query_mask,
+            partial(self._packing, grid_thw, images_per_query, query_mask, len(pixel_values)),
+        )
+        text = query_features.flatten(0, 1)[packing.text_index]
+        x = self.patch_embed(pixel_values.to(self.device, self.dtype))
+        x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))[packing.order].flatten(0, 1)
+        for kind, block in zip(self.kinds, self.blocks, strict=True):
+            x = block(x, text, packing.cos, packing.sin, packing.spans[kind])
+        if x.dtype == torch.float16:  # long images overflow in the last block
+            x = cast_overflow_tensors(x)
+        return self.merger(x)[packing.undo]
+
+    def _packing(
+        self, grid_thw: torch.Tensor, images_per_query: torch.Tensor, query_mask: torch.Tensor, n: int
+    ) -> Packing:
+        """Of these images with their queries, `n` patches; see `forward`."""
         cpu = torch.device("cpu")  # bounds are read on the CPU: packing there costs no device sync
         layout = VisionLayout(grid_thw, images_per_query, query_mask, self.config, cpu)
         angles = layout.angles(self.device)
-        cos, sin = angles.cos(), angles.sin()
-        spans = {kind: self._span(segments, len(pixel_values)) for kind, segments in layout.segments.items()}
-        text = query_features.flatten(0, 1)[self._here(layout.text_index)]
         order = self._here(layout.order)
-        x = self.patch_embed(pixel_values.to(self.device, self.dtype))
-        x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))[order].flatten(0, 1)
-        for kind, block in zip(self.kinds, self.blocks, strict=True):
-            x = block(x, text, cos, sin, spans[kind])
-        if x.dtype == torch.float16:  # long images overflow in the last block
-            x = cast_overflow_tensors(x)
-        return self.merger(x)[torch.argsort(order)]
+        return Packing(
+            order=order,
+            undo=torch.argsort(order),
+            text_index=self._here(layout.text_index),
+            cos=angles.cos(),
+            sin=angles.sin(),
+            # only what this tower's blocks use
+            spans={kind: self._span(layout.segments[kind], n) for kind in dict.fromkeys(self.kinds)},
+        )
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
         """It on the tower's device; from pinned memory the copy does not hold up this thread."""

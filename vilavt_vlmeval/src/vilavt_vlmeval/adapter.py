@@ -58,7 +58,7 @@ class Adapter:
         return self.answers([question], benchmark)[0]
 
     def answers(self, questions: Iterable[BenchmarkQuestion | None], benchmark: str | None = None) -> list[str]:
-        """Like :meth:`answer`, for many questions, as many side by side as the engine takes; in their order. They are
+        """Like `answer`, for many questions, as many side by side as the engine takes; in their order. They are
         drawn when their turn comes, and their images let go when they are answered; None is answered with ``""``.
         """
         benchmark = benchmark or NO_BENCHMARK

@@ -20,6 +20,7 @@ from .build_info import fingerprint
 from .companions import PROMPTS, Missing, missing_companions
 from .config import ARCHITECTURE, derived_text_encoder_config
 from .layout import Checkpoint, disagreements
+from .quantisation import Quantisation, quantisation_of
 
 
 class Flavour(StrEnum):
@@ -60,6 +61,8 @@ class Inspection:
     """By the names of `vilavt_core.architecture.counted_part`."""
     dtypes: Mapping[str, int]
     """Safetensors type -> parameters stored in it."""
+    quantisation: Quantisation | None
+    """What the configuration says of quantised weights; None: they are whole."""
     files: Mapping[str, int]
     """Weight file -> bytes."""
     fingerprint: str | None
@@ -128,6 +131,7 @@ def inspect_checkpoint(folder: str | os.PathLike) -> Inspection:
         fullatt_block_indexes=tuple(vision.get("fullatt_block_indexes") or ()),
         parts=_parts(checkpoint),
         dtypes=_dtypes(checkpoint),
+        quantisation=quantisation_of(config),
         files={shard.path.name: shard.size for shard in checkpoint.shards},
         fingerprint=None if checkpoint.problems else fingerprint(root),
         prompts=(root / PROMPTS).is_dir(),
@@ -143,7 +147,7 @@ def detect_flavour(checkpoint: Checkpoint) -> Flavour:
 
 
 def flavour_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Flavour:
-    """:func:`detect_flavour` by ``config.json`` and the published names of the tensors, if they are known."""
+    """`detect_flavour` by ``config.json`` and the published names of the tensors, if they are known."""
     if config.get("model_type") == "vilavt" or isinstance(config.get("text_encoder_config"), dict):
         ours = ARCHITECTURE in (config.get("architectures") or ())
         return Flavour.OURS if ours else Flavour.PUBLISHED_RL

@@ -31,6 +31,7 @@ from ..errors import CheckpointError
 from ..failures import quoted, quoted_error
 from ..json_text import parse_json
 from ..spelling import did_you_mean
+from .quantisation import quantisation_of, whole_shapes
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -388,6 +389,8 @@ def disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         (errors, notes): errors make the model wrong or unloadable, notes (unused tensors) do not.
     """
     expected = expected_tensors(config)
+    if quantisation_of(config) is not None:
+        shapes = whole_shapes(shapes, expected)
     optional = {"lm_head.weight"} if is_tied(config) else set()
     errors, notes = [], []
     vision = config.get("vision_config") or {}

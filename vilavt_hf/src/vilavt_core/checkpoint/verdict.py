@@ -56,7 +56,7 @@ def judge_checkpoint(
 
 
 def require_vilavt(checkpoint: str | os.PathLike, *, hub: Mapping[str, Any] | None = None, sft: bool = False) -> None:
-    """Stop if :func:`judge_checkpoint` finds anything.
+    """Stop if `judge_checkpoint` finds anything.
 
     Raises:
         CheckpointError: with problem and remedy.

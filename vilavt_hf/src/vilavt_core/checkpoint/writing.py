@@ -63,7 +63,7 @@ def staged_folder(destination: str | os.PathLike, force: bool = False) -> Iterat
     killed process leaves it under its partial name. With `force` an existing destination is replaced as a whole.
 
     Raises:
-        CheckpointError: see :func:`check_destination`.
+        CheckpointError: see `check_destination`.
     """
     check_destination(destination, force)
     target = Path(os.path.abspath(destination))

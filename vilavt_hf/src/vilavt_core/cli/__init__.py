@@ -41,12 +41,12 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "ask": Subcommand(
-        "vilavt_core.cli.chat:ask", "Ask a checkpoint or a server about pictures and videos, and watch it zoom."
+        "vilavt_core.cli.chat:ask", "Ask a checkpoint or a server about images and videos, and watch it zoom."
     ),
     "chat": Subcommand(
-        "vilavt_core.cli.talk:chat", "Talk with a checkpoint or a server about pictures, in the terminal."
+        "vilavt_core.cli.talk:chat", "Talk with a checkpoint or a server about images, in the terminal."
     ),
-    "web": Subcommand("vilavt_core.cli.web:web", "Open a page in which pictures are dropped and asked about."),
+    "web": Subcommand("vilavt_core.cli.web:web", "Open a page in which images are dropped and asked about."),
     "demo": Subcommand(
         "vilavt_core.cli.chat:demo",
         "Watch a real, tiny ViLaVT answer three questions it was not trained on.",

@@ -50,13 +50,16 @@ def ask(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL of a running vilavt-serve (…/v1).")],
     image: Annotated[
-        list[str] | None, typer.Option(help="Picture: a path, or a URL with --allow-urls. May be repeated.")
+        list[str] | None, typer.Option(help="Image: a path, or a URL with --allow-urls. May be repeated.")
     ] = None,
-    video: Annotated[list[str] | None, typer.Option(help="Video, likewise: its frames are pictures.")] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(help="Video: a path, or a URL with --allow-urls; its frames are images. May be repeated."),
+    ] = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Of each video: frames, uniform in time. Default: 32.")
+        int | None, typer.Option(min=1, help="Frames of each video, uniform in time. Default: 32.")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Instead: frames per second of each video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of each video, instead of --frames.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the conversation as an HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the conversation as one PNG.")] = None,
@@ -64,8 +67,10 @@ def ask(
     max_turns: Annotated[int | None, typer.Option(min=1, help="Turns at most, the answer included.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per turn at most.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the preset's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="For sampling; default: a fresh one, told in the result.")] = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let pictures be http(s) URLs.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of sampling; default: a new one for each question, recorded in the result.")
+    ] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let images be http(s) URLs.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2.")] = None,
@@ -74,9 +79,9 @@ def ask(
     quantize: Quantize = None,
     base: Base = None,
 ) -> None:
-    """Ask a checkpoint or a server about pictures and videos, and watch it zoom. Exit code 3: it gave no answer.
+    """Ask a checkpoint or a server about images and videos, and watch it zoom. Exit code 3: it gave no answer.
 
-    Pictures come before videos if --image comes before --video, else after them.
+    Images come before videos if --image comes before --video, else after them.
     """
     from rich.console import Console
 
@@ -129,7 +134,7 @@ def ask(
 
 def demo(
     model: Annotated[str | None, typer.Option(help="Checkpoint; default: the shipped tiny one.")] = None,
-    data: Annotated[Path | None, typer.Option(help="questions.json with pictures beside it; default: shipped.")] = None,
+    data: Annotated[Path | None, typer.Option(help="questions.json with images beside it; default: shipped.")] = None,
     out: Annotated[Path, typer.Option(help="Where the HTML page goes.")] = Path("vilavt-trace.html"),
     picture: Annotated[Path | None, typer.Option(help="Also write the first conversation as one PNG.")] = None,
     device: Device = "auto",

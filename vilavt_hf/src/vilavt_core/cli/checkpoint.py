@@ -98,7 +98,7 @@ def init(
         str | None, typer.Option(help="Blocks with full attention inside an image, as 7,15; default: the base's.")
     ] = None,
     prompts: Annotated[str, typer.Option(help="Prompt set to put in: a name or a folder.")] = "default",
-    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     copy: Annotated[bool, typer.Option("--copy", help="Copy weights instead of hard-linking them.")] = False,
     force: Force = False,
 ) -> None:
@@ -170,6 +170,8 @@ def _print_inspection(found: "Inspection") -> None:
     )
     console.print(table)
     console.print(f"types: {', '.join(f'{_inert(dtype)} {count:,}' for dtype, count in found.dtypes.items())}")
+    if found.quantisation is not None:
+        console.print(_inert(str(found.quantisation)))
     console.print(f"files: {', '.join(f'{_inert(name)} {readable_size(size)}' for name, size in found.files.items())}")
     console.print(f"fingerprint: {found.fingerprint}")
     console.print(f"prompt set: {'its own' if found.prompts else 'none, the built-in default applies'}")

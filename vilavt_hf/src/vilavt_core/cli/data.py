@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 data_app = group("Training data: check it, count it, unpack its archives.")
 
 What = Annotated[list[str] | None, typer.Argument(help="Data sets by name, or annotation files (.jsonl, .json).")]
-Model = Annotated[str | None, typer.Option("--model", help="Checkpoint whose tokenizer and prompts count.")]
-Config = Annotated[Path | None, typer.Option("--config", help="Take everything from the configuration of a run.")]
+Model = Annotated[str | None, typer.Option("--model", help="Checkpoint whose tokenizer and prompts are used.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="Configuration of a run: check or count what it would read.")
+]
 RegistryFile = Annotated[Path | None, typer.Option("--registry", help="YAML file of data sets.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the published data sets.")]
 Images = Annotated[Path | None, typer.Option("--images", help="Image root of annotation files; default: their folder.")]
 Crops = Annotated[str, typer.Option("--crops", help="Of annotation files: take crops from files, or cut them.")]
 MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens of a sample.")]
 MaxPixels = Annotated[float, typer.Option("--max-pixels", help="Pixels of an image.")]
-Workers = Annotated[int, typer.Option("--workers", help="Processes.")]
+Workers = Annotated[int, typer.Option("--workers", help="Number of processes.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report here.")]
 
 
@@ -46,7 +48,7 @@ def check_command(
     crops: Crops = "files",
     max_length: MaxLength = 24576,
     max_pixels: MaxPixels = 200704,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too, not only its header.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too, not only its header.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail as well.")] = False,
     workers: Workers = 2,
     json_file: JsonFile = None,

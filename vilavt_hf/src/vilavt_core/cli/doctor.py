@@ -11,6 +11,7 @@ import typer
 from .showing import markup
 
 if TYPE_CHECKING:
+    from ..memory import ModelSizes, Work
     from ..sizing import Machine, Plan, PlannedTalk
 
 PLANNING = "Plan"
@@ -36,10 +37,11 @@ def doctor(
         int | None, typer.Option(help="GPUs that hold one replica together. Default: 1.", rich_help_panel=PLANNING)
     ] = None,
     utilization: Annotated[
-        float | None, typer.Option(help="Share of it that vLLM takes. Default: 0.92.", rich_help_panel=PLANNING)
+        float | None,
+        typer.Option(help="Share of a GPU's memory that vLLM takes. Default: 0.92.", rich_help_panel=PLANNING),
     ] = None,
     reserve: Annotated[
-        float | None, typer.Option(help="GiB of each for activations. Default: 4.", rich_help_panel=PLANNING)
+        float | None, typer.Option(help="GiB of each GPU kept for activations. Default: 4.", rich_help_panel=PLANNING)
     ] = None,
     batched_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a step of the engine. Default: 8192.", rich_help_panel=PLANNING)
@@ -48,16 +50,19 @@ def doctor(
         str | None, typer.Option(help="Type that is served. Default: bfloat16.", rich_help_panel=PLANNING)
     ] = None,
     picture: Annotated[
-        str | None, typer.Option(help="Size of a picture as sent. Default: 4000x3000.", rich_help_panel=PLANNING)
+        str | None, typer.Option(help="Size of an image as sent. Default: 4000x3000.", rich_help_panel=PLANNING)
     ] = None,
     pictures: Annotated[
-        int | None, typer.Option(help="Pictures of a conversation. Default: 1.", rich_help_panel=PLANNING)
+        int | None, typer.Option(help="Images of a conversation. Default: 1.", rich_help_panel=PLANNING)
     ] = None,
     crops: Annotated[
         int | None, typer.Option(help="Crops of a conversation. Default: 4.", rich_help_panel=PLANNING)
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Its tokens that are text. Default: 1500.", rich_help_panel=PLANNING)
+        int | None, typer.Option(help="Tokens of text in a conversation. Default: 1500.", rich_help_panel=PLANNING)
+    ] = None,
+    training_gpus: Annotated[
+        int | None, typer.Option(help="GPUs that share a training run. Default: 8.", rich_help_panel=PLANNING)
     ] = None,
 ) -> None:
     """Check this installation; exit code 1 if something has to be done."""
@@ -68,9 +73,9 @@ def doctor(
     if plan:
         if model is None or load:
             raise typer.BadParameter("--plan needs --model" if model is None else "--plan loads nothing: drop --load")
-        _plan(model, machine, talk, dtype, as_json)
+        _plan(model, machine, talk, dtype, training_gpus, as_json)
         return
-    if useless := [*machine, *talk, *_given(dtype=dtype)]:
+    if useless := [*machine, *talk, *_given(dtype=dtype, training_gpus=training_gpus)]:
         raise typer.BadParameter(f"--{useless[0].replace('_', '-')} has no effect without --plan")
     _examine(model, load, as_json)
 
@@ -102,7 +107,15 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _plan(model: Path, machine: dict[str, Any], talk: dict[str, Any], dtype: str | None, as_json: bool) -> None:
+def _plan(
+    model: Path,
+    machine: dict[str, Any],
+    talk: dict[str, Any],
+    dtype: str | None,
+    training_gpus: int | None,
+    as_json: bool,
+) -> None:
+    from ..memory import ModelSizes, Work, asked, ways
     from ..sizing import DTYPES, Machine, PlannedTalk
     from ..sizing import plan as planned
     from .running import choice
@@ -115,7 +128,29 @@ def _plan(model: Path, machine: dict[str, Any], talk: dict[str, Any], dtype: str
         talk["picture"] = (int(size[1]), int(size[2]))
     of, about = Machine(**machine), PlannedTalk(**talk)
     found = planned(model, of, about, dtype=dtype or "bfloat16")  # type: ignore[arg-type]
-    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(_lines(found, of, about)))
+    at_once = max(about.pictures * found.picture_tokens, about.crops * found.crop_tokens)
+    tokens = found.conversation_tokens
+    work = Work(tokens, min(at_once, tokens), labelled=min(about.text_tokens, tokens))
+    sizes, gpus = ModelSizes.of_checkpoint(model), training_gpus or 8
+    if as_json:
+        memory: dict[str, Any] = {"asked": asdict(asked(sizes, work, dtype=found.dtype))}
+        memory |= {way: asdict(takes(sizes)) for way, takes in ways(work, gpus).items()}
+        typer.echo(json.dumps(found.to_json() | {"memory": memory}, indent=2))
+        return
+    typer.echo("\n".join([*_lines(found, of, about), "", *_ways(sizes, work, gpus)]))
+
+
+def _ways(sizes: "ModelSizes", work: "Work", gpus: int) -> list[str]:
+    from ..memory import ways
+    from ..sizing import GIB
+
+    head = f"GiB of each GPU, for {work.tokens:,} tokens at once; training: {gpus} GPUs"
+    columns = ("weights", "gradients", "optimizer", "cache", "gathered", "activations", "total")
+    rows = [head, f"  {'':24}" + "".join(f"{column:>12}" for column in columns)]
+    for way, takes in ways(work, gpus).items():
+        memory = takes(sizes)
+        rows.append(f"  {way:24}" + "".join(f"{getattr(memory, column) / GIB:12.2f}" for column in columns))
+    return rows
 
 
 def _lines(found: "Plan", machine: "Machine", talk: "PlannedTalk") -> list[str]:

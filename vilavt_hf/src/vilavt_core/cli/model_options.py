@@ -14,9 +14,11 @@ Model = Annotated[str, typer.Option(help="Checkpoint folder, hub id, or the URL 
 Preset = Annotated[str | None, typer.Option(help="How the episode runs; default: the checkpoint's own.")]
 MaxTurns = Annotated[int | None, typer.Option(min=1, help="Turns at most, the answer included.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens per turn at most.")]
-MaxPixels = Annotated[float | None, typer.Option(min=784, help="Pixels of a picture as the model sees it, at most.")]
+MaxPixels = Annotated[float | None, typer.Option(min=784, help="Pixels of an image as the model sees it, at most.")]
 Temperature = Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy; default: the preset's.")]
-Seed = Annotated[int | None, typer.Option(help="For sampling; default: a fresh one, told in the result.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of sampling; default: a new one for each question, recorded in the result.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes CUDA if there is one. Not for a server.")]
 Dtype = Annotated[str, typer.Option(help="Type the weights are loaded as; auto is the checkpoint's. Not for a server.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2. Not for a server.")]
@@ -86,7 +88,7 @@ def open_model(
     """Load a checkpoint quietly, or reach a server.
 
     Raises:
-        EngineError: an option that a server cannot heed, or none answers.
+        EngineError: an option that a server does not support, or none answers.
         VilavtError: the checkpoint cannot be loaded.
     """
     options = BackendOptions(
@@ -102,7 +104,7 @@ def open_model(
     given = {"--attention": attention, "--device-map": device_map, "--quantize": quantize, "--base": base}
     for option, value in given.items():
         if value is not None and names_server(model):
-            raise EngineError(f"{option} {value}: a server's engine is set up when it is started; leave it out")
+            raise EngineError(f"{option} {value}: a server's engine is set up when it is started; remove it")
     if names_server(model):
         return open_backend(model, options=options)
     return open_quietly(model, lambda: open_backend(model, options=options))

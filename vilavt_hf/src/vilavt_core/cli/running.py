@@ -115,7 +115,7 @@ def check_output_folders(**options: Path | None) -> None:
 
 
 def check_picture_file(**options: Path | None) -> None:
-    """:func:`check_output_files` for pictures: the name must end in a format that can be written."""
+    """`check_output_files` for pictures: the name must end in a format that can be written."""
     check_output_files(**options)
     for name, path in options.items():
         if path is None:

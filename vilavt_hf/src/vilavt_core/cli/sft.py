@@ -70,7 +70,9 @@ def goes_on(config: "SftConfig") -> str:
 def merge_lora(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     destination: Annotated[Path, typer.Argument(help="New folder.")],
-    base: Annotated[str | None, typer.Option(help="What it was trained on; default: as the adapter says.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Checkpoint that the adapter was trained on; default: the one it names.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
 ) -> None:
     """Add an adapter to the weights it was trained on and write a complete checkpoint."""

@@ -36,18 +36,20 @@ def chat(
     model: options.Model,
     image: Annotated[
         list[str] | None,
-        typer.Option(help="Picture to begin with: a path, or a URL with --allow-urls. May be repeated."),
+        typer.Option(help="Image to begin with: a path, or a URL with --allow-urls. May be repeated."),
     ] = None,
-    video: Annotated[list[str] | None, typer.Option(help="Video to begin with, likewise; after the pictures.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(help="Video to begin with; shown after the images. May be repeated.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video, uniform in time. Default: 32.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Instead: frames per second of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of a video, instead of --frames.")] = None,
     preset: options.Preset = None,
     max_turns: options.MaxTurns = None,
     max_new_tokens: options.MaxNewTokens = None,
     max_pixels: options.MaxPixels = None,
     temperature: options.Temperature = None,
     seed: options.Seed = None,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let pictures be http(s) URLs.")] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let images be http(s) URLs.")] = False,
     pictures: Annotated[bool, typer.Option(help="Show crops inside the terminal.")] = True,
     history: Annotated[bool, typer.Option(help="Remember what was typed for the arrow keys of the next chat.")] = True,
     device: options.Device = "auto",
@@ -58,7 +60,7 @@ def chat(
     quantize: options.Quantize = None,
     base: options.Base = None,
 ) -> None:
-    """Talk with a checkpoint or a server about pictures, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
+    """Talk with a checkpoint or a server about images, in the terminal. Ctrl-C stops an answer, Ctrl-D ends the chat.
 
     /help lists what can be typed besides questions.
     """

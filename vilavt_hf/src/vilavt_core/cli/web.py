@@ -19,7 +19,7 @@ USERS = "VILAVT_WEB_AUTH"
 
 def web(
     model: options.Model,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
     host: Annotated[
         str, typer.Option(help="Address to serve on; any but this machine's own needs --auth.")
     ] = "127.0.0.1",
@@ -40,7 +40,7 @@ def web(
     quantize: options.Quantize = None,
     base: options.Base = None,
 ) -> None:
-    """Open a page in which pictures are dropped and asked about. It is never shared through somebody else's server.
+    """Open a page in which images are dropped and asked about. It is never shared through somebody else's server.
 
     Ctrl-C ends it.
     """

@@ -33,7 +33,7 @@ _UNHEEDED = {
 """Keys of other tools that would change how a record is trained, and what says the same here."""
 
 
-def _refuse_unheeded(value: dict[str, Any], known: Iterable[str]) -> None:
+def _refuse_unused(value: dict[str, Any], known: Iterable[str]) -> None:
     """Stop at keys of a published record that are meant to change something and do not; other data beside it may stay.
 
     Raises:
@@ -68,7 +68,7 @@ class PublishedTurn(BaseModel):
     @classmethod
     def _names(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            _refuse_unheeded(value, ("from", "value", "role", "content"))
+            _refuse_unused(value, ("from", "value", "role", "content"))
         if isinstance(value, dict) and "from" in value:
             return {"role": value["from"], "content": value.get("value")}
         return value
@@ -113,7 +113,7 @@ class PublishedRecord(BaseModel):
     def _media(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        _refuse_unheeded(value, (*cls.model_fields, "image", "video"))
+        _refuse_unused(value, (*cls.model_fields, "image", "video"))
         if (video := value.get("video")) and value.get("videos"):
             raise ValueError("it has both video and videos; keep the one that lists the files")
         if video:

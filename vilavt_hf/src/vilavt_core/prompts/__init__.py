@@ -1,6 +1,6 @@
 """Prompt sets: every sentence the model is given, as template files that a checkpoint can carry.
 
-A set is a folder with one ``<template>.txt`` per name in :data:`TEMPLATES` and a ``prompts.json`` (name, version).
+A set is a folder with one ``<template>.txt`` per name in `TEMPLATES` and a ``prompts.json`` (name, version).
 A template is used byte for byte, the line end at its end included. ``$name`` or ``${name}`` is a placeholder,
 ``$$`` a dollar sign. Substituted values are never scanned again, so a question that contains ``$image`` stays text.
 ``$image`` marks where the picture itself goes.
@@ -193,7 +193,7 @@ class PromptSet:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> PromptSet:
-        """Load a set from a folder, or a built-in one by its name (:func:`builtin_names`).
+        """Load a set from a folder, or a built-in one by its name (`builtin_names`).
 
         Raises:
             PromptError: no such set, or the folder is not a complete one.

@@ -1,7 +1,7 @@
 """Read a prompt set out of a user's own checkout of the published system.
 
 The released checkpoint was trained on that wording, and it is not ours to ship. The files are parsed with
-:mod:`ast`, never executed or imported. Constants are recognised by the names the published files use, and otherwise
+`ast`, never executed or imported. Constants are recognised by the names the published files use, and otherwise
 by what they must contain.
 """
 

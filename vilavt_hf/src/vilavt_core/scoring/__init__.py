@@ -1,6 +1,6 @@
 """How right an answer is: pure functions of two strings, the same in training and in evaluation.
 
-:func:`score_answer` is the one entrance. ``strict`` (default) reads an answer by stated rules and gives nothing for an
+`score_answer` is the one entrance. ``strict`` (default) reads an answer by stated rules and gives nothing for an
 empty one, a repeated one, or one that names everything at once. ``published`` is what the published reward computes,
 bit for bit, for comparison; what the published evaluation computes, which differs, is `published.evaluation_score`. No
 torch, no host, no judge model; only ``math`` questions need a package more
@@ -160,7 +160,7 @@ def score_answer(
         prediction: the answer; None: there is none. ``strict`` takes what is in its answer tag and its
             ``\\boxed{}``; several are no answer.
         target: the right answer; ``strict`` reads it the same way.
-        question_type: see :class:`QuestionType`. ``published`` scores a type it does not know as 0.
+        question_type: see `QuestionType`. ``published`` scores a type it does not know as 0.
         options: of a multiple choice, all of them, in order and with their letters (see `with_letters`); empty if they
             are not known. ``published`` does not look at them.
         version: whose rules.

@@ -57,7 +57,7 @@ def target_view_change(target: str) -> dict[str, float]:
 
 
 def view_change_score(prediction: str, target: str) -> float:
-    """:func:`axes_score` of two texts; 0.0 for a prediction that cannot be read.
+    """`axes_score` of two texts; 0.0 for a prediction that cannot be read.
 
     Raises:
         ScoringError: the target cannot be read.

@@ -53,7 +53,7 @@ def _in_box(text: str, begin: int) -> str | None:
 
 
 def unwrapped_target(target: str) -> str:
-    """:func:`unwrapped` of a right answer.
+    """`unwrapped` of a right answer.
 
     Raises:
         ScoringError: it is wrapped in a way that leaves open what it is.

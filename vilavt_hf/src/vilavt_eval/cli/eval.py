@@ -42,7 +42,7 @@ BackendName = Annotated[
 ]
 PresetName = Annotated[str, typer.Option(help="How questions are asked: a name, or the path of a YAML file.")]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE: a field of the preset that shall differ; repeatable.")
+    list[str] | None, typer.Option("--set", help="KEY=VALUE: change a field of the preset; repeatable.")
 ]
 Data = Annotated[
     Path | None,
@@ -67,8 +67,8 @@ def evaluate(
     data: Data = None,
     image_root: ImageRoot = None,
     changes: Changes = None,
-    seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Run that many times, with SEED, SEED + 1, …")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs, with SEED, SEED + 1, …")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only that many of the first questions.")] = None,
     shard: Annotated[str | None, typer.Option(help="I/N: this process's share; default: torchrun's, else all.")] = None,
     ablate: Annotated[
@@ -168,7 +168,9 @@ def latency(
     image_root: ImageRoot = None,
     changes: Changes = None,
     concurrency: Annotated[str, typer.Option(help="Conversations side by side, one level each.")] = "1,8,32",
-    questions: Annotated[int | None, typer.Option(min=1, help="Per level; default: all there are, shared out.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each level; default: all, divided among the levels.")
+    ] = None,
     engine: EngineOptions = None,
     device: Device = "auto",
     device_map: DeviceMap = None,

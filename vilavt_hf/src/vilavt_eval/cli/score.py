@@ -23,14 +23,16 @@ BenchmarkName = Annotated[
 Functions = Annotated[
     bool, typer.Option("--allow-functions", help="Import and run functions that BENCH's YAML names as metrics.")
 ]
-ScorerName = Annotated[str, typer.Option("--scorer", help="strict, or published: what the published program gives.")]
+ScorerName = Annotated[
+    str, typer.Option("--scorer", help="strict, or published: the rules of the published evaluation.")
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, Markdown, plot, CSV and traces.")]
 Against = Annotated[list[Path] | None, typer.Option("--against", help="Result files of a run to compare with.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of bootstrap and permutations.")]
-Resamples = Annotated[int, typer.Option("--resamples", min=1, help="Of the bootstrap.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of bootstrap and permutations.")]
+Resamples = Annotated[int, typer.Option("--resamples", min=1, help="Resamples of the bootstrap.")]
 ImageRoots = Annotated[
     list[Path] | None,
-    typer.Option("--image-root", help="Folder of the pictures on the page of traces. May be repeated."),
+    typer.Option("--image-root", help="Folder of the images on the page of traces. May be repeated."),
 ]
 Shown = Annotated[int, typer.Option("--limit", min=0, help="Questions on the page of traces.")]
 

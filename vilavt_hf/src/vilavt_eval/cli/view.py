@@ -23,7 +23,7 @@ BenchmarkName = Annotated[
 ]
 DataRoot = Annotated[Path | None, typer.Option("--data", help="The benchmark's file, or the folder that holds it.")]
 ImageRoots = Annotated[
-    list[Path] | None, typer.Option("--image-root", help="Folder that picture paths start from. May be repeated.")
+    list[Path] | None, typer.Option("--image-root", help="Folder that image paths start from. May be repeated.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Conversations at most, of each file.")]
 

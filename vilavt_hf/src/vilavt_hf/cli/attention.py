@@ -31,14 +31,14 @@ NO_ZOOM = 3
 
 def attention(
     model: Annotated[str, typer.Option(help="Checkpoint folder in our format, or a hub id.")],
-    image: Annotated[list[str], typer.Option(help="Picture: a path. May be repeated.")],
+    image: Annotated[list[str], typer.Option(help="Image: a path. May be repeated.")],
     question: Annotated[
         str | None, typer.Option(help="Ask this, and draw every zoom call of the conversation. Or name regions.")
     ] = None,
     region: Annotated[
         list[str] | None,
         typer.Option(
-            help="[IMAGE:]X1,Y1,X2,Y2 in pixels of the picture as it is shown (as `vilavt ask --json` gives boxes), "
+            help="[IMAGE:]X1,Y1,X2,Y2 in pixels of the image as it is shown (as `vilavt ask --json` gives boxes), "
             "encoded without a conversation. May be repeated: regions of one call."
         ),
     ] = None,
@@ -67,7 +67,7 @@ def attention(
         "vilavt-attention.png"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print maps and numbers; the rest goes to stderr.")] = False,
-    scale: Annotated[float, typer.Option(min=0.5, max=4, help="Size of the picture.")] = 1.5,
+    scale: Annotated[float, typer.Option(min=0.5, max=4, help="Size of the drawing.")] = 1.5,
     preset: Annotated[str | None, typer.Option(help="How the episode runs; default: the checkpoint's own.")] = None,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.AUTO,

@@ -23,7 +23,7 @@ tiny_app = group("The tiny example model: build it, evaluate it, draw its scenes
 def build_command(
     out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")],
     work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: beside OUT.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep stages that WORK already holds.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT and WORK already.")] = False,
     start: Annotated[
@@ -66,7 +66,7 @@ def eval_command(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Keep questions, pictures and results in this folder, where the same command goes on after an "
+            help="Keep questions, images and results in this folder, where the same command goes on after an "
             "interruption; default: nowhere."
         ),
     ] = None,
@@ -100,7 +100,7 @@ def eval_command(
 
 @tiny_app.command("benchmark")
 def benchmark_command(
-    out: Annotated[Path, typer.Option(help="Folder for definition, questions and pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for definition, questions and images.")],
     limit: Annotated[int | None, typer.Option(help="Questions; default: all 560.")] = None,
 ) -> None:
     """Write the held-out scenes as a benchmark; `vilavt eval` takes the path that is printed."""
@@ -114,9 +114,9 @@ def benchmark_command(
 
 @tiny_app.command("scenes")
 def scenes_command(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and questions.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images and questions.json.")],
     count: Annotated[int, typer.Option(help="Number of scenes.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 7,
 ) -> None:
     """Draw held-out scenes as PNG files, with questions and answers."""
     check_output_folders(out=out)
@@ -128,13 +128,13 @@ def scenes_command(
 
 @tiny_app.command("data")
 def data_command(
-    out: Annotated[Path, typer.Option(help="Folder for records and pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for records and images.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Whose tokenizer and prompts to use; default: the shipped one.")
+        Path | None, typer.Option(help="Checkpoint whose tokenizer and prompts to use; default: the shipped one.")
     ] = None,
     count: Annotated[int, typer.Option(help="Records of each training set.")] = 1000,
     held_out: Annotated[int, typer.Option(help="Records to validate on.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
 ) -> None:
     """Write ideal conversations about training scenes, in the published schema and in ours, for `vilavt sft`.
 

@@ -14,12 +14,12 @@ from ..rollout import fitting_rows
 
 
 class EasyR1Dataset(Dataset):
-    """One item per row of the data files, see :func:`vilavt_rl.data.read_rows`.
+    """One item per row of the data files, see `vilavt_rl.data.read_rows`.
 
     The prompt tensors that EasyR1 expects are empty: the rollout makes them, from the episode.
 
     Args:
-        data_files: see :func:`vilavt_rl.data.read_rows`.
+        data_files: see `vilavt_rl.data.read_rows`.
         config: EasyR1's ``data`` section. With ``filter_overlong_prompts`` rows whose first turn exceeds
             ``max_prompt_length`` are left out; the rollout would end the run at the first of them.
         episodes: what the rollout starts episodes with.

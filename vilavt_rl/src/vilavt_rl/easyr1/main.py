@@ -1,6 +1,6 @@
 """``python -m vilavt_rl.easyr1.main config=… worker.actor.model.model_path=…``: EasyR1's trainer with our parts.
 
-The arguments are EasyR1's, plus the block ``vilavt`` (see :mod:`vilavt_rl.easyr1.block`); ``config`` may be the name
+The arguments are EasyR1's, plus the block ``vilavt`` (see `vilavt_rl.easyr1.block`); ``config`` may be the name
 of a recipe.
 """
 

@@ -31,7 +31,7 @@ def compute_score(reward_inputs: Sequence[dict[str, Any]], **settings: Any) -> l
     Args:
         reward_inputs: ``response`` (decode with ``skip_special_tokens=false``), ``response_length``, and
             ``ground_truth``: the answer, or JSON with ``answer``, ``question_type``, ``data_type`` and ``options``.
-        settings: fields of :class:`vilavt_rl.rewards.RewardSettings` (``worker.reward.reward_function_kwargs``).
+        settings: fields of `vilavt_rl.rewards.RewardSettings` (``worker.reward.reward_function_kwargs``).
 
     Returns:
         ``overall``, ``format``, ``accuracy`` and the other metrics of each.

@@ -113,8 +113,8 @@ def make_worker(
         base: its ``FSDPWorker``.
         workers_module: the module of `base`: its name ``vLLMRollout`` is looked up when the rollout is built.
         patch_module: its ``monkey_patch`` module: the model types it accepts are listed there.
-        rollout: see :func:`make_rollout`.
-        translation: entered while the rollout is built, see :func:`vilavt_rl.easyr1.engine.translated`.
+        rollout: see `make_rollout`.
+        translation: entered while the rollout is built, see `vilavt_rl.easyr1.engine.translated`.
     """
 
     class Pivot(pivot_base):  # type: ignore[misc, valid-type]

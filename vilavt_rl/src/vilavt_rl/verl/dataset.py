@@ -20,10 +20,10 @@ LOOP = "vilavt"
 
 
 class VilavtDataset(Dataset):
-    """Rows for :class:`vilavt_rl.verl.agent_loop.VilavtAgentLoop`; images stay on disk until an episode needs them.
+    """Rows for `vilavt_rl.verl.agent_loop.VilavtAgentLoop`; images stay on disk until an episode needs them.
 
     Args:
-        data_files: see :func:`vilavt_rl.data.read_rows`.
+        data_files: see `vilavt_rl.data.read_rows`.
         tokenizer: verl's; tells where the checkpoint is.
         processor: verl's, not used.
         config: verl's ``data`` section. With ``filter_overlong_prompts`` rows whose first turn exceeds

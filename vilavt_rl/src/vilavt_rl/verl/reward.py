@@ -30,10 +30,10 @@ def compute_score(
         ground_truth: the right answer.
         extra_info: ``question_type``; of a multiple choice ``options`` if they are known; and from our agent loop
             ``messages``, ``sampled_tokens`` and ``reward_step``.
-        settings: fields of :class:`vilavt_rl.rewards.RewardSettings` (``reward.custom_reward_function.reward_kwargs``).
+        settings: fields of `vilavt_rl.rewards.RewardSettings` (``reward.custom_reward_function.reward_kwargs``).
 
     Returns:
-        ``score`` and the metrics of :func:`score_fields`.
+        ``score`` and the metrics of `score_fields`.
     """
     info = extra_info or {}
     tokens = int(info.get("sampled_tokens") or 0)

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -36,22 +35,33 @@ from vilavt_core.protocol import Answer, FinishReason, format_turn, without_tags
 from vilavt_core.regions import Picture
 from vilavt_core.results import ChatResult, Event, Finished, Sample, TextDelta
 from vilavt_core.settings import read_chat_settings
+from vilavt_core.state import (
+    AskedQuestion,
+    ConversationState,
+    SaidQuestion,
+    check_count,
+    check_replayed,
+    check_said,
+    replay,
+    unsampled,
+)
 from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
 from .. import compat
 from ..episodes import Handling, adapted, settings_of_engine
-from ..errors import BusyError, EngineFailure, LimitError, ModelMissingError, RequestError
+from ..errors import BusyError, EngineDiedError, EngineFailure, LimitError, ModelMissingError, RequestError
 from ..online import AsyncVilavtLLM
 from .budget import PictureBudget, Reservation
 from .fields import short
-from .gate import Draining, DrainingEngine, Gate
-from .history import History
+from .gate import RETRY, Draining, DrainingEngine, Gate
+from .history import History, Kept
 from .media import Pictures
-from .metrics import metrics
+from .metrics import metrics, queued_turns
 from .options import ServerOptions
-from .requests import ChatRequest, Exchange, exchanges, place
+from .requests import ChatRequest, Exchange, exchanges, place, whole_number
+from .states import States
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
 from vllm import envs  # noqa: E402
@@ -65,7 +75,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, SETTINGS = "/v1/chat/completions", f"/v1{SETTINGS_PATH}"
+PATH, SETTINGS, LOAD = "/v1/chat/completions", f"/v1{SETTINGS_PATH}", "/load"
 API, RAW = "/v1/", "/v1/raw/"
 """Prefix of OpenAI's routes, and that under which a client that runs the loop itself finds them as vLLM made them."""
 TURNS = (
@@ -78,6 +88,8 @@ TURNS = (
 )
 """Routes of vLLM that answer with one turn of the model, or go to one that does: a client would take a zoom for an
 answer."""
+PRIORITY = "X-Vllm-Priority"
+"""Header that says a request's priority, before its field: vLLM's."""
 STATUS_WITHIN = 1.0
 """Seconds that a stream waits for its first event, so that an error that is found at once still has a status code."""
 
@@ -87,6 +99,19 @@ _REMEDIES = {
 }
 """What raises the limit that a question without a turn broke."""
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request's question, ready to be carried out."""
+
+    driver: Driver
+    talk: list[Exchange]
+    """The conversation; the last exchange is the question."""
+    before: Sequence[AskedQuestion] = ()
+    """Its earlier questions."""
+    history: Literal["kept", "state", "rebuilt"] | None = None
+    """Where those are from; None: there are none."""
 
 
 class Loop:
@@ -118,12 +143,34 @@ class Loop:
         self.pictures = Pictures(config, image_limits, settings.preset.rules, options.max_body_bytes, video_limits)
         self.budget = PictureBudget(options.max_request_pixels, options.max_picture_memory)
         self.history = History(options.max_conversations, options.max_conversation_bytes)
+        self.states = States(options)
         self.running = 0
+        """Questions that are being answered."""
+        self.preparing = 0
+        """Of these, questions whose pictures are not ready yet."""
         found = read_chat_settings(config.model, hub={"revision": config.revision})
         self.note = found.note if found else ""
 
+    def priority(self, request: ChatRequest, headers: Mapping[str, str]) -> tuple[int, list[str]]:
+        """The priority of a request, its header's or else its field's, and which of the two has no effect here.
+
+        Args:
+            request: the body.
+            headers: of the request.
+
+        Raises:
+            RequestError: the header is no number that vLLM takes.
+        """
+        field, said = request.priority, headers.get(PRIORITY)
+        header = None if said is None else whole_number(PRIORITY, said)
+        if not self.by_priority:
+            return 0, [*(["priority"] if field else []), *([PRIORITY] if header else [])]
+        if header is None:
+            return field or 0, []
+        return header, ["priority"] if field not in (None, header) else []
+
     def handling(self, request: ChatRequest, name: str, headers: Mapping[str, str]) -> Handling:
-        """What the engine is told of a request.
+        """What the engine is told of a request, at each of its turns.
 
         Args:
             request: the body.
@@ -132,14 +179,15 @@ class Loop:
 
         Raises:
             ModelMissingError: no model or adapter has the name that the request asks for.
+            RequestError: a header cannot be taken.
         """
         lora, model = None, request.model
         if model is not None and not self.models.is_base_model(model):
             lora = getattr(self.models, "lora_requests", {}).get(model)
             if lora is None:
                 raise ModelMissingError(f"no model {short(repr(model))} here; GET /v1/models lists them")
-        priority = request.priority if self.by_priority else None
-        return Handling(name, lora, priority or 0, extract_trace_headers(headers) or None, logprobs=False)
+        priority, _ = self.priority(request, headers)
+        return Handling(name, lora, priority, extract_trace_headers(headers) or None, logprobs=False)
 
     async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
@@ -155,15 +203,19 @@ class Loop:
                 "later, or raise it with --max-episodes"
             )
         self.running += 1
+        self.preparing += 1
         metrics().running.inc()
         begun, speaks = time.monotonic(), False
         driver, finish, reservation = None, "aborted", self.budget.reservation()
         try:
             try:
-                driver, talk = await self._driver(request, handling.lora, reservation)
+                asked = await self._asked(request, handling.lora, reservation)
+                driver = asked.driver
             except Exception:
                 finish = "refused"
                 raise
+            finally:
+                self.preparing -= 1
             metrics().preparation.observe(time.monotonic() - begun)
             yield driver
             async with aclosing(self.llm.events(driver, handling)) as events:
@@ -173,9 +225,7 @@ class Loop:
                         metrics().first_thought.observe(time.monotonic() - begun)
                     if isinstance(event, Finished):
                         finish = event.result.finish
-                        if event.result.answer is not None:
-                            talk = [*talk[:-1], replace(talk[-1], answer=event.result.answer)]
-                            self.history.keep(talk, driver, handling.lora)
+                        event = Finished(await self._remembered(event.result, asked, handling.lora))
                     yield event
         finally:
             reservation.release()
@@ -183,9 +233,7 @@ class Loop:
             metrics().running.dec()
             metrics().finished(driver, finish, time.monotonic() - begun)
 
-    async def _driver(
-        self, request: ChatRequest, lora: LoRARequest | None, reservation: Reservation
-    ) -> tuple[Driver, list[Exchange]]:
+    async def _asked(self, request: ChatRequest, lora: LoRARequest | None, reservation: Reservation) -> Asked:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
         settings = await asyncio.to_thread(adapted, self.llm.settings, lora)
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
@@ -196,18 +244,41 @@ class Loop:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
         self._check_text(talk, limits)
         *past, last = talk
-        before = self.history.find(past, lora) if past else None
-        if past:
-            metrics().follow_ups.labels("rebuilt" if before is None else "kept").inc()
-        needed = talk if before is None else [last]
+        state = None
+        if request.state is not None:
+            state = await asyncio.to_thread(self.states.read, request.state, settings)
+            check_count(state, len(past))
+        kept = self.history.find(past, lora) if past else None
+        if kept is not None and state is not None and kept.state.stream != state.stream:
+            kept = None  # the same words, which were sampled another way
+        history: Literal["kept", "state", "rebuilt"] = "kept" if kept else "state" if state else "rebuilt"
+        needed = talk if kept is None else [last]
         *earlier, shown = await self.pictures.load([one.images for one in needed], limits.max_images, reservation)
-        if past and before is None:
-            before = await self._rebuild(past, settings, limits, earlier)
         sample = Sample(shown, last.question, seed=request.seed, limits=limits)
         stream = bool(request.stream)
-        if before is None:
-            return Driver(sample, settings, name="request", stream=stream, sampling=sampling), talk
-        return await self.llm.follow_up(before, sample, stream=stream, sampling=sampling), talk
+        if not past:
+            return Asked(Driver(sample, settings, name="request", stream=stream, sampling=sampling), talk)
+        before: Driver
+        questions: Sequence[AskedQuestion]
+        if kept is not None:
+            before, questions = kept.driver, kept.state.questions
+        elif state is not None:
+            before, questions = await self._replayed(state, past, settings, earlier), state.questions
+        else:
+            before, questions = await self._rebuilt(past, settings, limits, earlier)
+        driver = await self.llm.follow_up(before, sample, stream=stream, sampling=sampling)
+        metrics().follow_ups.labels(history).inc()
+        return Asked(driver, talk, questions, history)
+
+    async def _remembered(self, result: ChatResult, asked: Asked, lora: LoRARequest | None) -> ChatResult:
+        """The result with its state; its conversation is kept for follow-up questions, if there is one to follow up."""
+        result = replace(result, history=asked.history)
+        if result.error is not None or not result.turns:
+            return result
+        state, text = await asyncio.to_thread(self.states.made, asked.driver, asked.before, result.answer)
+        talk = [*asked.talk[:-1], replace(asked.talk[-1], answer=result.answer or "")]
+        self.history.keep(talk, Kept(asked.driver, state), lora)
+        return replace(result, state=text)
 
     def _check_text(self, talk: list[Exchange], limits: Limits) -> None:
         """Refuse by its length what cannot fit: encoding it would keep the thread of all conversations busy."""
@@ -217,25 +288,43 @@ class Loop:
         if problem := text_problem(characters, limits.max_context, self.llm.settings.tokenizer):
             raise RequestError(f"messages: {problem}; send less, or start the server with a larger --max-model-len")
 
-    async def _rebuild(
+    async def _replayed(
         self,
-        past: list[Exchange],
+        state: ConversationState,
+        past: Sequence[Exchange],
+        settings: ConversationSettings,
+        pictures: Sequence[Sequence[Picture]],
+    ) -> Driver:
+        """A conversation as its state tells it: the token stream and the crops that its client has seen."""
+        said = [SaidQuestion(shown, one.question, one.answer or "") for one, shown in zip(past, pictures, strict=True)]
+        await asyncio.to_thread(check_said, state, said)
+        driver: Driver | None = None
+        for asked, told in zip(state.questions, said, strict=True):
+            driver = await self._in_worker(replay, driver, settings, asked, told, "request")
+        assert driver is not None
+        await asyncio.to_thread(check_replayed, state, driver)
+        return driver
+
+    async def _rebuilt(
+        self,
+        past: Sequence[Exchange],
         settings: ConversationSettings,
         limits: Limits,
-        pictures: Sequence[list[Picture]],
-    ) -> Driver:
+        pictures: Sequence[Sequence[Picture]],
+    ) -> tuple[Driver, list[AskedQuestion]]:
         """A conversation whose token stream was not kept: questions and answers as the client sent them, no zooms."""
-        # What was said is not sampled here, so this request's bound on sampling does not hold for it. Whether all of it
-        # fits into the context is seen where the new question is appended.
-        unbounded = replace(limits, max_new_tokens_per_turn=sys.maxsize, max_context=None)
         driver: Driver | None = None
+        questions = []
         for exchange, shown in zip(past, pictures, strict=True):
-            sample = Sample(shown, exchange.question, limits=unbounded)
-            driver = await asyncio.get_running_loop().run_in_executor(
-                self.llm.worker, _replay, driver, settings, sample, exchange
-            )
+            sample = Sample(shown, exchange.question, limits=unsampled(limits))
+            driver = await self._in_worker(_told, driver, settings, sample, exchange)
+            questions.append(await asyncio.to_thread(AskedQuestion.of, driver, exchange.answer, limits))
         assert driver is not None
-        return driver
+        return driver, questions
+
+    async def _in_worker(self, work: Callable[..., Driver], *arguments: Any) -> Driver:
+        """What needs the tokenizer, in the thread that has it."""
+        return await asyncio.get_running_loop().run_in_executor(self.llm.worker, work, *arguments)
 
 
 class VilavtEndpoint:
@@ -254,6 +343,7 @@ class VilavtEndpoint:
                 app.add_api_route(route.path, refused, methods=[*route.methods], response_model=None)
         app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
         app.add_api_route(SETTINGS, settings, methods=["GET"], response_model=None)
+        app.add_api_route(LOAD, load, methods=["GET"], response_model=None)
         app.state.vilavt_draining = Draining()
         keys = getattr(getattr(app.state, "args", None), "api_key", None) or [envs.VLLM_API_KEY]
         app.add_middleware(Gate, draining=app.state.vilavt_draining, keys=[key for key in keys if key])
@@ -272,7 +362,7 @@ class VilavtEndpoint:
         state.engine_client = DrainingEngine(engine_client, state.vilavt_draining, state)
 
 
-def _replay(before: Driver | None, settings: ConversationSettings, sample: Sample, exchange: Exchange) -> Driver:
+def _told(before: Driver | None, settings: ConversationSettings, sample: Sample, exchange: Exchange) -> Driver:
     """A question with the answer that the client says it got, without the model."""
     driver = Driver(sample, settings, name="request") if before is None else before.follow_up(sample)
     driver.start()
@@ -301,7 +391,21 @@ async def settings(raw: Request) -> Response:
     if loop is None:
         return _error(raw, EngineFailure("this server has no engine"), 501)
     provenance = loop.llm.settings.provenance(loop.options.seed)
-    return JSONResponse(settings_body(loop.models.model_name(), provenance, loop.note))
+    return JSONResponse(settings_body(loop.models.model_name(), provenance, loop.note, loop.states.to_json()))
+
+
+async def load(raw: Request) -> Response:
+    """How busy the server is: for what shares requests among several.
+
+    ``server_load`` is what vLLM's route says, every request under way, here questions and, if vLLM was told to count
+    them (``--enable-server-load-tracking``), requests to its own routes. ``waiting`` are questions whose pictures are
+    not ready or whose turn is in the engine's queue, ``running`` the others.
+    """
+    loop: Loop | None = raw.app.state.vilavt_loop
+    others = getattr(raw.app.state, "server_load_metrics", 0)
+    questions, preparing = (0, 0) if loop is None else (loop.running, loop.preparing)
+    waiting = min(questions, preparing + queued_turns())
+    return JSONResponse({"server_load": questions + others, "running": questions - waiting, "waiting": waiting})
 
 
 async def front_page(raw: Request) -> Response:
@@ -319,7 +423,8 @@ async def chat_completions(raw: Request) -> Response:
         return _error(raw, EngineFailure("this server has no engine"), 501)
     try:
         request = await _parsed(raw, loop.options)
-        reply = Reply(request.model or loop.models.model_name(), request.ignored(loop.by_priority), _name(raw))
+        ignored = request.ignored(loop.priority(request, raw.headers)[1])
+        reply = Reply(request.model or loop.models.model_name(), ignored, _name(raw))
         answer = loop.answer(request, loop.handling(request, reply.id, raw.headers))
         if request.stream:
             first = await _unless_disconnected(raw, _begun(answer))
@@ -338,7 +443,7 @@ async def chat_completions(raw: Request) -> Response:
             )
         finished = await _unless_disconnected(raw, _last(answer))
     except BusyError as error:
-        return _error(raw, error, 503, {"Retry-After": "1"})
+        return _error(raw, error, 503)
     except ModelMissingError as error:
         return _error(raw, error, 404)
     except (VilavtError, ValueError) as error:
@@ -457,6 +562,8 @@ def _refusal(result: ChatResult) -> Exception | None:
 def _status(error: Exception) -> int:
     if isinstance(error, GracefulHTTPError):  # vLLM's own queue is full, …
         return int(error.http_status)
+    if isinstance(error, EngineDiedError):
+        return 503
     return 400 if isinstance(error, ValueError | VLLMClientError) and not isinstance(error, EngineFailure) else 500
 
 
@@ -468,8 +575,10 @@ def _name(raw: Request) -> str:
     return raw.state.vilavt_name
 
 
-def _error(raw: Request, error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+def _error(raw: Request, error: Exception, status: int) -> JSONResponse:
     """The response, and one line in the log: quoted, because a message has words of the client."""
+    wait = RETRY if isinstance(error, EngineDiedError) else "1"
+    headers = {"Retry-After": wait} if status == 503 else None
     cause = error if status >= 500 and not isinstance(error, BusyError) else None
     logger.warning("request %r: %d %r", _name(raw), status, one_line(error), exc_info=cause)
     metrics().refusals.labels(str(status)).inc()

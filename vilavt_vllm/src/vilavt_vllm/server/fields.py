@@ -31,7 +31,7 @@ _MESSAGES = "put it into messages"
 _FORMAT = "leave it out and ask for the format in the question"
 _TOOLS = "leave it out: the loop carries out the model's own zooms and calls no functions"
 _THINKS = "leave it out: the model always thinks before it zooms or answers"
-_TOKENS = "say max_tokens, or vilavt.max_new_tokens_per_turn"
+_TOKENS = "say max_tokens for a turn, or max_completion_tokens for the whole answer"
 _SAMPLES = "send the request several times, with different seeds"
 
 
@@ -126,7 +126,10 @@ REQUEST: Mapping[str, Refusal] = {
     # fields that belong elsewhere
     **_each("extra_body extra_headers extra_query", Refusal(instead="put its keys beside the other fields")),
     **_each("options", Refusal(instead="put its keys beside the other fields")),
-    **{name: Refusal(instead=f'put it into the field vilavt: {{"{name}": …}}') for name in Limits.per_request()},
+    **{
+        name: Refusal(instead=f'put it into the field vilavt: {{"{name}": …}}')
+        for name in (*Limits.per_request(), "state")
+    },
 }
 """Of a request. What is not here, and is no field of `requests.ChatRequest`, is a hint: ``user``, ``metadata``,
 ``reasoning_effort``, ``prompt_cache_key``, …"""

@@ -6,15 +6,24 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vilavt_core.driver import Driver
+from vilavt_core.state import ConversationState
 
 from .requests import Exchange, SentPicture, SentVideo
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A finished question, ready to be followed up."""
+
+    driver: Driver
+    state: ConversationState
 
 
 class History:
@@ -29,27 +38,27 @@ class History:
 
     def __init__(self, capacity: int, max_bytes: int) -> None:
         self.capacity, self.max_bytes, self.bytes = capacity, max_bytes, 0
-        self._drivers: OrderedDict[str, tuple[Driver, int]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._drivers)
+        return len(self._kept)
 
-    def find(self, exchanges: Sequence[Exchange], lora: LoRARequest | None = None) -> Driver | None:
-        """The driver that answered the last of these exchanges, with the adapter or without one."""
+    def find(self, exchanges: Sequence[Exchange], lora: LoRARequest | None = None) -> Kept | None:
+        """The last of these exchanges as it was answered, with the adapter or without one."""
         key = _key(exchanges, lora)
-        if key not in self._drivers:
+        if key not in self._kept:
             return None
-        self._drivers.move_to_end(key)
-        return self._drivers[key][0]
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
 
-    def keep(self, exchanges: Sequence[Exchange], driver: Driver, lora: LoRARequest | None = None) -> None:
+    def keep(self, exchanges: Sequence[Exchange], kept: Kept, lora: LoRARequest | None = None) -> None:
         """Remember a finished question under its exchanges, the answer included."""
-        key = _key(exchanges, lora)
-        _, before = self._drivers.pop(key, (None, 0))
-        self._drivers[key] = driver, driver.picture_bytes
-        self.bytes += driver.picture_bytes - before
-        while len(self._drivers) > self.capacity or (self.bytes > self.max_bytes and self._drivers):
-            _, (_, size) = self._drivers.popitem(last=False)
+        key, size = _key(exchanges, lora), kept.driver.picture_bytes
+        _, before = self._kept.pop(key, (None, 0))
+        self._kept[key] = kept, size
+        self.bytes += size - before
+        while len(self._kept) > self.capacity or (self.bytes > self.max_bytes and self._kept):
+            _, (_, size) = self._kept.popitem(last=False)
             self.bytes -= size
 
 

@@ -44,6 +44,12 @@ class ServerOptions:
         64, "finished questions kept, with their pictures, so that follow-ups continue them"
     )
     max_conversation_bytes: int = described(2 * 1024**3, "bytes of decoded pictures that those may hold")
+    state_key_file: str | None = described(
+        None,
+        "file with the key that signs states, the same on all replicas; default: the environment's VILAVT_STATE_KEY, "
+        "else a key of this process alone",
+    )
+    state_max_age: float | None = described(None, "seconds that a state may be old; default: any age")
     limits: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Limits` that shall differ from the preset's and the checkpoint's."""
 

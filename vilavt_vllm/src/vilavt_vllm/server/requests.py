@@ -6,7 +6,7 @@ A request is an ordinary chat completion. What this endpoint cannot honour is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Annotated, Any, ClassVar
@@ -43,7 +43,8 @@ _OTHER_KINDS = {
     **dict.fromkeys(("thinking", "redacted_thinking", "reasoning"), "leave it out: thoughts are not sent back"),
 }
 """Kinds of parts that clients send and this route cannot use, and what to send instead."""
-MAX_SEED = 2**63
+MAX_INTEGER = 2**63
+"""Integers are below it, and not below its negative."""
 MOST_IGNORED = 100
 """Fields that a response lists as ignored."""
 
@@ -199,7 +200,7 @@ class Frames(Extended):
 
 
 class ProcessorKwargs(Frames):
-    """What is said of the videos of a whole request. It may say nothing else: a processor would heed it."""
+    """What is said of the videos of a whole request. It may say nothing else: a processor would use it."""
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
@@ -415,6 +416,14 @@ RequestLimits = create_model(
     **optional_fields(Limits, per_request=True),
 )
 
+
+class RequestSettings(RequestLimits):  # type: ignore[valid-type, misc]
+    """What a request says to the loop: its limits, and the conversation that it continues."""
+
+    state: str | None = None
+    """As it came with the last answer; see `vilavt_core.state`."""
+
+
 _RequestSampling = create_model("_RequestSampling", **optional_fields(Sampling, per_request=True))
 
 
@@ -447,16 +456,18 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
     stream_options: StreamOptions | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     """vLLM's clients say -1 for off."""
-    seed: int | None = Field(None, ge=-MAX_SEED, lt=MAX_SEED)
+    seed: int | None = Field(None, ge=-MAX_INTEGER, lt=MAX_INTEGER)
     max_tokens: int | None = Field(None, ge=1)
+    """Of a turn; above the server's bound, that holds."""
     max_completion_tokens: int | None = Field(None, ge=1)
-    priority: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """Of the answer, all its turns together: thoughts and zooms count, as OpenAI counts a reasoning model's."""
+    priority: int | None = Field(None, ge=-MAX_INTEGER, lt=MAX_INTEGER)
     """For an engine that schedules by it."""
     mm_processor_kwargs: ProcessorKwargs | None = None
     """Of videos; as vLLM's clients say it for a whole request."""
     media_io_kwargs: MediaKwargs | None = None
     """Likewise."""
-    vilavt: RequestLimits | None = None  # type: ignore[valid-type]
+    vilavt: RequestSettings | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> ChatRequest:
@@ -474,16 +485,21 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         """Which are taken of videos of which their parts say nothing."""
         return next((one for one in (self.mm_processor_kwargs, self._of_media) if one is not None and one.said), None)
 
-    def ignored(self, by_priority: bool = False) -> tuple[str, ...]:
+    @property
+    def state(self) -> str | None:
+        """Of the conversation that it continues."""
+        return None if self.vilavt is None else self.vilavt.state
+
+    def ignored(self, without_effect: Sequence[str] = ()) -> tuple[str, ...]:
         """Fields that were accepted and have no effect: for ``vilavt.ignored`` of the response. See `fields`.
 
         Args:
-            by_priority: whether the engine schedules requests by their priority.
+            without_effect: honoured fields, and headers, that have none on this server.
 
         Raises:
             RequestError: a field would change the answer and cannot be honoured; names it.
         """
-        found: list[str] = ["priority"] if self.priority and not by_priority else []
+        found: list[str] = list(without_effect)
         objects: list[tuple[str, Extended]] = [("", self)]
         objects += [(f"messages[{number}]", message) for number, message in enumerate(self.messages)]
         for name in ("stream_options", "mm_processor_kwargs", "media_io_kwargs"):
@@ -512,17 +528,19 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         Raises:
             LimitError: one is above the server's.
         """
-        wanted: dict[str, Any] = {} if self.vilavt is None else self.vilavt.model_dump(exclude_none=True)
-        tokens = self.max_completion_tokens or self.max_tokens
-        if tokens is not None:
-            wanted.setdefault("max_new_tokens_per_turn", min(tokens, server.max_new_tokens_per_turn))
+        wanted: dict[str, Any] = (
+            {} if self.vilavt is None else self.vilavt.model_dump(exclude_none=True, exclude={"state"})
+        )
         for name, value in wanted.items():
             most = getattr(server, name)
             if most is None and name == "crop_max_pixels":
                 most = server.max_pixels
             if most is not None and value > most:
                 raise LimitError(f"vilavt.{name} is {value:.0f}, this server allows at most {most:.0f}; ask for less")
-        return replace(server, **wanted)
+        limits = replace(server, **wanted)
+        bounds = {"max_new_tokens_per_turn": self.max_tokens, "max_answer_tokens": self.max_completion_tokens}
+        tighter = {name: min(most, getattr(limits, name) or most) for name, most in bounds.items() if most is not None}
+        return replace(limits, **tighter)
 
     def check_bounds(self, limits: Limits) -> None:
         """Hold the bounds of single pictures to those of the request.
@@ -618,6 +636,25 @@ def exchanges(messages: list[ChatMessage], frames: Frames | None = None) -> list
     if out[-1].answer is not None:
         raise RequestError("the last message is the assistant's, it must be the user's")
     return out
+
+
+def whole_number(name: str, text: str) -> int:
+    """The number that a header says.
+
+    Args:
+        name: of the header.
+        text: its value.
+
+    Raises:
+        RequestError: it is none, or too large.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = MAX_INTEGER
+    if not -MAX_INTEGER <= number < MAX_INTEGER:
+        raise RequestError(f"{name} is {fields.short(repr(text))}, it must be a whole number of at most 63 bits")
+    return number
 
 
 def _json_kind(value: Any) -> str:

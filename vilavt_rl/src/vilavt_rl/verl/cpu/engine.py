@@ -17,7 +17,7 @@ def register_engine() -> None:
 
 
 def register_rollout() -> None:
-    """Make ``rollout.name=vilavt_hf`` mean :mod:`vilavt_rl.verl.cpu.replica`."""
+    """Make ``rollout.name=vilavt_hf`` mean `vilavt_rl.verl.cpu.replica`."""
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
