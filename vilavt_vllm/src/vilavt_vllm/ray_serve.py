@@ -96,7 +96,7 @@ class Replica:
         flags: see `Arguments`.
     """
 
-    async def __init__(self, model: str, flags: str) -> None:
+    async def __init__(self, model: str, flags: str) -> None:  # type: ignore[misc]  # Ray awaits it
         command, options = ready(_read(model, flags))
 
         from . import compat  # imports vLLM, which whoever asks for the application need not have
