@@ -179,7 +179,8 @@ def _keep_bytecode(session: nox.Session) -> None:
     """
     folder = Path(session.virtualenv.location).resolve() / "bytecode"
     session.env.update({"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder)})
-    session.run("python", "-m", "compileall", "-q", *map(str, _site_packages(session).glob("vilavt_*")), silent=True)
+    ours = (str(file.parent) for file in _site_packages(session).glob("vilavt_*/__init__.py"))
+    session.run("python", "-m", "compileall", "-q", *ours, silent=True)
 
 
 def _record(session: nox.Session, name: str) -> None:
