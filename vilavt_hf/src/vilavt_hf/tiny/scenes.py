@@ -249,8 +249,9 @@ class SceneQuestion:
         if not self.targets:
             return ()
         places = [describe(c, self.pictures) for c in self.targets]
-        if self.kind is QuestionKind.FIRST:  # find both, then say where the first one is
-            places = [f"{c.colour} index {c.picture}" for c in self.named] + places
+        if self.kind is QuestionKind.FIRST:  # find both, name the smaller number, then the card that has it
+            (card,) = self.targets
+            places = [f"{c.colour} index {c.picture}" for c in self.named] + [f"first {card.picture} {places[0]}"]
         regions = tuple(Region(c.picture, c.cell_box) for c in self.targets)
         first = ToolCall(regions, self.query, ", ".join(places))
         if self.kind is not QuestionKind.NESTED:

@@ -236,7 +236,7 @@ def _first_call(stream: _Stream, question: SceneQuestion) -> list[AttentionTarge
         box_character = turn.text.index("bbox_2d", box_character) + len("bbox_2d")
         numbers = turn.words(map(str, card.cell_box), box_character)
         targets += _look([*written, *numbers], place)
-        if question.kind is not QuestionKind.FIRST:  # there the numbers just written say which card it is
+        if question.kind is not QuestionKind.FIRST:  # there the number just written says which card it is
             targets += _recall([named], asked)
         targets += _recall([*written, *numbers, *turn.words([card.colour], query_character)], named)
         character += 1
@@ -244,16 +244,24 @@ def _first_call(stream: _Stream, question: SceneQuestion) -> list[AttentionTarge
 
 
 def _find_both(stream: _Stream, turn: _Turn, question: SceneQuestion) -> tuple[list[AttentionTarget], int]:
-    """Naming the frames of both cards; returns the targets and the character after that."""
+    """Naming the frames of both cards, then the earlier one; returns the targets and the character after that."""
     targets: list[AttentionTarget] = []
-    character = 0
+    character, frames = 0, {}
     for card in question.named:
         character = turn.text.index(card.colour, character)
         named = turn.at(character)
         written = _place_words(turn, character, index=True, cell=False)
+        (frames[card.colour],) = written
         targets += _recall([named], _find(stream, card.colour))
         targets += _recall(written, named) + _look(written, _token_of(stream, card))
+        targets.append(AttentionTarget(BIND_TEXT, _TEXT_HEADS, written[0], named))  # the number knows its colour
         character += 1
+    character = turn.text.index(" first ", character) + len(" first ")
+    smaller = turn.at(character)
+    for head, position in zip(_READ_HEADS, frames.values(), strict=True):  # compare
+        targets.append(AttentionTarget(BIND_IMAGE, (head,), smaller - 1, position))
+    (card,) = question.targets
+    targets.append(AttentionTarget(BIND_IMAGE, _LOOK_HEADS, smaller, frames[card.colour]))
     return targets, character
 
 
