@@ -74,7 +74,7 @@ KINDS_OF_ONE_CARD = (QuestionKind.ONE, QuestionKind.PAIR, QuestionKind.NESTED)
 KIND_SHARES = {
     QuestionKind.ONE: 0.12,
     QuestionKind.PAIR: 0.16,
-    QuestionKind.NESTED: 0.16,
+    QuestionKind.NESTED: 0.14,
     QuestionKind.SUM: 0.10,
     QuestionKind.LARGER: 0.06,
     QuestionKind.SHARED: 0.13,
@@ -83,7 +83,7 @@ KIND_SHARES = {
     QuestionKind.LARGER_ACROSS: 0.04,
     QuestionKind.SHARED_ACROSS: 0.04,
     QuestionKind.FRAME: 0.04,
-    QuestionKind.FIRST: 0.05,
+    QuestionKind.FIRST: 0.07,
 }
 """How often training asks each."""
 
