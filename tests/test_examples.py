@@ -26,16 +26,16 @@ from typer.testing import CliRunner
 from vilavt_core.cli import SUBCOMMANDS
 from vilavt_core.cli import app as vilavt
 from vilavt_rl.cli import app as vilavt_rl
-from vilavt_vllm.server.command import parser as serve_parser
+from vilavt_vllm.server.command import read as read_serve
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 TINY = ROOT / "examples" / "vilavt-tiny"
-CHECKPOINTS = ("path/to/ViLaVT", "CKPT", "CHECKPOINT", "vilavt-tiny")
+CHECKPOINTS = ("path/to/ViLaVT", "CKPT", "CHECKPOINT", "FOLDER", "vilavt-tiny")
 PICTURES = ("photo.jpg", "a.jpg", "b.jpg", "c.jpg", "another.jpg", "plan.png")
 MOST_REASONS = 16
 """Of blocks; what a page cannot show being run should stay the exception."""
 PYTHON_PROGRAMS = ("python", "python3", "pip", "nox", "torchrun", ".venv/bin/pip", ".venv/bin/nox")
-OTHERS = ("git", "podman", "kubectl", "curl", "vllm", "export", ".")
+OTHERS = ("git", "podman", "kubectl", "curl", "vllm", "serve", "ray", "export", ".")
 
 
 def in_page(example: Example) -> str:
@@ -67,7 +67,7 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-        assert serve_parser().parse_known_args(rest)[0].model
+        assert read_serve(rest).checkpoint
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:
@@ -134,10 +134,10 @@ def test_the_blocks_that_nothing_runs_are_few_and_say_why():
 # ---------------------------------------------------------------------- what is cheap runs
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+@pytest.fixture
+def workplace(tmp_path) -> Path:
     """A folder with what pages call the reader's own."""
-    folder = tmp_path_factory.mktemp("reader")
+    folder = tmp_path
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "docs").mkdir()
     for name in CHECKPOINTS:
@@ -147,7 +147,6 @@ def workplace(tmp_path_factory) -> Path:
         Image.open(ROOT / "examples" / "pictures" / f"scene-{i % 3 + 1}.png").convert("RGB").save(folder / name)
     (folder / "clip.mp4").write_bytes(clip(marked(20)))
     write_benchmark(folder / "path" / "to" / "benchmark")
-    write_results(folder)
     return folder
 
 
@@ -166,27 +165,14 @@ def write_benchmark(folder: Path) -> None:
         (folder / name).write_text(json.dumps([row | {"question": f"<image>{question}"} for row in rows]))
 
 
-def write_results(folder: Path) -> None:
-    """Result files as the published programs write them."""
-    (folder / "runs").mkdir()
-    rows = [
-        {"question_id": f"q{i}", "response": "A" if i % 2 else "B", "answer": "A", "problem_type": "multiple choice"}
-        for i in range(8)
-    ]
-    names = ("runs/ERQA.jsonl", "default-seed0.jsonl", "default-seed1.jsonl", "results.jsonl", "old.jsonl", "new.jsonl")
-    for name in names:
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_the_commands_of_pages_run(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
+    found = [(example, words) for example in SHELL if example.in_ci for words in example.commands()]
+    each = {tuple(words): example for example, words in reversed(found) if reason(words) is None}
     failures = [
         f"{example}: {shlex.join(words)}: {problem}"
-        for example in SHELL
-        if example.in_ci
-        for words in example.commands()
-        if reason(words) is None
-        for problem in run(words)
+        for words, example in reversed(each.items())
+        for problem in run([*words])
     ]
     assert failures == []
 
@@ -195,8 +181,9 @@ def run(words: list[str]) -> Iterator[str]:
     """What went wrong with a command of ours."""
     command = without_redirection(words)
     result = CliRunner().invoke({"vilavt": vilavt, "vilavt-rl": vilavt_rl}[command[0]], command[1:])
-    may_find_fault = "doctor" in command  # other hosts are not installed beside
-    if result.exit_code not in ((0, 1) if may_find_fault else (0,)):
+    allowed = (0, 1) if command[1] == "doctor" else (0, 3)
+    """1: another host is not installed; 3: the tiny model gave no answer, or did not zoom, on what is not its world."""
+    if result.exit_code not in allowed:
         yield f"exit code {result.exit_code}: {result.exception!r} {result.output[-400:]}"
     if ">" in words:
         Path(words[words.index(">") + 1]).write_text(result.stdout)

@@ -477,3 +477,23 @@ def test_image_features_come_with_what_was_asked_for(tiny_model, processor):
         last, features = again.get_image_features(**inputs, return_dict=False)
         assert torch.equal(last, plain.last_hidden_state)
         assert all(map(torch.equal, features, plain.pooler_output))
+
+
+@torch.no_grad()
+def test_image_features_come_as_the_configuration_says(build_model):
+    model = build_model()
+    inputs = {"pixel_values": torch.randn(4 * 4, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    expected = compat.pooled(model.model.get_image_features(**inputs))[0]
+    model.config.return_dict = False
+    model.config.vision_config.output_hidden_states = True
+    for again in (model.model, model) if compat.VISION_OUTPUT_HAS_STATES else (model.model,):
+        output = again.get_image_features(**inputs)
+        if compat.VISION_OUTPUT_HAS_STATES:
+            _, features, states = output
+            assert len(states) == model.config.vision_config.depth + 1
+            assert (
+                again.get_image_features(**inputs, return_dict=True, output_hidden_states=False).hidden_states is None
+            )
+        else:
+            features = output
+        assert torch.equal(features[0], expected)

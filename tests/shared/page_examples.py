@@ -37,12 +37,17 @@ PROGRAMS = {
     "torchrun": "needs several GPUs: tests/distributed runs two processes",
     "vllm": "needs vLLM: tests/vllm starts its server",
     "vilavt-serve": "needs vLLM: tests/vllm starts it",
+    "serve": "needs Ray Serve: tests/vllm/test_ray_serve.py",
+    "ray": "starts a cluster of Ray: tests/vllm/test_ray_serve.py",
     "python benchmarks/": "takes minutes: tests/test_benchmarks.py runs it briefly",
     "python -m": "needs the host it starts: tests of that host",
     "python run.py": "needs a checkout of VLMEvalKit: tests/vlmeval/test_checkout.py",
     "vilavt web": "serves until it is stopped: tests/web",
     "vilavt chat": "reads a terminal: tests/core/test_talk.py",
     "vilavt sft": "trains: docs/path.md trains the tiny model, and tests/hf/test_train_run.py",
+    "vilavt convert": "needs a checkpoint in the published SFT format: tests/core/test_checkpoint_convert.py",
+    "vilavt push": "needs an account of the hub: tests/core/test_model_card.py",
+    "vilavt-rl curve": "needs the log of a run: docs/path.md draws one",
     "vilavt tiny build": "trains for an hour",
     "vilavt tiny eval": "takes minutes: tests/hf/test_tiny.py asks fewer questions",
     "vilavt tiny data": "takes minutes: docs/path.md makes one",
@@ -106,7 +111,8 @@ class Example:
 
 def reason(words: list[str]) -> str | None:
     """Why CI does not run a command, wherever it stands; None: it does."""
-    text = " ".join(words)
+    words = [word for i, word in enumerate(words) if i or not re.fullmatch(r"\w+=.*", word)]
+    text = " ".join(words).removeprefix(".venv/bin/")
     if "--backend vllm" in text or "http://127.0.0.1" in text:
         return "needs vLLM or a running server: tests/vllm has both"
     return next((why for start, why in PROGRAMS.items() if text.startswith(start) and _ends_word(text, start)), None)

@@ -231,6 +231,7 @@ class FedTurn:
 
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
+    """Why sampling ended."""
 
 
 @dataclass(frozen=True, eq=False)

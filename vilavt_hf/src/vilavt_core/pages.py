@@ -43,10 +43,10 @@ def render(
 
     environment = _environment(folder)
     source = environment.loader.get_source(environment, script)[0] if script and environment.loader else ""
-    head = {"policy": policy(source, pictures_at), "script": Markup(source)}
+    head = {"policy": policy(source, pictures_at), "script": Markup(source)}  # our own file  # nosec B704
     text = environment.get_template(template).render(head | values)
     # A result file can hold lone surrogates, which cannot be written as UTF-8.
-    return Markup(text.encode("utf-8", "replace").decode())
+    return Markup(text.encode("utf-8", "replace").decode())  # the template has escaped its values  # nosec B704
 
 
 def policy(script: str, pictures_at: Place) -> str:
@@ -71,7 +71,7 @@ def _environment(folder: Path | None, escape: bool = True) -> Environment:
     folders = [TEMPLATES] if folder is None else [folder, TEMPLATES]
     return Environment(
         loader=FileSystemLoader(folders),
-        autoescape=escape,
+        autoescape=escape,  # off for text that is no HTML  # nosec B701
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

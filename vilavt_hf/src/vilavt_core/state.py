@@ -118,8 +118,10 @@ class AskedQuestion:
         """
         episode = driver.conversation
         assert episode is not None
+        pictures = [one for one in driver.sample.images if isinstance(one, Picture)]
+        assert len(pictures) == len(driver.sample.images), "they are loaded"
         return cls(
-            pictures=tuple(picture_hash(one) for one in driver.sample.images if isinstance(one, Picture)),
+            pictures=tuple(map(picture_hash, pictures)),
             question=_sha256(_utf8(driver.sample.question)),
             answer=_answer_hash(answer),
             limits=told or episode.limits,

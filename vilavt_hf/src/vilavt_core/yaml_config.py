@@ -73,7 +73,7 @@ def _load(text: str) -> Any:
                 raise ValueError(f"a mapping merges more than {_MOST_VALUES} keys")
 
     try:
-        values = yaml.load(text, Loader)
+        values = yaml.load(text, Loader)  # a SafeLoader, see above  # nosec B506
         _count(values, {}, ())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

@@ -47,7 +47,7 @@ def random_boxes(sample: Sample, regions: Sequence[Region], views: Sequence[View
     and lands on the same grid if there is one. A box too large for that goes anywhere it fits. Drawn from the sample's
     seed and its number of images, whatever else is in the batch. Regions that cannot be carried out stay as they are.
     """
-    rng = random.Random(f"{sample.seed_from(0)}:{len(views)}")
+    rng = random.Random(f"{sample.seed_from(0)}:{len(views)}")  # repeatable on purpose  # nosec B311
     return [_moved(region, views, rng) for region in regions]
 
 

@@ -138,7 +138,7 @@ def look(
     try:
         device = compat.input_device(model)
         on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
-        features = [one.float().cpu() for one in compat.pooled(base.get_image_features(**on_device))]
+        features = [one.float().cpu() for one in compat.pooled(base.get_image_features(**on_device, return_dict=True))]
     finally:
         for hook in hooks:
             hook.remove()

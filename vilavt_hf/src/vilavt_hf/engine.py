@@ -85,7 +85,7 @@ class ImageFeatures:
         inputs = self.encode(inquiries)
         device = compat.input_device(self.model)
         on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
-        features = compat.pooled(self.model.model.get_image_features(**on_device))
+        features = compat.pooled(self.model.model.get_image_features(**on_device, return_dict=True))
         return [EncodedImage(*pair) for pair in zip(features, inputs["image_grid_thw"], strict=True)]
 
 

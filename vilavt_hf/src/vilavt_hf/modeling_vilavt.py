@@ -108,12 +108,14 @@ class VilavtVisionModel(qwen.Qwen2_5_VisionTransformerPretrainedModel):
             query_features: (Q, T, C) projected query tokens; None makes every image its own group without a query.
             query_attention_mask: (Q, T).
             output_hidden_states: also give what goes into every block and comes out of the last, (N, C) in the order
-                of the blocks' windows, where the container has room for it.
+                of the blocks' windows, where the container has room for it; None: as the configuration says.
 
         Returns:
             (N / merge_size², out_hidden) merged features in prompt order, in the container of the installed
             transformers (see `compat.vision_output`).
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         hidden_states = self.patch_embed(hidden_states)
         if query_features is None:
             images_per_query = torch.ones(len(grid_thw), dtype=torch.long)
@@ -278,8 +280,9 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
             image_grid_thw: (n_images, 3).
             query_ids, query_attention_mask: (Q, T); none at all makes every image its own empty query.
             images_per_query: (Q,); or image_to_query_mapping: (n_images,), non-decreasing.
-            return_dict: False gives a tuple, from 5.x on; 4.57 gives the features alone.
-            output_hidden_states: from 5.x on also those of the tower.
+            return_dict: False gives a tuple, from 5.x on; 4.57 gives the features alone. None: as the configuration
+                says.
+            output_hidden_states: from 5.x on also those of the tower. None: as the tower's configuration says.
             output_attentions: not available: no kernel of the tower keeps them.
 
         Returns:
@@ -324,7 +327,8 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
         last_hidden_state = getattr(output, "last_hidden_state", None)
         states = getattr(output, "hidden_states", None)
         found = compat.vision_output(last_hidden_state, torch.split(compat.pooled(output), sizes), states)
-        return found.to_tuple() if return_dict is False and hasattr(found, "to_tuple") else found
+        wants_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return found.to_tuple() if wants_tuple and hasattr(found, "to_tuple") else found
 
     def forward(
         self,
@@ -367,6 +371,7 @@ class VilavtModel(_CompleteCheckpoint, qwen.Qwen2_5_VLModel):
                 query_attention_mask,
                 images_per_query,
                 image_to_query_mapping,
+                return_dict=True,
                 output_hidden_states=compat.VISION_OUTPUT_HAS_STATES and kwargs.get("output_hidden_states"),
             )
         if images is not None:

@@ -59,6 +59,7 @@ class VilavtForTraining(VilavtForConditionalGeneration):
             query_ids=batch["query_ids"],
             query_attention_mask=batch["query_attention_mask"],
             images_per_query=batch["images_per_query"],
+            return_dict=True,
         )
         return torch.cat(tuple(compat.pooled(encoded)))
 
