@@ -67,7 +67,8 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-        assert serve_parser().parse_known_args(rest)[0].model
+        of_vllm = serve_parser().parse_known_args(rest)[1]  # the checkpoint is one of vLLM's arguments
+        assert "--config" in rest or (of_vllm and not of_vllm[0].startswith("-")), where
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:
