@@ -151,15 +151,15 @@ def workplace(tmp_path) -> Path:
 
 
 def write_benchmark(folder: Path) -> None:
-    """Three questions under the file names of the benchmarks that pages ask."""
+    """Two questions under the file names of the benchmarks that pages ask."""
     folder.mkdir()
     picture = folder / "scene.png"
     shutil.copy(ROOT / "examples" / "pictures" / "scene-1.png", picture)
     question = "Which digit is on the purple card? A. 5 B. 3"
     rows = [
         {"question_id": f"q{i}", "question": question, "images": ["scene.png"], "answer": "A"}
-        | {"problem_type": "multiple choice", "category": "one", "options": ["5", "3"]}
-        for i in range(3)
+        | {"problem_type": "multiple choice", "category": "one", "original_question_type": "one", "options": ["5", "3"]}
+        for i in range(2)
     ]
     for name in ("mmsi_bench.json", "ERQA.json", "HRBench4K.json"):
         (folder / name).write_text(json.dumps([row | {"question": f"<image>{question}"} for row in rows]))
