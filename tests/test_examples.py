@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from vilavt_core.cli import SUBCOMMANDS
 from vilavt_core.cli import app as vilavt
 from vilavt_rl.cli import app as vilavt_rl
-from vilavt_vllm.server.command import parser as serve_parser
+from vilavt_vllm.server.command import read as read_serve
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -35,7 +35,7 @@ PICTURES = ("photo.jpg", "a.jpg", "b.jpg", "c.jpg", "another.jpg", "plan.png")
 MOST_REASONS = 16
 """Of blocks; what a page cannot show being run should stay the exception."""
 PYTHON_PROGRAMS = ("python", "python3", "pip", "nox", "torchrun", ".venv/bin/pip", ".venv/bin/nox")
-OTHERS = ("git", "podman", "kubectl", "curl", "vllm", "export", ".")
+OTHERS = ("git", "podman", "kubectl", "curl", "vllm", "serve", "ray", "export", ".")
 
 
 def in_page(example: Example) -> str:
@@ -67,7 +67,7 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-        assert serve_parser().parse_known_args(rest)[0].model
+        assert read_serve(rest).checkpoint
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:

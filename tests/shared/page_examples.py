@@ -37,6 +37,8 @@ PROGRAMS = {
     "torchrun": "needs several GPUs: tests/distributed runs two processes",
     "vllm": "needs vLLM: tests/vllm starts its server",
     "vilavt-serve": "needs vLLM: tests/vllm starts it",
+    "serve": "needs Ray Serve: tests/vllm/test_ray_serve.py",
+    "ray": "starts a cluster of Ray: tests/vllm/test_ray_serve.py",
     "python benchmarks/": "takes minutes: tests/test_benchmarks.py runs it briefly",
     "python -m": "needs the host it starts: tests of that host",
     "python run.py": "needs a checkout of VLMEvalKit: tests/vlmeval/test_checkout.py",
