@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from vilavt_core.cli import SUBCOMMANDS
 from vilavt_core.cli import app as vilavt
 from vilavt_rl.cli import app as vilavt_rl
-from vilavt_vllm.server.command import read as read_serve
+from vilavt_vllm.server.command import read_command_line
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -67,7 +67,7 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-        assert read_serve(rest).checkpoint
+        assert read_command_line(rest).checkpoint
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:
