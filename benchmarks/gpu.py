@@ -46,6 +46,7 @@ import vision_groups
 from multi_turn import SMALL, STOP, TOKENS, Conversation, Size, compare, processor, random_model, run_ours
 
 from vilavt_core.episode import Inquiry, Request
+from vilavt_core.memory import SHAPES
 from vilavt_core.sizing import GIB, Machine, PlannedTalk, plan
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration, compat
 from vilavt_hf.engine import Engine, EngineRow
@@ -59,53 +60,6 @@ MINUTES = 10.0
 """What all parts together may take. Repeats are left out for it, and the figures say how many there were."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a published model: what differs between them."""
-
-    hidden: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool
-
-    def config(self) -> VilavtConfig:
-        """Qwen2.5-VL of this size with the published tower and query encoder (late integration)."""
-        return VilavtConfig(
-            text_config={
-                "vocab_size": self.vocabulary,
-                "hidden_size": self.hidden,
-                "intermediate_size": self.mlp,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads,
-                "max_position_embeddings": 128_000,
-                "rope_theta": 1e6,
-                "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
-                "bos_token_id": None,
-                "eos_token_id": STOP,
-                "tie_word_embeddings": self.tied,
-            },
-            vision_config={
-                "depth": 32,
-                "hidden_size": 1280,
-                "intermediate_size": 3420,
-                "num_heads": 16,
-                "out_hidden_size": self.hidden,
-                "fullatt_block_indexes": [7, 15],
-                "integration_point": "late",
-            },
-            **TOKENS,
-            tie_word_embeddings=self.tied,
-        )
-
-
-SHAPES = {
-    "3b": Shape(2048, 11008, 36, 16, 2, 151_936, tied=True),
-    "7b": Shape(3584, 18944, 28, 28, 4, 152_064, tied=False),
-}
 TALK = Size(image=(54, 74), regions=((48, 48), (40, 56)))
 """The conversation at its real size: a picture of 1036 x 756 pixels, crops of about 640 x 640."""
 
@@ -116,7 +70,7 @@ class Setting:
 
     device: str = "cuda"
     conversation: str | None = "7b"
-    """A name of `SHAPES`; None is `multi_turn.SMALL`."""
+    """A shape of `vilavt_core.memory`; None is `multi_turn.SMALL`."""
     training: str | None = "3b"
     repeats: int = 2
     samples: int = 48
@@ -156,7 +110,7 @@ class Setting:
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.device):
-                return kind(SHAPES[name].config()).eval()
+                return kind(VilavtConfig(**SHAPES[name] | TOKENS)).eval()
         finally:
             torch.set_default_dtype(before)
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from vilavt_core.cli import SUBCOMMANDS
 from vilavt_core.cli import app as vilavt
 from vilavt_rl.cli import app as vilavt_rl
-from vilavt_vllm.server.command import parser as serve_parser
+from vilavt_vllm.server.command import read as read_serve
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -67,8 +67,7 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-        of_vllm = serve_parser().parse_known_args(rest)[1]  # the checkpoint is one of vLLM's arguments
-        assert "--config" in rest or (of_vllm and not of_vllm[0].startswith("-")), where
+        assert read_serve(rest).checkpoint
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:

@@ -43,8 +43,9 @@ def test_the_first_page_is_short_and_its_figures_are_those_of_the_page_that_says
     full, no_zoom, no_query = (f"{100 * shares[name]:.1f} %" for name in ("full", "no-zoom", "no-query"))
     assert f"**{full}** of 560 held-out questions; without the zoom {no_zoom}, without the query {no_query}" in readme
     rows = {cells[0]: cells for line in figures.splitlines() if len(cells := line.strip("| ").split(" | ")) > 2}
-    engine = rows["`VilavtChat`'s engine"][5]
-    assert f"takes {engine} times less CPU time" in readme
+    seen = [rows["`VilavtChat`'s engine"][5].strip("*")]
+    seen += [cells[1] for name, cells in rows.items() if name.startswith(("a quiet machine", "the same machine"))]
+    assert f"takes **{min(seen)} to {max(seen)}** times less CPU time" in readme
     speedups = [float(rows[count][3].strip("*")) for count in ("1", "8", "32")]
     assert f"**{min(speedups)}** to {max(speedups)} times as fast" in readme
     assert "tiny model from 35.2 to 81.6 % in 40 steps" in " ".join(

@@ -99,6 +99,11 @@ def test_no_checkpoint_is_one_line_with_the_remedy(words, flags_file, capsys):
     assert line == ("vilavt-serve: CommandError: no checkpoint is named: vilavt-serve CHECKPOINT, a folder or a hub id")
 
 
+def test_no_thread_for_episodes_is_refused_before_anything_starts():
+    with pytest.raises(CommandError, match="--episode-threads is 0, at least one is needed"):
+        options_of(read([TINY, "--episode-threads", "0"]).own)
+
+
 def test_two_checkpoints_are_refused_wherever_they_stand(monkeypatch):
     for words in (["A", "--model", "B"], ["--model", "B", "A"]):
         with pytest.raises(CommandError, match="two checkpoints are named, 'A' and --model 'B'; name one"):

@@ -467,6 +467,7 @@ def test_another_model_is_404_and_another_content_type_is_400(app):
 
 def test_a_refusal_is_one_line_of_the_log_with_the_requests_name_and_nothing_that_moves_a_terminal(app, caplog):
     server = app()
+    caplog.clear()
     caplog.set_level("WARNING", logger="vilavt_vllm")
     post(server, question(model="\x1b[2J\ngpt-5"), **{"X-Request-Id": "mine"})
     post(server, question(temperature=-1), **{"X-Request-Id": "mine"})

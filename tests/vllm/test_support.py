@@ -10,19 +10,20 @@ from types import SimpleNamespace
 import pytest
 from vllm import envs
 
-from vilavt_vllm import compat, support
+from vilavt_vllm import compat, register, support
 from vilavt_vllm.errors import UnsupportedError
 
 README = Path(__file__).parents[2] / "vilavt_vllm" / "README.md"
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 
 
-def settings(graphs=False, tower_lora=None, speculative=None, whole_images=False):
+def settings(graphs=False, tower_lora=None, speculative=None, whole_images=False, stages=1):
     lora = None if tower_lora is None else SimpleNamespace(enable_tower_connector_lora=tower_lora)
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mm_encoder=graphs),
         lora_config=lora,
         speculative_config=speculative,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         scheduler_config=SimpleNamespace(disable_chunked_mm_input=whole_images, max_num_batched_tokens=8192),
     )
 
@@ -50,6 +51,7 @@ def test_the_largest_inquiry_is_that_of_the_engines_caps():
 
     from vilavt_vllm.processing import largest_inquiry
 
+    register()  # which an engine does
     overrides = {"vilavt_max_regions": 3, "vilavt_max_group_pixels": 784 * 50}
     assert largest_inquiry(ModelConfig(model=str(TINY), hf_overrides=overrides)) == (50, 3)
 
@@ -60,6 +62,7 @@ def test_the_largest_inquiry_is_that_of_the_engines_caps():
         ({"graphs": True}, "cudagraph_mm_encoder.*several images and a query"),
         ({"tower_lora": True}, "enable-tower-connector-lora.*query tokens"),
         ({"speculative": object()}, "speculative-config.*logit_bias"),
+        ({"stages": 2}, "pipeline-parallel-size.*tensor and data parallelism work"),
     ],
 )
 def test_features_that_would_take_inquiries_apart_are_refused_with_the_reason(options, message):

@@ -26,9 +26,7 @@ from .sizing import DTYPES, GIB, PATCHES, REPLICATED, Decoder, ServedDtype, conf
 Quantized = Literal["int8", "int4"]
 Method = Literal["full", "lora", "qlora"]
 Strategy = Literal["ddp", "zero2", "zero3", "fsdp2"]
-METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "fsdp2")
-QUANTIZED: tuple[Quantized, ...] = ("int8", "int4")
 
 _VISION = {
     "depth": 32,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .architecture import counted_part, expected_tensors, is_tied, query_aware_blocks, text_fields
+from .architecture import Part, counted_part, expected_tensors, is_tied, query_aware_blocks, text_fields
 from .checkpoint.companions import image_processor_size
 from .checkpoint.inspection import PartSize
 from .checkpoint.layout import Checkpoint
@@ -27,7 +27,7 @@ DTYPES: Mapping[ServedDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Types that a model is served in, and bytes of one element."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored types that are cast to the type that is served; what is quantised stays as it is."""
-REPLICATED = ("text_encoder", "text_proj")
+REPLICATED: tuple[Part, ...] = ("text_encoder", "text_proj")
 """Parts that every GPU holds whole; the others are shared out."""
 BLOCK = 16
 """Tokens of a block of vLLM's key-value cache."""

@@ -1,11 +1,16 @@
-"""A checkpoint's tokenizer without transformers: its ``tokenizer.json``, read by the library `tokenizers`."""
+"""A checkpoint's tokenizer without transformers: its ``tokenizer.json``, read by the library `tokenizers`; and one that
+several threads share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .conversation import Tokenizer
 
 FILE = "tokenizer.json"
 
@@ -70,3 +75,44 @@ class FileTokenizer:
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+class SharedTokenizer:
+    """A tokenizer that several threads use, one at a time: whether special tokens in a text count is a state of the
+    library's object, so that two threads could get each other's ids.
+
+    Args:
+        tokenizer: not used by anybody else meanwhile.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._lock = tokenizer, Lock()
+        self.unk_token_id = getattr(tokenizer, "unk_token_id", None)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, split_special_tokens: bool = False) -> list[int]:
+        """Text to ids."""
+        with self._lock:
+            return self._tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
+            )
+
+    def decode(
+        self, token_ids: Any, *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Ids to text."""
+        with self._lock:
+            return self._tokenizer.decode(
+                token_ids,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            )
+
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Id of one token."""
+        with self._lock:
+            return self._tokenizer.convert_tokens_to_ids(tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids of all tokens."""
+        with self._lock:
+            return self._tokenizer.get_vocab()

@@ -226,7 +226,9 @@ UNSUPPORTED: dict[str, str] = {
     "videos on vLLM's own routes and in `llm.generate`": "refused per request (0 videos allowed): the loop's route and "
     "`VilavtLLM` take them, as frames",
     "encoder disaggregation (EC connector)": "not tested",
-    "pipeline parallelism": "implemented as vLLM's interface asks, not tested",
+    "pipeline parallelism (--pipeline-parallel-size)": "refused: no test of it can run: on a CPU vLLM's worker lacks "
+    "the tensors that stages exchange and ends at the first request, and nobody has tried it on GPUs; tensor and data "
+    "parallelism work",
     "FlashInfer as the vision tower's attention": "not tested; flash-attention, Triton and torch SDPA share one layout",
 }
 """Feature of vLLM -> what happens when it is asked for."""
@@ -255,6 +257,7 @@ def refuse_unsupported(vllm_config: Any, largest_inquiry: Callable[[], tuple[int
         "LoRA on the vision tower (--enable-tower-connector-lora)": vllm_config.lora_config is not None
         and vllm_config.lora_config.enable_tower_connector_lora,
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "pipeline parallelism (--pipeline-parallel-size)": vllm_config.parallel_config.pipeline_parallel_size > 1,
         "the Rust frontend (VLLM_USE_RUST_FRONTEND=1)": getattr(envs, "VLLM_USE_RUST_FRONTEND", False),
     }
     for feature, wanted in asked.items():

@@ -27,6 +27,7 @@ from vilavt_core.presets import Limits, Preset, Sampling
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event
 from vilavt_core.settings import preset_of
+from vilavt_core.tokenizer import SharedTokenizer
 
 from .errors import EngineFailure
 
@@ -70,7 +71,7 @@ def settings_of_engine(
     low, high = info.pixel_bounds({})
     settings = ConversationSettings.fitting(
         preset_of(model_config.model, preset, hub={"revision": model_config.revision}),
-        tokenizer=processor.tokenizer,
+        tokenizer=SharedTokenizer(processor.tokenizer),
         image_size={"shortest_edge": low, "longest_edge": high},
         context=context,
         limits=limits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -38,6 +38,17 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 _NUMBERS = itertools.count()
+THREADS = 4
+"""For the pictures of running questions, unless somebody says otherwise: a large one takes about 0.1 s of a core."""
+
+
+def _hashed(driver: Driver, step: Callable[[], list[Event]]) -> list[Event]:
+    """Go on with a question, and name what it shows next: else vLLM's one renderer thread hashed the pixels."""
+    events = step()
+    if driver.request is not None:
+        for inquiry in driver.request.new_inquiries:
+            inquiry.identities  # noqa: B018 (found here, and kept)
+    return events
 
 
 class AsyncVilavtLLM(AsyncDrivenBackend):
@@ -48,6 +59,8 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         settings: see `settings_of_engine`.
         concurrency: conversations that `ask_many` and `iter_many` run side by side.
         handling: of questions for which `events` is told nothing else.
+        threads: that load, cut and resize the pictures of running questions. Their settings' tokenizer must bear that,
+            as that of `settings_of_engine` does.
     """
 
     def __init__(
@@ -56,10 +69,11 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         settings: ConversationSettings,
         concurrency: int = 64,
         handling: Handling = Handling(),  # noqa: B008 (frozen)
+        threads: int = THREADS,
     ) -> None:
         self.engine, self.settings, self.concurrency, self.handling = engine, settings, concurrency, handling
-        # Pictures must not hold up the event loop; one thread, because tokenizers must not be shared by two.
-        self.worker = ThreadPoolExecutor(1, "vilavt-episodes")
+        # Pictures must not hold up the event loop. PIL and hashes let other threads run; the tokenizer has a lock.
+        self.worker = ThreadPoolExecutor(threads, "vilavt-episodes")
 
     @classmethod
     def from_checkpoint(
@@ -68,6 +82,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         *,
         engine_args: dict[str, Any] | None = None,
         adapter: str | Path | None = None,
+        threads: int = THREADS,
         **settings: Any,
     ) -> AsyncVilavtLLM:
         """Start an engine for a checkpoint.
@@ -76,6 +91,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
             model: folder or hub id.
             engine_args: for `vllm.AsyncEngineArgs`.
             adapter: folder of a LoRA adapter of the language model, which then answers.
+            threads: see the class.
             settings: for `settings_of_engine`: preset, limits, sampling, prompts, seed, …
         """
         lora = None if adapter is None else lora_of(adapter)
@@ -84,7 +100,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         config: Any = engine.vllm_config
         settings.setdefault("device", str(config.device_config.device_type))
         own = adapted(settings_of_engine(config.model_config, **settings), lora)
-        return cls(engine, own, handling=Handling(lora=lora))
+        return cls(engine, own, handling=Handling(lora=lora), threads=threads)
 
     async def follow_up(
         self, before: Driver, sample: Sample, *, stream: bool = False, sampling: Sampling | None = None
@@ -102,14 +118,15 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
             handling: None: as of all questions.
         """
         threads = asyncio.get_running_loop()
-        for event in await threads.run_in_executor(self.worker, driver.start):
+        for event in await threads.run_in_executor(self.worker, _hashed, driver, driver.start):
             yield event
         while driver.request is not None:
             try:
                 async with aclosing(self._outputs(driver, handling or self.handling)) as outputs:
                     async for output in outputs:
                         if output.finished:  # decodes, crops and resizes
-                            events = await threads.run_in_executor(self.worker, take, driver, output)
+                            step = partial(take, driver, output)
+                            events = await threads.run_in_executor(self.worker, _hashed, driver, step)
                         else:
                             events = take(driver, output)
                         for event in events:

@@ -130,7 +130,7 @@ class Loop:
             image_limits=image_limits,
             device=str(getattr(getattr(getattr(state, "vllm_config", None), "device_config", None), "device_type", "")),
         )
-        self.llm = AsyncVilavtLLM(engine, settings)
+        self.llm = AsyncVilavtLLM(engine, settings, threads=options.episode_threads)
         scheduler: Any = getattr(getattr(state, "vllm_config", None), "scheduler_config", None)
         self.by_priority = getattr(scheduler, "policy", "fcfs") == "priority"
         self.models = state.openai_serving_models

@@ -9,6 +9,8 @@ from typing import Any
 from vilavt_core.images import ImageLimits
 from vilavt_core.presets import Limits, described, value_type
 
+from ..errors import CommandError
+
 NO_DOMAINS = ["none: the server was started without --allowed-media-domains"]
 """A list of allowed domains that allows none. vLLM takes an empty one for all of them; this is no host's name."""
 VLLM_DEFAULTS: Mapping[str, Any] = {"host": "127.0.0.1", "allowed_media_domains": NO_DOMAINS}
@@ -40,6 +42,7 @@ class ServerOptions:
     )
     max_body_bytes: int = described(256 * 1024 * 1024, "bytes of a request")
     max_episodes: int = described(256, "questions answered at the same time; more get 503")
+    episode_threads: int = described(4, "threads that cut and resize pictures of questions, on as many cores")
     max_conversations: int = described(
         64, "finished questions kept, with their pictures, so that follow-ups continue them"
     )
@@ -52,6 +55,10 @@ class ServerOptions:
     state_max_age: float | None = described(None, "seconds that a state may be old; default: any age")
     limits: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Limits` that shall differ from the preset's and the checkpoint's."""
+
+    def __post_init__(self) -> None:
+        if self.episode_threads < 1:
+            raise CommandError(f"--episode-threads is {self.episode_threads}, at least one is needed")
 
 
 @dataclass(frozen=True)
