@@ -67,11 +67,7 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-<<<<<<< HEAD
         assert read_command_line(rest).checkpoint
-=======
-        assert read_serve(rest).checkpoint
->>>>>>> w-docs21
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:
