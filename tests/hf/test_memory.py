@@ -130,8 +130,14 @@ def test_answering_takes_the_activations_that_are_planned(dtype):
     with torch.inference_mode():
         encoding = peak(lambda: model.model.get_image_features(**pixels)) + pixels["pixel_values"].nbytes
         tokens = torch.ones(1, 1500, dtype=torch.long)
+        positions = torch.arange(tokens.shape[1]).expand(3, 1, -1)  # 4.57 wants them beside embeddings
         reading = peak(
-            lambda: model(inputs_embeds=model.get_input_embeddings()(tokens), use_cache=False, logits_to_keep=1)
+            lambda: model(
+                inputs_embeds=model.get_input_embeddings()(tokens),
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=1,
+            )
         )
     seen = asked(sizes, Load(PATCHES // 4, PATCHES // 4, 0), dtype=dtype).activations
     read = asked(sizes, Load(1500, 0, 0), dtype=dtype).activations
