@@ -135,7 +135,7 @@ def test_the_revision_is_the_adapters(on_hub):
 
 def test_what_says_how_an_adapter_runs_is_found_in_the_cache_too(adapter, hub_cache, tmp_path):
     asks = shutil.copytree(adapter, tmp_path / "asks")
-    save_chat_settings(asks, "vlmevalkit")
+    save_chat_settings(asks, preset="vlmevalkit")
     chat = load("someone/vilavt", model_kwargs={"cache_dir": str(hub_cache(asks))})
     assert chat.settings.preset.name == "vlmevalkit"
 
