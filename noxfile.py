@@ -546,8 +546,12 @@ def vllm_cpu(session: nox.Session) -> None:
         return
     if PART in (ALL, "writes"):
         _pytest(session, *MODEL_TESTS)  # writes checkpoints, which the next reads
-    if PART in (ALL, "newest"):
+    if PART is ALL:
         _pytest(session, "tests/vllm", "tests/vlmeval")
+    if PART == "newest":
+        _pytest(session, "tests/vllm")
+    if PART == "rest":  # each part starts a server of its own, and both take as long
+        _pytest(session, "tests/vlmeval")
     if PART in (ALL, "rest"):
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
         session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))

@@ -52,8 +52,8 @@ def _tiny() -> dict[str, Any]:
     return json.loads((TINY / "config.json").read_text(encoding="utf-8"))
 
 
-def generate(folder: Path, shape: dict[str, Any], picture: tuple[int, int], shard_bytes: int) -> int:
-    """Write the checkpoint, tensors named as the module's, with the tiny model's tokenizer; returns its bytes."""
+def generate(folder: Path, shape: dict[str, Any], picture: tuple[int, int], shard_bytes: int) -> None:
+    """Write the checkpoint, tensors named as the module's, with the tiny model's tokenizer."""
     config = {
         **{key: _tiny()[key] for key in _tiny() if key.endswith("_token_id")},
         **shape,
@@ -67,7 +67,6 @@ def generate(folder: Path, shape: dict[str, Any], picture: tuple[int, int], shar
     images |= {"max_pixels": pixels, "size": {"longest_edge": pixels, "shortest_edge": 3136}}
     write_json(folder / IMAGE_PROCESSOR, images)
     write_json(folder / "vilavt_chat.json", {"preset": "default", "limits": {"max_pixels": pixels}})
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def converse(
@@ -79,7 +78,8 @@ def converse(
         folder: checkpoint.
         picture: width and height.
         crops: of one call.
-        until: ``encode``: its pictures alone; ``prefill``: up to the first token; ``decode``: all of it.
+        until: ``load``: nothing of it; ``encode``: its picture alone; ``prefill``: up to the first token; ``decode``:
+            all of it.
         loaded: called when the weights are there.
 
     Returns:
@@ -93,6 +93,8 @@ def converse(
     began = time.process_time()
     chat = VilavtChat.from_pretrained(folder, device="cpu")
     found = {"load_seconds": time.process_time() - began, "loaded_mb": loaded()}
+    if until == "load":
+        return found
     width, height = picture
     shown = Image.effect_noise(picture, 60).convert("RGB")
     if until == "encode":
@@ -125,18 +127,20 @@ def converse(
     }
 
 
-def run(root: Path, name: str, steps: Sequence[str], tiny: bool) -> dict[str, Any]:
-    """Generate, and do the steps in order.
+def run(root: Path, name: str, steps: Sequence[str], tiny: bool, written: Path | None = None) -> dict[str, Any]:
+    """Generate, unless it was `written` before, and do the steps in order.
 
     Returns:
         ``steps``: CPU and wall seconds, peak and planned MB by step.
     """
     shape, picture = (small(SHAPES[name]), SMALL_PICTURE) if tiny else (SHAPES[name], PICTURE)
-    source, checkpoint = root / "written", root / "converted"
-    began = time.perf_counter()
-    size = generate(source, shape, picture, shard_bytes=4 << 20 if tiny else 2 << 30)
+    source, checkpoint = written or root / "written", root / "converted"
+    if written is None:
+        began = time.perf_counter()
+        generate(source, shape, picture, shard_bytes=4 << 20 if tiny else 2 << 30)
+        print(f"wrote it in {time.perf_counter() - began:.0f} s")
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     figures: dict[str, Any] = {"shape": name, "small": tiny, "bytes": size, "steps": {}}
-    print(f"wrote {size / 1e9:.3f} GB in {time.perf_counter() - began:.0f} s")
     rows = figures["steps"]
     command = "from typer.testing import CliRunner; from vilavt_core.cli import app"
     talk = ["--picture", f"{picture[0]}x{picture[1]}", "--crops", str(CROPS), "--text-tokens", str(TEXT_TOKENS)]
@@ -144,7 +148,8 @@ def run(root: Path, name: str, steps: Sequence[str], tiny: bool) -> dict[str, An
         rows["inspect"] = _command(command, ["inspect", str(source)])
     if "convert" in steps:
         rows["convert"] = _command(command, ["convert", str(source), str(checkpoint)])
-        shutil.rmtree(source)
+        if written is None:
+            shutil.rmtree(source)
     else:
         checkpoint = source
     planned: dict[str, Any] = {}
@@ -153,8 +158,7 @@ def run(root: Path, name: str, steps: Sequence[str], tiny: bool) -> dict[str, An
         planned = json.loads(rows["doctor"].pop("output"))["memory"]["asked"]
         figures["planned"] = planned
     if until := [step for step in wants if step != "doctor"]:
-        last = "encode" if until[-1] == "load" else until[-1]
-        code = f"more = real_size.converse(sys.argv[1], {picture}, {CROPS}, {last!r}, peak)"
+        code = f"more = real_size.converse(sys.argv[1], {picture}, {CROPS}, {until[-1]!r}, peak)"
         imports = f"sys.path.insert(0, {str(HERE)!r}); import real_size, vilavt_hf.chat"
         found = measure(imports, code, checkpoint)
         before = found["imported_mb"]
@@ -166,7 +170,8 @@ def run(root: Path, name: str, steps: Sequence[str], tiny: bool) -> dict[str, An
         for step in until:
             if step != "load":
                 rows[step] = {"cpu_seconds": found[step]}
-        rows[until[-1]] |= {"peak_mb": found["peak_mb"], "planned_mb": before + sum(planned.values()) / MB}
+        if until[-1] != "load":
+            rows[until[-1]] |= {"peak_mb": found["peak_mb"], "planned_mb": before + sum(planned.values()) / MB}
         figures["conversation"] = found
     for row in rows.values():
         if "planned_mb" in row:
@@ -202,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("3b", "7b"), required=True)
     parser.add_argument("--steps", default=",".join(STEPS), help=f"default: {','.join(STEPS)}")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="of that shape, instead of writing one")
     parser.add_argument("--small", action="store_true", help="widths and depths of the tiny model, for CI")
     parser.add_argument("--workdir", type=Path, help="where to write; default: the temporary folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -211,7 +217,8 @@ def main() -> None:
         parser.error(f"--steps {','.join(sorted(unknown))}: choose from {', '.join(STEPS)}")
     root = Path(tempfile.mkdtemp(prefix="vilavt-real-size-", dir=options.workdir))
     try:
-        figures = run(root, options.shape, [step for step in STEPS if step in asked], options.small)
+        steps = [step for step in STEPS if step in asked]
+        figures = run(root, options.shape, steps, options.small, options.checkpoint)
     finally:
         shutil.rmtree(root)
     show(figures)

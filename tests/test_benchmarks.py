@@ -134,4 +134,15 @@ def test_the_benchmark_of_real_sizes_does_every_step(run):
     assert done["patches"] == 12 * 8 * 3  # the picture, and two crops that are enlarged to its size
     assert done["decoded"] >= 40  # a call of two regions, and an answer
     assert steps["decode"]["planned_mb"] > steps["load"]["planned_mb"] > done["imported_mb"]
-    assert steps["decode"]["peak_mb"] >= steps["load"]["peak_mb"] > done["imported_mb"]
+    assert steps["decode"]["peak_mb"] >= steps["load"]["peak_mb"] >= done["imported_mb"]  # highest so far
+
+
+def test_the_benchmark_of_precision_finds_no_difference_where_there_is_none(run):
+    figures = run("precision.py", "--model", "wide", "--small")
+    rows = {row["compared"]: row for row in figures["rows"]}
+    exact = rows["fp32: turn by turn, whole"]
+    for which in ("ours", "stock"):
+        assert exact[which]["max"] < 1e-3
+        assert exact[which]["flips_per_1000"] == 0
+        assert rows["whole: fp32, bf16"][which]["max"] > 10 * exact[which]["max"]
+        assert exact[which]["tokens"] == 4 * 8

@@ -154,9 +154,9 @@ def test_a_pod_has_no_root_no_writable_image_and_no_key_in_the_manifest():
     assert security["readOnlyRootFilesystem"]
     assert not security["allowPrivilegeEscalation"]
     assert pod()["securityContext"]["runAsUser"] == 10001
-    (key,) = container()["env"]
-    assert key["name"] == "VLLM_API_KEY"
-    assert "secretKeyRef" in key["valueFrom"]
+    keys = container()["env"]
+    assert [key["name"] for key in keys] == ["VLLM_API_KEY", "VILAVT_STATE_KEY"]
+    assert all("secretKeyRef" in key["valueFrom"] for key in keys)
     mounted = {mount["name"] for mount in container()["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod()["volumes"]}
     assert "/home/vilavt" in {mount["mountPath"] for mount in container()["volumeMounts"]}

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from vilavt_core.cli import SUBCOMMANDS
 from vilavt_core.cli import app as vilavt
 from vilavt_rl.cli import app as vilavt_rl
-from vilavt_vllm.server.command import read as read_serve
+from vilavt_vllm.server.command import read_command_line
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -67,7 +67,7 @@ def check(words: list[str], where: str) -> None:
     elif program == "vilavt-rl":
         parse(typer.main.get_command(vilavt_rl), rest, inside=False)
     elif program == "vilavt-serve":
-        assert read_serve(rest).checkpoint
+        assert read_command_line(rest).checkpoint
     elif program in PYTHON_PROGRAMS:
         check_python(program.rpartition("/")[2], rest, where)
     else:
@@ -151,15 +151,15 @@ def workplace(tmp_path) -> Path:
 
 
 def write_benchmark(folder: Path) -> None:
-    """Three questions under the file names of the benchmarks that pages ask."""
+    """Two questions under the file names of the benchmarks that pages ask."""
     folder.mkdir()
     picture = folder / "scene.png"
     shutil.copy(ROOT / "examples" / "pictures" / "scene-1.png", picture)
     question = "Which digit is on the purple card? A. 5 B. 3"
     rows = [
         {"question_id": f"q{i}", "question": question, "images": ["scene.png"], "answer": "A"}
-        | {"problem_type": "multiple choice", "category": "one", "options": ["5", "3"]}
-        for i in range(3)
+        | {"problem_type": "multiple choice", "category": "one", "original_question_type": "one", "options": ["5", "3"]}
+        for i in range(2)
     ]
     for name in ("mmsi_bench.json", "ERQA.json", "HRBench4K.json"):
         (folder / name).write_text(json.dumps([row | {"question": f"<image>{question}"} for row in rows]))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from vilavt_core.architecture import expected_tensors
 from vilavt_core.cli import app
 from vilavt_core.errors import CheckpointError, PlanError
-from vilavt_core.memory import SHAPES, STRATEGIES, ModelSizes, Work, asked, memory_table, taught, trained, ways
+from vilavt_core.memory import SHAPES, STRATEGIES, Load, ModelSizes, asked, memory_table, taught, trained, ways
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "vilavt-tiny"
@@ -62,19 +62,19 @@ def test_less_precise_weights_take_less():
 
 def test_what_the_3b_size_was_seen_to_take_is_near_the_plan():
     """docs/benchmarks.md: 9,032 MiB of resident memory, of which about 400 are imports; a picture and two crops."""
-    planned = asked(SIZES["3b"], Work(tokens=3697, picture_tokens=1998, labelled=0)).total / 2**20
+    planned = asked(SIZES["3b"], Load(tokens=3697, picture_tokens=1998, labelled=0)).total / 2**20
     assert planned == pytest.approx(9032 - 400, rel=0.15)
 
 
 works = st.tuples(st.integers(1, 10**5), st.integers(0, 10**5), st.integers(0, 10**5), st.integers(1, 64)).map(
-    lambda w: Work(w[0], min(w[1], w[0]), min(w[2], w[0]), w[3])
+    lambda w: Load(w[0], min(w[1], w[0]), min(w[2], w[0]), w[3])
 )
 
 
 @given(works, st.integers(1, 64))
 def test_more_work_never_takes_less_and_more_gpus_never_more(work, gpus):
     sizes = SIZES["3b"]
-    more = Work(2 * work.tokens, 2 * work.picture_tokens, 2 * work.labelled, work.conversations + 1)
+    more = Load(2 * work.tokens, 2 * work.picture_tokens, 2 * work.labelled, work.conversations + 1)
     assert asked(sizes, work).total <= asked(sizes, more).total
     for strategy in STRATEGIES:
         one, two = (trained(sizes, work, strategy=strategy, gpus=n).total for n in (gpus, 2 * gpus))
@@ -94,7 +94,7 @@ def test_more_work_never_takes_less_and_more_gpus_never_more(work, gpus):
 )
 def test_work_that_cannot_be_is_refused_by_name(wrong, says):
     with pytest.raises(PlanError, match=says):
-        Work(**wrong)
+        Load(**wrong)
 
 
 def test_weights_in_4_bits_are_not_shared_out():

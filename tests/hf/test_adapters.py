@@ -112,3 +112,42 @@ def test_the_command_takes_an_adapter(adapter, tiny_checkpoint, tmp_path):
     for more in ([], ["--base", str(tiny_checkpoint)]):
         result = CliRunner().invoke(app, [*arguments, *more])
         assert json.loads(result.stdout)["provenance"]["checkpoint"] == str(adapter), result.output
+
+
+@pytest.fixture
+def on_hub(adapter, hub_cache):
+    """The adapter under a hub id, in a cache that is out of reach of the hub; it names a folder as its base."""
+    return hub_cache(adapter)
+
+
+def test_an_adapter_named_by_a_hub_id_answers_as_its_folder(adapter, on_hub):
+    chat = load("someone/vilavt", model_kwargs={"cache_dir": str(on_hub)})
+    assert said(chat) == said(load(adapter))
+    assert chat.provenance(0).checkpoint == "someone/vilavt"
+    assert chat.settings.fingerprint == load(adapter).settings.fingerprint
+
+
+def test_the_revision_is_the_adapters(on_hub):
+    options = {"cache_dir": str(on_hub), "revision": "elsewhere"}
+    with pytest.raises(CheckpointError, match="someone/vilavt"):
+        load("someone/vilavt", model_kwargs=options)
+
+
+def test_what_says_how_an_adapter_runs_is_found_in_the_cache_too(adapter, hub_cache, tmp_path):
+    asks = shutil.copytree(adapter, tmp_path / "asks")
+    save_chat_settings(asks, preset="vlmevalkit")
+    chat = load("someone/vilavt", model_kwargs={"cache_dir": str(hub_cache(asks))})
+    assert chat.settings.preset.name == "vlmevalkit"
+
+
+def test_a_hub_id_is_merged_too(adapter, on_hub, tmp_path):
+    one = merge_adapter("someone/vilavt", tmp_path / "one", dtype="fp32")
+    two = merge_adapter(adapter, tmp_path / "two", dtype="fp32")
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_a_hub_id_that_is_not_to_be_had_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nobody/nothing"):
+        load("nobody/nothing", model_kwargs={"cache_dir": str(tmp_path)})
+    with pytest.raises(CheckpointError, match=r"nobody/nothing is no adapter"):
+        load("nobody/nothing", base="some/base", model_kwargs={"cache_dir": str(tmp_path)})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from family import tiny_config
 
-from vilavt_core.memory import ModelSizes, Work, asked, stored_bytes, trained
+from vilavt_core.memory import Load, ModelSizes, asked, stored_bytes, trained
 from vilavt_core.sft_config import LoraSettings
 from vilavt_hf import VilavtConfig, VilavtForConditionalGeneration
 from vilavt_hf.quantization import quantization_config
@@ -130,11 +130,17 @@ def test_answering_takes_the_activations_that_are_planned(dtype):
     with torch.inference_mode():
         encoding = peak(lambda: model.model.get_image_features(**pixels)) + pixels["pixel_values"].nbytes
         tokens = torch.ones(1, 1500, dtype=torch.long)
+        positions = torch.arange(tokens.shape[1]).expand(3, 1, -1)  # 4.57 wants them beside embeddings
         reading = peak(
-            lambda: model(inputs_embeds=model.get_input_embeddings()(tokens), use_cache=False, logits_to_keep=1)
+            lambda: model(
+                inputs_embeds=model.get_input_embeddings()(tokens),
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=1,
+            )
         )
-    seen = asked(sizes, Work(PATCHES // 4, PATCHES // 4, 0), dtype=dtype).activations
-    read = asked(sizes, Work(1500, 0, 0), dtype=dtype).activations
+    seen = asked(sizes, Load(PATCHES // 4, PATCHES // 4, 0), dtype=dtype).activations
+    read = asked(sizes, Load(1500, 0, 0), dtype=dtype).activations
     assert seen == pytest.approx(encoding, rel=NEAR)
     assert read == pytest.approx(reading, rel=NEAR)
 
@@ -146,7 +152,7 @@ def test_answering_takes_the_activations_that_are_planned(dtype):
     ids=["blocks", "pictures", "logits", "adapters"],
 )
 def test_a_step_of_training_takes_what_is_planned(method, tokens, pictures, labelled, dtype):
-    sizes, work = ModelSizes.of(CONFIG), Work(tokens, pictures, labelled)
+    sizes, work = ModelSizes.of(CONFIG), Load(tokens, pictures, labelled)
     frozen = ("text_encoder",)
     model = VilavtForTraining(VilavtConfig(**CONFIG))
     model.config.use_cache = False
@@ -199,5 +205,5 @@ def test_shards_have_the_bytes_that_fsdp2_holds():
         held = sum(parameter.to_local().nbytes for parameter in model.parameters())
     finally:
         dist.destroy_process_group()
-    planned = trained(ModelSizes.of(CONFIG), Work(16, 0, 1), strategy="fsdp2", gpus=4)
+    planned = trained(ModelSizes.of(CONFIG), Load(16, 0, 1), strategy="fsdp2", gpus=4)
     assert planned.weights == pytest.approx(held, rel=0.01)  # rows are not always a multiple of four

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from clips import clip, marked
+from family import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +31,7 @@ from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_core.cli import app
 from vilavt_core.curves import read_log
 from vilavt_core.data.order import InOrder, Packed, RankShare, Shuffled, best_fit, digest
-from vilavt_core.errors import CheckpointError, DataError, TrainingError
+from vilavt_core.errors import CheckpointError, DataError, EngineError, TrainingError
 from vilavt_core.progress import time_left
 from vilavt_core.prompts import PromptSet
 from vilavt_core.sft_config import SftConfig, describe
@@ -535,6 +536,68 @@ def test_an_adapter_trains_the_language_model_alone_and_merges(configure, base, 
     again = merge_adapter(adapter, tmp_path / "again", dtype="fp32")
     assert_same_weights(merged, again)
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def quantised_run(configure, folder, method, **changes):
+    """A run of adapters over weights in few bits; nothing but the adapters changes."""
+    pytest.importorskip({"int8": "torchao", "int4": "bitsandbytes"}[method])
+    lora = {"rank": 8, "alpha": 16, "quantize": method, "merge": False}
+    run = Run(configure(folder, lora=lora, **{"optimizer.epochs": 6, "optimizer.learning_rate": 5e-3}, **changes))
+    model = run.trainer.model
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".language_model.layers." in n and ".lora_" in n for n in trained)
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    adapter = run.train().folder
+    losses = [line["loss"] for line in read_log(folder / "log.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+    inputs = run.processor(text="<|im_start|>user\nfind 3<|im_end|>\n", return_tensors="pt")
+    model.eval()
+    with torch.no_grad():
+        learnt = model(**inputs).logits
+        with model.disable_adapter():
+            before = model(**inputs).logits
+        again = VilavtChat.from_pretrained(adapter, dtype=torch.float32, device="cpu", quantize=method).model
+        found = again(**inputs).logits
+    assert (learnt - before).abs().max() > 1e-2
+    torch.testing.assert_close(found, learnt, atol=1e-5, rtol=0)
+    return model
+
+
+def test_adapters_are_trained_over_weights_in_8_bits(configure, tmp_path):
+    model = quantised_run(configure, tmp_path / "run", "int8")
+    layer = model.get_base_model().model.language_model.layers[0].mlp.up_proj
+    assert type(layer.base_layer.weight.data).__name__ == "Int8Tensor"
+
+
+def test_adapters_are_trained_over_weights_in_4_bits(configure, base, tmp_path):
+    wide = VilavtProcessor.from_pretrained(base)
+    config = tiny_config(wide.tokenizer, hidden=128)
+    config.text_encoder_config.hidden_size = config.text_encoder_config.intermediate_size = 64
+    config.text_encoder_config.head_dim = 32
+    torch.manual_seed(0)
+    VilavtForConditionalGeneration(config).save_pretrained(tmp_path / "wide")
+    wide.save_pretrained(tmp_path / "wide")
+    model = quantised_run(configure, tmp_path / "run", "int4", **{"model.path": str(tmp_path / "wide")})
+    layer = model.get_base_model().model.language_model.layers[0].mlp.up_proj
+    assert layer.base_layer.weight.dtype == torch.uint8
+
+
+def test_4_bits_that_the_kernel_does_not_take_are_refused_before_the_weights_are_read(configure, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(EngineError, match=r"multiples of 64, and text_config\.\w+ is \d+; use int8"):
+        Run(configure(tmp_path / "run", lora={"quantize": "int4"}))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_weights_in_few_bits_are_not_shared_out(configure, tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"lora.quantize is int4, but parallel.strategy is {strategy}"):
+        configure(tmp_path, lora={"quantize": "int4"}, **{"parallel.strategy": strategy})
+
+
+def test_bits_that_cannot_be_trained_over_are_refused(configure, tmp_path):
+    with pytest.raises(ValueError, match="'int8' or 'int4'"):
+        configure(tmp_path, lora={"quantize": "fp8"})
 
 
 def test_an_adapter_of_a_zero3_run_is_merged_into_a_whole_model(configure, tmp_path, monkeypatch):

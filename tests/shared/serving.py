@@ -52,13 +52,15 @@ def serving(log: Path, *flags: str, key: str = "none") -> Iterator[SimpleNamespa
         return sum(float(row[1]) for row in series if name in (row[0], row[0].split("{")[0]))
 
     try:
-        for _ in range(360):
+        for _ in range(1200):  # ten minutes: starting takes long beside other work
             if process.poll() is not None:
                 pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}")
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{base}/health", timeout=2).status_code == 200:
                     break
             time.sleep(0.5)
+        else:
+            pytest.fail(f"the server did not start within ten minutes:\n{log.read_text()[-4000:]}")
         yield SimpleNamespace(
             url=f"{base}/v1", base=base, key=key, pid=process.pid, process=process, log=log, metric=metric
         )

@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError:  # vLLM 0.32
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-from vilavt_vllm.server.command import parser, read
+from vilavt_vllm.server.command import parser, read_command_line
 from vilavt_vllm.server.gate import CLOSING, OPEN, SAYING, STOPPING
 from vilavt_vllm.server.options import VLLM_DEFAULTS, ServerOptions
 
@@ -59,7 +59,7 @@ def command_lines() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("where, words", command_lines().items(), ids=[*command_lines()])
 def test_every_command_line_is_taken(where, words):
-    line = read(words)
+    line = read_command_line(words)
     assert line.checkpoint == "/model"
     args = compat.server_arguments(["--model", line.checkpoint, *line.rest], VLLM_DEFAULTS)
     assert args.port == 8000

@@ -299,7 +299,7 @@ CONTENTS = [
         [{"type": "image_url", "image_url": ""}, TEXT],
         "'' is no URL; send the picture as a data URL, data:image/png;base64",
     ),
-    ([{"type": "image_url", "image_url": DATA}, TEXT], "...' is no URL; send the picture as a data URL"),
+    ([{"type": "image_url", "image_url": DATA}, TEXT], " characters is no URL; send the picture as a data URL"),
     ([{"type": "image_url", "image_url": "a.png"}, TEXT], "'a.png' is no URL; send the picture as a data URL"),
     ([{"type": "image_url", "url": URL}], "messages[0].content[0].image_url: Field required"),
     # kinds that this route cannot use

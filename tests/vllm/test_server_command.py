@@ -10,7 +10,7 @@ import vllm
 
 from vilavt_vllm import compat, support
 from vilavt_vllm.errors import CommandError, UnsupportedError
-from vilavt_vllm.server.command import main, read
+from vilavt_vllm.server.command import main, read_command_line
 from vilavt_vllm.server.options import VLLM_DEFAULTS, ServerOptions, options_of
 
 if problem := support.server_problem(vllm.__version__):
@@ -30,7 +30,7 @@ def flags_file(tmp_path):
 
 def served(*words: str):
     """(checkpoint, our options, vLLM's namespace) of a command line."""
-    line = read(words)
+    line = read_command_line(words)
     args = compat.server_arguments(["--model", line.checkpoint, *line.rest], VLLM_DEFAULTS)
     assert args.model == line.checkpoint
     assert args.model_tag in (None, line.checkpoint)
@@ -55,7 +55,7 @@ def served(*words: str):
 def test_the_checkpoint_may_stand_anywhere_between_flags(words):
     if words[:3] == ("CKPT", "--model", "CKPT"):
         with pytest.raises(CommandError, match="two checkpoints are named, 'CKPT' and --model 'CKPT'; name one"):
-            read(words)
+            read_command_line(words)
         return
     checkpoint, options, args = served(*words)
     assert (checkpoint, options.max_episodes, args.port) == ("CKPT", 3, 9000)
@@ -77,16 +77,16 @@ def test_a_file_of_flags_has_ours_and_vllms_and_the_command_line_wins(flags_file
 @pytest.mark.parametrize("text", ["port: [", "just words", "- a\n- list\n"])
 def test_a_file_that_holds_no_flags_is_named(flags_file, text):
     with pytest.raises(CommandError, match=r"flags\.yaml: no YAML file of flags .* such as port: 8000"):
-        read(["CKPT", "--config", flags_file(text)])
+        read_command_line(["CKPT", "--config", flags_file(text)])
 
 
 def test_a_file_that_is_missing_of_another_kind_or_names_another_is_refused(flags_file):
     with pytest.raises(CommandError, match=r"nowhere\.yaml: no YAML file of flags .*No such file"):
-        read(["--config", "nowhere.yaml"])
+        read_command_line(["--config", "nowhere.yaml"])
     with pytest.raises(CommandError, match=r"flags\.json: no YAML file of flags"):
-        read(["CKPT", "--config", flags_file("{}", "flags.json")])
+        read_command_line(["CKPT", "--config", flags_file("{}", "flags.json")])
     with pytest.raises(CommandError, match=r"it names another file of flags, more\.yaml; put them into one"):
-        read(["CKPT", "--config", flags_file("config: more.yaml")])
+        read_command_line(["CKPT", "--config", flags_file("config: more.yaml")])
 
 
 @pytest.mark.parametrize("words", [(), ("--port", "8000"), ("--max-episodes", "3"), ("--model",), "a file"])
@@ -101,14 +101,14 @@ def test_no_checkpoint_is_one_line_with_the_remedy(words, flags_file, capsys):
 
 def test_no_thread_for_episodes_is_refused_before_anything_starts():
     with pytest.raises(CommandError, match="--episode-threads is 0, at least one is needed"):
-        options_of(read([TINY, "--episode-threads", "0"]).own)
+        options_of(read_command_line([TINY, "--episode-threads", "0"]).own)
 
 
 def test_two_checkpoints_are_refused_wherever_they_stand(monkeypatch):
     for words in (["A", "--model", "B"], ["--model", "B", "A"]):
         with pytest.raises(CommandError, match="two checkpoints are named, 'A' and --model 'B'; name one"):
-            read(words)
-    line = read(["--model", "B", "--port", "8000", "A"])  # which of them is one, vLLM's parser finds out
+            read_command_line(words)
+    line = read_command_line(["--model", "B", "--port", "8000", "A"])  # which of them is one, vLLM's parser finds out
     with pytest.raises(CommandError, match="two checkpoints are named, 'B' and 'A'; name one"):
         compat.serve(["--model", line.checkpoint, *line.rest], None, VLLM_DEFAULTS)
 

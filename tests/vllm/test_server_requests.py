@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI
 from hostile_pictures import CORPUS, MEGABYTE, webp
@@ -479,6 +480,23 @@ def test_a_refusal_is_one_line_of_the_log_with_the_requests_name_and_nothing_tha
     assert "temperature" in lines[1]
     assert lines[2].split(":")[0] not in (lines[1].split(":")[0], "request ''")
     assert all(line.isprintable() for line in lines)
+
+
+def test_no_log_line_of_any_level_holds_a_pictures_data(app, caplog):
+    server = app()
+    sampling(server, *TURNS)
+    caplog.set_level("DEBUG")
+    data = base64.b64encode(photo := np.random.default_rng(0).bytes(3000)).decode()
+    good = io.BytesIO()
+    Image.frombytes("RGB", (40, 25), photo).save(good, "png")
+    urls = [data_url(good.getvalue()), f"data:image/png;base64,{data}", f"data:{data}", f"data:;base64,{data}"]
+    urls += [f"data:image/png;base64,{data}%", f"data:image/png,{data}", f"DATA:text/plain;{data};base64,{data}", data]
+    statuses = [post(server, question(url, stream=stream)).status_code for url in urls for stream in (False, True)]
+    assert statuses == [200] * 2 + [400] * (len(statuses) - 2)
+    payloads = [data, base64.b64encode(good.getvalue()).decode()]
+    found = [one[at : at + 24] for one in payloads for at in range(len(one) - 24) if one[at : at + 24] in caplog.text]
+    assert found == []
+    assert "request " in caplog.text
 
 
 def test_a_body_above_the_cap_is_refused_with_the_flag(app):

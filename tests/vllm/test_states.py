@@ -184,6 +184,7 @@ def test_a_state_decides_between_two_conversations_of_the_same_words(config, key
 
 def test_it_works_within_one_process_without_any_key_when_the_history_is_full(config, caplog, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    caplog.set_level("WARNING", logger="vilavt_vllm")
     server = Replica(config, max_conversations=0)
     assert "a key of this process alone" in caplog.text
     first = server.told(messages("Which digit?"))

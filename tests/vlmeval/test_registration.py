@@ -52,7 +52,9 @@ def site(tmp_path_factory):
 
         def pip(self, *arguments):
             command = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
-            subprocess.run([*command, *arguments], check=True, capture_output=True)
+            # As `run` does: pip looks for compiled files where this environment says they are.
+            clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+            subprocess.run([*command, *arguments], check=True, capture_output=True, env=clean)
 
         def install(self, kind):
             out = root / kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -42,7 +43,10 @@ class UrlPolicy:
 
 def shown_url(url: str) -> str:
     """A URL as errors call it: at most 200 characters, without a name, a password, or what stands behind a ``?`` (often
-    a signature)."""
+    a signature); of a data URL what it says to be, not what it holds."""
+    if url[:5].lower() == "data:":
+        kind = re.match(r"[\w.+/-]{0,60}(;[\w=-]{1,40}){0,3}(?=,)", url[5:])
+        return quoted(f"{url[:5]}{kind[0] if kind else ''}{',' if kind else ''}…")
     scheme, mark, rest = url.partition("://")
     rest, asked, _ = rest.partition("?")
     host, slash, path = rest.partition("/")

@@ -21,7 +21,7 @@ from .checkpoint.layout import Checkpoint
 from .errors import PlanError
 from .markdown import markdown_table
 from .regions import FACTOR
-from .sizing import DTYPES, GIB, PATCHES, REPLICATED, Decoder, ServedDtype, configured_shapes, tensor_shapes
+from .sizing import DTYPES, GIB, PATCHES, REPLICATED, LanguageSizes, ServedDtype, configured_shapes, tensor_shapes
 
 Quantized = Literal["int8", "int4"]
 Method = Literal["full", "lora", "qlora"]
@@ -85,7 +85,7 @@ _GATHERED_BY_ZERO3 = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Work:
+class Load:
     """What is done at a time."""
 
     tokens: int = 16384
@@ -131,7 +131,7 @@ class ModelSizes:
 
     shapes: Mapping[str, tuple[int, ...]]
     """Of every tensor, by its published name; of an LM head that is tied none."""
-    text: Decoder
+    text: LanguageSizes
     inner: int
     """Width of the language model's MLP."""
     vocabulary: int
@@ -154,7 +154,7 @@ class ModelSizes:
         text, vision = text_fields(config), config["vision_config"]
         return cls(
             shapes={published_name(name): shape for name, shape in shapes.items() if find_part(name) is not None},
-            text=Decoder.of(config),
+            text=LanguageSizes.of(config),
             inner=text["intermediate_size"],
             vocabulary=text["vocab_size"],
             vision_hidden=vision["hidden_size"],
@@ -218,7 +218,7 @@ def stored_bytes(
 
 
 def asked(
-    sizes: ModelSizes, work: Work = Work(), *, dtype: ServedDtype = "bfloat16", quantize: Quantized | None = None
+    sizes: ModelSizes, work: Load = Load(), *, dtype: ServedDtype = "bfloat16", quantize: Quantized | None = None
 ) -> Memory:  # fmt: skip
     """What answering takes in transformers (`VilavtChat`): keys and values have a quarter of room to grow.
 
@@ -241,7 +241,7 @@ def asked(
 
 def trained(
     sizes: ModelSizes,
-    work: Work = Work(),
+    work: Load = Load(),
     *,
     method: Method = "full",
     strategy: Strategy = "ddp",
@@ -302,7 +302,7 @@ def trained(
 
 def taught(
     sizes: ModelSizes,
-    work: Work = Work(conversations=8),
+    work: Load = Load(conversations=8),
     *,
     gpus: int = 8,
     tensor_parallel: int = 2,
@@ -329,7 +329,7 @@ def taught(
     return max(update, rollout, key=lambda memory: memory.total)
 
 
-def ways(work: Work = Work(), gpus: int = 8) -> dict[str, Any]:
+def ways(work: Load = Load(), gpus: int = 8) -> dict[str, Any]:
     """What is done with a model -> a function from its sizes to memory: the rows of the table."""
     rows: dict[str, Any] = {
         "asked, bf16": lambda sizes: asked(sizes, work),
@@ -352,7 +352,7 @@ def ways(work: Work = Work(), gpus: int = 8) -> dict[str, Any]:
     return rows
 
 
-def memory_table(models: Mapping[str, ModelSizes], work: Work = Work(), gpus: int = 8) -> str:
+def memory_table(models: Mapping[str, ModelSizes], work: Load = Load(), gpus: int = 8) -> str:
     """GiB on one GPU as Markdown: a column for each model."""
     rows = [
         ["parameters", *(f"{sizes.count() / 1e9:.2f} B" for sizes in models.values())],
@@ -378,7 +378,7 @@ def _is_quantized(name: str, shape: tuple[int, ...], quantize: Quantized) -> boo
     return not is_query_projection(name) and not (quantize == "int4" and name.startswith("visual."))
 
 
-def _encoding(sizes: ModelSizes, work: Work, element: int) -> int:
+def _encoding(sizes: ModelSizes, work: Load, element: int) -> int:
     """Of pictures that are encoded together, without gradient: attention, whose rotation is in fp32, or the MLP; and
     the pixels of every patch in fp32, and in the type that computes.
     """
@@ -392,7 +392,7 @@ def _pixels(element: int) -> int:
     return values * (4 + (element if element < 4 else 0))
 
 
-def _kept_for_backward(sizes: ModelSizes, work: Work, element: int, method: Method) -> int:
+def _kept_for_backward(sizes: ModelSizes, work: Load, element: int, method: Method) -> int:
     """With gradient checkpointing: what enters every block, in fp32, the tower's in the type that computes. Adapters
     need no gradient of the tower.
     """
@@ -403,7 +403,7 @@ def _kept_for_backward(sizes: ModelSizes, work: Work, element: int, method: Meth
     return kept
 
 
-def _training_activations(sizes: ModelSizes, work: Work, element: int, method: Method) -> int:
+def _training_activations(sizes: ModelSizes, work: Load, element: int, method: Method) -> int:
     """In the backward pass: what is kept, and all of one block, or the logits."""
     hidden, inner, patches = sizes.text.hidden, sizes.inner, PATCHES * work.picture_tokens
     wide, cast = (5.5, 0) if method == "full" else (4.5, element * sizes.block)  # frozen weights are cast each time

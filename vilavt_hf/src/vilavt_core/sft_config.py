@@ -58,6 +58,9 @@ class LoraSettings(_Section):
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         description="linear layers of each block of the language model",
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        default=None, description="bits of the weights under the adapters (QLoRA), which are frozen; only with ddp"
+    )
     merge: bool = Field(default=True, description="also write the merged checkpoint, to merged/, at the end")
 
 
@@ -276,6 +279,15 @@ class SftConfig(_Section):
         }
         if found := [f"{key} has no effect: {because[key]}" for key, is_unheard in unheard.items() if is_unheard]:
             raise ValueError("; ".join(found))
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_whole(self) -> Self:
+        if self.lora is not None and self.lora.quantize is not None and self.parallel.strategy != "ddp":
+            raise ValueError(
+                f"lora.quantize is {self.lora.quantize}, but parallel.strategy is {self.parallel.strategy}, which "
+                "cannot share such weights out: use ddp, or set lora.quantize to null"
+            )
         return self
 
     @model_validator(mode="after")

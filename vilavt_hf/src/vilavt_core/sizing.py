@@ -159,7 +159,7 @@ def plan(
     config, element = found.config, DTYPES[dtype]
     shapes = tensor_shapes(found)
     parts = _parts(found, shapes, element)
-    text = Decoder.of(config)
+    text = LanguageSizes.of(config)
     tower_heads = (config.get("vision_config") or {}).get("num_heads") or text.heads
     for part, heads in (("language model", text.heads), ("vision tower", tower_heads)):
         if heads % machine.gpus:
@@ -202,7 +202,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class Decoder:
+class LanguageSizes:
     """Sizes of the language model."""
 
     hidden: int
@@ -213,7 +213,7 @@ class Decoder:
     context: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Decoder:
+    def of(cls, config: Mapping[str, Any]) -> LanguageSizes:
         """From ``config.json``.
 
         Raises:
@@ -280,7 +280,9 @@ def _encoding(config: Mapping[str, Any], parts: Mapping[str, PartSize], tokens: 
     return weights + 4.0 * len(whole) * vision["hidden_size"] * patches**2
 
 
-def _reading(parts: Mapping[str, PartSize], shapes: Mapping[str, tuple[int, ...]], text: Decoder, tokens: int) -> float:
+def _reading(
+    parts: Mapping[str, PartSize], shapes: Mapping[str, tuple[int, ...]], text: LanguageSizes, tokens: int
+) -> float:
     """Operations of reading so many tokens: two per weight that is not the embedding, and causal attention."""
     embedding = math.prod(shapes.get("model.embed_tokens.weight", (0,)))
     weights = 2.0 * (_of(parts, "language_model") - embedding) * tokens

@@ -17,8 +17,9 @@ import torch
 
 from vilavt_core.asking import DrivenBackend
 from vilavt_core.backends import Backend, BackendOptions
-from vilavt_core.checkpoint import adapter_base, require_vilavt, settings_source
+from vilavt_core.checkpoint import adapter_base, adapter_folder, require_vilavt, settings_source
 from vilavt_core.checkpoint.companions import QUERY_TOKENIZER, has_tokenizer
+from vilavt_core.checkpoint.hub import names_hub_id
 from vilavt_core.conversation import Inquiry, Request
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.episode import Episode
@@ -133,14 +134,15 @@ class VilavtChat(DrivenBackend):
         """Load a checkpoint folder or hub id.
 
         Args:
-            path: a folder in our format, a hub id, or the folder of an adapter. Its ``vilavt_chat.json`` gives the
+            path: a folder in our format or of an adapter, or the hub id of either. Its ``vilavt_chat.json`` gives the
                 defaults of `preset` and `limits`.
             dtype: ``auto`` is the checkpoint's own.
             device: ``auto`` is CUDA if there is one, else the CPU. Not with a ``device_map``, which says it by part.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: the library's choice.
             quantize: ``int8``, ``int4`` or ``fp8`` weights; see `vilavt_hf.quantization`.
             base: checkpoint under an adapter; None: the one that the adapter names.
-            model_kwargs: for the model's `from_pretrained`, e.g. ``revision``, ``device_map``, ``quantization_config``.
+            model_kwargs: for the model's `from_pretrained`, e.g. ``revision`` (of the adapter, if a hub id names one),
+                ``device_map``, ``quantization_config``.
             settings: for the constructor.
 
         Raises:
@@ -150,15 +152,21 @@ class VilavtChat(DrivenBackend):
         from .modeling_vilavt import VilavtForConditionalGeneration
         from .processing_vilavt import VilavtProcessor
 
-        folder, name = Path(path), str(path)
+        name = str(path)
         kwargs = dict(model_kwargs or {})
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
         hub: dict[str, Any] = {
             key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
         }
-        under = adapter_base(name, base)
-        weights = under or name
+        under = adapter_base(name, base, hub=hub)
+        weights, folder = under or name, Path(name)
+        asks = settings_source(name, under, hub=hub)
+        if under is not None:
+            folder = adapter_folder(name, hub) or folder
+            if names_hub_id(name):
+                hub.pop("revision", None)  # the adapter's; its base has others
+                kwargs.pop("revision", None)
         require_vilavt(weights, hub=hub)
         dispatched = kwargs.get("device_map") is not None
         if dispatched and device != "auto":
@@ -185,11 +193,11 @@ class VilavtChat(DrivenBackend):
             # Before loading: it reads the headers and names what is wrong with a broken checkpoint.
             found = fingerprint(weights)
             settings.setdefault("fingerprint", found if under is None else adapted_fingerprint(found, folder))
-        settings["preset"] = preset_of(settings_source(path, under), settings.get("preset"), hub=hub)
+        settings["preset"] = preset_of(asks, settings.get("preset"), hub=hub)
         own = under is None or (has_tokenizer(folder) and has_tokenizer(folder / QUERY_TOKENIZER))
         with loading(weights):
             model: Any = VilavtForConditionalGeneration.from_pretrained(weights, dtype=dtype, **kwargs)
-            processor = VilavtProcessor.from_pretrained(name if own else weights, **hub)
+            processor = VilavtProcessor.from_pretrained(weights if under is None or not own else folder, **hub)
             if not dispatched and not getattr(model, "is_quantized", False):  # who placed them keeps their weights
                 model = model.to(device)
         if under is not None:

@@ -22,7 +22,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from .errors import CommandError
-from .server.command import CommandLine, read, ready
+from .server.command import CommandLine, read_command_line, ready
 
 NAME = "vilavt"
 """Of the deployment, in a config file."""
@@ -122,7 +122,7 @@ def _read(model: str, flags: str) -> CommandLine:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            line = read([model, *shlex.split(flags)])
+            line = read_command_line([model, *shlex.split(flags)])
         except SystemExit:
             *_, last = said.getvalue().splitlines() or ["they ask for help; give what an answer depends on"]
             raise CommandError(f"flags: {last}: {flags}") from None

@@ -1,6 +1,6 @@
 """Read, convert, check and create checkpoints, streaming: no tensor is loaded to move it."""
 
-from .adapter import adapter_base, settings_source
+from .adapter import adapter_base, adapter_folder, settings_source
 from .build_info import BuildInfo, collect_build_info, command_line, fingerprint, write_build_info
 from .card import Score, card_text, scores_of_report, write_card
 from .companions import Missing
@@ -24,6 +24,7 @@ __all__ = [
     "Verdict",
     "Weights",
     "adapter_base",
+    "adapter_folder",
     "card_text",
     "collect_build_info",
     "command_line",

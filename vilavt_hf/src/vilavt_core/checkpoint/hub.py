@@ -24,12 +24,37 @@ def checkpoint_folder(checkpoint: str | os.PathLike) -> Path:
         if not os.path.isdir(name):
             raise CheckpointError(no_checkpoint(Path(name)))
         return Path(name)
+    return hub_folder(name, {})
+
+
+def hub_folder(name: str, hub: Mapping[str, Any]) -> Path:
+    """The folder of a hub id, fetched, or found in the cache.
+
+    Args:
+        name: the id.
+        hub: how to reach the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.pt", "*.pth"]))  # states of an optimiser
+        return Path(snapshot_download(name, ignore_patterns=["*.pt", "*.pth"], **hub))  # states of an optimiser
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from None
+
+
+def hub_file(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
+    """One file of a hub id; None if it has none of that name, or, where the hub cannot be reached, if it is not in the
+    cache. What is wrong with an id is said by who reads its `CONFIG`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, **hub))
+    except (OSError, ValueError):
+        return None
 
 
 def hub_config(name: str, hub: Mapping[str, Any]) -> Path:
@@ -37,7 +62,7 @@ def hub_config(name: str, hub: Mapping[str, Any]) -> Path:
 
     Args:
         name: the id.
-        hub: how to reach the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+        hub: see `hub_folder`.
 
     Raises:
         CheckpointError: it cannot be had.

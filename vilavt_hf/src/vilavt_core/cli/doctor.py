@@ -11,7 +11,7 @@ import typer
 from .showing import markup
 
 if TYPE_CHECKING:
-    from ..memory import ModelSizes, Work
+    from ..memory import Load, ModelSizes
     from ..sizing import Machine, Plan, PlannedTalk
 
 PLANNING = "Plan"
@@ -115,7 +115,7 @@ def _plan(
     training_gpus: int | None,
     as_json: bool,
 ) -> None:
-    from ..memory import ModelSizes, Work, asked, ways
+    from ..memory import Load, ModelSizes, asked, ways
     from ..sizing import DTYPES, Machine, PlannedTalk
     from ..sizing import plan as planned
     from .running import choice
@@ -130,7 +130,7 @@ def _plan(
     found = planned(model, of, about, dtype=dtype or "bfloat16")  # type: ignore[arg-type]
     at_once = max(about.pictures * found.picture_tokens, about.crops * found.crop_tokens)
     tokens = found.conversation_tokens
-    work = Work(tokens, min(at_once, tokens), labelled=min(about.text_tokens, tokens))
+    work = Load(tokens, min(at_once, tokens), labelled=min(about.text_tokens, tokens))
     sizes, gpus = ModelSizes.of_checkpoint(model), training_gpus or 8
     if as_json:
         memory: dict[str, Any] = {"asked": asdict(asked(sizes, work, dtype=found.dtype))}
@@ -140,7 +140,7 @@ def _plan(
     typer.echo("\n".join([*_lines(found, of, about), "", *_ways(sizes, work, gpus)]))
 
 
-def _ways(sizes: "ModelSizes", work: "Work", gpus: int) -> list[str]:
+def _ways(sizes: "ModelSizes", work: "Load", gpus: int) -> list[str]:
     from ..memory import ways
     from ..sizing import GIB
 

@@ -68,7 +68,7 @@ def goes_on(config: "SftConfig") -> str:
 
 
 def merge_lora(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder or hub id of the adapter.")],
     destination: Annotated[Path, typer.Argument(help="New folder.")],
     base: Annotated[
         str | None, typer.Option(help="Checkpoint that the adapter was trained on; default: the one it names.")
@@ -76,14 +76,14 @@ def merge_lora(
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
 ) -> None:
     """Add an adapter to the weights it was trained on and write a complete checkpoint."""
-    from ..checkpoint import require_vilavt
+    from ..checkpoint import adapter_folder, require_vilavt
     from ..checkpoint.layout import ADAPTER_CONFIG
     from ..checkpoint.writing import check_destination
 
     choice(dtype, ("bf16", "fp32"), "--dtype")
     check_destination(destination)
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}; name the folder of an adapter")
+    if adapter_folder(adapter) is None:
+        raise TrainingError(f"{adapter}: no readable {ADAPTER_CONFIG}; name the folder or hub id of an adapter")
     if base is not None:
         require_vilavt(base)
     hide_bars()

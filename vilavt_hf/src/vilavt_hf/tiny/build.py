@@ -556,7 +556,8 @@ def plot_stages(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
             right.plot(list(points), [sum(v) / len(v) for v in points.values()], marker=".", label=label)
     for axis, title in ((left, "training examples"), (right, "dev scans, ideal turns before")):
         axis.set(title=title, xlabel="minutes", ylim=(0, 1.02))
-        axis.legend(loc="lower right", fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)

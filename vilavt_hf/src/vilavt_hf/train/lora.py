@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from vilavt_core.checkpoint import adapter_base, require_vilavt, write_build_info
+from vilavt_core.checkpoint import adapter_base, adapter_folder, require_vilavt, write_build_info
 from vilavt_core.checkpoint.build_info import PROVENANCE, public_name
 from vilavt_core.checkpoint.card import write_card
 from vilavt_core.checkpoint.companions import bring_companions
+from vilavt_core.checkpoint.hub import checkpoint_folder
 from vilavt_core.checkpoint.layout import ADAPTER_CONFIG, read_json
 from vilavt_core.checkpoint.writing import check_destination, staged_folder
 from vilavt_core.errors import TrainingError
@@ -53,7 +54,7 @@ def merge_adapter(
     """Add an adapter's update to the weights it was trained on, and write a complete checkpoint.
 
     Args:
-        adapter: folder that a LoRA run saved.
+        adapter: folder that a LoRA run saved, or its hub id.
         destination: new folder.
         base: checkpoint folder; default: the one that the adapter names.
         dtype: of the weights written, ``bf16`` or ``fp32``; the sum is taken in fp32.
@@ -63,24 +64,24 @@ def merge_adapter(
         CheckpointError: the destination exists, or the adapter names no base.
     """
     peft = _peft()
-    adapter = Path(adapter)
     check_destination(destination)
-    base = adapter_base(adapter, base)
-    if base is None:
-        raise TrainingError(f"{adapter}: no {ADAPTER_CONFIG}; name an adapter's folder")
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise TrainingError(f"{adapter}: no {ADAPTER_CONFIG}; name an adapter's folder or hub id")
+    base = str(adapter_base(folder, base))
     require_vilavt(base)
     with loading(str(base)):
         model = VilavtForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     with loading(str(adapter)):
-        merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     with staged_folder(destination) as partial:
         merged.save_pretrained(partial)
         (partial / "generation_config.json").unlink(missing_ok=True)
-        bring_companions(partial, [adapter, Path(base)])
-        details: dict[str, Any] = {"made_by": "merge-lora", "adapter": adapter.name, "base": public_name(base)}
-        if (adapter / PROVENANCE).is_file():
-            details["source_provenance"] = read_json(adapter / PROVENANCE)
+        bring_companions(partial, [folder, checkpoint_folder(base)])
+        details: dict[str, Any] = {"made_by": "merge-lora", "adapter": Path(adapter).name, "base": public_name(base)}
+        if (folder / PROVENANCE).is_file():
+            details["source_provenance"] = read_json(folder / PROVENANCE)
         write_build_info(partial, details)
         write_card(partial)
     return Path(destination)

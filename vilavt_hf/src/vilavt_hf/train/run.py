@@ -38,7 +38,9 @@ from vilavt_core.training_curves import LOG, VALIDATION, TrainingLog, training_p
 from vilavt_core.training_set import make_dataset
 
 from .. import compat
+from ..configuration_vilavt import VilavtConfig
 from ..processing_vilavt import VilavtProcessor
+from ..quantization import quantization_config
 from .attention import PACKED
 from .collator import VilavtCollator
 from .drops import Drops
@@ -142,7 +144,7 @@ class Run:
             self.best = Best(self.out / BEST, config.validation.best, measured, resumed=self.resume is not None)
         self.drops = Drops(config, dataset, self.lengths, self.out / DROPPED, first, keep=self.resume is not None)
         with waiting(f"loading {base.name}", shown=first):
-            model = _model(config, base)
+            model = _model(config, base, args.device)
         self.console = ConsoleReport()
         self.trainer = VilavtTrainer(
             model=model,
@@ -329,21 +331,33 @@ def _order(config: SftConfig, lengths: Lengths) -> Order:
     return Shuffled(lengths.kept, config.batch.samples, config.seed)
 
 
-def _model(config: SftConfig, base: Path) -> Any:
+def _model(config: SftConfig, base: Path, device: torch.device) -> Any:
     choice = config.model.attention
     plain = "sdpa" if choice == "auto" else choice
     text = PACKED if config.batch.packing and plain == "sdpa" else plain
+    stored: dict[str, Any] = {"dtype": torch.float32}
+    if config.lora is not None and config.lora.quantize is not None:
+        stored = _quantised(config, config.lora.quantize, base, device)
     with loading(config.model.path):
         model = VilavtForTraining.from_pretrained(
             base,
-            dtype=torch.float32,
             attn_implementation={"text_config": text, "vision_config": plain, "text_encoder_config": "sdpa"},
+            **stored,
         )
     model.config.use_cache = False
     if config.lora is not None:
         return add_adapters(model, config.lora, config.model.path)
     freeze(model, config.model.frozen)
     return model
+
+
+def _quantised(config: SftConfig, method: str, base: Path, device: torch.device) -> dict[str, Any]:
+    """How to load weights that stay as they are: in few bits, the others in the type that computes."""
+    settings = quantization_config(method, VilavtConfig.from_pretrained(base), device)
+    options: dict[str, Any] = {"quantization_config": settings}
+    if device.type != "cpu":
+        options["device_map"] = {"": str(device)}  # quantised where they stay
+    return options | {"dtype": torch.bfloat16 if config.model.precision == "bf16" else torch.float32}
 
 
 # ---------------------------------------------------------------------------------------------------- bookkeeping

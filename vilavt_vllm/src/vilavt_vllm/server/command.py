@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def read(arguments: Sequence[str]) -> CommandLine:
+def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """The command line, with the file of flags that it names.
 
     Args:
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _serve(arguments: list[str] | None) -> None:
-    line = read(sys.argv[1:] if arguments is None else arguments)
+    line = read_command_line(sys.argv[1:] if arguments is None else arguments)
     given, options = ready(line)
 
     from .. import compat

@@ -323,7 +323,7 @@ class Loop:
         return driver, questions
 
     async def _in_worker(self, work: Callable[..., Driver], *arguments: Any) -> Driver:
-        """What needs the tokenizer, in the thread that has it."""
+        """What cuts pictures or encodes text, in a thread of the episodes."""
         return await asyncio.get_running_loop().run_in_executor(self.llm.worker, work, *arguments)
 
 

@@ -25,7 +25,6 @@ from vilavt_core.video import VideoLimits, read_frames
 
 from ..errors import BusyError, LimitError, RequestError
 from .budget import Reservation
-from .fields import short
 from .options import NO_DOMAINS
 from .requests import SentPicture, SentVideo
 
@@ -226,9 +225,11 @@ class Pictures:
 
     async def _fetch(self, url: str, io: MediaIO[Any], kind: str) -> Any:
         if not _SCHEME.match(url):
+            # A long one is the file itself, which does not belong into a message or a log.
+            said = repr(url) if len(url) <= 60 else f"{url[:12]!r}… of {len(url)} characters"
             raise RequestError(
-                f"{short(url)!r} is no URL; send the {kind} as a data URL, {_DATA_URLS[kind]}, or an http(s) URL where "
-                "this server fetches it"
+                f"{said} is no URL; send the {kind} as a data URL, {_DATA_URLS[kind]}, or an http(s) URL where this "
+                "server fetches it"
             )
         flag, allowed = self._flags.get(url[:4].lower(), ("", True))
         if not allowed:
@@ -241,4 +242,8 @@ class Pictures:
         except ImageError:
             raise
         except Exception as error:  # whatever the network or the file system says, it is about this URL
+            if url[:5].lower() == "data:":  # what was raised may quote what it holds
+                raise RequestError(
+                    f"{shown_url(url)} cannot be read; write a {kind}'s data URL as {_DATA_URLS[kind]}"
+                ) from None
             raise RequestError(f"{shown_url(url)}: cannot be fetched: {quoted_error(error)}") from error
