@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import hypothesis
@@ -50,7 +51,7 @@ from vilavt_hf.tiny.scenes import (
     scan_ids,
     scene_about,
 )
-from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example
+from vilavt_hf.tiny.teacher import Encoder, direct_example, episode_example, order_example
 from vilavt_hf.tiny.tiny_model import fast_encoder, tiny_processor
 from vilavt_hf.train.run import Run, make_dataset
 
@@ -246,6 +247,21 @@ def test_the_training_stream_is_the_episode_s_stream(processor, encoder, kind, a
     assert [i.query for i in record.inquiries] == [g.query for g in example.groups]
     for inquiry, group in zip(record.inquiries, example.groups, strict=True):
         assert [i.tobytes() for i in inquiry.images] == [i.tobytes() for i in group.images]
+
+
+def test_lessons_without_images_ask_for_the_smaller_frame_and_its_colour(processor, encoder):
+    for seed in range(10):
+        lesson = order_example(encoder, np.random.default_rng(seed), count=4)
+        assert not lesson.groups
+        *turns, rest = processor.tokenizer.decode(lesson.input_ids).split("</think>")
+        asked = processor.tokenizer.decode([label for label in lesson.labels if label != IGNORE]).split()
+        assert len(asked) == 3 * len(turns) == 12
+        for i, turn in enumerate(turns):
+            given = re.findall(r"(\w+) index (\d)", turn)
+            assert len({colour for colour, _ in given[:2]}) == len({frame for _, frame in given[:2]}) == 2
+            colour, frame = min(given[:2], key=lambda pair: int(pair[1]))
+            assert asked[3 * i : 3 * i + 3] == [frame, colour, frame]
+            assert turn.endswith(f"first {frame} {colour} index {frame}")
 
 
 @pytest.mark.parametrize("kind", [QuestionKind.ONE, QuestionKind.FRAME, QuestionKind.SHARED_ACROSS])

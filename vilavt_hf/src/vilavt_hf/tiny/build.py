@@ -38,6 +38,7 @@ from .scenes import (
     ACROSS_KINDS,
     CLIP_KINDS,
     MAX_PIXELS,
+    MOST_PICTURES,
     SHARED_KINDS,
     QuestionKind,
     Scene,
@@ -54,6 +55,7 @@ from .teacher import (
     direct_example,
     episode_example,
     listing_example,
+    order_example,
     reading_example,
     shared_reading_example,
 )
@@ -104,8 +106,9 @@ class Stage:
     language: bool = True
     """Whether the language model is trained."""
     mix: tuple[tuple[str, float], ...] = ()
-    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, blind, sums; direct (no
-    zoom offered), guess (offered, not used), shared (plates two by two), twins (the same, without a digit)."""
+    """Shares of the kinds of examples: read, look (read with a first look), listing, episode, blind; sums and order
+    (text only); direct (no zoom offered), guess (offered, not used), shared (plates two by two), twins (the same,
+    without a digit)."""
     pad_to: int = 32
     heads: tuple[tuple[str, float], ...] = ()
     """Weights of auxiliary heads in this stage, where they differ from `tiny_auxiliary`."""
@@ -117,7 +120,7 @@ STAGES = (
     Stage("read", 500, 24, 2e-3, decay_from=0.8, final_rate=0.4, language=False, mix=(("read", 0.9), ("look", 0.1))),
     Stage("match", 250, 16, 1e-3, final_rate=1.0, language=False, mix=(("twins", 0.8), ("read", 0.2))),
     Stage(
-        "meet", 800, 16, 1e-3, decay_from=0.8, final_rate=0.5, language=False, mix=(("shared", 0.75), ("read", 0.25))
+        "meet", 1200, 16, 1e-3, decay_from=0.8, final_rate=0.5, language=False, mix=(("shared", 0.75), ("read", 0.25))
     ),
     Stage(
         "place",
@@ -127,7 +130,7 @@ STAGES = (
         tower_rate=0.4,
         decay_from=0.9,
         final_rate=0.7,
-        mix=(("listing", 0.65), ("episode", 0.25), ("shared", 0.1)),
+        mix=(("listing", 0.6), ("episode", 0.25), ("shared", 0.1), ("order", 0.05)),
         heads=_LATER,
     ),
     Stage(
@@ -139,12 +142,13 @@ STAGES = (
         decay_from=0.5,
         final_rate=0.02,
         mix=(
-            ("episode", 0.64),
-            ("listing", 0.06),
+            ("episode", 0.61),
+            ("listing", 0.05),
             ("blind", 0.13),
             ("shared", 0.09),
             ("direct", 0.03),
             ("sums", 0.05),
+            ("order", 0.04),
         ),
         heads=_LATER,
     ),
@@ -176,6 +180,8 @@ class Lessons(Dataset):
             return shared_reading_example([_plates(rng, name == "twins") for _ in range(3)], rng)
         if name == "sums":
             return arithmetic_example(self.encoder, rng)
+        if name == "order":
+            return order_example(self.encoder, rng)
         if name in ("read", "look"):
             return reading_example(training_scene(rng, KINDS_OF_ONE_CARD[rng.integers(3)]), rng, name == "look")
         if name == "blind" and kind not in SHARED_KINDS and rng.random() < 0.5:
@@ -199,7 +205,7 @@ def training_scene(rng: np.random.Generator, kind: QuestionKind, split: Split = 
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
     if kind in CLIP_KINDS or kind in ACROSS_KINDS:
         plates = kind is QuestionKind.SHARED_ACROSS
-        pictures, singles = int(rng.integers(2, 5)), int(rng.integers(0, 4) if plates else rng.integers(2, 6))
+        pictures, singles = int(rng.integers(2, MOST_PICTURES + 1)), int(rng.integers(0, 4) if plates else rng.integers(2, 6))
         return make_series(rng, split, pictures=pictures, singles=singles, plates=plates, clip=kind in CLIP_KINDS)
     if kind is QuestionKind.SHARED:
         nests = (int(rng.integers(1, 3)),) if rng.random() < 0.4 else ()

@@ -51,6 +51,9 @@ SHIFTED_ROWS, SHIFTED_COLUMNS = frozenset({3}), frozenset({2, 3, 4})
 floating point 3 / 6 + 1 / 12 is a little less than 7 / 12 and 2 * 28 / (3 / 6 - 2 / 6) a little less than 336. That
 would blur the print of small cards; they are put elsewhere."""
 
+MOST_PICTURES = 4
+"""Pictures or frames that a scene has at most."""
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (30, 170, 60),
@@ -529,7 +532,7 @@ def scene_about(rng: np.random.Generator, split: Split, kind: QuestionKind, *, p
     """
     if kind in ACROSS_KINDS or kind in CLIP_KINDS:
         plates = kind is QuestionKind.SHARED_ACROSS
-        count = int(rng.integers(2, 5)) if pictures is None else pictures
+        count = int(rng.integers(2, MOST_PICTURES + 1)) if pictures is None else pictures
         return make_series(
             rng, split, pictures=count, singles=2 if plates else 4, plates=plates, clip=kind in CLIP_KINDS
         )

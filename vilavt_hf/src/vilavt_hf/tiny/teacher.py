@@ -19,6 +19,7 @@ from .lesson import AttentionTarget, Lesson, TokenTarget
 from .scenes import (
     CELLS,
     COLOURS,
+    MOST_PICTURES,
     SHARED_KINDS,
     Card,
     QuestionKind,
@@ -246,22 +247,38 @@ def _first_call(stream: _Stream, question: SceneQuestion) -> list[AttentionTarge
 def _find_both(stream: _Stream, turn: _Turn, question: SceneQuestion) -> tuple[list[AttentionTarget], int]:
     """Naming the frames of both cards, then the earlier one; returns the targets and the character after that."""
     targets: list[AttentionTarget] = []
-    character, frames = 0, {}
+    character = 0
     for card in question.named:
         character = turn.text.index(card.colour, character)
         named = turn.at(character)
         written = _place_words(turn, character, index=True, cell=False)
-        (frames[card.colour],) = written
         targets += _recall([named], _find(stream, card.colour))
         targets += _recall(written, named) + _look(written, _token_of(stream, card))
-        targets.append(AttentionTarget(BIND_TEXT, _TEXT_HEADS, written[0], named))  # the number knows its colour
+        character += 1
+    (card,) = question.targets
+    more, character = _choose_first(turn, [c.colour for c in question.named], card.colour)
+    return targets + more, character
+
+
+def _choose_first(turn: _Turn, colours: Sequence[str], first: str) -> tuple[list[AttentionTarget], int]:
+    """Where to look when two frames are written and the smaller number is to be, then the colour that has it.
+
+    Returns:
+        The targets, and the character after the smaller number.
+    """
+    targets: list[AttentionTarget] = []
+    character, frames = 0, {}
+    for colour in colours:
+        character = turn.text.index(colour, character)
+        (frames[colour],) = _place_words(turn, character, index=True, cell=False)
+        # the number knows its colour
+        targets.append(AttentionTarget(BIND_TEXT, _TEXT_HEADS, frames[colour], turn.at(character)))
         character += 1
     character = turn.text.index(" first ", character) + len(" first ")
     smaller = turn.at(character)
     for head, position in zip(_READ_HEADS, frames.values(), strict=True):  # compare
         targets.append(AttentionTarget(BIND_IMAGE, (head,), smaller - 1, position))
-    (card,) = question.targets
-    targets.append(AttentionTarget(BIND_IMAGE, _LOOK_HEADS, smaller, frames[card.colour]))
+    targets.append(AttentionTarget(BIND_IMAGE, _LOOK_HEADS, smaller, frames[first]))
     return targets, character
 
 
@@ -507,6 +524,28 @@ def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 
     return _finish(stream, [], [], [], [])
 
 
+def order_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Lesson:
+    """Turns without pictures: the frames of two cards given, the smaller number and its colour to be named."""
+    stream = _Stream(encoder)
+    targets: list[AttentionTarget] = []
+    for i in range(count):
+        colours = rng.permutation(COLOUR_NAMES)[:2].tolist()
+        frames = rng.permutation(MOST_PICTURES)[:2].tolist()
+        first = int(np.argmin(frames))
+        places = [f"{colour} index {frame}" for colour, frame in zip(colours, frames, strict=True)]
+        stream.text("\n" if i else "")
+        stream.special(encoder.start_of_turn)
+        stream.text("assistant\n")
+        turn = stream.turn(format_turn(Answer("", f"{', '.join(places)}, first {frames[first]} {places[first]}")))
+        more, character = _choose_first(turn, colours, colours[first])
+        targets += more
+        smaller = turn.at(character)
+        asked = {smaller, smaller + 1, *_place_words(turn, character, index=True, cell=False)}
+        for position in set(range(turn.begin, len(stream.ids))) - asked:
+            stream.labels[position] = -100
+    return _finish(stream, [], [], targets, [])
+
+
 def reading_example(scene: Scene, rng: np.random.Generator, look: bool, count: int = 6) -> Lesson:
     """Crops (and sometimes the first look) for the tower alone, no text."""
     groups: list[ImageGroup] = []
@@ -566,6 +605,7 @@ __all__ = [
     "direct_example",
     "episode_example",
     "listing_example",
+    "order_example",
     "reading_example",
     "shared_reading_example",
 ]
