@@ -1,4 +1,4 @@
-"""``vilavt ask`` and ``vilavt demo``: one question about your pictures, or three about the shipped ones."""
+"""``vilavt ask`` and ``vilavt demo``: one question about your images, or three about the shipped ones."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _write(
         console.print(f"trace: {page}", soft_wrap=True, markup=False)
     if picture is not None:
         draw_conversation(results[0]).save(picture)
-        console.print(f"picture: {picture}", soft_wrap=True, markup=False)
+        console.print(f"image: {picture}", soft_wrap=True, markup=False)
 
 
 __all__ = ["ask", "demo"]
