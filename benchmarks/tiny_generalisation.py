@@ -3,7 +3,7 @@
     python benchmarks/tiny_generalisation.py [--checkpoint DIR] [--questions N] [--split dev|heldout] [--json FILE]
 
 One row per question: the scans and photographs of training, in scenes it never saw; those of the split; 2, 4 and 8
-pictures (training has two to four); the frames of a clip backwards; the encoder asked in other words. Everything is
+images (training has two to four); the frames of a clip backwards; the encoder asked in other words. Everything is
 asked greedily, in float32. Needs the ``tiny`` extra of vilavt-hf.
 """
 
@@ -78,7 +78,7 @@ def rows(split: Split, count: int) -> list[tuple[str, list[Asked], Intervention 
         ("scans and photographs of training, new scenes", some(SINGLE, "train"), None),
         (f"{split}: scans, photographs and scenes never seen", some(SINGLE), None),
     ]
-    out += [(f"{n} pictures", some(SEVERAL, pictures=n), None) for n in (2, 4, 8)]
+    out += [(f"{n} images", some(SEVERAL, pictures=n), None) for n in (2, 4, 8)]
     out += [
         ("clips, forwards", some(CLIP_KINDS), None),
         ("clips, backwards", some(CLIP_KINDS, ask=backwards), None),

@@ -36,7 +36,7 @@ class DemoQuestion:
     """A question of the demo, with the right answer."""
 
     files: tuple[Path, ...]
-    """Pictures and videos, in the order in which they are shown."""
+    """Images and videos, in the order in which they are shown."""
     question: str
     answer: str
 
@@ -48,7 +48,7 @@ class DemoQuestion:
 
 def read_demo_questions(path: Path) -> list[DemoQuestion]:
     """Questions of a JSON list of ``{"image", "question", "answer"}``, files beside it; instead of ``image`` an entry
-    may have ``images``, a list of pictures and videos.
+    may have ``images``, a list of images and videos.
 
     Raises:
         ImageError: the file cannot be read or is no such list.

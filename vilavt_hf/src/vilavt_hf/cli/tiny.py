@@ -110,7 +110,7 @@ def scenes_command(
     count: Annotated[int, typer.Option(help="Number of scenes.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 7,
 ) -> None:
-    """Draw held-out scenes, pictures and clips, with questions and answers."""
+    """Draw held-out scenes, images and clips, with questions and answers."""
     check_output_folders(out=out)
     from ..tiny.build import write_examples
 
