@@ -263,7 +263,7 @@ def _at_once(session: nox.Session, **lanes: tuple[str, ...]) -> list[str]:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Ask the shipped tiny ViLaVT three held-out questions; writes vilavt-trace.html."""
+    """Ask the shipped tiny ViLaVT eight held-out questions; writes vilavt-trace.html."""
     _install(session, NEWEST)
     session.run("vilavt", "demo", *session.posargs)
 

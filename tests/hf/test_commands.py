@@ -1,6 +1,7 @@
 """`vilavt ask` and `vilavt demo`: output, files, exit codes."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -146,6 +147,21 @@ def test_the_demo_asks_every_question_and_says_where_the_trace_is(tiny_checkpoin
     assert "0 of 2 right" in result.output
     assert f"trace: {out}" in result.output
     assert out.read_text(encoding="utf-8").count("<article>") == 2
+
+
+def test_without_the_video_extra_the_demo_asks_about_images_only(tiny_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr("vilavt_core.cli.chat.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tiny_checkpoint / "vilavt_chat.json").write_text('{"preset": "default", "limits": {"max_new_tokens_per_turn": 2}}')
+    try:
+        arguments = ["--model", str(tiny_checkpoint), "--out", str(tmp_path / "out.html"), "--device", "cpu"]
+        result = runner.invoke(app, ["demo", *arguments])
+    finally:
+        (tiny_checkpoint / "vilavt_chat.json").unlink()
+    assert result.exit_code == 0, result.output
+    assert "2 of 8 questions are about a clip" in result.output
+    assert "vilavt-hf[video]" in result.output
+    assert "of 6 right" in result.output
 
 
 def test_the_demo_says_what_to_pass_when_nothing_is_shipped(monkeypatch, capsys, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,6 +151,12 @@ def demo(
     check_output_files(out=out)
     check_picture_file(picture=picture)
     questions = read_demo_questions(data or shipped("pictures/questions.json", "pass --data"))
+    if data is None and find_spec("av") is None:  # the base installation decodes no videos
+        shown = [asked for asked in questions if not any(isinstance(source, Video) for source in asked.sources)]
+        left = len(questions) - len(shown)
+        missing = f"{left} of {len(questions)} questions are about a clip and need `pip install 'vilavt-hf[video]'`"
+        console.print(missing, soft_wrap=True, markup=False)
+        questions = shown
     name = model or str(shipped("vilavt-tiny", "pass --model"))
     require_vilavt(name)
     _check_pictures([source for asked in questions for source in asked.sources])
