@@ -39,6 +39,7 @@ from .scenes import (
     CLIP_KINDS,
     MAX_PIXELS,
     MOST_PICTURES,
+    PHOTOGRAPHS,
     SHARED_KINDS,
     QuestionKind,
     Scene,
@@ -506,7 +507,8 @@ def _write(
         "command": f"vilavt tiny build {flags}",
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data": "scikit-learn load_digits: 1237 train, 200 dev, 360 held-out scans",
+        "data": "scikit-learn load_digits: 1237 train, 200 dev, 360 held-out scans; photographs of scikit-learn and "
+        "scikit-image: " + ", ".join(f"{len(names)} {split}" for split, names in PHOTOGRAPHS.items()),
         "stages": records,
         "notes": list(notes),
         "versions": {
