@@ -59,7 +59,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--questions", type=int, help="of the 560, in the same proportions; all by default")
+    parser.add_argument("--questions", type=int, help="of the 980, in the same proportions; all by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args()
     engine = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True}

@@ -402,7 +402,7 @@ def test_the_recipe_teaches_the_shipped_model_what_it_could_not_do(tmp_path):
     report = Run(recipe(tmp_path / "data", tmp_path / "run", "tiny_smaller", "data.validation=[tiny_smaller_heldout]",
                         "optimizer.epochs=1", "validation.steps=4")).train()  # fmt: skip
     first, *_, last = report.validations
-    assert first["answers_right"] <= 0.2
+    assert first["answers_right"] <= 0.5
     assert last["loss"] < 0.5 * first["loss"]
 
 
@@ -505,7 +505,9 @@ def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for(tmp_path)
     assert overall["swapped-query"].score >= 0.6
     others = sum(task.other is not None for task in questions.tasks("heldout", 60))
     assert overall["swapped-query"].questions == others
-    assert overall["full"].interval == wilson(round(overall["full"].score * 61), 61)
+    asked = len(questions.tasks("heldout", 60))
+    assert overall["full"].questions == asked
+    assert overall["full"].interval == wilson(round(overall["full"].score * asked), asked)
     assert f"n={others} |" in table.to_markdown()
     assert [row.difference is None for row in table.rows] == [True] * 3 + [False] * 3
 
