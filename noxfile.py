@@ -118,7 +118,7 @@ WORKSPACE_TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
         *("architecture", "benchmarks", "deploy", "documentation", "examples", "install", "packages", "readme"),
-        *("release", "workflows"),
+        *("release", "workflows", "writing"),
     )
 )
 MODEL_TESTS = (

@@ -310,7 +310,7 @@ def test_urls_are_fetched_from_allowed_domains_only():
     [
         (data_url(png(20_001, 20_000)), "400020000 pixels"),
         (data_url(b"x" * 1_000_004), "holds 1000005 bytes, at most 1000000 are allowed"),
-        (data_url(b"no picture"), "not a picture|cannot be read|cannot be opened|no known format|not an image"),
+        (data_url(b"no image"), "not an image in a format we read"),
         ("data:image/png;base64,!!!", "not valid base64"),
         ("ftp://host/a.png", "URL"),
         ("/etc/hostname", "URL"),
@@ -556,7 +556,7 @@ def test_pictures_that_never_fit_are_400_and_those_that_do_not_fit_now_are_503(a
     others.take([DecodingCost(1, 90_000, 90_000)], 0)
     now = post(server, question(data_url(png(60, 60))))
     assert (now.status_code, now.headers["Retry-After"]) == (503, "1")
-    assert "the pictures of other questions take 90000 bytes" in error_of(now)
+    assert "90000 bytes" in error_of(now)
     others.release()
     assert budget.bytes == 0
 

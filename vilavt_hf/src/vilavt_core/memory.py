@@ -91,7 +91,7 @@ class Load:
     tokens: int = 16384
     """Of a conversation, or of a pack."""
     picture_tokens: int = 8192
-    """Of them, those of pictures that are encoded at once; each is four patches."""
+    """Of them, those of images that are encoded at once; each is four patches."""
     labelled: int = 2048
     """Of them, those that carry loss."""
     conversations: int = 1
@@ -379,7 +379,7 @@ def _is_quantized(name: str, shape: tuple[int, ...], quantize: Quantized) -> boo
 
 
 def _encoding(sizes: ModelSizes, work: Load, element: int) -> int:
-    """Of pictures that are encoded together, without gradient: attention, whose rotation is in fp32, or the MLP; and
+    """Of images that are encoded together, without gradient: attention, whose rotation is in fp32, or the MLP; and
     the pixels of every patch in fp32, and in the type that computes.
     """
     hidden, inner = sizes.vision_hidden, sizes.vision_inner

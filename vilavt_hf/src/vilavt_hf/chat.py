@@ -1,4 +1,4 @@
-"""Ask a ViLaVT about pictures with a model in this process: one question or many, streamed, or with follow-ups.
+"""Ask a ViLaVT about images with a model in this process: one question or many, streamed, or with follow-ups.
 
 `VilavtChat` is the backend ``hf``: conversations are `vilavt_core.driver.Driver`s, `vilavt_hf.engine`
 computes them, each image and token once.

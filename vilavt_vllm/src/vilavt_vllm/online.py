@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = itertools.count()
 THREADS = 4
-"""For the pictures of running questions, unless somebody says otherwise: a large one takes about 0.1 s of a core."""
+"""For the images of running questions, unless somebody says otherwise: a large one takes about 0.1 s of a core."""
 
 
 def _hashed(driver: Driver, step: Callable[[], list[Event]]) -> list[Event]:
@@ -55,14 +55,14 @@ def _hashed(driver: Driver, step: Callable[[], list[Event]]) -> list[Event]:
 
 
 class AsyncVilavtLLM(AsyncDrivenBackend):
-    """Asks a ViLaVT about pictures over an async engine. See `vilavt_core.backends.AsyncBackend` for its methods.
+    """Asks a ViLaVT about images over an async engine. See `vilavt_core.backends.AsyncBackend` for its methods.
 
     Args:
         engine: vLLM's `AsyncLLM`, or the engine client of its API server.
         settings: see `settings_of_engine`.
         concurrency: conversations that `ask_many` and `iter_many` run side by side.
         handling: of questions for which `events` is told nothing else.
-        threads: that load, cut and resize the pictures of running questions. Their settings' tokenizer must bear that,
+        threads: that load, cut and resize the images of running questions. Their settings' tokenizer must bear that,
             as that of `settings_of_engine` does.
     """
 
@@ -76,7 +76,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
     ) -> None:
         self.engine, self.settings, self.concurrency, self.handling = engine, settings, concurrency, handling
         self.affinity = Affinity(partial(compat.engines_behind, engine))
-        # Pictures must not hold up the event loop. PIL and hashes let other threads run; the tokenizer has a lock.
+        # Images must not hold up the event loop. PIL and hashes let other threads run; the tokenizer has a lock.
         self.worker = ThreadPoolExecutor(threads, "vilavt-episodes")
 
     @classmethod
@@ -163,9 +163,9 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
     async def _outputs(self, driver: Driver, handling: Handling) -> AsyncGenerator[RequestOutput, None]:
         """What vLLM makes of the driver's request.
 
-        The prompt is rendered here and not by `generate`: vLLM's cache of encoded pictures is made for one thread, the
+        The prompt is rendered here and not by `generate`: vLLM's cache of encoded images is made for one thread, the
         renderer's. A request that never reaches the engine, because its client has hung up, leaves that cache ahead of
-        the engine's, and the next one about the same picture fails: it is sent again, with the pictures.
+        the engine's, and the next one about the same image fails: it is sent again, with the images.
         """
         assert driver.request is not None
         for last_try in (False, True):

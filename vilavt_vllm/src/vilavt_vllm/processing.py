@@ -494,7 +494,7 @@ class PixelScale(torch.nn.Module):
         self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 588) uint8 -> (N, 1176): a still picture is as many equal frames as a patch has."""
+        """(N, 588) uint8 -> (N, 1176): a still image is as many equal frames as a patch has."""
         channels = pixels.to(self.table.device).unflatten(1, (3, -1)).unbind(1)
         scaled = [row[channel.int()] for row, channel in zip(self.table, channels, strict=True)]
         return torch.stack([one for one in scaled for _ in range(self.frames)], dim=1).flatten(1)
