@@ -205,6 +205,15 @@ def _install(session: nox.Session, transformers: str, *more: str) -> None:
     session.env["HF_HUB_OFFLINE"] = "1"
 
 
+def _need_checkout(session: nox.Session, variable: str, holds: str, of: str) -> None:
+    """Stop, before anything is installed, unless an environment variable names a folder that holds a file or folder."""
+    remedy = f"let it name a checkout of {of}: `{variable}=path nox -s {session.name}`"
+    if variable not in os.environ:
+        session.error(f"{variable} is not set; {remedy}")
+    if not Path(os.environ[variable], holds).exists():
+        session.error(f"{variable}={os.environ[variable]} has no {holds}; {remedy}")
+
+
 def _pytest(session: nox.Session, *default: str) -> None:
     session.env["OMP_NUM_THREADS"] = "1"  # one test process per core
     session.run("pytest", *WORKERS, "--durations", "12", *(session.posargs or default))
@@ -428,9 +437,7 @@ def hf_common(session: nox.Session) -> None:
     repository that TRANSFORMERS_HOME names; not in CI, because no package holds them. What is meant to fail, and why:
     tests/hf_common/conftest.py.
     """
-    home = os.environ.get("TRANSFORMERS_HOME")
-    if home is None or not Path(home, "tests", "test_modeling_common.py").is_file():
-        session.error(f"TRANSFORMERS_HOME={home} is no checkout of transformers; take one of version {NEWEST}")
+    _need_checkout(session, "TRANSFORMERS_HOME", "tests/test_modeling_common.py", f"transformers {NEWEST}")
     _install(session, NEWEST, *TEST_TOOLS, "parameterized>=0.9")
     _pytest(session, "tests/hf_common")
 
@@ -487,6 +494,7 @@ def easyr1(session: nox.Session) -> None:
     """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
     EasyR1 is on no package index, and this takes 7 GB of disk.
     """
+    _need_checkout(session, "EASYR1_HOME", "verl/trainer/config.py", "EasyR1")
     _install_torch(session, "numpy", *EASYR1_VERSIONS, torch=OLDER_TORCH)
     _add(session, "--no-deps", EASYR1_VLLM)
     # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
