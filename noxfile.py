@@ -764,7 +764,9 @@ def licences(session: nox.Session) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Known vulnerabilities of everything that tests run with; not in CI, because it needs the index's advisories."""
+    """Known vulnerabilities of everything that tests run with; not in CI, because it needs the index's advisories. An
+    index that has none, a mirror say, ends it with "not found on PyPI" at the first package.
+    """
     session.install("pip-audit>=2.9")
     files = sorted(str(path) for path in CONSTRAINTS.glob("*.txt"))
     # --strict: what the index has no advisories of is a failure, not a pass
