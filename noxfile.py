@@ -753,13 +753,20 @@ def locks(session: nox.Session) -> None:
         session.run(*command, *plain, str(file), "-o", f"locks/{file.name}", env={"UV_SYSTEM_CERTS": "1"})
 
 
+LICENSED = ("hf_newest", "vllm_cpu", "verl_vllm_cpu", "web", "deepspeed")
+"""Sessions whose environments together hold all that our packages name."""
+
+
 @nox.session
 def licences(session: nox.Session) -> None:
-    """Write docs/licences.md anew, from the environments of this checkout: `nox -s hf_newest vllm_cpu verl_vllm_cpu web
-    deepspeed` makes them.
+    """Write docs/licences.md anew, from environments of this checkout: `nox -s hf_newest vllm_cpu verl_vllm_cpu web
+    deepspeed` makes them, with `--install-only` if they need not run.
     """
+    folders = [Path(".nox", name) for name in LICENSED]
+    if missing := [folder.name for folder in folders if not folder.is_dir()]:
+        session.error(f"no environment of {', '.join(missing)}: `nox --install-only -s {' '.join(missing)}` makes them")
     session.install("packaging")
-    session.run("python", "tools/licences.py", *sorted(str(path) for path in Path(".nox").glob("*") if path.is_dir()))
+    session.run("python", "tools/licences.py", *map(str, folders))
 
 
 @nox.session
