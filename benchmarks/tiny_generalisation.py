@@ -98,8 +98,9 @@ def measure(chat: VilavtChat, split: Split, count: int) -> list[dict[str, Any]]:
     for name, asked, intervention in rows(split, count):
         results = chat.ask_many([one.sample for one in asked], intervention=intervention)
         right = sum(result.answer == one.answer for result, one in zip(results, asked, strict=True))
-        low, high = wilson(right, len(asked))
-        out.append({"row": name, "questions": len(asked), "right": right / len(asked), "low": low, "high": high})
+        interval = wilson(right, len(asked))
+        figures = {"row": name, "questions": len(asked), "right": right / len(asked)}
+        out.append(figures | {"low": interval.low, "high": interval.high})
     return out
 
 

@@ -56,6 +56,13 @@ def test_the_groups_benchmark_reports_every_number_of_groups(run):
     assert list(figures["seconds"]) == ["1", "4", "16"]
 
 
+def test_the_generalisation_benchmark_asks_every_row(run):
+    figures = run("tiny_generalisation.py", "--questions", "2", "--split", "dev")
+    assert [row["questions"] for row in figures] == [5, 5, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in figures)
+    assert sum(row["right"] * row["questions"] for row in figures) >= 16  # of 33, some of them without a query
+
+
 def test_a_hundred_thousand_rows_are_scored_right_within_a_gigabyte(run):
     figures = run("scoring_speed.py", "--rows", "100000")
     for name, score in figures["expected"].items():
