@@ -54,6 +54,9 @@ OLDER_TORCH = ("torch==2.11.0", "torchvision==0.26.0")
 """What those, and EasyR1's vLLM, were built with."""
 OLDEST, NEWEST = "4.57.6", "5.24.0"
 RUFF = "ruff==0.17.6"
+MDFORMAT = "mdformat==1.0.0"
+MARKDOWN = ("*.md", ".github/*.md", "docs/*.md", "vilavt_*/README.md")
+"""What mdformat keeps in form, as .mdformat.toml says: pages, but no template of them."""
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
 TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", "scikit-image>=0.22", "tensorboard>=2.14")
 VLMEVAL = ("ms-vlmeval==0.0.20", "lmms-eval==0.7.3")
@@ -118,7 +121,7 @@ WORKSPACE_TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
         *("architecture", "benchmarks", "deploy", "documentation", "examples", "install", "packages", "readme"),
-        *("release", "workflows"),
+        *("release", "workflows", "writing"),
     )
 )
 MODEL_TESTS = (
@@ -203,6 +206,15 @@ def _install(session: nox.Session, transformers: str, *more: str) -> None:
     _add(session, f"transformers=={transformers}", "./vilavt_hf[tiny,lora,server,video]", *more, *known)
     _keep_bytecode(session)
     session.env["HF_HUB_OFFLINE"] = "1"
+
+
+def _need_checkout(session: nox.Session, variable: str, holds: str, of: str) -> None:
+    """Stop, before anything is installed, unless an environment variable names a folder that holds a file or folder."""
+    remedy = f"let it name a checkout of {of}: `{variable}=path nox -s {session.name}`"
+    if variable not in os.environ:
+        session.error(f"{variable} is not set; {remedy}")
+    if not Path(os.environ[variable], holds).exists():
+        session.error(f"{variable}={os.environ[variable]} has no {holds}; {remedy}")
 
 
 def _pytest(session: nox.Session, *default: str) -> None:
@@ -294,10 +306,11 @@ def wheelhouse(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, formatting, spelling, and who may import whom."""
+    """Style, formatting of code and pages, spelling, and who may import whom."""
     session.install(*UV)
-    _add(session, RUFF, "import-linter==2.16", "codespell==2.4.3", "bandit==1.9.4")
+    _add(session, RUFF, "import-linter==2.16", "codespell==2.4.3", MDFORMAT, "bandit==1.9.4")
     session.run("codespell", "-D", "-", "-D", "docs/words.txt")
+    session.run("mdformat", "--check", *sorted(str(path) for pattern in MARKDOWN for path in Path().glob(pattern)))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     ours = [f"{package}/src" for package in ("vilavt_hf", *HOSTS)]
@@ -428,9 +441,7 @@ def hf_common(session: nox.Session) -> None:
     repository that TRANSFORMERS_HOME names; not in CI, because no package holds them. What is meant to fail, and why:
     tests/hf_common/conftest.py.
     """
-    home = os.environ.get("TRANSFORMERS_HOME")
-    if home is None or not Path(home, "tests", "test_modeling_common.py").is_file():
-        session.error(f"TRANSFORMERS_HOME={home} is no checkout of transformers; take one of version {NEWEST}")
+    _need_checkout(session, "TRANSFORMERS_HOME", "tests/test_modeling_common.py", f"transformers {NEWEST}")
     _install(session, NEWEST, *TEST_TOOLS, "parameterized>=0.9")
     _pytest(session, "tests/hf_common")
 
@@ -487,6 +498,7 @@ def easyr1(session: nox.Session) -> None:
     """Our parts in the EasyR1 checkout that EASYR1_HOME names, with the real vLLM that goes with it; not part of CI:
     EasyR1 is on no package index, and this takes 7 GB of disk.
     """
+    _need_checkout(session, "EASYR1_HOME", "verl/trainer/config.py", "EasyR1")
     _install_torch(session, "numpy", *EASYR1_VERSIONS, torch=OLDER_TORCH)
     _add(session, "--no-deps", EASYR1_VLLM)
     # vLLM's CPU wheel asks for torch==2.11.0+cpu, which no index of packages has.
@@ -745,18 +757,27 @@ def locks(session: nox.Session) -> None:
         session.run(*command, *plain, str(file), "-o", f"locks/{file.name}", env={"UV_SYSTEM_CERTS": "1"})
 
 
+LICENSED = ("hf_newest", "vllm_cpu", "verl_vllm_cpu", "web", "deepspeed")
+"""Sessions whose environments together hold all that our packages name."""
+
+
 @nox.session
 def licences(session: nox.Session) -> None:
-    """Write docs/licences.md anew, from the environments of this checkout: `nox -s hf_newest vllm_cpu verl_vllm_cpu web
-    deepspeed` makes them.
+    """Write docs/licences.md anew, from environments of this checkout: `nox -s hf_newest vllm_cpu verl_vllm_cpu web
+    deepspeed` makes them, with `--install-only` if they need not run.
     """
+    folders = [Path(".nox", name) for name in LICENSED]
+    if missing := [folder.name for folder in folders if not folder.is_dir()]:
+        session.error(f"no environment of {', '.join(missing)}: `nox --install-only -s {' '.join(missing)}` makes them")
     session.install("packaging")
-    session.run("python", "tools/licences.py", *sorted(str(path) for path in Path(".nox").glob("*") if path.is_dir()))
+    session.run("python", "tools/licences.py", *map(str, folders))
 
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Known vulnerabilities of everything that tests run with; not in CI, because it needs the index's advisories."""
+    """Known vulnerabilities of everything that tests run with; not in CI, because it needs the index's advisories. An
+    index that has none, a mirror say, ends it with "not found on PyPI" at the first package.
+    """
     session.install("pip-audit>=2.9")
     files = sorted(str(path) for path in CONSTRAINTS.glob("*.txt"))
     # --strict: what the index has no advisories of is a failure, not a pass

@@ -47,7 +47,7 @@ BOUNDS = (56 * 56, FULL_PIXELS)
 
 
 def begun(image: Image.Image, settings: ConversationSettings) -> Inquiry:
-    """The first inquiry of an episode about a picture, as the engine is given it."""
+    """The first inquiry of an episode about an image, as the engine is given it."""
     driver = Driver(Sample([Picture(image)], "What is it?"), settings)
     driver.start()
     assert driver.request is not None
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="of each conversation")
     parser.add_argument("--threads", type=int, default=THREADS, help="for episodes, of the second way")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
-    parser.add_argument("--small", action="store_true", help="small pictures, for the tests")
+    parser.add_argument("--small", action="store_true", help="small images, for the tests")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
 

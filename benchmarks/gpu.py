@@ -61,7 +61,7 @@ MINUTES = 10.0
 
 
 TALK = Size(image=(54, 74), regions=((48, 48), (40, 56)))
-"""The conversation at its real size: a picture of 1036 x 756 pixels, crops of about 640 x 640."""
+"""The conversation at its real size: an image of 1036 x 756 pixels, crops of about 640 x 640."""
 
 
 @dataclass(frozen=True)

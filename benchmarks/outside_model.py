@@ -1,12 +1,12 @@
-"""How long the local engine's thread is busy outside the model: loading, resizing, cutting and preparing pictures.
+"""How long the local engine's thread is busy outside the model: loading, resizing, cutting and preparing images.
 
     python benchmarks/outside_model.py [--questions 16] [--concurrency 8] [--repeats 3] [--small] [--json FILE]
 
 Every question is about a JPEG of 12 million pixels; the model is made to ask for two regions of it, then to answer.
 Both ways answer the same questions in one run, one after the other:
 
-before: pictures are loaded by the engine's thread, and prepared by the stock image processor;
-now: `VilavtChat`: threads load the pictures of the next questions, pixels stay bytes until the model needs them.
+before: images are loaded by the engine's thread, and prepared by the stock image processor;
+now: `VilavtChat`: threads load the images of the next questions, pixels stay bytes until the model needs them.
 
 Figures are CPU seconds of the engine's own thread, which other work on the machine does not change; what loading
 threads take stands beside them. The model is `examples/vilavt-tiny`, which decides the share but not the seconds.
@@ -35,7 +35,7 @@ from vilavt_hf.engine import Engine, EngineRow
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 SHOWN = 1036 * 756
-"""Pixels of a picture as it is shown."""
+"""Pixels of an image as it is shown."""
 
 
 class Forced:
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3, help="the smallest counts")
-    parser.add_argument("--small", action="store_true", help="small pictures, for the tests")
+    parser.add_argument("--small", action="store_true", help="small images, for the tests")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,10 +3,10 @@
     python benchmarks/packing.py [--small] [--samples 48] [--repeats 3] [--json FILE]
 
 The length mix is one of the kinds of sets that the published training uses, in shares of our own: 40 % text alone
-(log-normal, median 300 tokens, 90 % below 750), 35 % one picture, 25 % four to eight pictures (frames of a video,
-several views); every second sample with pictures also has two crops under a query. Pictures have 64 to 256 tokens, the
+(log-normal, median 300 tokens, 90 % below 750), 35 % one image, 25 % four to eight images (frames of a video,
+several views); every second sample with images also has two crops under a query. Images have 64 to 256 tokens, the
 recipe's limit. Model: random, 21 million parameters, fp32, one thread, SDPA; as in the 7B model, the tower costs about
-0.4 of what the language model costs per token of a picture.
+0.4 of what the language model costs per token of an image.
 Forward and backward pass, logits only where there are labels; batches are made beforehand. Packs hold 4096 tokens in
 block-diagonal attention; batches hold one sample, which needs no padding, or 4 or 8 drawn at random. Seconds are
 process CPU seconds, the minimum of interleaved repeats; every way does the same samples, and a token counts if it is

@@ -1,4 +1,4 @@
-"""Pictures of any size with about the detail of a photograph."""
+"""Images of any size with about the detail of a photograph."""
 
 import io
 

@@ -4,7 +4,7 @@
 
 Writes a sharded checkpoint in bf16 shard by shard (3b: 8.8 GB, 7b: 17.9 GB; as much again while it is converted), then
 does each step in a process of its own: `vilavt inspect`, `convert`, `doctor --plan`; loading; and a conversation about
-a picture of 1036 x 756 with two crops, whose words are forced. Peaks are the high-water mark of resident memory, and
+an image of 1036 x 756 with two crops, whose words are forced. Peaks are the high-water mark of resident memory, and
 stand beside what the plan says plus what the imports took before.
 """
 
@@ -72,13 +72,13 @@ def generate(folder: Path, shape: dict[str, Any], picture: tuple[int, int], shar
 def converse(
     folder: str, picture: tuple[int, int], crops: int, until: str, loaded: Callable[[], float]
 ) -> dict[str, Any]:
-    """One conversation in this process: a picture, crops of it, an answer; all words are forced.
+    """One conversation in this process: an image, crops of it, an answer; all words are forced.
 
     Args:
         folder: checkpoint.
         picture: width and height.
         crops: of one call.
-        until: ``load``: nothing of it; ``encode``: its picture alone; ``prefill``: up to the first token; ``decode``:
+        until: ``load``: nothing of it; ``encode``: its image alone; ``prefill``: up to the first token; ``decode``:
             all of it.
         loaded: called when the weights are there.
 
@@ -111,7 +111,7 @@ def converse(
     forced = iter(words if until == "decode" else [stop])
     chat.choose = lambda rows, logits: torch.tensor([next(forced)])
     chat.clock = time.process_time
-    result = chat.ask_many([([shown], "What is on the picture?")])[0]
+    result = chat.ask_many([([shown], "What is in the image?")])[0]
     if result.error is not None:
         raise result.error
     if until == "decode" and result.answer != "nothing":

@@ -4,8 +4,8 @@
     python benchmarks/server_load.py --url http://127.0.0.1:8000/v1 --pid PID     # a server that runs already
 
 Starts ``vilavt-serve`` for `examples/vilavt-tiny` on a free loopback port and lets many clients ask held-out questions
-at once: most plainly, some streaming, some reading slowly, some hanging up after the first chunk, some with half a
-picture. Every picture is different (other cards, and a nonce in its first pixel). Afterwards every question that was
+at once: most plainly, some streaming, some reading slowly, some hanging up after the first chunk, some with half an
+image. Every image is different (other cards, and a nonce in its first pixel). Afterwards every question that was
 answered is asked once more, a few at a time and in the opposite order: the answer, the thoughts and every region must
 be the same, so an answer that went to another client shows, whichever time it did, unless both questions have the same
 transcript (their share is printed).
@@ -167,7 +167,7 @@ async def load(
 
 
 def make(count: int, first: int, todo: list[Any]) -> list[Question]:
-    """Questions of all kinds, in a fixed random order, about pictures of which no two are alike."""
+    """Questions of all kinds, in a fixed random order, about images of which no two are alike."""
     kinds = random.Random(first).choices(list(KINDS), weights=list(KINDS.values()), k=count)
     return [Question(i, kind, todo[i % len(todo)]) for i, kind in enumerate(kinds, first)]
 

@@ -5,9 +5,9 @@ its engine killed.
     python benchmarks/server_soak.py --ray [--conversations 200]
 
 Starts ``vilavt-serve`` for `examples/vilavt-tiny` on a free loopback port, and again whenever it has ended, as systemd
-would. Every conversation is about a picture of its own and has one to three questions; a question is asked plainly or
+would. Every conversation is about an image of its own and has one to three questions; a question is asked plainly or
 as a stream, and before that now and then badly: a client that hangs up before the first byte, in the middle of its own
-request or in the middle of the answer, half a picture, no JSON, a number that is none. After a third of the questions
+request or in the middle of the answer, half an image, no JSON, a number that is none. After a third of the questions
 the server gets a SIGTERM, after two thirds its engine a SIGKILL. A client that is told why it got no answer asks again.
 
 ``--ray`` is the same on Ray Serve (`vilavt_vllm.ray_serve`, two replicas): in the middle one replica gets a SIGKILL.
@@ -67,7 +67,7 @@ KEY = {"VILAVT_STATE_KEY": "a key of this benchmark alone, which signs the state
 """What servers that follow one another, or run side by side, have in common."""
 GRACE = 60
 """Seconds that a server gets to end: `--shutdown-timeout`."""
-BAD = ("gone", "half sent", "first chunk", "half picture", "no JSON", "no number")
+BAD = ("gone", "half sent", "first chunk", "half image", "no JSON", "no number")
 """What a client does before it asks properly; the first three are hang-ups."""
 MUST_BE_NONE = ("lost", "silent", "doubled", "crossed", "inexact", "unrefused", "stuck")
 
@@ -92,11 +92,11 @@ class Outcome:
 
 @dataclass
 class Conversation:
-    """One client's: its picture and its questions."""
+    """One client's: its image and its questions."""
 
     number: int
     url: str
-    """Of the picture, as data."""
+    """Of the image, as data."""
     questions: list[str]
     draws: random.Random
     sends_state: bool = True
@@ -117,7 +117,7 @@ class Conversation:
         """The same conversation from its beginning.
 
         Args:
-            apart: its picture is written in another way, so that the server does not know the conversation.
+            apart: its image is written in another way, so that the server does not know the conversation.
         """
         url = self.url.replace("data:image/png;", "data:image/png;again=1;") if apart else self.url
         return Conversation(self.number, url, self.questions, self.draws, not apart)
@@ -128,7 +128,7 @@ def _text(text: str) -> dict[str, Any]:
 
 
 def conversations(count: int, seed: int) -> list[Conversation]:
-    """About pictures of which no two are alike."""
+    """About images of which no two are alike."""
     out, scenes = [], tasks("heldout")
     for number in range(count):
         draws = random.Random(f"{seed} {number}")

@@ -2,7 +2,7 @@
 
     python benchmarks/view.py [--small] [--keep FOLDER] [--json FILE]
 
-2,000 questions about 400 pictures of 1280 x 960, each with a zoom into two regions. Seconds are of the wall clock.
+2,000 questions about 400 images of 1280 x 960, each with a zoom into two regions. Seconds are of the wall clock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 1288, 952
 
 
 def write_run(folder: Path, questions: int, pictures: int) -> Path:
-    """A result file and its pictures."""
+    """A result file and its images."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(pictures):
@@ -70,7 +70,7 @@ def write_run(folder: Path, questions: int, pictures: int) -> Path:
 def main() -> None:
     """Write, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="20 questions about 4 pictures")
+    parser.add_argument("--small", action="store_true", help="20 questions about 4 images")
     parser.add_argument("--keep", type=Path, help="write the pages here and keep them")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import warnings
 import zipfile
 from dataclasses import dataclass
 from email import message_from_bytes
@@ -156,3 +157,13 @@ def test_a_host_shell_imports_nothing_heavy(package):
         f"import sys, {package}; assert not {{'torch', 'transformers', 'vllm', 'verl', 'vlmeval'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", ["vilavt_core", "vilavt_eval", *PACKAGES])
+def test_a_warning_given_to_a_module_of_ours_is_an_error(package):
+    code = "import warnings; warnings.warn('this name will go', DeprecationWarning)"
+    with pytest.raises(DeprecationWarning, match="this name will go"):
+        exec(code, {"__name__": f"{package}.some_module"})
+    with warnings.catch_warnings(record=True) as told:
+        exec(code, {"__name__": "some_library.some_module"})  # what libraries say among themselves ends nothing
+    assert len(told) == 1

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,31 @@ def test_a_workflow_may_do_no_more_than_it_must(path):
         assert "github." not in runs  # what strangers name, a branch say, must not become part of a command
 
 
-def test_the_hooks_before_a_commit_use_the_linter_of_the_sessions():
+@pytest.mark.parametrize(
+    "name, before, hooks", [("ruff", "v", {"ruff-check", "ruff-format"}), ("mdformat", "", {"mdformat"})]
+)
+def test_the_hooks_before_a_commit_use_the_tools_of_the_sessions(name, before, hooks):
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    (ruff,) = [repo for repo in config["repos"] if "ruff" in repo["repo"]]
-    pinned = re.search(r'^RUFF = "ruff==([\d.]+)"', (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert ruff["rev"] == f"v{pinned[1]}"
-    assert {hook["id"] for hook in ruff["hooks"]} == {"ruff-check", "ruff-format"}
+    (found,) = [repo for repo in config["repos"] if name in repo["repo"]]
+    sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    pinned = re.search(rf'^{name.upper()} = "{name}==([\d.]+)"', sessions, re.MULTILINE)
+    assert found["rev"] == f"{before}{pinned[1]}"
+    assert {hook["id"] for hook in found["hooks"]} == hooks
+
+
+@pytest.mark.parametrize(
+    "name, would_change",
+    [("end-of-file-fixer", rb"[^\n]\Z|\n\n\Z|\A\n\Z"), ("trailing-whitespace", rb"[ \t]\r?(\n|\Z)")],
+)
+def test_the_hooks_before_a_commit_leave_every_file_as_it_is(name, would_change):
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (hook,) = [hook for repo in config["repos"] for hook in repo["hooks"] if hook["id"] == name]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [one for one in listed.split("\0") if one and not re.search(hook["exclude"], one)]
+    contents = {one: (ROOT / one).read_bytes() for one in files if (ROOT / one).is_file()}
+    assert "noxfile.py" in contents
+    texts = {one: content for one, content in contents.items() if b"\0" not in content}
+    assert [one for one, content in texts.items() if re.search(would_change, content)] == []
 
 
 @pytest.mark.parametrize("name", ["fault.yml", "wish.yml"])

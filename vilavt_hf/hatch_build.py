@@ -1,4 +1,4 @@
-"""Put the shipped tiny checkpoint and the demo pictures into the wheel, so that `vilavt demo` runs from anywhere."""
+"""Put the shipped tiny checkpoint and the demo images into the wheel, so that `vilavt demo` runs from anywhere."""
 
 from pathlib import Path
 from typing import Any

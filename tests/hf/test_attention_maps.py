@@ -328,7 +328,7 @@ def test_the_command_draws_regions_and_says_what_it_drew(tiny_checkpoint, photo,
     result = run(tiny_checkpoint, photo, *REGION, *chosen, "--out", str(out), "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert f"picture: {out}" in result.stderr
+    assert f": {out}" in result.stderr
     assert data["query_aware_blocks"] == [2, 3]
     picture = AttentionPicture.from_json(data["calls"][0])
     assert picture.captions[1] == "region 1: [56, 28, 112, 84] of image 0"

@@ -288,13 +288,13 @@ def test_the_variable_length_kernel_takes_over_under_autocast(processor, config,
         [],
         [Dropped("s[0]", "image", "damaged")],
         [Example([8, 9, 10], [IGNORE, 9, 10])],
-        "picture without a query",
+        "image without a query",
     ],
     ids=["nothing", "a dropped sample", "text only", "no query"],
 )
 def test_every_part_has_a_gradient_in_every_step(processor, config, lessons, examples, packed):
     """Otherwise sharded ranks wait for one another, or reduce gradients of different parameters."""
-    if examples == "picture without a query":
+    if examples == "image without a query":
         image = config.image_token_id
         examples = [Example([image, 8, 9], [IGNORE, 8, 9], groups=(ImageGroup((picture(28, 28),)),))]
     model = training_model(config, PACKED)

@@ -14,7 +14,7 @@ from PIL import Image
 MEGABYTE = 2**20
 SIDE = 2000
 PIXELS = SIDE * SIDE
-UNREAD = "not a picture in a format we read"
+UNREAD = "not an image in a format we read"
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ def of_size(width: int, height: int) -> tuple[tuple[int, int, int, int], ...]:
 def _bombs() -> Iterator[Hostile]:
     """More pixels than allowed, by header alone."""
     for width, height in ((60_000, 60_000), (100_001, 1000), (16_000, 16_000), (2**31 - 1, 2**31 - 1)):
-        yield Hostile(f"png-{width}x{height}", lambda w=width, h=height: png(w, h), "pixels|not a picture")
-        yield Hostile(f"bmp-{width}x{height}", lambda w=width, h=height: bmp(w, h), "pixels|not a picture")
-        yield Hostile(f"tiff-{width}x{height}", lambda w=width, h=height: tiff(*of_size(w, h)), "pixels|not a picture")
+        yield Hostile(f"png-{width}x{height}", lambda w=width, h=height: png(w, h), "pixels|not an image")
+        yield Hostile(f"bmp-{width}x{height}", lambda w=width, h=height: bmp(w, h), "pixels|not an image")
+        yield Hostile(f"tiff-{width}x{height}", lambda w=width, h=height: tiff(*of_size(w, h)), "pixels|not an image")
         yield Hostile(f"ppm-{width}x{height}", lambda w=width, h=height: b"P6 %d %d 255\n" % (w, h), "pixels")
         if max(width, height) < 65536:
             gif = b"GIF89a" + struct.pack("<HH", width, height) + b"\x80\0\0" + bytes(6)
             gif += b"," + struct.pack("<HHHH", 0, 0, width, height) + b"\0\x02\x02D\x01\0;"
-            yield Hostile(f"gif-{width}x{height}", lambda data=gif: data, "pixels|not a picture")
+            yield Hostile(f"gif-{width}x{height}", lambda data=gif: data, "pixels|not an image")
     yield Hostile("webp-16000x16000", lambda: webp(16_000, 16_000), "256000000 pixels")
 
 
@@ -121,9 +121,7 @@ def _long() -> Iterator[Hostile]:
     for width, height in ((1, 201), (201, 1), (1, 60_000), (60_000, 2)):
         yield Hostile(f"long-{width}x{height}", lambda w=width, h=height: png(w, h), "side ratio")
     for width, height in ((0, 5), (5, 0), (0, 0)):
-        yield Hostile(
-            f"empty-{width}x{height}", lambda w=width, h=height: png(w, h), "at least one pixel|not a picture"
-        )
+        yield Hostile(f"empty-{width}x{height}", lambda w=width, h=height: png(w, h), "at least one pixel|not an image")
 
 
 def _slow() -> Iterator[Hostile]:
@@ -131,7 +129,7 @@ def _slow() -> Iterator[Hostile]:
     yield Hostile("ppm-text", lambda: b"P3 2000 2000 255\n" + b"1 " * (3 * PIXELS), "PPM written as text")
     yield Hostile("ppm-text-1", lambda: b"P1 2000 2000\n" + b"1" * PIXELS, "PPM written as text")
     yield Hostile("ppm-text-2", lambda: b"P2 2000 2000 255\n" + b"1 " * PIXELS, "PPM written as text")
-    yield Hostile("ppm-comment", lambda: b"P3 2 2 255\n#" + b"x" * 20_000_000, "PPM written as text|not a picture")
+    yield Hostile("ppm-comment", lambda: b"P3 2 2 255\n#" + b"x" * 20_000_000, "PPM written as text|not an image")
     yield Hostile("ppm-odd-maximum", lambda: b"P6 4000 4000 254\n" + bytes(48_000_000), "at most 4000000 are read")
     yield Hostile("bmp-rle", lambda: bmp_rle(4000, 4000), "run-length")
     yield Hostile("bmp-rle-idle", lambda: bmp_rle(100, 1)[:-4] + bytes(20_000_000), "run-length")
@@ -143,18 +141,14 @@ def _slow() -> Iterator[Hostile]:
     gif = b"GIF89a" + struct.pack("<HH", 9, 9) + bytes(3)
     yield Hostile("gif-comment", lambda: gif + b"\x21\xfe" + (b"\xff" + bytes(255)) * 100_000, "100000 parts", 5)
     yield Hostile("gif-comments", lambda: gif + b"\x21\xfe\1a\0" * 1_000_000, "100000 parts", 5)
-    yield Hostile(
-        "tiff-tags", lambda: tiff(*((n, 4, 2**31, 8) for n in range(300, 60_000, 2))), "not a picture|damaged"
-    )
+    yield Hostile("tiff-tags", lambda: tiff(*((n, 4, 2**31, 8) for n in range(300, 60_000, 2))), "not an image|damaged")
 
 
 def _other_formats() -> Iterator[Hostile]:
     """Formats that are not read: decoded before their size is known, or anything looks like them."""
     for kind in ("ICO", "TGA", "DIB", "SGI", "PCX", "EPS", "PDF"):
         image = Image.new("RGB", (64, 64))
-        yield Hostile(
-            f"format-{kind.lower()}", lambda i=image, k=kind: encoded(i, k), "not a picture in a format we read"
-        )
+        yield Hostile(f"format-{kind.lower()}", lambda i=image, k=kind: encoded(i, k), UNREAD)
     inner = png(20_000, 20_000)
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(inner), 22) + inner
     yield Hostile("ico-with-a-bomb", lambda: icon, UNREAD)

@@ -17,7 +17,7 @@ def test_the_page_has_the_limits_of_the_code():
     image, video, url, server = ImageLimits(), VideoLimits(), UrlPolicy(), ServerOptions()
     assert (server.max_image_bytes, server.max_image_pixels) == (image.max_bytes, image.max_pixels)
     for line in (
-        f"| a picture | {image.max_bytes:,} bytes, {image.max_pixels:,} pixels |",
+        f"| an image | {image.max_bytes:,} bytes, {image.max_pixels:,} pixels |",
         f"| a video, locally | {video.max_bytes:,} bytes, {video.max_frames:,} frames, {video.max_pixels:,} pixels a "
         f"frame, {video.max_total_pixels:,} pixels together, {video.max_seconds:.0f} s |",
         f"| a video of a request | {server.max_video_bytes:,} bytes, {server.max_video_pixels:,} pixels together, "
@@ -25,8 +25,8 @@ def test_the_page_has_the_limits_of_the_code():
         f"| a URL | {url.timeout:.0f} s an operation, {url.total_timeout:.0f} s together, {url.max_redirects} redirects"
         " |",
         f"| a request | {server.max_body_bytes:,} bytes, {server.max_request_pixels:,} pixels |",
-        f"| all running requests | {server.max_episodes}, {server.max_picture_memory:,} bytes of pictures |",
-        f"| kept conversations | {server.max_conversations}, {server.max_conversation_bytes:,} bytes of pictures |",
+        f"| all running requests | {server.max_episodes}, {server.max_picture_memory:,} bytes of images |",
+        f"| kept conversations | {server.max_conversations}, {server.max_conversation_bytes:,} bytes of images |",
         f"| a conversation's state | {MAX_CHARACTERS:,} characters, {MAX_BYTES:,} bytes inflated |",
         f"| JSON out of files | nested {MAX_DEPTH} deep |",
     ):

@@ -140,11 +140,11 @@ def test_the_trainers_datasets_hand_out_rows_that_hold_their_pictures(folder: Pa
     [
         (
             ["data:image/png;base64,AAAA"],
-            "image 0: the picture in it: not a picture in a format we read",
+            "image 0: the image in it: not an image",
         ),
         (
             ["data:image/png;base64,!"],
-            "image 0: the picture in it: its base64 data cannot be read",
+            "image 0: the image in it: its base64 data cannot be read",
         ),
         (["street.png", "x" * 400_000], "image 1: no image 'xxx"),
         (["street.png", "a\0b"], "image 1: no image"),
@@ -152,7 +152,7 @@ def test_the_trainers_datasets_hand_out_rows_that_hold_their_pictures(folder: Pa
             [{"bytes": None, "path": None}],
             "image 0: it is NoneType, it must be a file, a data URL, or bytes",
         ),
-        ([{"url": "x"}], "image 0: it has the keys url; a picture has bytes, path, or both"),
+        ([{"url": "x"}], "image 0: it has the keys url"),
         ([5], "image 0: it is int"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_damaged_picture_of_a_row_is_named_by_its_sample(folder: Path) -> None
     cut = base64.b64encode(data[: len(data) // 2]).decode()
     (row,) = read_rows(write(folder, RECORD | {"image_path": [f"data:image/png;base64,{cut}"]}))
     checkpoint = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
-    with pytest.raises(ImageError, match="sample rl_data-1: the data URL: the picture is damaged or cut short"):
+    with pytest.raises(ImageError, match=r"sample rl_data-1: the data URL: .*damaged"):
         start_row(row, settings_of_checkpoint(checkpoint), max_prompt=2000, max_response=100)
 
 

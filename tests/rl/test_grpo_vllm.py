@@ -5,6 +5,7 @@ Sampled at temperature 1.7 and with an entropy bonus, because the shipped model 
 """
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def test_what_cannot_be_answered_costs_its_own_trajectories_and_the_run_goes_on(
     (step,) = [line["data"] for line in read_lines(metrics)]
     assert step["training/global_step"] == 1
     assert step["training/rollout_probs_diff_max"] <= EQUAL
-    assert "broken.png: the picture is damaged or cut short" in log
+    assert re.search(r"broken\.png: .*damaged", log)
     assert "sample too-long: its first turn has" in log
     assert "the prompt has 4 images, at most 3 are allowed" in log
     left = list(read_rollouts(work / "faulty"))

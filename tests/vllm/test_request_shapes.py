@@ -197,7 +197,7 @@ FIELDS = [
         'prompt="Hi" is not supported here, where the server runs the model\'s zoom loop; put it into mess',
     ),
     ({"system": "Be brief."}, "with the role system"),
-    ({"images": [URL]}, "put pictures into a message"),
+    ({"images": [URL]}, "images="),
     ({"documents": [{"text": "x"}]}, "documents="),
     ({"chat_template": "{{ x }}"}, "chat_template="),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs="),
@@ -295,25 +295,22 @@ CONTENTS = [
     ([{"type": "image_url", "image_url": {}}], "messages[0].content[0].image_url.url: Field required"),
     ([{"type": "image_url", "image_url": None}], "messages[0].content[0].image_url: "),
     ([{"type": "image_url", "image_url": {"url": 5}}], "messages[0].content[0].image_url.url: Input should be a valid"),
-    (
-        [{"type": "image_url", "image_url": ""}, TEXT],
-        "'' is no URL; send the picture as a data URL, data:image/png;base64",
-    ),
-    ([{"type": "image_url", "image_url": DATA}, TEXT], " characters is no URL; send the picture as a data URL"),
-    ([{"type": "image_url", "image_url": "a.png"}, TEXT], "'a.png' is no URL; send the picture as a data URL"),
+    ([{"type": "image_url", "image_url": ""}, TEXT], "'' is no URL; "),
+    ([{"type": "image_url", "image_url": DATA}, TEXT], " characters is no URL; "),
+    ([{"type": "image_url", "image_url": "a.png"}, TEXT], "'a.png' is no URL; "),
     ([{"type": "image_url", "url": URL}], "messages[0].content[0].image_url: Field required"),
     # kinds that this route cannot use
     (
         [{"type": "image"}],
-        'messages[0].content[0]: type \'image\' is not supported: send a picture as {"type": "image_url"',
+        'messages[0].content[0]: type \'image\' is not supported: send an image as {"type": "image_url"',
     ),
     (
         [TEXT, {"type": "image", "image": URL}],
-        "messages[0].content[1]: type 'image' is not supported: send a picture as",
+        "messages[0].content[1]: type 'image' is not supported: ",
     ),
     (
         [{"type": "image", "source": {"type": "base64", "data": DATA}}],
-        "type 'image' is not supported: send a picture as",
+        "type 'image' is not supported: ",
     ),
     ([{"type": "image_pil"}], "type 'image_pil' is not supported"),
     ([{"type": "input_audio", "input_audio": {}}], "type 'input_audio' is not supported: the model does not hear"),
@@ -327,7 +324,7 @@ CONTENTS = [
     ([{**IMAGE, "resized_height": 28}], "messages[0].content[0].resized_height=28 is not supported here"),
     (
         [{**IMAGE, "resized_width": 28}, TEXT],
-        "send the picture at that size, or bound its area with min_pixels and max_",
+        "min_pixels and max_pixels",
     ),
     (
         [{**IMAGE, "max_pixel": 5000}],

@@ -207,7 +207,7 @@ def test_what_is_said_of_a_video_is_heeded_or_refused_by_name(served, url, more,
     [
         ({"type": "video_url"}, "messages[0].content[0]: it needs a file"),
         ({"type": "video", "video": []}, "messages[0].content[0].video"),
-        ({"type": "video", "video": ["data:image/png;base64,AAAA"]}, "not a picture"),
+        ({"type": "video", "video": ["data:image/png;base64,AAAA"]}, "not an image"),
         ({"type": "video", "video": ["x"], "num_frames": 3}, "it comes as 1 frames, of which all are taken"),
         (part("data:video/mp4;base64,AAAA"), "the video: not a video that can be read"),
         (part("data:video/mp4;base64,!!!"), "a data URL is not valid base64"),

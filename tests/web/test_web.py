@@ -196,8 +196,8 @@ def test_settings_reach_the_engine_and_begin_a_new_conversation(scripted, open_p
     page.get_by_label("Seed").fill("7")
     page.get_by_label("number input for Turns at most").fill("2")
     page.get_by_label("number input for Temperature (0: greedy)").fill("0.5")
-    page.get_by_label("Pixels of a picture, at most").fill("100000")
-    page.get_by_label("Pixels of a picture, at most").press("Tab")
+    page.get_by_label("Pixels of an image, at most").fill("100000")
+    page.get_by_label("Pixels of an image, at most").press("Tab")
     ask(page, "second?")
     told = scripted.backend.asked[-1]
     assert told["questions"] == ["second?"]

@@ -1,4 +1,4 @@
-"""Where the patches of one inquiry look, reduced to small pictures and numbers: for figures, traces and web pages.
+"""Where the patches of one inquiry look, reduced to small images and numbers: for figures, traces and web pages.
 
 `vilavt_hf.attention_maps` measures it; nothing here needs a model. A map has one grey pixel per patch (14 x 14 pixels
 of the crop), so a crop's map is a PNG of some hundred bytes.
@@ -98,7 +98,7 @@ class Layer:
     """The attention of one block, or the mean of several."""
 
     block: int | None
-    """None: the mean of the picture's blocks."""
+    """None: the mean of all its blocks."""
     head: int | None
     """None: the mean of all heads."""
     mass: tuple[tuple[float, ...], ...]
@@ -174,7 +174,7 @@ class AttentionPicture:
     """As the encoder gets them; none if it was read from JSON that left them out."""
 
     def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
-        """Plain JSON data; a trace has the pictures already, so they are left out unless asked for."""
+        """Plain JSON data; a trace has the images already, so they are left out unless asked for."""
         out: dict[str, Any] = {
             "query": self.query,
             "words": list(self.words),
@@ -242,7 +242,7 @@ class QueryDifference:
     """After minus before, without words: signed heats ``received`` and ``query``."""
 
     def to_json(self, *, include_images: bool = False) -> dict[str, Any]:
-        """Plain JSON data; the pictures once, with the first query."""
+        """Plain JSON data; the images once, with the first query."""
         return {
             "before": self.before.to_json(include_images=include_images),
             "after": self.after.to_json(),
@@ -270,7 +270,7 @@ class QueryDifference:
 
 
 def _decode(url: str, mode: str, most_pixels: int) -> Image.Image:
-    """The picture of a PNG data URL, which may come from anybody.
+    """The image of a PNG data URL, which may come from anybody.
 
     Raises:
         ValueError: it is none, has another mode, or more pixels.

@@ -1,4 +1,4 @@
-"""Draws attention as one picture: a row for each block, the crops side by side under their heat, the words of the query
+"""Draws attention as one image: a row for each block, the crops side by side under their heat, the words of the query
 with their shares; for two queries the difference.
 """
 
@@ -18,7 +18,7 @@ _HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)
 _COVER, _COVER_MORE = 0.45, 0.4
 """Of an image, how much a heat of 0 covers, and how much more one of full brightness."""
 TINTS = 16
-"""Steps of brightness of a heat that lies over a picture of a page."""
+"""Steps of brightness of a heat that lies over an image of a page."""
 _LESS, _MORE = (33, 102, 172), (215, 48, 31)
 _TILE, _LABEL, _WORDS, _GAP, _LINE_STEP = 132, 216, 190, 22, 17
 """Units: the longest side of a crop (shorter where there are many), the columns of text, the room between columns."""
@@ -33,7 +33,7 @@ def draw_attention(
     footer: str = "",
     scale: float = 1.5,
 ) -> Image.Image:
-    """One picture, RGB; several inquiries below each other.
+    """One image, RGB; several inquiries below each other.
 
     Args:
         drawn: with the pixels of the images.
@@ -319,7 +319,7 @@ def mass_lines(layer: Layer, picture: AttentionPicture) -> list[str]:
 
 
 def _stack(parts: Sequence[Image.Image], gap: int, margin: int = 0) -> Image.Image:
-    """Pictures below each other."""
+    """Images below each other."""
     width, height = max(part.width for part in parts), sum(part.height for part in parts) + gap * (len(parts) - 1)
     canvas, y = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PAPER), margin
     for part in parts:

@@ -46,7 +46,7 @@ class Conversation(Protocol):
 
 
 class Backend(Protocol):
-    """Asks a ViLaVT about pictures. `VilavtChat`, `VilavtLLM` and `ServerClient` have exactly these methods;
+    """Asks a ViLaVT about images. `VilavtChat`, `VilavtLLM` and `ServerClient` have exactly these methods;
     `AsyncBackend` has their async twins.
     """
 
@@ -70,7 +70,7 @@ class Backend(Protocol):
         """Ask one question.
 
         Args:
-            images: one picture or several.
+            images: one image or several.
             question: the user's text.
             id: named in errors and in the result.
             seed: for sampling. None: made from the backend's and `id`; if the backend has none, a fresh one, told in
@@ -281,7 +281,7 @@ class BackendOptions:
     image_limits: ImageLimits = ImageLimits()  # noqa: RUF009 (frozen)
     video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 (frozen)
     allow_urls: bool = False
-    """Whether a picture may be an http(s) URL. A server decides by itself which ones it fetches."""
+    """Whether an image may be an http(s) URL. A server decides by itself which ones it fetches."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """For what computes: keyword arguments of the model's ``from_pretrained``, of `vllm.LLM`, or of `openai.OpenAI`."""
 

@@ -265,7 +265,7 @@ class ServerClient(AskingBackend):
         return changed
 
     def _part(self, image: ImageSource | Picture, bounds: PixelBounds) -> dict[str, Any]:
-        """A picture or a video of a message."""
+        """An image or a video of a message."""
         if isinstance(image, Video):
             said = {"num_frames" if name == "frames" else name: value for name, value in image.wanted.items()}
             return {"type": "video_url", "video_url": {"url": self._video_url(image)}, **said, **_said(bounds)}
@@ -282,7 +282,7 @@ class ServerClient(AskingBackend):
         return f"data:video/*;base64,{base64.b64encode(video_file(video, self.options.video_limits)).decode()}"
 
     def _data_url(self, image: ImageSource) -> str:
-        """The picture as it is stored, so that the server decodes what a local engine would; from memory, as PNG."""
+        """The image as it is stored, so that the server decodes what a local engine would; from memory, as PNG."""
         limits = self.options.image_limits
         if isinstance(image, str) and image.startswith(("data:", "http://", "https://")):
             return image

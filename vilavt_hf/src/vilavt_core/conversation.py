@@ -159,7 +159,7 @@ class ShownImage:
     """Pixels, as the encoder gets it."""
     height: int
     source: int
-    """Which source picture, counted from 0."""
+    """Which source image, counted from 0."""
     region: Box
     """The part of the source, as fractions of its width and height."""
     parent: int | None

@@ -93,7 +93,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """What runs are called in a picture: the last parts of their paths, as many as tell them apart.
+    """What runs are called in a figure: the last parts of their paths, as many as tell them apart.
 
     Raises:
         LogError: a run is named twice.

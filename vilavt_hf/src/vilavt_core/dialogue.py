@@ -1,6 +1,6 @@
-"""What one person asks about their own pictures: the state behind ``vilavt chat`` and the web app.
+"""What one person asks about their own images: the state behind ``vilavt chat`` and the web app.
 
-A `Dialogue` keeps the pictures as they were given, the conversation with the backend, and all results. It shows what
+A `Dialogue` keeps the images as they were given, the conversation with the backend, and all results. It shows what
 the model looks at from the regions alone, so that it does not matter whether the engine is in this process or behind a
 server, which tells no pixels.
 """
@@ -30,7 +30,7 @@ from .video import read_frames
 from .watching import require_watched, with_attention
 
 PREVIEW = 1280
-"""Longest side of what is kept decoded of a picture, in pixels."""
+"""Longest side of what is kept decoded of an image, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Wishes:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """A picture, or a frame of a video, as a person gave it."""
+    """An image, or a frame of a video, as a person gave it."""
 
     label: str
     """Name of its file, and its time if it is a frame."""
@@ -58,7 +58,7 @@ class Given:
     source: int
     """Which entry of `Dialogue.sources`."""
     frame: int
-    """Which of its frames; 0 of a picture."""
+    """Which of its frames; 0 of an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,11 @@ class Dialogue:
     """Questions of one person, with follow-ups, a way to stop, and everything that was said.
 
     A question that was stopped, or that failed half-way, leaves nothing to continue: the next one begins a new
-    conversation about the same pictures. So does one that is asked with other wishes.
+    conversation about the same images. So does one that is asked with other wishes.
 
     Args:
         backend: answers; may be shared with other dialogues.
-        allow_urls: whether a picture may be an http(s) URL.
+        allow_urls: whether an image may be an http(s) URL.
     """
 
     def __init__(self, backend: Backend, *, allow_urls: bool = False) -> None:
@@ -93,9 +93,9 @@ class Dialogue:
         self.wishes = Wishes()
         """Of the next question."""
         self.sources: list[ImageSource] = []
-        """All pictures and videos so far."""
+        """All images and videos so far."""
         self.given: list[Given] = []
-        """The pictures in them, in the order in which the model sees them."""
+        """The images in them, in the order in which the model sees them."""
         self.results: list[ChatResult] = []
         """Of all questions that were answered, or ended without an answer."""
         self._conversation: Conversation | None = None
@@ -112,7 +112,7 @@ class Dialogue:
         self._decoded: tuple[int, list[Picture]] | None = None
 
     def add(self, *sources: ImageSource) -> list[Given]:
-        """Show pictures, or the frames of videos, with the next question.
+        """Show images, or the frames of videos, with the next question.
 
         Raises:
             ImageError: one cannot be loaded; nothing is added.
@@ -215,7 +215,7 @@ class Dialogue:
         return self._crops[index]
 
     def reset(self) -> None:
-        """Forget pictures, questions and answers."""
+        """Forget images, questions and answers."""
         self._forget()
         self.sources, self.given, self.results, self._decoded = [], [], [], None
 
@@ -278,14 +278,14 @@ def note_of(model: str, backend: Backend) -> str:
 def _given(picture: Picture, source: int, frame: int) -> Given:
     preview = picture.image.copy()
     preview.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
-    label = picture.name or f"picture {source + 1}"
+    label = picture.name or f"source image {source + 1}"
     if picture.time is not None:
         label += f", {picture.time:.1f} s"
     return Given(label, preview, picture.image.size, source, frame)
 
 
 def _within(inner: Sequence[float], outer: Sequence[float]) -> Box:
-    """A box as fractions of another one; both are fractions of the same picture."""
+    """A box as fractions of another one; both are fractions of the same image."""
     x1, y1, x2, y2 = outer
     width, height = x2 - x1, y2 - y1
     left, top, right, bottom = inner

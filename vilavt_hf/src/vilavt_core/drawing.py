@@ -1,4 +1,4 @@
-"""What every drawn picture shares: colours, fonts, line breaks, and how a picture becomes a data URL."""
+"""What every drawn image shares: colours, fonts, line breaks, and how an image becomes a data URL."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def colour(index: int) -> str:
 
 
 def png_url(image: Image.Image) -> str:
-    """The picture as a PNG data URL."""
+    """The image as a PNG data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def picture_url(image: Image.Image) -> str:
-    """The picture as a data URL, small ones as PNG; photographs would be huge as PNG and are JPEG."""
+    """The image as a data URL, small ones as PNG; photographs would be huge as PNG and are JPEG."""
     if image.width * image.height <= 512 * 512:
         return png_url(image)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""One question on its way through an engine, without the engine: pictures in, requests out, sampled tokens in, events
+"""One question on its way through an engine, without the engine: images in, requests out, sampled tokens in, events
 and a result out.
 
 Chat, vLLM (offline, async, server), verl, EasyR1, replays and the renderer of training data drive the same object, so
@@ -155,10 +155,10 @@ class ConversationSettings:
         )
 
     def load(self, images: Sequence[ImageSource | Picture], bounds: Sequence[PixelBounds] = ()) -> list[Picture]:
-        """Pictures, decoded as the preset says, and the frames of videos.
+        """Images, decoded as the preset says, and the frames of videos.
 
         Args:
-            images: pictures and videos; a `Picture` is loaded already.
+            images: images and videos; a `Picture` is loaded already.
             bounds: on the pixels of each, of a video's every frame; empty: none.
 
         Raises:
@@ -185,7 +185,7 @@ class ConversationSettings:
         sample_id: str | None = None,
         gallery: Gallery | None = None,
     ) -> Episode:
-        """A new episode about loaded pictures; see `Episode.start`."""
+        """A new episode about loaded images; see `Episode.start`."""
         return Episode.start(
             images,
             question,
@@ -209,7 +209,7 @@ class Driver:
         stream: whether `take` gives text as it arrives.
         sampling: instead of the settings'.
         intervention: changes for ablations.
-        episode: that was started already, for the sample's question; its pictures are not loaded again.
+        episode: that was started already, for the sample's question; its images are not loaded again.
         fallback: whether the forced-answer conversation of presets that have one may follow; trainers do without.
     """
 
@@ -261,7 +261,7 @@ class Driver:
     # ------------------------------------------------------------------ what an adapter calls
 
     def prepare(self) -> None:
-        """Load the pictures and bring them to their size, ahead of `start`, which then only goes on, or tells what went
+        """Load the images and bring them to their size, ahead of `start`, which then only goes on, or tells what went
         wrong. May run in any thread, if the settings' tokenizer bears it (`vilavt_core.tokenizer.SharedTokenizer`).
         """
         began = time.perf_counter()
@@ -272,7 +272,7 @@ class Driver:
         self._preparing = time.perf_counter() - began
 
     def start(self) -> list[Event]:
-        """Load the pictures and prepare the first request; the events of turns that were forced."""
+        """Load the images and prepare the first request; the events of turns that were forced."""
         if self._preparing is not None:  # the wait since then was for an engine that had other questions
             self._began = time.perf_counter() - self._preparing
         return self._guarded(self._start)
@@ -306,10 +306,10 @@ class Driver:
         return Finished(self.result)
 
     def follow_up(self, sample: Sample, *, stream: bool = False, sampling: Sampling | None = None) -> Driver:
-        """The next question of a finished conversation, about further pictures too if the sample has some.
+        """The next question of a finished conversation, about further images too if the sample has some.
 
         Raises:
-            VilavtError: a picture cannot be loaded, or this question is not finished.
+            VilavtError: an image cannot be loaded, or this question is not finished.
         """
         before = self.conversation
         if before is None:
@@ -340,7 +340,7 @@ class Driver:
 
     @property
     def picture_bytes(self) -> int:
-        """Bytes of the decoded pictures that this conversation holds: sources and what was shown of them."""
+        """Bytes of the decoded images that this conversation holds: sources and what was shown of them."""
         episode = self.conversation
         if episode is None:
             return 0

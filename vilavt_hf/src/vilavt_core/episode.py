@@ -107,7 +107,7 @@ class Episode:
         """Begin a conversation.
 
         Args:
-            images: source pictures, RGB, at full resolution (`vilavt_core.images.load_image` makes them), alone
+            images: source images, RGB, at full resolution (`vilavt_core.images.load_image` makes them), alone
                 or with their names, times, and bounds on their pixels within the limits.
             question: the user's text; special tokens in it stay text.
             tokenizer: has Qwen's special tokens.

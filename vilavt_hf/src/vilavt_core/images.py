@@ -1,4 +1,4 @@
-"""Getting a picture from an untrusted place into memory: RGB, upright, within caps that are checked before anything
+"""Getting an image from an untrusted place into memory: RGB, upright, within caps that are checked before anything
 is decoded."""
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 before their size is known (ICO), or that any data may be taken for (TGA, DIB)."""
 
 HELD_BYTES = 4
-"""Bytes that a pixel of a decoded RGB picture takes: PIL pads it."""
+"""Bytes that a pixel of a decoded RGB image takes: PIL pads it."""
 _PEAK_BYTES = {"JPEG": 13, "MPO": 13, "PNG": 14, "GIF": 10, "BMP": 14, "PPM": 10, "TIFF": 18}
 _ANY_PEAK_BYTES = 32
 """Bytes per pixel that decoding takes at its peak, the result included; as measured, and rounded up. Formats that are
@@ -57,7 +57,7 @@ not listed (WEBP, JPEG 2000, AVIF) take the most."""
 _SCANS = 12
 """Times `ImageLimits.max_pixels` that a progressive JPEG may have its pixels gone over."""
 _PYTHON_PIXELS = 4_000_000
-"""Pixels of pictures that Pillow decodes in Python, which takes a second per million."""
+"""Pixels of images that Pillow decodes in Python, which takes a second per million."""
 _REFUSED_CODECS = {"ppm_plain": "a PPM written as text", "bmp_rle": "a BMP that is run-length encoded"}
 _STRIP_PIXELS = 1 << 18
 _SEGMENTS = 100_000
@@ -73,13 +73,13 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTED_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
 """Text of a PNG that may state its orientation."""
 _MAX_TEXT = 1024 * 1024
-"""Bytes of a text or profile in a PNG, unpacked, above which Pillow refuses the picture."""
+"""Bytes of a text or profile in a PNG, unpacked, above which Pillow refuses the image."""
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost. Every cap is checked before the pixels are decoded."""
+    """What an image may cost. Every cap is checked before the pixels are decoded."""
 
     max_bytes: int = 64 * 1024 * 1024
     """Of the file, as stored or received."""
@@ -91,7 +91,7 @@ class ImageLimits:
 
 
 BENCHMARK_IMAGES = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000)
-"""Caps on a benchmark's own files, which the user has chosen: HR-Bench holds pictures of 33 million pixels as PNG."""
+"""Caps on a benchmark's own files, which the user has chosen: HR-Bench holds images of 33 million pixels as PNG."""
 
 
 def load_image(
@@ -104,9 +104,9 @@ def load_image(
     rules: Rules = "strict",
     name: str | None = None,
 ) -> Image.Image:
-    """Load a picture.
+    """Load an image.
 
-    The EXIF orientation is applied, transparency is composited on white, 16-bit and floating-point pictures are
+    The EXIF orientation is applied, transparency is composited on white, 16-bit and floating-point images are
     scaled to 8 bits, of an animation the first frame is taken. The argument is never modified or closed.
 
     Args:
@@ -119,13 +119,13 @@ def load_image(
         allow_paths: whether files of this machine may be read; switch it off for text that comes from a client.
         url_policy: which URLs, if any.
         rules: ``published`` leaves the EXIF orientation unapplied, as the published system does.
-        name: what errors call the picture; default: its path or URL.
+        name: what errors call the image; default: its path or URL.
 
     Returns:
         An RGB image at full resolution.
 
     Raises:
-        ImageError: names the picture, both numbers where a cap is broken, and the remedy.
+        ImageError: names the image, both numbers where a cap is broken, and the remedy.
     """
     if isinstance(source, Image.Image):
         label = name or "the image"
@@ -141,7 +141,7 @@ def load_image(
 
 @dataclass(frozen=True)
 class DecodingCost:
-    """Memory that a picture will take, told from its header."""
+    """Memory that an image will take, told from its header."""
 
     pixels: int
     held: int
@@ -164,7 +164,7 @@ def decoding_cost(data: bytes, limits: ImageLimits = ImageLimits(), *, name: str
 def image_file(
     source: ImageSource, limits: ImageLimits = ImageLimits(), *, rules: Rules = "strict", name: str | None = None
 ) -> bytes:
-    """A picture as the bytes of a file: its own, unread, where it comes as one; of pixels in memory, a PNG.
+    """An image as the bytes of a file: its own, unread, where it comes as one; of pixels in memory, a PNG.
 
     URLs are not followed; the other arguments and errors are those of `load_image`.
     """
@@ -176,7 +176,7 @@ def image_file(
 
 
 def is_url(source: str) -> bool:
-    """Whether `load_image` takes it for a URL; a ``data:`` URL holds the picture itself and is none."""
+    """Whether `load_image` takes it for a URL; a ``data:`` URL holds the image itself and is none."""
     return source[:5].lower() != "data:" and _URL.match(source) is not None
 
 
@@ -221,12 +221,12 @@ def image_size(
         raise
     except Exception as error:
         _unless_machine(error, label)
-        plain = f"not a picture in a format we read: {quoted_error(error)}"
+        plain = f"not an image in a format we read: {quoted_error(error)}"
         raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
 
 
 def _header(image: Image.Image, limits: ImageLimits, label: str, rules: Rules) -> tuple[int, int]:
-    """Width and height of an open picture, turned as its orientation says, without decoding it."""
+    """Width and height of an open image, turned as its orientation says, without decoding it."""
     _check_size(image.size, limits, label)
     turned = rules == "strict" and _orientation(partial(Image.Image.getexif, image), label) >= 5  # a PNG's own decodes
     return (image.height, image.width) if turned else image.size
@@ -262,7 +262,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The picture in bands of about 260,000 pixels, each with its first row: what is computed with more than 8 bits a
+    """The image in bands of about 260,000 pixels, each with its first row: what is computed with more than 8 bits a
     channel then takes the memory of a band."""
     rows = max(1, _STRIP_PIXELS // max(1, image.width))
     for top in range(0, image.height, rows):
@@ -301,11 +301,11 @@ def stored(
     allow_paths: bool,
     url_policy: UrlPolicy,
 ) -> tuple[bytes, str]:
-    """The file of a picture that is none in memory, and what errors call it."""
+    """The file of an image that is not decoded yet, and what errors call it."""
     if isinstance(source, Video):
         raise ImageError(
             f"{name or source.label}: a Video is taken where a question is asked, not here; pass its frames "
-            "(vilavt_core.video.read_frames) as pictures"
+            "(vilavt_core.video.read_frames) as images"
         )
     if isinstance(source, Mapping):
         source, own = of_row(source, name or "the image")
@@ -335,7 +335,7 @@ def stored(
     elif isinstance(source, str | os.PathLike):
         label = name or _shown(os.fsdecode(source))
         if not allow_paths:
-            raise ImageError(f"{label}: paths are not allowed here; send the picture itself as a data URL")
+            raise ImageError(f"{label}: paths are not allowed here; send the image itself as a data URL")
         data = _read_file(os.fsdecode(source), limits, label)
     else:
         raise ImageError(f"{name or 'the image'}: cannot load a {type_name(source)}; pass {ACCEPTED}")
@@ -349,7 +349,7 @@ def _open(data: bytes, limits: ImageLimits, label: str, rules: Rules) -> Image.I
 
 
 def _opened(data: bytes, limits: ImageLimits, label: str) -> Image.Image:
-    """An open picture of which the header has been read, within the caps."""
+    """An open image of which the header has been read, within the caps."""
     _check_segments(data, label)
     try:
         with warnings.catch_warnings():
@@ -364,7 +364,7 @@ def _opened(data: bytes, limits: ImageLimits, label: str) -> Image.Image:
         _unless_machine(error, label)
         kinds = ", ".join(FORMATS)
         why = "" if isinstance(error, UnidentifiedImageError) else f": {quoted_error(error)}"
-        plain = f"{len(data)} bytes that are not a picture in a format we read ({kinds}){why}"
+        plain = f"{len(data)} bytes that are not an image in a format we read ({kinds}){why}"
         raise ImageError(f"{label}: {_other_kind(label) or plain}") from None
     try:
         _check_size(image.size, limits, label)
@@ -419,11 +419,11 @@ def _check_segments(data: bytes, label: str) -> None:
             at, count = at + 1, count + 1
         count *= 10
     if count > _SEGMENTS:
-        raise ImageError(f"{label}: a picture in more than {_SEGMENTS} parts is not read; save it again")
+        raise ImageError(f"{label}: an image in more than {_SEGMENTS} parts is not read; save it again")
 
 
 def _unless_machine(error: BaseException, label: str) -> None:
-    """Pass on what says nothing about the picture, under its own class: taken for damage, it would thin out data.
+    """Pass on what says nothing about the image, under its own class: taken for damage, it would thin out data.
 
     Raises:
         MemoryError: there was none left.
@@ -472,17 +472,17 @@ def _states_orientation(kind: bytes, text: bytes) -> bool:
 
 
 def _other_kind(label: str) -> str | None:
-    """What a file is, by its name, that is no picture but often taken for one; with the remedy."""
+    """What a file is, by its name, that is no image but often taken for one; with the remedy."""
     kind = mimetypes.guess_type(label)[0] or ""
     if kind.startswith("video/") or is_video_path(label):
         return "it is a video; give it as one: `--video` on the command line, `Video(…)` in Python"
     if kind == "application/pdf":
-        return "it is a PDF; save its pages as pictures and give those"
+        return "it is a PDF; save its pages as images and give those"
     return None
 
 
 def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
-    """Any decoder failure, of whatever class, becomes an error that names the picture."""
+    """Any decoder failure, of whatever class, becomes an error that names the image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -493,9 +493,7 @@ def _decode(image: Image.Image, label: str, rules: Rules) -> Image.Image:
                 rgb = ImageOps.exif_transpose(_tagged(rgb, orientation))
     except Exception as error:
         _unless_machine(error, label)
-        raise ImageError(
-            f"{label}: the picture is damaged or cut short: {quoted_error(error)}; save it again"
-        ) from None
+        raise ImageError(f"{label}: the image is damaged or cut short: {quoted_error(error)}; save it again") from None
     if rgb is image:
         return rgb if not hasattr(image, "fp") else rgb.copy()
     return rgb
@@ -563,9 +561,9 @@ def _check_file(path: Path, limits: ImageLimits, label: str) -> None:
         kind = "there is no such file" if not os.path.exists(path) else "it is not a regular file"
         remedy = "check the path"
         if os.path.isdir(path):
-            kind, remedy = "it is a folder, not a regular file", "name the pictures in it"
+            kind, remedy = "it is a folder, not a regular file", "name the images in it"
         elif glob.has_magic(str(path)):
-            remedy = "patterns are not expanded here, name each picture"
+            remedy = "patterns are not expanded here, name each image"
         raise ImageError(f"{label}: {kind}; {remedy}")
     _check_bytes(path.stat().st_size, limits, label)
 
@@ -603,7 +601,7 @@ def _registered() -> set[str]:
 
 
 def _shown(source: str) -> str:
-    """A path or URL as errors call it: text that was taken for a path may be a whole picture."""
+    """A path or URL as errors call it: text that was taken for a path may be a whole image."""
     return shown_url(source) if is_url(source) else quoted(source)
 
 

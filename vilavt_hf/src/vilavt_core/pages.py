@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 """Those that all packages share."""
 
 Place = Literal["inside", "beside"]
-"""Where a page has its pictures: in itself, as ``data:`` URLs, or in files of its own folder."""
+"""Where a page has its images: in itself, as ``data:`` URLs, or in files of its own folder."""
 
 
 def render(
@@ -33,7 +33,7 @@ def render(
         template: its file name.
         folder: where it is, besides `TEMPLATES`, which it may extend and include.
         script: file name of the only script that the page may run, put into it; empty: it runs none.
-        pictures_at: where the page may have its pictures.
+        pictures_at: where the page may have its images.
         values: what it shows. Text is escaped; only what `render` has returned stands as it is.
 
     Returns:

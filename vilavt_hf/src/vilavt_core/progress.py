@@ -114,7 +114,7 @@ def _spin(title: str, ended: threading.Event) -> None:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # what others print meanwhile stays theirs: streams are not replaced from a thread
+    # what others print meanwhile is left to them: streams are not replaced from a thread
     quiet: dict[str, Any] = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
     with Progress(*columns, console=Console(stderr=True), **quiet) as progress:
         progress.add_task(escape(title), total=None)

@@ -1,6 +1,6 @@
 """The crop and zoom rule: shown images in, regions of their *sources* out, enlarged, with their lineage.
 
-A region is named in pixels of an image as it was shown, which is a scaled-down view of a source picture. Its crop
+A region is named in pixels of an image as it was shown, which is a scaled-down view of a source image. Its crop
 is taken from the source at full resolution, so a nested zoom always reads pixels that no earlier look has blurred.
 Rule and constants: the published system's ``zoomin``, restated in `docs/protocol.md`; `tests/core/test_regions.py`
 holds its golden table.
@@ -120,7 +120,7 @@ class PixelBounds:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A source picture, decoded, and what is known of it."""
+    """A source image, decoded, and what is known of it."""
 
     image: Image.Image
     """RGB, upright, at full resolution."""
@@ -132,7 +132,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image | Picture) -> Picture:
-        """A picture as it is, or an image of which nothing else is known."""
+        """A `Picture` as it is, or an image of which nothing else is known."""
         return image if isinstance(image, Picture) else cls(image)
 
 
@@ -143,7 +143,7 @@ class View:
     image: Image.Image
     """RGB, both sides multiples of 28."""
     source: int
-    """Which source picture, counted from 0 in the order they were added."""
+    """Which source image, counted from 0 in the order they were added."""
     region: Box = WHOLE
     """``(x1, y1, x2, y2)`` within the source, as fractions of its width and height."""
     kind: Literal["original", "crop"] = "original"
@@ -183,7 +183,7 @@ class CropPlan:
 
 
 class Gallery:
-    """All images of one conversation in the order they were shown; source pictures are kept decoded, once.
+    """All images of one conversation in the order they were shown; source images are kept decoded, once.
 
     Args:
         min_pixels: lower bound on the area of a shown image.
@@ -200,10 +200,10 @@ class Gallery:
     def add_original(
         self, image: Image.Image | Picture, max_pixels: float = MAX_PIXELS, min_pixels: float | None = None
     ) -> View:
-        """Show a whole source picture, at most ``max_pixels`` and at least ``min_pixels`` large (None: the gallery's).
+        """Show a whole source image, at most ``max_pixels`` and at least ``min_pixels`` large (None: the gallery's).
 
         Raises:
-            ImageError: the picture's shape is refused; nothing is added.
+            ImageError: the image's shape is refused; nothing is added.
         """
         picture = Picture.of(image)
         low = self.min_pixels if min_pixels is None else min_pixels
@@ -283,7 +283,7 @@ class Gallery:
         return tuple(chain)
 
     def source_box(self, index: int) -> tuple[int, int, int, int]:
-        """Where a shown image lies on its source picture, ``(x1, y1, x2, y2)`` in source pixels, truncated as the
+        """Where a shown image lies on its source image, ``(x1, y1, x2, y2)`` in source pixels, truncated as the
         crop is."""
         view = self.views[index]
         width, height = self.sources[view.source].size
@@ -323,7 +323,7 @@ class Gallery:
         crop_width, crop_height = right - left, bottom - top
         if crop_width < 1 or crop_height < 1:
             raise RegionError(
-                f"region {i}: box {shown} covers {crop_width} x {crop_height} px of its picture, less than one "
+                f"region {i}: box {shown} covers {crop_width} x {crop_height} px of its image, less than one "
                 "pixel; name a larger box",
                 i,
             )

@@ -18,14 +18,14 @@ from .regions import Picture, PixelBounds, View
 from .sources import ImageSource, image_list, type_name
 
 Images = ImageSource | Picture | Sequence[ImageSource | Picture]
-"""What a question may be about: one picture or several, in any form; a `Picture` is loaded already."""
+"""What a question may be about: one image or several, in any form; a `Picture` is loaded already."""
 
 
 def sample_images(images: Images) -> list[ImageSource | Picture]:
-    """One picture or several as a list; see `vilavt_core.sources.image_list`.
+    """One image or several as a list; see `vilavt_core.sources.image_list`.
 
     Raises:
-        ImageError: it is neither a picture nor an ordered collection; names its type.
+        ImageError: it is neither an image nor an ordered collection; names its type.
     """
     return [images] if isinstance(images, Picture) else list(image_list(images))  # type: ignore[arg-type]
 
@@ -35,7 +35,7 @@ class Sample:
     """One question about some images."""
 
     images: Sequence[ImageSource | Picture]
-    """One picture is taken for a list of one; what a picture may be, says `vilavt_core.sources`. A `Picture` is loaded
+    """One image is taken for a list of one; what an image may be, says `vilavt_core.sources`. A `Picture` is loaded
     already."""
     question: str
     id: str | None = None
@@ -55,7 +55,7 @@ class Sample:
         """Raise what cannot be a sample.
 
         Raises:
-            ImageError: `images` is neither a picture nor a list of pictures.
+            ImageError: `images` is neither an image nor a list of images.
             EngineError: question, limits or seed are of another type, or there are bounds for some images only.
         """
         where = "" if self.id is None else f"sample {self.id}: "

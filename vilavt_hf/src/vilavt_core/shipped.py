@@ -1,4 +1,4 @@
-"""What comes with the packages: the tiny checkpoint and the demo's pictures, and recipes of training."""
+"""What comes with the packages: the tiny checkpoint and the demo's images, and recipes of training."""
 
 from __future__ import annotations
 

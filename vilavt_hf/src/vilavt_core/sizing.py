@@ -85,14 +85,14 @@ class PlannedTalk:
     crops: int = 4
     """Each as large as the checkpoint's limits let a crop be."""
     text_tokens: int = 1500
-    """Of everything that is not a picture: system text, questions, turns."""
+    """Of everything that is not an image: system text, questions, turns."""
 
     def __post_init__(self) -> None:
         for name in ("pictures", "crops", "text_tokens"):
             if getattr(self, name) < 0:
                 raise PlanError(f"{name} is {getattr(self, name)}, it must be at least 0")
         if self.pictures + self.crops + self.text_tokens == 0:
-            raise PlanError("a conversation without pictures and text has no tokens to plan with")
+            raise PlanError("a conversation without images and text has no tokens to plan with")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Plan:
     dtype: ServedDtype
     weight_bytes: int
     encoder_cache_bytes: int
-    """Embeddings of pictures that wait to be read: of the largest inquiry or ``batched_tokens``, whichever is more."""
+    """Embeddings of images that wait to be read: of the largest inquiry or ``batched_tokens``, whichever is more."""
     kv_bytes_per_token: int
     kv_cache_bytes: int
     """What is left for keys and values; 0 if the weights do not fit."""
@@ -121,7 +121,7 @@ class Plan:
     full_conversations: int
     """That fit if each is as long as the context."""
     vision_flops: float
-    """Floating-point operations of encoding the conversation's pictures once, on all GPUs together."""
+    """Floating-point operations of encoding the conversation's images once, on all GPUs together."""
     language_flops: float
     """Of reading its tokens once. A turn reads again only what no cache holds."""
 
@@ -147,7 +147,7 @@ def plan(
     Args:
         checkpoint: folder; without weights in it, sizes follow from ``config.json``.
         machine: what serves; None: one GPU of 80 GiB.
-        talk: what is asked; None: four crops of a 12-megapixel picture.
+        talk: what is asked; None: four crops of a 12-megapixel image.
         dtype: that it is served in.
 
     Raises:
@@ -271,7 +271,7 @@ def _of(parts: Mapping[str, PartSize], name: str) -> int:
 
 
 def _encoding(config: Mapping[str, Any], parts: Mapping[str, PartSize], tokens: int) -> float:
-    """Operations of encoding one picture: two per weight and patch, and attention over the whole picture in the blocks
+    """Operations of encoding one image: two per weight and patch, and attention over the whole image in the blocks
     that have it. Attention within windows is left out.
     """
     vision, patches = config["vision_config"], tokens * PATCHES

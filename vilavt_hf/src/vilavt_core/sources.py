@@ -1,6 +1,6 @@
-"""What a picture may be given as: paths, bytes, files, rows of `datasets`, arrays and tensors, PIL images.
+"""What an image may be given as: paths, bytes, files, rows of `datasets`, arrays and tensors, PIL images.
 
-Every entry of every package takes a picture, or several, through `image_list` and
+Every entry of every package takes an image, or several, through `image_list` and
 `vilavt_core.images.load_image`; tensors are recognised by what they have, torch is not imported.
 """
 
@@ -22,12 +22,12 @@ ACCEPTED = (
     "a path, a data URL, the bytes of a file, an open binary file, a dict with 'bytes' or 'path', a PIL image, or an "
     "array or tensor of pixels (height x width, with 3 or 4 channels last or first)"
 )
-"""One picture, in words for errors."""
+"""One image, in words for errors."""
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv",
 )  # fmt: skip
-"""By which a path is taken for a video where one may stand beside pictures."""
+"""By which a path is taken for a video where one may stand beside images."""
 
 _CHANNELS = (1, 3, 4)
 _SINGLE = (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Image.Image)
@@ -42,7 +42,7 @@ those in the middle of N equal parts of the duration."""
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A video among the pictures of a question; its frames become images of the conversation, in order of time.
+    """A video among the images of a question; its frames become images of the conversation, in order of time.
 
     Args:
         source: a path, the bytes of a file, an open binary file, a ``data:`` URL, or an http(s) URL where allowed.
@@ -161,16 +161,16 @@ ImageSource = (
     | Image.Image
     | Video
 )
-"""One picture: a file's path, its bytes, the open file, a ``data:`` URL, an http(s) URL (where allowed), a row
+"""One image: a file's path, its bytes, the open file, a ``data:`` URL, an http(s) URL (where allowed), a row
 ``{"bytes": …, "path": …}`` of `datasets`, pixels as an array or tensor, or a PIL image. Where a question is asked, also
-a `Video`, whose frames are pictures."""
+a `Video`, whose frames are images."""
 
 
 def image_list(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
-    """One picture or several as a list; an array with four axes, and an array of paths or rows, are several.
+    """One image or several as a list; an array with four axes, and an array of paths or rows, are several.
 
     Raises:
-        ImageError: it is neither a picture nor an ordered collection; names its type.
+        ImageError: it is neither an image nor an ordered collection; names its type.
     """
     if is_array(images):
         axes = len(images.shape)  # type: ignore[union-attr, arg-type]
@@ -180,11 +180,11 @@ def image_list(images: ImageSource | Iterable[ImageSource]) -> list[ImageSource]
         return [images]  # type: ignore[list-item]
     if isinstance(images, Iterable) and not isinstance(images, set | frozenset):
         return list(images)
-    raise ImageError(f"a {type_name(images)} is no picture and no list of pictures; a picture is {ACCEPTED}")
+    raise ImageError(f"a {type_name(images)} is no image and no list of images; an image is {ACCEPTED}")
 
 
 def source_name(source: ImageSource) -> str:
-    """Name of a picture's file without its folder, for people; empty where none is known."""
+    """Name of an image's file without its folder, for people; empty where none is known."""
     if isinstance(source, Mapping):
         source = source.get("path") or ""
     if isinstance(source, str) and source[:5].lower() == "data:":
@@ -196,8 +196,8 @@ def source_name(source: ImageSource) -> str:
 
 
 def file_paths(sources: Iterable[ImageSource | Video]) -> list[str]:
-    """For each picture or video that is a file where it is, as an absolute path; of the network, its URL; others are
-    left out. A result that is written to disk says by them where its pictures can be found again.
+    """For each image or video that is a file where it is, as an absolute path; of the network, its URL; others are
+    left out. A result that is written to disk says by them where its images can be found again.
     """
     out = []
     for one in sources:
@@ -228,7 +228,7 @@ def is_array(source: object) -> bool:
 
 
 def of_row(row: Mapping[str, Any], label: str) -> tuple[ImageSource, str | None]:
-    """The picture in a ``{"bytes": …, "path": …}`` dict, and its path if that only names it.
+    """The image in a ``{"bytes": …, "path": …}`` dict, and its path if that only names it.
 
     Raises:
         ImageError: it holds neither, or something else as well.
@@ -239,7 +239,7 @@ def of_row(row: Mapping[str, Any], label: str) -> tuple[ImageSource, str | None]
     if unknown or (data is None and path is None):
         found = quoted(", ".join(map(repr, unknown[:10]))) or "neither"
         raise ImageError(
-            f"{label}: a dict is a picture if it has 'bytes' or 'path' (the rows of `datasets`), this one has {found}"
+            f"{label}: a dict is an image if it has 'bytes' or 'path' (the rows of `datasets`), this one has {found}"
         )
     if data is None:
         return path, None
@@ -274,23 +274,23 @@ def read_open_file(file: Any, most: int, label: str) -> bytes:
 
 
 def array_size(array: PixelArray, label: str) -> tuple[int, int]:
-    """Width and height of a picture given as an array.
+    """Width and height of an image given as an array.
 
     Raises:
-        ImageError: it has another shape than a picture, or one that can be read in two ways.
+        ImageError: it has another shape than an image, or one that can be read in two ways.
     """
     height, width = _axes(array, label)
     return int(array.shape[width]), int(array.shape[height])
 
 
 def array_image(array: PixelArray, label: str) -> Image.Image:
-    """A picture given as an array or tensor: (H, W), (H, W, C) or (C, H, W), with 1, 3 or 4 channels.
+    """An image given as an array or tensor: (H, W), (H, W, C) or (C, H, W), with 1, 3 or 4 channels.
 
     Integers are 0 to 255, those of the type ``uint16`` 0 to 65535. Floats are 0 to 1 if none is above 1, else 0 to
     255. Booleans are black and white.
 
     Raises:
-        ImageError: the shape is no picture's, or a value is outside of its range (a picture that was normalised).
+        ImageError: the shape is no image's, or a value is outside of its range (an image that was normalised).
     """
     height, _ = _axes(array, label)
     values = _numpy(array, label)
@@ -303,12 +303,12 @@ def array_image(array: PixelArray, label: str) -> Image.Image:
         values = np.rint(values / 257)
     elif values.dtype != np.uint8:
         if values.dtype.kind not in "iuf":
-            raise ImageError(f"{label}: an array of {values.dtype} is no picture; pass integers or floats")
+            raise ImageError(f"{label}: an array of {values.dtype} is no image; pass integers or floats")
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
         if not (low >= 0 and high <= 255):  # written so that NaN is refused
             raise ImageError(
                 f"{label}: the array has values from {low:g} to {high:g}; pixels are 0 to 255, or floats 0 to 1 "
-                "(a picture that was normalised cannot be used: pass it as it was before)"
+                "(an image that was normalised cannot be used: pass it as it was before)"
             )
         values = np.rint(values * 255 if values.dtype.kind == "f" and high <= 1 else values)
     return Image.fromarray(np.ascontiguousarray(values, dtype=np.uint8))
@@ -327,7 +327,7 @@ def _axes(array: PixelArray, label: str) -> tuple[int, int]:
     if len(shape) == 2:
         return 0, 1
     if last == first:
-        why = "can be read with channels first or last" if last else "is no picture's"
+        why = "can be read with channels first or last" if last else "is no image's"
         raise ImageError(
             f"{label}: the shape {shape} of a {type_name(array)} {why}; pass (height, width), (height, width, "
             "channels) or (channels, height, width) with 1, 3 or 4 channels, or a PIL image"

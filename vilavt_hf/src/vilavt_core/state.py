@@ -1,12 +1,12 @@
 """A conversation as a signed text that its client keeps, so that any server with the same model can go on with it.
 
-A client sends its messages and pictures again with every question. A state is what these do not tell: the tokens that
-the model really sampled, under which limits, and what has to come out when they are gone through again. No picture and
+A client sends its messages and images again with every question. A state is what these do not tell: the tokens that
+the model really sampled, under which limits, and what has to come out when they are gone through again. No image and
 no word of the messages is in it, only their hashes.
 
 `replay` carries every question out again, with the sampled tokens instead of the model, through the same `Driver` that
 answered it. So crops are cut by the rule that cut them first, and nothing of a state is believed: its limits must be
-within the server's, its questions and pictures must be those of the messages, and tokens, places and pixels that come
+within the server's, its questions and images must be those of the messages, and tokens, places and pixels that come
 out must be those that it names. What disagrees is a `StateError` that says what.
 
 The text is base64url, without padding, of a byte with the version, the name of the key, HMAC-SHA256 of everything else,
@@ -58,7 +58,7 @@ _MAX_KEY_FILE = 4096
 _NAME, _MAC = 4, hashlib.sha256().digest_size
 _HEAD = 1 + _NAME + _MAC
 _ROWS = 256
-"""Of a picture that are hashed at once."""
+"""Of an image that are hashed at once."""
 
 REMEDY = "send the request without it: the conversation is then rebuilt from its messages, without the zooms"
 
@@ -109,7 +109,7 @@ class AskedQuestion:
 
     @classmethod
     def of(cls, driver: Driver, answer: str | None, told: Limits | None = None) -> AskedQuestion:
-        """Of a finished question about loaded pictures.
+        """Of a finished question about loaded images.
 
         Args:
             driver: of the question.
@@ -132,7 +132,7 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """Where an image of a conversation has its tokens, and which part of which picture it is."""
+    """Where an image of a conversation has its tokens, and which part of which image it is."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -235,7 +235,7 @@ def check_origin(state: ConversationState, settings: ConversationSettings) -> No
 
 
 def check_said(state: ConversationState, said: Sequence[SaidQuestion]) -> None:
-    """Stop if the messages tell another conversation. Reads every pixel of the pictures.
+    """Stop if the messages tell another conversation. Reads every pixel of the images.
 
     Raises:
         StateError: names the question and what is different.
@@ -255,7 +255,7 @@ def check_said(state: ConversationState, said: Sequence[SaidQuestion]) -> None:
         for place, (before, picture) in enumerate(zip(asked.pictures, told.pictures, strict=True)):
             if before != (now := picture_hash(picture)):
                 raise StateError(
-                    f"{where} had another image {place} (SHA-256 {before[:12]}…, now {now[:12]}…); send the pictures "
+                    f"{where} had another image {place} (SHA-256 {before[:12]}…, now {now[:12]}…); send the images "
                     f"of that conversation as they were, with the same bounds, or {REMEDY}"
                 )
 
@@ -334,7 +334,7 @@ def check_replayed(state: ConversationState, driver: Driver) -> None:
 
 
 def picture_hash(picture: Picture) -> str:
-    """SHA-256 (hex) of a picture's pixels, and of what decides how it is shown: its bounds and its time."""
+    """SHA-256 (hex) of an image's pixels, and of what decides how it is shown: its bounds and its time."""
     image = picture.image
     head = [image.mode, *image.size, *asdict(picture.bounds).values(), picture.time]
     digest = hashlib.sha256(json.dumps(head).encode())

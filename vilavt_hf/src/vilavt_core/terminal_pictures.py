@@ -1,4 +1,4 @@
-"""Pictures inside a terminal: through its own protocol where it has one (kitty, iTerm2), as sixels where it has these
+"""Images inside a terminal: through its own protocol where it has one (kitty, iTerm2), as sixels where it has these
 (foot, mlterm, xterm as a VT340, Windows Terminal, tmux, …), else as coloured half blocks.
 
 Environment variables tell the first two. Nothing there tells sixel: the terminal itself is asked, by the control
@@ -39,13 +39,13 @@ _ATTRIBUTES = re.compile(rb"\x1b\[\?([0-9;]*)c")
 _LONGEST_REPLY = 256
 _SIXEL = "4"
 _COLOURS = 256
-"""Of a picture in sixels: what terminals have at least, if they have not just the 16 of a VT340."""
+"""Of an image in sixels: what terminals have at least, if they have not just the 16 of a VT340."""
 _BAND = 6
 """Rows of pixels in one row of sixels."""
 
 
 def way_of(environment: Mapping[str, str]) -> Way:
-    """How a terminal with these environment variables shows pictures. Inside tmux and screen, which swallow what they
+    """How a terminal with these environment variables shows images. Inside tmux and screen, which swallow what they
     do not know: half blocks.
     """
     program, term = environment.get("TERM_PROGRAM", ""), environment.get("TERM", "")
@@ -57,7 +57,7 @@ def way_of(environment: Mapping[str, str]) -> Way:
 
 
 def way_here(environment: Mapping[str, str], keyboard: int, screen: int) -> Way:
-    """How the terminal of these file descriptors shows pictures. Call it before people are expected to type: what the
+    """How the terminal of these file descriptors shows images. Call it before people are expected to type: what the
     terminal is asked, it answers as if it were typed.
     """
     way = way_of(environment)
@@ -101,7 +101,7 @@ def shows_sixel(keyboard: int, screen: int) -> bool:
 
 
 def print_picture(console: Console, image: Image.Image, way: Way, columns: int) -> None:
-    """Show a picture at the beginning of a line.
+    """Show an image at the beginning of a line.
 
     Args:
         console: whose file is the terminal; half blocks take its colours.
@@ -139,7 +139,7 @@ def _kitty(data: str, columns: int) -> Iterator[str]:
 
 
 def _sixels(image: Image.Image, wide: int) -> str:
-    """A picture as sixels: a palette, then rows of six pixels' height, one colour of a row after the other."""
+    """An image as sixels: a palette, then rows of six pixels' height, one colour of a row after the other."""
     high = max(1, round(wide * image.height / image.width))
     small = image.convert("RGB").resize((wide, high), Image.Resampling.LANCZOS) if wide < image.width else image
     drawn = small.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)

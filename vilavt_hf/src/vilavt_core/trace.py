@@ -1,4 +1,4 @@
-"""Pictures of a conversation: a self-contained HTML page, and one image for a README or a paper.
+"""A conversation drawn: as a self-contained HTML page, and as one image for a README or a paper.
 
 Both show every image as the model saw it, the regions it asked for (numbered and coloured like their crops), its
 queries, thoughts and answer. The page is the viewer's (`vilavt_core.viewer`); it refers to nothing outside itself, and
@@ -84,29 +84,29 @@ def annotate(views: Sequence[View], index: int) -> Image.Image:
     return canvas
 
 
-# ---------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------- one image
 
 _GAP = 28
 _ROOM = 300
-"""Pixels that the longest side of a picture gets."""
+"""Pixels that the longest side of an image gets."""
 _SHORT = 60
 """Characters of an answer that is written large."""
 
 
 def draw_conversation(result: ChatResult, scale: float = 2.0) -> Image.Image:
-    """One wide picture: the question and its images, an arrow with the query to each round of crops, the answer; RGB.
+    """One wide image: the question and its images, an arrow with the query to each round of crops, the answer; RGB.
 
     Args:
         result: a conversation that did not fail.
         scale: pixels per unit; 2 is sharp on dense screens.
 
     Raises:
-        ImageError: a server told the result: its pictures are not here.
+        ImageError: a server told the result: its images are not here.
     """
     views = result.views
     if result.images and not views:
         raise ImageError(
-            "a server told this conversation without its pictures; draw those of a local model, or write HTML"
+            "a server told this conversation without its images; draw those of a local model, or write HTML"
         )
     shown = {index for turn in result.turns for index in turn.image_indices}
     steps: list[tuple[str, list[int]]] = [("", [i for i in range(len(views)) if i not in shown])]

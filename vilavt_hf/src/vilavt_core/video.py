@@ -1,4 +1,4 @@
-"""Frames of a video file as ordinary pictures: chosen by a named rule, upright, with their times, within caps.
+"""Frames of a video file as ordinary images: chosen by a named rule, upright, with their times, within caps.
 
 PyAV reads the files: its wheels carry FFmpeg for every platform, so the frames depend on the installed `av` alone,
 whereas torchcodec takes the FFmpeg of the machine and is tied to one version of torch. Nothing is decoded before the

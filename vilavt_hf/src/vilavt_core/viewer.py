@@ -2,7 +2,7 @@
 
 A `Trace` is one question with its turns, images and answer: of a chat or a server (`Trace.of`), of a
 result file, of a training run. `shown_talk` makes of the questions of one conversation what the macros of
-``templates/talk.html`` show: pictures with their regions beside the turns, each region linked with its crop and with
+``templates/talk.html`` show: images with their regions beside the turns, each region linked with its crop and with
 the words that asked for it.
 """
 
@@ -60,9 +60,9 @@ class Trace:
     images: Sequence[ShownImage] = ()
     """All of the conversation up to the end of this question, in order."""
     pictures: Mapping[int, str] = field(default_factory=dict)
-    """Image -> address of its picture: a ``data:`` URL, or a file beside the page. Others are drawn as frames."""
+    """Image -> address of its pixels: a ``data:`` URL, or a file beside the page. Others are drawn as frames."""
     missing: Mapping[int, str] = field(default_factory=dict)
-    """Image -> which file its picture should come from, and why it does not."""
+    """Image -> which file its pixels should come from, and why they do not."""
     answer: str | None = None
     finish: str = ""
     detail: str = ""

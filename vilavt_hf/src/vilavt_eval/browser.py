@@ -27,7 +27,7 @@ _SEARCHED = 800
 
 @dataclass(frozen=True, eq=False)
 class BrowsedRun:
-    """The files of one run, and where their pictures may be."""
+    """The files of one run, and where their images may be."""
 
     name: str
     files: Sequence[tuple[Recordings, Sequence[Path]]]
@@ -40,7 +40,7 @@ class Written:
     index: Path
     pages: int = 0
     missing: dict[str, str] = field(default_factory=dict)
-    """Pictures that could not be shown, and why."""
+    """Images that could not be shown, and why."""
     problems: list[str] = field(default_factory=list)
     """Lines that hold no conversation, and why."""
 

@@ -222,15 +222,15 @@ def write_side_by_side(
 ) -> Path:
     """Write a page with the questions that flipped, every turn of both runs beside each other.
 
-    Its pictures are in a folder beside it, as far as the files that the rows name are found: below `image_roots`, where
+    Its images are in a folder beside it, as far as the files that the rows name are found: below `image_roots`, where
     the benchmark says, beside the result files, or in the current folder.
 
     Args:
         comparison: its files are read again.
         path: of the page.
         limit: questions that are shown, those that changed most first, from both directions in turn.
-        benchmark: of the questions; says where their pictures are.
-        image_roots: folders that picture paths start from.
+        benchmark: of the questions; says where their images are.
+        image_roots: folders that image paths start from.
 
     Returns:
         `path`.
@@ -262,7 +262,7 @@ def write_side_by_side(
         questions.append([shown_talk([trace], 2 * number + side) for side, trace in enumerate(traces)])
     if folder.missing:
         first, why = next(iter(folder.missing.items()))
-        summary.append(f"{len(folder.missing)} pictures cannot be shown, first {first}: {why}.")
+        summary.append(f"{len(folder.missing)} images cannot be shown, first {first}: {why}.")
     page = render(
         "side_by_side.html",
         TEMPLATES,

@@ -1,7 +1,7 @@
-"""The pictures of recorded conversations: found again where their files are, cut as the model saw them, and written as
+"""The images of recorded conversations: found again where their files are, cut as the model saw them, and written as
 small files that a page refers to.
 
-A result file may come from anybody: what it names is opened as a picture only, within the caps of
+A result file may come from anybody: what it names is opened as an image only, within the caps of
 `vilavt_core.images`, and a path that leaves the folders it is looked for in is not followed.
 """
 
@@ -26,7 +26,7 @@ from vilavt_core.video import VideoLimits, frame_times, frames_at
 from .definition import Benchmark
 
 LARGEST = 1600
-"""Pixels of the longest side of a written picture."""
+"""Pixels of the longest side of a written image."""
 THUMBNAIL = 160
 FRAME_LIMITS = VideoLimits(max_total_pixels=200_000_000, max_seconds=60)
 """Caps on the frames of a video that one conversation is shown with: 600 MB in memory."""
@@ -37,11 +37,11 @@ _DECODED = 4
 def picture_roots(
     result: Path, benchmark: Benchmark | None, given: Iterable[Path] = (), data: Path | None = None
 ) -> list[Path]:
-    """Folders that the picture paths of a result file may start from, in the order they are tried.
+    """Folders that the image paths of a result file may start from, in the order they are tried.
 
     Args:
         result: the file.
-        benchmark: whose definition says where its pictures are, seen from its questions.
+        benchmark: whose definition says where its images are, seen from its questions.
         given: folders that are tried first.
         data: the benchmark's file, or the folder (data root) that holds it.
     """
@@ -70,26 +70,26 @@ class Frame:
 
 
 class PictureFolder:
-    """Writes pictures into a folder, each once.
+    """Writes images into a folder, each once.
 
     Args:
-        folder: where; made when the first picture is written.
+        folder: where; made when the first image is written.
         address: of the folder, as the pages that show them say it, with a slash at the end.
     """
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.address = folder, address
         self.missing: dict[str, str] = {}
-        """Pictures that could not be shown, and why."""
+        """Images that could not be shown, and why."""
         self.open = lru_cache(_DECODED)(load_image)
-        """A picture, decoded; see `vilavt_core.images.load_image`."""
+        """An image, decoded; see `vilavt_core.images.load_image`."""
         self._frames = lru_cache(1)(_frames)
         self.times = lru_cache(_DECODED)(_times)
         """Times of the frames that are taken of a video file; an error if it cannot be read."""
 
     def find(self, name: str, roots: Sequence[Path]) -> Path | None:
-        """The file of a picture or video, or None. One that is not where its absolute path says is looked for by its
-        name: results are moved together with their pictures.
+        """The file of an image or video, or None. One that is not where its absolute path says is looked for by its
+        name: results are moved together with their images.
         """
         path = Path(name)
         if not name or "\0" in name or ".." in path.parts:
@@ -169,7 +169,7 @@ def _cut(picture: Image.Image, region: Box, size: tuple[int, int]) -> Image.Imag
     left, top = int(region[0] * width), int(region[1] * height)
     right, bottom = int(region[2] * width), int(region[3] * height)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ImageError(f"region {list(region)} is no part of a picture of {width} x {height} px")
+        raise ImageError(f"region {list(region)} is no part of an image of {width} x {height} px")
     scale = min(1.0, LARGEST / max(size))
     shown = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
     return picture.crop((left, top, right, bottom)).resize(shown, Image.Resampling.LANCZOS)

@@ -102,7 +102,7 @@ class Questions(Sequence[Question]):
         Raises:
             BenchmarkError: how many questions lack files, and which are the first that are missing.
         """
-        is_file = lru_cache(4096)(os.path.isfile)  # frames and pictures are shared by neighbouring questions
+        is_file = lru_cache(4096)(os.path.isfile)  # frames and images are shared by neighbouring questions
         lacking, first = 0, dict[str, str | int]()
         for question in self:
             files = (*map(str, question.images), *(str(video.source) for video in question.videos))

@@ -63,11 +63,11 @@ class Recording:
     key: str
     """The same for the same question in another run."""
     trace: Trace
-    """Without pictures."""
+    """Without images."""
     sources: Sequence[str] = ()
-    """Path or ``data:`` URL of each source picture, by its number."""
+    """Path or ``data:`` URL of each source image, by its number."""
     videos: Sequence[Video] = ()
-    """Of a row, behind its pictures; their paths as the row names them."""
+    """Of a row, behind its images; their paths as the row names them."""
     inside: Mapping[int, str] = field(default_factory=dict)
     """``data:`` URLs of images, where the file has them."""
     category: str = ""
@@ -75,7 +75,7 @@ class Recording:
     """How its images were sized, if the file says so and not what was shown."""
 
     def replayed(self, folder: PictureFolder, roots: Sequence[Path]) -> Recording:
-        """With the images that its turns asked for, of a row that does not say what was shown and whose pictures are
+        """With the images that its turns asked for, of a row that does not say what was shown and whose images are
         found: the crop rule is applied again.
         """
         if self.sizes is None or self.trace.images or not self.sources:
@@ -102,7 +102,7 @@ class Recording:
         return replace(self, trace=replace(self.trace, images=images, turns=turns))
 
     def pictured(self, folder: PictureFolder, roots: Sequence[Path]) -> Trace:
-        """The trace with its pictures, as far as their files are found; of the others it says why not."""
+        """The trace with its images, as far as their files are found; of the others it says why not."""
         found, missing = dict[int, str](), dict[int, str]()
         frames = self._frames(folder, roots)
         images = []
@@ -117,14 +117,14 @@ class Recording:
                 if (address := folder.address_of(source, whole)) is not None:
                     found[image.index] = address
                     continue
-                name = "picture in the file" if isinstance(source, str) else Path(str(source)).name
+                name = "image in the file" if isinstance(source, str) else Path(str(source)).name
                 why = f"{name}: {folder.missing.get(str(source)[:200], 'cannot be read')}"
             if why:
                 missing[image.index] = why
         return replace(self.trace, images=images, pictures=found, missing=missing)
 
     def thumbnail(self, folder: PictureFolder, roots: Sequence[Path], address: str) -> str | None:
-        """Address of a thumbnail of the picture that is looked at first."""
+        """Address of a thumbnail of the image that is looked at first."""
         images = self.trace.images
         first = next((image for image in images if image.parent is not None), images[0] if images else None)
         if first is None:
@@ -136,7 +136,7 @@ class Recording:
     def _source(
         self, image: ShownImage, frames: Mapping[int, Frame | str], folder: PictureFolder, roots: Sequence[Path]
     ) -> tuple[Path | Frame | str | None, str]:
-        """Where the picture of an image comes from, or None and why it is not known."""
+        """Where the pixels of an image come from, or None and why that is not known."""
         if image.index in self.inside:
             return self.inside[image.index], ""
         if image.source in frames:
@@ -261,7 +261,7 @@ def recording_of_row(row: Mapping[str, Any], line: int, benchmark: Benchmark | N
     Args:
         row: what the line holds.
         line: its number, from 1; names a row without an id.
-        benchmark: says under which key the row's pictures are.
+        benchmark: says under which key the row's images are.
         score: of its answer, 0 to 1; None: nobody knows.
 
     Raises:
@@ -352,7 +352,7 @@ def _recording_of_result(data: Any, path: Path, line: int) -> Recording:
 
 
 def _files(images: Sequence[ShownImage], files: Any) -> list[str]:
-    """The file of each source: by the list that the result came with, one entry for each picture and each video in the
+    """The file of each source: by the list that the result came with, one entry for each image and each video in the
     order of the conversation, as far as the names agree; else the bare name.
     """
     originals = {image.source: image for image in images if image.parent is None}
@@ -380,7 +380,7 @@ def _files(images: Sequence[ShownImage], files: Any) -> list[str]:
 
 
 def _no_file(name: str, folder: PictureFolder) -> str:
-    why = "a picture of the network" if "://" in name[:20] else "no such file"
+    why = "an image on the network" if "://" in name[:20] else "no such file"
     folder.missing.setdefault(name[:200], why)
     return f"{Path(name).name[:200]}: {why}"
 

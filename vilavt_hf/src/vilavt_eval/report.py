@@ -19,7 +19,7 @@ from .summary import Figure, FigureKind, Summary, other_scorer
 LISTED = 20
 """Rows of a listing in Markdown; JSON has all."""
 PLOTTED = 100
-"""Figures of a benchmark in the plot; a picture of thousands of categories would need gigabytes."""
+"""Figures of a benchmark in the plot; an image of thousands of categories would need gigabytes."""
 
 
 def write_report(

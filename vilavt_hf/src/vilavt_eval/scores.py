@@ -111,7 +111,7 @@ class ScoredFile:
 
     path: Path
     run: Mapping[str, Any] | None
-    """What the file says its answers depend on; None: nothing, as upstream's."""
+    """What the file says its answers depend on; None: nothing, as in published files."""
     benchmark: Benchmark | None
     rows: tuple[ScoredRow, ...]
     problems: tuple[Problem, ...]

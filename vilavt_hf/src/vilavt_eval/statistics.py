@@ -118,7 +118,7 @@ def difference_interval(
 
 
 def mean_of_means(means: Sequence[float], intervals: Sequence[Interval]) -> Interval:
-    """Interval of the plain mean of independent means, made of theirs.
+    """Interval of the plain mean of independent means, made of their intervals.
 
     The distances from the means to the ends of their intervals add up as standard errors do (Zou, Huang and Zhang 2009,
     "A note on confidence interval estimation for a linear function of binomial proportions"). So it stays on the scale,

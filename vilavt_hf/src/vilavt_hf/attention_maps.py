@@ -1,7 +1,7 @@
 """Where each patch looks inside the vision encoder: at the other regions of its group, and at the words of the query.
 
     inquiry = zoom(chat.settings, ["photo.jpg"], [Region(0, (28, 28, 84, 84))])    # or one of a conversation's record
-    picture = attention_of(chat.model, chat.processor, inquiry)                  # 8-bit maps: vilavt_core.attention
+    image = attention_of(chat.model, chat.processor, inquiry)                  # 8-bit maps: vilavt_core.attention
     maps = look(chat.model, chat.processor.encode_inquiries([inquiry]))[0]         # exact numbers: tensors
 
 `look` encodes the images once more with a hook on the attention of every watched block. The hook takes queries and keys
@@ -301,12 +301,12 @@ def zoom(settings: ConversationSettings, images: Sequence[ImageSource], regions:
 
     Args:
         settings: of the backend, e.g. ``VilavtChat.settings``.
-        images: pictures of the conversation.
-        regions: boxes in pixels of the pictures as they are shown.
+        images: images of the conversation.
+        regions: boxes in pixels of the images as they are shown.
 
     Raises:
         AttentionError: the call is refused, e.g. a region leaves its image; says why.
-        ImageError: a picture cannot be loaded.
+        ImageError: an image cannot be loaded.
     """
     limits = replace(settings.limits, max_turns=max(2, settings.limits.max_turns))
     driver = Driver(Sample(images, "?", limits=limits), settings, fallback=False)
@@ -499,7 +499,7 @@ def _located(patches: Sequence[Patch], grids: torch.Tensor) -> list[int]:
     return out
 
 
-# ---------------------------------------------------------------------- reducing to pictures
+# ---------------------------------------------------------------------- reducing to images
 
 
 class _Entry(NamedTuple):

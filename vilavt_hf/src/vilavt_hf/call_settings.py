@@ -73,7 +73,7 @@ def sort_settings(given: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, A
 
 
 def bounds_within(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str, Any]:
-    """Image settings with the bounds on a picture's area under the one name, ``size``, that every version uses.
+    """Image settings with the bounds on an image's area under the one name, ``size``, that every version uses.
 
     Args:
         settings: of the call.
@@ -91,8 +91,7 @@ def bounds_within(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str
         return settings
     if own is not None and not (isinstance(own, Mapping) and set(own) == {"shortest_edge", "longest_edge"}):
         raise ProcessorError(
-            f"size={own!r} must be {{'shortest_edge': …, 'longest_edge': …}}, the least and the most pixels of a "
-            "picture"
+            f"size={own!r} must be {{'shortest_edge': …, 'longest_edge': …}}, the least and the most pixels of an image"
         )
     bounds = dict(own or size)
     low = named.get("min_pixels", bounds["shortest_edge"])
@@ -101,7 +100,7 @@ def bounds_within(settings: dict[str, Any], size: Mapping[str, int]) -> dict[str
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ProcessorError(f"{name}={value!r} must be a number of pixels, 1 or more")
     if low > high:
-        raise ProcessorError(f"a picture cannot have at least {low} and at most {high} pixels; give both bounds")
+        raise ProcessorError(f"an image cannot have at least {low} and at most {high} pixels; give both bounds")
     return {**settings, "size": {"shortest_edge": low, "longest_edge": high}}
 
 

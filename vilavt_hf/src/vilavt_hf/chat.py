@@ -1,4 +1,4 @@
-"""Ask a ViLaVT about pictures with a model in this process: one question or many, streamed, or with follow-ups.
+"""Ask a ViLaVT about images with a model in this process: one question or many, streamed, or with follow-ups.
 
 `VilavtChat` is the backend ``hf``: conversations are `vilavt_core.driver.Driver`s, `vilavt_hf.engine`
 computes them, each image and token once.
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 LOADED_AHEAD = 2
-"""Questions whose pictures are loaded while the engine is busy with those before, each in a thread of its own."""
+"""Questions whose images are loaded while the engine is busy with those before, each in a thread of its own."""
 
 
 class VilavtChat(DrivenBackend):
@@ -266,7 +266,7 @@ class LocalSession:
     Args:
         engine: of these conversations alone.
         reencode: False: crops get their features from their originals; see `Intervention.reencode`.
-        ahead: questions whose pictures are loaded before the engine has room for them.
+        ahead: questions whose images are loaded before the engine has room for them.
     """
 
     def __init__(self, engine: Engine, *, reencode: bool = True, ahead: int = LOADED_AHEAD) -> None:
@@ -282,7 +282,7 @@ class LocalSession:
 
     def run(self, drivers: Iterator[Driver]) -> Generator[tuple[Driver, Event], None, None]:
         """Keep the engine full, and turn its tokens into events. Which conversations run side by side depends on their
-        order alone, not on how long a picture takes to load.
+        order alone, not on how long an image takes to load.
         """
         with closing(_loaded_ahead(drivers, self.ahead)) as loaded:
             yield from self._run(loaded)
@@ -378,9 +378,9 @@ class LocalSession:
 
 
 def _loaded_ahead(drivers: Iterator[Driver], ahead: int) -> Generator[Driver, None, None]:
-    """The drivers in their order, their pictures loaded by threads while nobody asks for the next one."""
+    """The drivers in their order, their images loaded by threads while nobody asks for the next one."""
     loading: deque[tuple[Driver, Future[None]]] = deque()
-    threads = ThreadPoolExecutor(max(1, ahead), "vilavt-pictures")
+    threads = ThreadPoolExecutor(max(1, ahead), "vilavt-images")
     try:
         while True:
             while len(loading) <= ahead and (driver := next(drivers, None)) is not None:

@@ -1,4 +1,4 @@
-"""From a picture to the numbers of its patches: the image processor's, bit for bit, without its passes over all pixels.
+"""From an image to the numbers of its patches: the image processor's, bit for bit, without its passes over all pixels.
 
 A byte has 256 values, so what the image processor makes of one is looked up in a table, which is asked of it, whatever
 its settings. Pixels stay bytes until then, and each is there once, not once for each frame of a patch.
@@ -71,7 +71,7 @@ class PixelScale(torch.nn.Module):
         self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 588) uint8 -> (N, 1176): a still picture is as many equal frames as a patch has."""
+        """(N, 588) uint8 -> (N, 1176): a still image is as many equal frames as a patch has."""
         channels = self.table.shape[0]
         starts = torch.arange(channels, dtype=torch.int32, device=self.table.device) * self.table.shape[1]
         places = pixels.to(self.table.device).unflatten(1, (channels, -1)).int() + starts[:, None]

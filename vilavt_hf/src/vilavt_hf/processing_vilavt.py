@@ -194,7 +194,7 @@ class VilavtProcessor(ProcessorMixin):
         of 5.x by itself; ``return_mm_token_type_ids=True`` returns them.
 
         Args:
-            images: pictures in prompt order: one, a list, or a list per sample; a flat list for several prompts is
+            images: images in prompt order: one, a list, or a list per sample; a flat list for several prompts is
                 shared out by their placeholders. PIL images are taken as stock processors take them, everything else is
                 loaded as by `vilavt_core.images.load_image`, http(s) URLs included. An array of floats from 0 to 1 is
                 scaled, unless ``do_rescale=False`` says that it is ready.
@@ -216,7 +216,7 @@ class VilavtProcessor(ProcessorMixin):
             GroupError: placeholders, images and queries do not add up; names the sample.
             ProcessorError: an argument that nobody uses, one that was passed two times, or a prompt that truncation
                 would cut inside an image.
-            ImageError: a picture cannot be loaded.
+            ImageError: an image cannot be loaded.
         """
         if videos is not None or audio is not None:
             raise GroupError("ViLaVT takes video frames as images, and no audio: pass images=[frame, …]")
@@ -479,7 +479,7 @@ class VilavtProcessor(ProcessorMixin):
         return "".join([*pieces, text[done:]]), replaced
 
     def _per_sample(self, images: Any, texts: list[str]) -> list[list[Any]]:
-        """The pictures of every prompt; without prompts all of them are one sample's."""
+        """The images of every prompt; without prompts all of them are one sample's."""
         n_samples = max(1, len(texts))
         if images is None:
             return [[] for _ in range(n_samples)]
@@ -551,17 +551,17 @@ def _variables(chat_template: str | None, own: str | dict[str, str] | None) -> f
 
 
 def _picture(source: Any, as_it_is: bool, label: str) -> Any:
-    """A picture as the image processor takes it; `as_it_is`: arrays are in the state that the caller says."""
+    """An image as the image processor takes it; `as_it_is`: arrays are in the state that the caller says."""
     if isinstance(source, Image.Image) or (as_it_is and is_array(source)):
         return source
     if isinstance(source, str) and len(source) > 255 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", source):
-        source = f"data:image/*;base64,{source}"  # what stock processors take for a picture as well
+        source = f"data:image/*;base64,{source}"  # what stock processors take for an image as well
     policy = UrlPolicy(private_hosts=True)  # the caller's own text, as in stock processors
     return load_image(source, allow_urls=True, url_policy=policy, name=None if isinstance(source, str) else label)
 
 
 def _pictures_of(conversation: Any) -> list[Any]:
-    """The pictures of a conversation, in order."""
+    """The images of a conversation, in order."""
     return [
         part[key]
         for message in conversation

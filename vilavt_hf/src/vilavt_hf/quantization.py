@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: which package computes with them, and which modules keep theirs.
+"""Weights in 8 or 4 bits: which package computes with them, and which modules keep all their bits.
 
 All through transformers' ``quantization_config``. What makes a ViLaVT of a Qwen2.5-VL stays as it is, since it is small
 (52 of 8,942 million parameters at the 7B shape): the query projections, ``text_proj``; and the LM head.

@@ -72,8 +72,8 @@ def read_rows(files: str | Path | Sequence[str | Path]) -> list[Row]:
     Keys: ``question``, ``answer``, ``image_path`` or ``images``, ``question_type``, and optionally ``data_type``,
     ``max_num_steps`` (0 or null: not set), ``max_pixels``, ``id``, ``options`` (of a multiple choice: a list of texts,
     or an object from A, B, … to texts). Images are a list; each is a path (one that does not exist as it is counts from
-    the file's folder) or holds the picture itself: a data URL, its bytes, or, as `datasets` writes it, ``{"bytes",
-    "path"}``. Pictures that rows hold stay in memory, encoded. ``videos`` are a list of files, or of
+    the file's folder) or holds the image itself: a data URL, its bytes, or, as `datasets` writes it, ``{"bytes",
+    "path"}``. Images that rows hold stay in memory, encoded. ``videos`` are a list of files, or of
     ``{"path", "frames" or "fps", "rule"}`` (verl's ``video`` and ``nframes`` mean the same), shown after the images.
 
     Raises:
@@ -126,7 +126,7 @@ def _row(record: Any, path: Path, number: int) -> Row:
         raise RowError(f"{where}: {error}") from None
     keys = [key for key in ("image_path", "images") if record.get(key) is not None] or ["image_path"]
     if len(keys) > 1:
-        raise RowError(f"{where}: it has both 'image_path' and 'images'; keep the one that holds the pictures")
+        raise RowError(f"{where}: it has both 'image_path' and 'images'; keep the one that holds the images")
     videos = record.get("videos") or ()
     if isinstance(videos, str) or not isinstance(videos, Sequence):
         raise RowError(f"{where}: 'videos' must be a list, it is {type(videos).__name__}")
@@ -154,12 +154,12 @@ def _image(image: Any, path: Path, where: str) -> str:
     """An image of a row as a file or a data URL."""
     if isinstance(image, Mapping):
         if unknown := sorted(set(image) - {"bytes", "path"}):
-            raise RowError(f"{where}: it has the keys {', '.join(unknown)}; a picture has bytes, path, or both")
+            raise RowError(f"{where}: it has the keys {', '.join(unknown)}; an image has bytes, path, or both")
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return _embedded(f"data:image/*;base64,{base64.b64encode(image).decode()}", image, where)
     if not isinstance(image, str):
-        raise RowError(f"{where}: it is {type(image).__name__}, it must be a file, a data URL, or bytes of a picture")
+        raise RowError(f"{where}: it is {type(image).__name__}, it must be a file, a data URL, or bytes of an image")
     if image[:5].lower() == "data:":
         return _embedded(image, image, where)
     return _file(image, path, f"{where}: no image")
@@ -182,9 +182,9 @@ def _file(name: str, path: Path, problem: str) -> str:
 
 
 def _embedded(url: str, source: str | bytes, where: str) -> str:
-    """A picture that a row holds, once its header was read."""
+    """An image that a row holds, once its header was read."""
     try:
-        image_size(source, name="the picture in it")
+        image_size(source, name="the image in it")
     except ImageError as error:
         raise RowError(f"{where}: {error}") from None
     return url

@@ -78,7 +78,7 @@ def start_row(row: Row, settings: ConversationSettings, *, max_prompt: int, max_
     """
     try:
         images = settings.load(row.sources)
-    except ImageError as error:  # a picture that the row holds has no name of its own
+    except ImageError as error:  # an image that the row holds has no name of its own
         raise ImageError(f"sample {row.id}: {error}") from None
     episode = _open(row, settings, images)
     length = len(episode.record.token_ids)

@@ -39,7 +39,7 @@ _NUMBERS = itertools.count()
 
 
 class VilavtLLM(DrivenBackend):
-    """Asks a ViLaVT about pictures, offline, with vLLM's batching and caches; see `vilavt_core.backends.Backend`.
+    """Asks a ViLaVT about images, offline, with vLLM's batching and caches; see `vilavt_core.backends.Backend`.
 
     Every conversation advances as soon as its own turn is sampled; none waits for another.
 

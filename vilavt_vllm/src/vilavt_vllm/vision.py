@@ -73,7 +73,7 @@ class Packing:
 
 
 class Packings:
-    """The packings that were used last: the same sizes of pictures come again and again, and making one takes the
+    """The packings that were used last: the same sizes of images come again and again, and making one takes the
     worker's main thread longer than launching the tower's kernels.
 
     Args:

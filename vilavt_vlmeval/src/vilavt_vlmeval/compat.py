@@ -35,8 +35,8 @@ def runner() -> Path:
         if candidate.is_file():
             return candidate
     raise VlmevalMissing(
-        f"{folder} has no run.py, neither inside nor beside it: upstream installs without it; run from a checkout, or "
-        "install with pip install -e"
+        f"{folder} has no run.py, neither inside nor beside it: VLMEvalKit's own installation leaves it out; "
+        "run from a checkout, or install with pip install -e"
     )
 
 

@@ -58,7 +58,7 @@ class BenchmarkQuestion:
 
     @property
     def files(self) -> list[str]:
-        """Paths of the pictures and videos that are files."""
+        """Paths of the images and videos that are files."""
         return [i.label if isinstance(i, Video) else i for i in self.images if not isinstance(i, Image.Image)]
 
 
@@ -69,7 +69,7 @@ def question_of(message: Sequence[Mapping[str, Any]], frames: Video | None = Non
 
     Images that stand between texts leave an ``<image>`` mark where they stood: the preset ``eval-hf`` puts them back
     there, the others show all images first and leave the marks in the text, as the published vLLM evaluation does.
-    Beside a video there are no marks: pictures and videos come first, in their order.
+    Beside a video there are no marks: images and videos come first, in their order.
 
     Args:
         message: the items.
@@ -91,7 +91,7 @@ def question_of(message: Sequence[Mapping[str, Any]], frames: Video | None = Non
 
 
 def _shown(item: Mapping[str, Any], frames: Video | None) -> list[str | Image.Image | Video]:
-    """What an item shows: a picture, a video, or the frames that a toolkit has taken out of one."""
+    """What an item shows: an image, a video, or the frames that a toolkit has taken out of one."""
     value = item["value"]
     if item["type"] == "image":
         return [_image(value)]

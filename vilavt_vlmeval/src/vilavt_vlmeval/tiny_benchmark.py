@@ -28,7 +28,7 @@ def options(answer: str) -> list[str]:
 
 
 def write(folder: Path, limit: int | None = None) -> Path:
-    """Write ``VilavtTinyHeldout.tsv`` and its pictures into the toolkit's data folder.
+    """Write ``VilavtTinyHeldout.tsv`` and its images into the toolkit's data folder.
 
     Args:
         folder: the toolkit's, ``$LMUData``.

@@ -1,4 +1,4 @@
-"""``vilavt ask`` and ``vilavt demo``: one question about your pictures, or three about the shipped ones."""
+"""``vilavt ask`` and ``vilavt demo``: one question about your images, or three about the shipped ones."""
 
 from __future__ import annotations
 
@@ -234,11 +234,11 @@ def _write(
         console.print(f"trace: {page}", soft_wrap=True, markup=False)
     if picture is not None:
         draw_conversation(results[0]).save(picture)
-        console.print(f"picture: {picture}", soft_wrap=True, markup=False)
+        console.print(f"image: {picture}", soft_wrap=True, markup=False)
 
 
 def _questions(path: Path) -> list[tuple[Path, str, str]]:
-    """Picture, question and expected answer of every entry."""
+    """Image, question and expected answer of every entry."""
     try:
         entries = parse_json(path.read_text(encoding="utf-8-sig"))
         return [(path.parent / str(e["image"]), str(e["question"]), str(e.get("answer", ""))) for e in entries]

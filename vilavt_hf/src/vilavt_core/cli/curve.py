@@ -1,4 +1,4 @@
-"""``vilavt curve``: what runs of `vilavt sft` have logged, as one picture."""
+"""``vilavt curve``: what runs of `vilavt sft` have logged, as one image."""
 
 from pathlib import Path
 from typing import Annotated

@@ -172,12 +172,12 @@ def _lines(found: "Plan", machine: "Machine", talk: "PlannedTalk") -> list[str]:
         f"  activations       {machine.reserve:8.2f} GiB   assumed (--reserve); vLLM measures its own at start",
         f"  keys and values   {gib(found.kv_cache_bytes)}   {found.kv_bytes_per_token:,} bytes a token",
         "",
-        f"a conversation of {talk.pictures} picture(s) of {width} x {height}, {talk.crops} crop(s) and "
+        f"a conversation of {talk.pictures} image(s) of {width} x {height}, {talk.crops} crop(s) and "
         f"{talk.text_tokens} tokens of text",
-        f"  a picture         {found.picture_tokens:8,} tokens",
+        f"  an image          {found.picture_tokens:8,} tokens",
         f"  a crop, at most   {found.crop_tokens:8,} tokens",
         f"  all               {found.conversation_tokens:8,} tokens; the longest there can be: {found.context:,}",
-        f"  computing         {found.vision_flops / 1e12:8.1f} TFLOP for its pictures, "
+        f"  computing         {found.vision_flops / 1e12:8.1f} TFLOP for its images, "
         f"{found.language_flops / 1e12:.1f} TFLOP to read it once",
         f"  at the same time  {found.conversations:8,} conversations; {found.full_conversations:,} of the longest",
     ]

@@ -115,7 +115,7 @@ def check_output_folders(**options: Path | None) -> None:
 
 
 def check_picture_file(**options: Path | None) -> None:
-    """`check_output_files` for pictures: the name must end in a format that can be written."""
+    """`check_output_files` for images: the name must end in a format that can be written."""
     check_output_files(**options)
     for name, path in options.items():
         if path is None:
@@ -126,7 +126,7 @@ def check_picture_file(**options: Path | None) -> None:
         if path.suffix.lower() not in known:
             hint = did_you_mean(path.suffix, (".png", ".jpg", ".jpeg", ".webp"))
             raise typer.BadParameter(
-                f"{path}: pictures cannot be written as {path.suffix or 'a file without an ending'}; name a .png file"
+                f"{path}: images cannot be written as {path.suffix or 'a file without an ending'}; name a .png file"
                 f"{hint}",
                 param_hint=_option(name),
             )

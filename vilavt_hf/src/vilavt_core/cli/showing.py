@@ -25,7 +25,7 @@ def show(
     Args:
         console: where to.
         events: up to `Finished`.
-        crops: called after the lines of a zoom, to show its pictures.
+        crops: called after the lines of a zoom, to show its images.
 
     Returns:
         The result.
@@ -35,7 +35,7 @@ def show(
     """
     open_turn = -1
     coming = iter(events)
-    with waiting("reading the pictures and the question"):
+    with waiting("reading the images and the question"):
         begin = list(islice(coming, 1))
     for event in chain(begin, coming):
         if isinstance(event, TextDelta):

@@ -1,4 +1,4 @@
-"""``vilavt chat``: a conversation in the terminal, with follow-up questions and pictures in between."""
+"""``vilavt chat``: a conversation in the terminal, with follow-up questions and images in between."""
 
 from __future__ import annotations
 
@@ -136,12 +136,12 @@ class Prompt:
         self.console, self.dialogue, self.way, self.frames, self.fps = console, dialogue, way, frames, fps
         self.attention_maps = attention_maps
         self.commands = {
-            "/image": Command(self.image, "PATH", "show a picture with the next question"),
+            "/image": Command(self.image, "PATH", "show an image with the next question"),
             "/video": Command(self.video, "PATH", "show the frames of a video with the next question"),
             "/trace": Command(
                 self.trace, "FILE", "write everything so far as a page, or as JSON if FILE ends in .json"
             ),
-            "/reset": Command(self.reset, "", "forget pictures, questions and answers"),
+            "/reset": Command(self.reset, "", "forget images, questions and answers"),
             "/help": Command(self.help, "", "this list"),
         }
 
@@ -168,7 +168,7 @@ class Prompt:
                 self.console.print(f"[red]{type(error).__name__}[/]: {markup(str(error))}", soft_wrap=True)
             except KeyboardInterrupt:
                 self.console.print("\n[yellow]stopped[/]; the next question begins a new conversation about the same "
-                                   "pictures")  # fmt: skip
+                                   "images")  # fmt: skip
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash."""
@@ -192,7 +192,7 @@ class Prompt:
             events.close()  # type: ignore[attr-defined]  # an interrupt may have come between two events
 
     def image(self, path: str) -> None:
-        """Show a picture with the next question."""
+        """Show an image with the next question."""
         self._added(self.dialogue.add(_path(path)))
 
     def video(self, path: str) -> None:
@@ -226,9 +226,9 @@ class Prompt:
         self.console.print(f"trace: {path}", soft_wrap=True, markup=False)
 
     def reset(self, _: str = "") -> None:
-        """Forget pictures, questions and answers."""
+        """Forget images, questions and answers."""
         self.dialogue.reset()
-        self.console.print("forgotten; /image shows another picture", style="dim")
+        self.console.print("forgotten; /image shows another image", style="dim")
 
     def help(self, _: str = "") -> None:
         """What can be typed."""

@@ -68,7 +68,7 @@ class Annotations:
         rows = pyarrow.parquet.read_table(self.path).to_pylist()
         for i, row in enumerate(rows):
             if odd := sorted(key for key, value in row.items() if isinstance(value, bytes | dict)):
-                raise ValueError(f"row {i} holds a picture or other data in {odd[0]}; save it as a file, name its path")
+                raise ValueError(f"row {i} holds an image or other data in {odd[0]}; save it as a file, name its path")
         return rows
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ def check(dataset: SftDataset, *, decode: bool = False, workers: int = 0, progre
 
     Args:
         dataset: what to check; samples longer than its ``max_length`` are findings.
-        decode: decode every picture too, not only its header: finds damage inside, takes far longer.
+        decode: decode every image too, not only its header: finds damage inside, takes far longer.
         workers: processes.
         progress: show a bar.
     """

@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 OverLong = Literal["drop", "cut"]
 
 FILE_PROBLEMS = ("missing file", "image")
-"""Kinds of samples that are left out because of a picture's file, and so may be sound at the next look."""
+"""Kinds of samples that are left out because of an image's file, and so may be sound at the next look."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a sample will be, found out from its text and the headers of its pictures."""
+    """What a sample will be, found out from its text and the headers of its images."""
 
     tokens: int
     """Of the stream as trained, so after a cut; 0 if the sample is dropped."""
@@ -111,15 +111,15 @@ class SftDataset:
         return self.annotations[source][record]
 
     def __getitem__(self, i: int) -> Example | Dropped:
-        """The sample with its pictures decoded, or why it cannot be used."""
+        """The sample with its images decoded, or why it cannot be used."""
         try:
             return self._render(i, decode=True)[0].example
         except DataError as error:
             return Dropped(self.name(i), error.kind, str(error))
 
     def measure(self, i: int) -> Measure:
-        """A sample's lengths without decoding a picture; a sample that cannot be used says why."""
-        mark = self.picture_mark(i)  # taken first: a picture that changes meanwhile is measured again
+        """A sample's lengths without decoding an image; a sample that cannot be used says why."""
+        mark = self.picture_mark(i)  # taken first: an image that changes meanwhile is measured again
         try:
             rendered, full = self._render(i, decode=False)
         except DataError as error:
@@ -139,7 +139,7 @@ class SftDataset:
         )
 
     def picture_mark(self, i: int) -> int:
-        """Changes with the size or the time of any picture of a sample; never 0. Opens no picture."""
+        """Changes with the size or the time of any image of a sample; never 0. Opens no image."""
         try:
             record = read_record(self.record(i), self.name(i))
         except DataError:
@@ -170,7 +170,7 @@ class SftDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes measures, but for pictures: annotations count by their size and time."""
+        """Changes with anything that changes measures, but for images: annotations count by their size and time."""
         files = []
         for source in self.sources:
             stat = source.annotations.stat()
@@ -289,7 +289,7 @@ def measure(
     Args:
         dataset: what to measure.
         indices: which samples; None: all.
-        known: of all samples, from an earlier start; a sample whose pictures kept their size and time is left out.
+        known: of all samples, from an earlier start; a sample whose images kept their size and time is left out.
         workers: processes.
         progress: show a bar.
     """

@@ -98,7 +98,7 @@ class Rendered:
 
 
 class Outline(Image.Image):
-    """A picture of which only the size is known: measures conversations without decoding anything."""
+    """An image of which only the size is known: measures conversations without decoding anything."""
 
     def __init__(self, size: tuple[int, int]):
         super().__init__()
@@ -139,11 +139,11 @@ class Renderer:
         self.special = SpecialTokens.of(tokenizer)
 
     def load(self, path: Path) -> Image.Image:
-        """The picture, decoded."""
+        """The image, decoded."""
         return load_image(path, rules=self.settings.image_rules)
 
     def outline(self, path: Path) -> Image.Image:
-        """The picture's size, from its header."""
+        """The image's size, from its header."""
         return Outline(image_size(path, rules=self.settings.image_rules))
 
     def videos(self, record: TrainingRecord, root: Path) -> list[Video]:
@@ -175,7 +175,7 @@ class Renderer:
             sample: names it in errors.
             image_root: where relative paths start.
             crops: see `DataSource`.
-            decode: whether pictures and frames are decoded; else only their sizes are read.
+            decode: whether images and frames are decoded; else only their sizes are read.
 
         Raises:
             DataError: the record cannot be used; names the sample and says why.
@@ -185,7 +185,7 @@ class Renderer:
         def picture(name: str) -> Image.Image:
             if name[:5].lower() == "data:":
                 raise DataError(
-                    f"{sample}: images holds a data URL of {len(name)} characters; save the picture as a file and name "
+                    f"{sample}: images holds a data URL of {len(name)} characters; save the image as a file and name "
                     "that",
                     "schema",
                 )

@@ -133,17 +133,17 @@ class EpisodeTurn(BaseModel):
 
 
 class EpisodeRecord(BaseModel):
-    """A conversation as the model sees it: pictures, a question, and what it should say."""
+    """A conversation as the model sees it: images, a question, and what it should say."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str | int | None = Field(default=None, description="name in reports")
     images: list[str] = Field(
-        default=[], description="source pictures, relative to the image root; frames of a video are pictures"
+        default=[], description="source images, relative to the image root; frames of a video are images"
     )
     videos: VideoEntries = Field(
         default=[],
-        description="video files, relative to the image root, shown after the pictures: paths, or {path, frames, fps, "
+        description="video files, relative to the image root, shown after the images: paths, or {path, frames, fps, "
         "rule}",
     )
     question: str = Field(description="the user's text")

@@ -3,7 +3,7 @@
 A set is a folder with one ``<template>.txt`` per name in `TEMPLATES` and a ``prompts.json`` (name, version).
 A template is used byte for byte, the line end at its end included. ``$name`` or ``${name}`` is a placeholder,
 ``$$`` a dollar sign. Substituted values are never scanned again, so a question that contains ``$image`` stays text.
-``$image`` marks where the picture itself goes.
+``$image`` marks where the image itself goes.
 """
 
 from __future__ import annotations

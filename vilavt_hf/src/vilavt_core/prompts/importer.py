@@ -162,7 +162,7 @@ def import_prompts(checkout: str | Path, name: str = "imported") -> ImportReport
 
 
 def _assemble(template: str, text: str) -> str:
-    """In the published layout a picture stands before its index line, and the bare question before the
+    """In the published layout an image stands before its index line, and the bare question before the
     several-image block."""
     if template in ("original", "original_sized", "crop"):
         return "${image}" + text

@@ -46,7 +46,7 @@ _SENTENCE = re.compile(r"(?:^|[.:!?] ) ?$")
 # After a letter: what makes it an option's.
 _BRACKET = re.compile(r" ?[)\]]| [-–—](?: |$)")
 _POINT = re.compile(r" ?[.:]")
-# Words before a letter that is the name of a thing in the picture.
+# Words before a letter that is the name of a thing in the image.
 _NAMED = re.compile(
     r"\b(?:than|to|from|of|as|by|with|near|behind|above|below|beside|under|over|between"
     r"|and|or|nor|object|point|person) $",

@@ -89,7 +89,7 @@ def build_page(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
     told = backend.provenance(0)
     settings = _Settings(model, told)
     with gr.Blocks(title="ViLaVT", analytics_enabled=False, fill_width=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# ViLaVT\nAsk about pictures, and see where the model looks. Model: `{_name(model, told)}`")
+        gr.Markdown(f"# ViLaVT\nAsk about images, and see where the model looks. Model: `{_name(model, told)}`")
         if note := note_of(model, backend):
             gr.Markdown(note, elem_id="note")
         thread = gr.HTML(elem_id="thread")
@@ -97,7 +97,7 @@ def build_page(model: str, desks: Desks, *, examples: bool = True) -> "Blocks":
         links = gr.HTML(elem_id="links")
         box = gr.MultimodalTextbox(
             label="Question",
-            placeholder="Drop or paste pictures or a video, and ask …",
+            placeholder="Drop or paste images or a video, and ask …",
             file_count="multiple",
             file_types=["image", *VIDEO_SUFFIXES],
             autofocus=True,
@@ -187,7 +187,7 @@ class _Settings:
             self.turns = gr.Slider(1, most, value=limits.max_turns, step=1, label="Turns at most")
             self.temperature = gr.Slider(0, 2, value=sampling.temperature, step=0.05, label="Temperature (0: greedy)")
         with gr.Row():
-            self.pixels = gr.Number(limits.max_pixels, label="Pixels of a picture, at most", minimum=limits.min_pixels)
+            self.pixels = gr.Number(limits.max_pixels, label="Pixels of an image, at most", minimum=limits.min_pixels)
             self.seed = gr.Number(None, label="Seed", precision=0, info="empty: a fresh one")
             frames = gr.Number(FRAMES, label="Frames of a video", precision=0, minimum=1)
         return [frames, self.preset, self.turns, self.temperature, self.pixels, self.seed]
@@ -257,7 +257,7 @@ def _sources(paths: Sequence[str], frames: int) -> list[ImageSource]:
 
 
 def _scenes() -> list[list[dict[str, Any]]]:
-    """Shipped pictures with a question each, as values of the question's field; none where they are not installed."""
+    """Shipped images with a question each, as values of the question's field; none where they are not installed."""
     try:
         file = shipped("pictures/questions.json")
     except VilavtError:

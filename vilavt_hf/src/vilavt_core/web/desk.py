@@ -1,4 +1,4 @@
-"""Each visitor's own dialogue: nobody sees another one's pictures."""
+"""Each visitor's own dialogue: nobody sees another one's images."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class Desk:
                 raise EngineError("the question is blank; say what you want to know")
             given = dialogue.add(*sources)
             if not dialogue.given:
-                raise EngineError("there is nothing to look at; drop a picture or a video first")
+                raise EngineError("there is nothing to look at; drop an image or a video first")
         except VilavtError as error:
             self.refuse(str(error))
             return False
         if dialogue.results and not dialogue.continues and not given:
-            again = "a new conversation about the same pictures begins here"
+            again = "a new conversation about the same images begins here"
             self.shown.append(exhibits.remark(again))
         dialogue.wishes = wishes
         dialogue.ready()
@@ -123,7 +123,7 @@ class Desk:
             if not finished:
                 self._keep(text, turn)
                 self.shown.append(
-                    exhibits.remark("Stopped. The next question begins a new conversation about the same pictures.")
+                    exhibits.remark("Stopped. The next question begins a new conversation about the same images.")
                 )
         yield
 

@@ -1,4 +1,4 @@
-"""What was said, as HTML for the page: questions with their pictures, zooms, answers. Every text is escaped."""
+"""What was said, as HTML for the page: questions with their images, zooms, answers. Every text is escaped."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..trace import colour
 TEMPLATES = Path(__file__).parent / "templates"
 
 PARENT, CROP, THUMB = 900, 448, 256
-"""Longest sides in pixels: of a picture with boxes on it, of a crop, of a picture beside its question."""
+"""Longest sides in pixels: of an image with boxes on it, of a crop, of an image beside its question."""
 LEAST_PARENT, LEAST_CROP = 224, 168
 """Pixels that they are wide on the page at least; smaller ones are enlarged."""
 
 
 def question(text: str, given: Sequence[Given]) -> str:
-    """A question with the pictures that came with it."""
+    """A question with the images that came with it."""
     most = PARENT if len(given) == 1 else THUMB
     pictures = [{"label": one.label, "url": data_url(one.preview, most), "size": one.size} for one in given]
     return _exhibit("question", text=text, pictures=pictures)
@@ -42,7 +42,7 @@ def thought(text: str, turn: int) -> str:
 
 @dataclass(frozen=True)
 class Zoom:
-    """A zoom as it is shown: the pictures that it was made on with its boxes, and the crops side by side."""
+    """A zoom as it is shown: the images that it was made on with its boxes, and the crops side by side."""
 
     query: str
     maps: Sequence[Mapping[str, Any]]
@@ -128,7 +128,7 @@ def links(token: str) -> str:
 
 
 def data_url(image: Image.Image, most: int) -> str:
-    """A picture inside the page, at most so many pixels wide and high; small ones are kept exact."""
+    """An image inside the page, at most so many pixels wide and high; small ones are kept exact."""
     small = image
     if max(image.size) > most:
         small = image.copy()

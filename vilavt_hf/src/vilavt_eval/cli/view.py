@@ -39,7 +39,7 @@ def view(
 ) -> None:
     """Show recorded conversations as a folder of pages with an index. Two runs are shown side by side.
 
-    The pages need no server and no network. Pictures are looked for below --image-root and --data, beside the results
+    The pages need no server and no network. Images are looked for below --image-root and --data, beside the results
     and in the current folder.
     """
     from dataclasses import replace
@@ -90,7 +90,7 @@ def view(
     if written.missing:
         name, why = next(iter(written.missing.items()))
         typer.secho(
-            f"{len(written.missing)} pictures cannot be shown, first {quoted(name)}: {quoted(why)}; say where they are "
+            f"{len(written.missing)} images cannot be shown, first {quoted(name)}: {quoted(why)}; say where they are "
             "with --image-root or --data",
             fg="yellow",
             err=True,

@@ -129,7 +129,7 @@ def attention(
     ]
     record = _provenance(chat)
     for path in _draw(drawn, shown, out, scale, record):
-        typer.echo(f"picture: {path}", err=as_json)
+        typer.echo(f"image: {path}", err=as_json)
     if as_json:
         told = None if result is None else result.to_json()
         calls = [one.to_json() for one in drawn]
@@ -168,7 +168,7 @@ def _provenance(chat: VilavtChat) -> dict[str, Any]:
 
 
 def _draw(drawn: Sequence[Any], show: str, out: Path, scale: float, record: dict[str, Any]) -> list[Path]:
-    """Write one picture, or one for each call into a folder."""
+    """Write one image, or one for each call into a folder."""
     from PIL.PngImagePlugin import PngInfo
 
     from vilavt_core.attention_figure import draw_attention

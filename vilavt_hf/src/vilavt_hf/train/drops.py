@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Drops(TrainerCallback):
     """Lists every sample that is left out, once, and ends a run that leaves out too many.
 
-    Damage inside a picture shows when it is the sample's turn, on one rank. The ranks tell one another when a log says
+    Damage inside an image shows when it is the sample's turn, on one rank. The ranks tell one another when a log says
     that there was any, and at the end: those are moments at which all of them are here. So all of them end.
     """
 
@@ -71,7 +71,7 @@ class Drops(TrainerCallback):
                 f"{bad} of {self.total} samples cannot be used, data.max_dropped allows {self.allowed:.2%}: "
                 f"{'; '.join(self.reasons)[:600]} ({self.path} lists all); restore their files or correct their "
                 "records and start again, or raise data.max_dropped. `vilavt data check --decode` finds damage inside "
-                "pictures beforehand"
+                "images beforehand"
             )
 
     def _list(self, dropped: Dropped) -> None:

@@ -18,7 +18,7 @@ def measure_all(dataset: SftDataset, *, workers: int = 0, cache: Path | None = N
         dataset: what to measure.
         workers: processes per rank.
         cache: folder in which the result is kept for the next start, found again by the data set's fingerprint. Then
-            only samples are measured whose pictures have another size or time, or failed because of a file.
+            only samples are measured whose images have another size or time, or failed because of a file.
         progress: show a bar.
     """
     file = None if cache is None else cache / f"measures-{dataset.fingerprint[:16]}.npz"

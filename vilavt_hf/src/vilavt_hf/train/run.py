@@ -68,7 +68,7 @@ class RunReport:
     samples: int
     """Trained on, per epoch."""
     dropped: dict[str, int]
-    """Samples left out, by reason: when they were measured, and when their pictures turned out to be damaged."""
+    """Samples left out, by reason: when they were measured, and when their images turned out to be damaged."""
     cut: int
     last_loss: float | None
     trained_as: str

@@ -98,7 +98,7 @@ class VilavtTrainer(Trainer):
                 "one process trains on one of %d GPUs; to use all, start it with torchrun --nproc-per-node %d -m "
                 "vilavt_hf.train CONFIG.yaml", self.args.n_gpu, self.args.n_gpu,
             )  # fmt: skip
-            self.args._n_gpu = 1  # nn.DataParallel would cut packs and pictures' patches along their first axis
+            self.args._n_gpu = 1  # nn.DataParallel would cut packs and images' patches along their first axis
         # our loss is already scaled for the whole step
         self.model_accepts_loss_kwargs = True
 

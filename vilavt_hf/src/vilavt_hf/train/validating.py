@@ -208,7 +208,7 @@ class Validation:
         return right, len(samples)
 
     def _sample(self, i: int, limits: Limits) -> Sample | None:
-        """The question of a sample, its pictures decoded, its target as `data`; None: a picture is damaged."""
+        """The question of a sample, its images decoded, its target as `data`; None: an image is damaged."""
         episode = self._episode(i)
         assert episode is not None
         record, target = episode

@@ -1,4 +1,4 @@
-"""Memory that the pictures of all running requests may take, reserved before any of them is decoded."""
+"""Memory that the images of all running requests may take, reserved before any of them is decoded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class PictureBudget:
     """Used from the server's event loop alone.
 
     Args:
-        max_request_pixels: of all pictures of one request, as sent.
-        max_bytes: of the pictures of all running requests, what decoding them takes included.
+        max_request_pixels: of all images of one request, as sent.
+        max_bytes: of the images of all running requests, what decoding them takes included.
     """
 
     def __init__(self, max_request_pixels: int, max_bytes: int) -> None:
@@ -37,7 +37,7 @@ class Reservation:
         """Reserve what it takes to decode these, one after the other.
 
         Args:
-            costs: of all pictures of the request.
+            costs: of all images of the request.
             files: bytes of their files, which are in memory meanwhile.
 
         Raises:
@@ -59,7 +59,7 @@ class Reservation:
             )
         if budget.bytes - self._bytes + needed > budget.max_bytes:
             raise BusyError(
-                f"the pictures of other questions take {budget.bytes - self._bytes} bytes, this request needs "
+                f"the images of other questions take {budget.bytes - self._bytes} bytes, this request needs "
                 f"{needed}, at most {budget.max_bytes} may be taken; try again later, or raise it with "
                 "--max-picture-memory"
             )

@@ -49,7 +49,7 @@ from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
-from .. import compat
+from .. import affinity, compat
 from ..episodes import Handling, adapted, settings_of_engine
 from ..errors import BusyError, EngineDiedError, EngineFailure, LimitError, ModelMissingError, RequestError
 from ..online import AsyncVilavtLLM
@@ -147,7 +147,7 @@ class Loop:
         self.running = 0
         """Questions that are being answered."""
         self.preparing = 0
-        """Of these, questions whose pictures are not ready yet."""
+        """Of these, questions whose images are not ready yet."""
         found = read_chat_settings(config.model, hub={"revision": config.revision})
         self.note = found.note if found else ""
 
@@ -187,7 +187,9 @@ class Loop:
             if lora is None:
                 raise ModelMissingError(f"no model {short(repr(model))} here; GET /v1/models lists them")
         priority, _ = self.priority(request, headers)
-        return Handling(name, lora, priority, extract_trace_headers(headers) or None, logprobs=False)
+        said = headers.get(affinity.HEADER)
+        rank = None if said is None else self.llm.affinity.check(whole_number(affinity.HEADER, said))
+        return Handling(name, lora, priority, extract_trace_headers(headers) or None, rank, logprobs=False)
 
     async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
@@ -323,7 +325,7 @@ class Loop:
         return driver, questions
 
     async def _in_worker(self, work: Callable[..., Driver], *arguments: Any) -> Driver:
-        """What cuts pictures or encodes text, in a thread of the episodes."""
+        """What cuts images or encodes text, in a thread of the episodes."""
         return await asyncio.get_running_loop().run_in_executor(self.llm.worker, work, *arguments)
 
 
@@ -334,7 +336,7 @@ class VilavtEndpoint:
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put the loop in place of vLLM's chat completions, theirs beside it, and the gate before everything."""
+        """Put the loop in place of vLLM's chat completions, vLLM's own beside it, and the gate before everything."""
         for route in [route for route in app.routes if isinstance(route, APIRoute)]:
             if route.path.startswith(API):
                 raw = route.path.replace(API, RAW, 1)
@@ -398,7 +400,7 @@ async def load(raw: Request) -> Response:
     """How busy the server is: for what shares requests among several.
 
     ``server_load`` is what vLLM's route says, every request under way, here questions and, if vLLM was told to count
-    them (``--enable-server-load-tracking``), requests to its own routes. ``waiting`` are questions whose pictures are
+    them (``--enable-server-load-tracking``), requests to its own routes. ``waiting`` are questions whose images are
     not ready or whose turn is in the engine's queue, ``running`` the others.
     """
     loop: Loop | None = raw.app.state.vilavt_loop
@@ -464,7 +466,7 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
         body += chunk
         if len(body) > options.max_body_bytes:
             raise RequestError(
-                f"the body is larger than {options.max_body_bytes} bytes; send smaller pictures, or raise it with "
+                f"the body is larger than {options.max_body_bytes} bytes; send smaller images, or raise it with "
                 "--max-body-bytes"
             )
     try:

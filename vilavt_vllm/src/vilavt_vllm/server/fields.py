@@ -107,14 +107,14 @@ REQUEST: Mapping[str, Refusal] = {
     **_each("system instructions", Refusal(instead=f"{_MESSAGES}, with the role system")),
     **_each(
         "image images image_url video videos video_url audios",
-        Refusal(instead='put pictures into a message, as parts {"type": "image_url", …}'),
+        Refusal(instead='put images into a message, as parts {"type": "image_url", …}'),
     ),
     **_each("documents", Refusal(instead="put their text into the question")),
     **_each("chat_template", Refusal()),
     **_each("chat_template_kwargs", Refusal()),
     **_TEMPLATE,
     **_each("add_special_tokens", Refusal((False,))),
-    # pictures
+    # images
     **_each(
         "min_pixels",
         Refusal(instead="say min_pixels and max_pixels beside image_url, or vilavt.max_pixels for all"),
@@ -139,7 +139,7 @@ MESSAGE: Mapping[str, Refusal] = {
     **_each("audio", Refusal(instead="send its transcript as content")),
     **_each("refusal", Refusal(instead="send it as content")),
     **_each("prefix partial", Refusal((False,), "leave it out: an answer cannot be begun for the model")),
-    **_each("image images image_url video videos", Refusal(instead="put pictures into content, as parts")),
+    **_each("image images image_url video videos", Refusal(instead="put images into content, as parts")),
 }
 """Of a message."""
 
@@ -151,10 +151,10 @@ IMAGE_PART: Mapping[str, Refusal] = {
     **_each("text video video_url image", _OTHER_PART),
     **_each(
         "resized_height resized_width",
-        Refusal(instead="send the picture at that size, or bound its area with min_pixels and max_pixels"),
+        Refusal(instead="send the image at that size, or bound its area with min_pixels and max_pixels"),
     ),
 }
-"""Of a part that is a picture, and of its ``image_url``."""
+"""Of a part that is an image, and of its ``image_url``."""
 
 _CUT = "cut the video, and send the stretch that is asked about"
 VIDEO_PART: Mapping[str, Refusal] = {

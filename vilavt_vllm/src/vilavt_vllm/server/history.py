@@ -33,7 +33,7 @@ class History:
 
     Args:
         capacity: questions kept; the one used longest ago goes first.
-        max_bytes: of their decoded pictures, crops included; a picture that several questions share counts for each.
+        max_bytes: of their decoded images, crops included; an image that several questions share counts for each.
     """
 
     def __init__(self, capacity: int, max_bytes: int) -> None:
@@ -63,7 +63,7 @@ class History:
 
 
 def _shown(image: SentPicture | SentVideo) -> list[Any]:
-    """A picture or a video, and what was said of it."""
+    """An image or a video, and what was said of it."""
     if isinstance(image, SentPicture):
         return [hashlib.sha256(image.url.encode()).hexdigest(), *astuple(image.bounds)]
     urls = [hashlib.sha256(url.encode()).hexdigest() for url in image.urls]

@@ -1,4 +1,4 @@
-"""Pictures of a request: fetched as vLLM's flags allow, capped before they are decoded."""
+"""Images of a request: fetched as vLLM's flags allow, capped before they are decoded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .options import NO_DOMAINS
 from .requests import SentPicture, SentVideo
 
 _SCHEME = re.compile(r"data:|[a-zA-Z][a-zA-Z0-9+.-]*://", re.IGNORECASE)
-_DATA_URLS = {"picture": "data:image/png;base64,…", "video": "data:video/mp4;base64,…"}
+_DATA_URLS = {"image": "data:image/png;base64,…", "video": "data:video/mp4;base64,…"}
 _LIMIT = re.compile(r"VideoLimits\.(\w+)")
 _FLAGS = {
     "max_bytes": "--max-video-bytes",
@@ -42,7 +42,7 @@ _FLAGS = {
 
 
 class PictureIO(MediaIO[bytes]):
-    """The file of a picture as vLLM's connector fetched it, not decoded."""
+    """The file of an image as vLLM's connector fetched it, not decoded."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self.limits = limits
@@ -116,13 +116,13 @@ def _decoded(data: str, most: int, flag: str) -> bytes:
 
 
 class Pictures:
-    """Loads the pictures and videos of requests.
+    """Loads the images and videos of requests.
 
     Args:
         model_config: vLLM's, for ``--allowed-media-domains`` and ``--allowed-local-media-path``.
         limits: pixels and bytes of one file.
         rules: of the preset.
-        max_bytes: of the picture files of one request together.
+        max_bytes: of the image files of one request together.
         video_limits: caps on the videos of a request.
     """
 
@@ -151,18 +151,18 @@ class Pictures:
     async def load(
         self, sent: Sequence[Sequence[SentPicture | SentVideo]], most: int, reservation: Reservation
     ) -> list[list[Picture]]:
-        """The pictures of every question of a request, in order; of a video its frames.
+        """The images of every question of a request, in order; of a video its frames.
 
-        No picture is decoded before all are fetched and their sizes are known. The frames of video files are outside
+        No image is decoded before all are fetched and their sizes are known. The frames of video files are outside
         the reservation: `VideoLimits` bounds them.
 
         Args:
-            sent: the pictures and videos of each question.
+            sent: the images and videos of each question.
             most: images that one question may have.
             reservation: of the request.
 
         Raises:
-            ImageError: one is too large, or not a picture; or there are too many frames or pixels.
+            ImageError: one is too large, or not an image; or there are too many frames or pixels.
             LimitError: together they are too large.
             BusyError: there is no memory for them now.
             ValueError: a URL is not allowed, or cannot be fetched.
@@ -173,12 +173,12 @@ class Pictures:
         return [await self._shown(question, most, pictures) for question in sent]
 
     async def decode(self, urls: Iterable[str], reservation: Reservation) -> dict[str, Image.Image]:
-        """Pictures by URL, RGB; errors as `load`."""
+        """Images by URL, RGB; errors as `load`."""
         files: dict[str, bytes] = {}
         for url in urls:
             if url in files:
                 continue
-            files[url] = await self._fetch(url, self._io, "picture")
+            files[url] = await self._fetch(url, self._io, "image")
             held = sum(map(len, files.values()))
             if held > self.max_bytes:
                 raise LimitError(
@@ -192,7 +192,7 @@ class Pictures:
             try:
                 pictures[url] = await asyncio.to_thread(load_image, files.pop(url), self.limits, rules=self.rules)
             except MemoryError as error:
-                raise BusyError(f"{error}; try again later, or send a smaller picture") from error
+                raise BusyError(f"{error}; try again later, or send a smaller image") from error
         reservation.decoded(costs)
         return pictures
 

@@ -38,7 +38,7 @@ class Metrics:
             "vilavt_refusals", "Requests that got an error instead of an answer or a stream, by its status.", ["status"]
         )
         self.preparation = Histogram(
-            "vilavt_preparation_seconds", "From a request to its question, pictures decoded.", buckets=SECONDS
+            "vilavt_preparation_seconds", "From a request to its question, images decoded.", buckets=SECONDS
         )
         self.first_thought = Histogram(
             "vilavt_first_thought_seconds", "From a streamed request to the first text of its answer.", buckets=SECONDS

@@ -26,27 +26,27 @@ class ServerOptions:
     )
     prompts: str | None = described(None, "prompt set, a name or a folder; default: the checkpoint's own")
     seed: int | None = described(None, "of requests that sample and bring none; default: a fresh one for each")
-    max_image_bytes: int = described(ImageLimits.max_bytes, "bytes of a picture as sent")
+    max_image_bytes: int = described(ImageLimits.max_bytes, "bytes of an image as sent")
     max_image_pixels: int = described(
-        ImageLimits.max_pixels, "pixels of a picture as sent, checked before it is decoded"
+        ImageLimits.max_pixels, "pixels of an image as sent, checked before it is decoded"
     )
     max_video_bytes: int = described(256 * 1024 * 1024, "bytes of a video as sent")
     max_video_pixels: int = described(
         300_000_000, "pixels of all frames of a request's videos together, checked before they are decoded"
     )
     max_video_seconds: float = described(60.0, "that reading one video may take")
-    max_request_pixels: int = described(200_000_000, "pixels of all pictures of a request as sent")
+    max_request_pixels: int = described(200_000_000, "pixels of all images of a request as sent")
     max_picture_memory: int = described(
         8 * 1024**3,
-        "bytes that the pictures of all running requests may take, decoding included; what does not fit gets 503",
+        "bytes that the images of all running requests may take, decoding included; what does not fit gets 503",
     )
     max_body_bytes: int = described(256 * 1024 * 1024, "bytes of a request")
     max_episodes: int = described(256, "questions answered at the same time; more get 503")
-    episode_threads: int = described(4, "threads that cut and resize pictures of questions, on as many cores")
+    episode_threads: int = described(4, "threads that cut and resize images of questions, on as many cores")
     max_conversations: int = described(
-        64, "finished questions kept, with their pictures, so that follow-ups continue them"
+        64, "finished questions kept, with their images, so that follow-ups continue them"
     )
-    max_conversation_bytes: int = described(2 * 1024**3, "bytes of decoded pictures that those may hold")
+    max_conversation_bytes: int = described(2 * 1024**3, "bytes of decoded images that those may hold")
     state_key_file: str | None = described(
         None,
         "file with the key that signs states, the same on all replicas; default: the environment's VILAVT_STATE_KEY, "

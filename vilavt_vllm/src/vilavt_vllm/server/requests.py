@@ -34,7 +34,7 @@ from .fields import Refusal
 TEXT_KINDS, IMAGE_KINDS = ("text", "input_text", "output_text", "refusal"), ("image_url", "input_image")
 VIDEO_KINDS = ("video_url", "video", "input_video")
 """Values of a part's `type`: of Chat Completions, and what the Responses API calls the same."""
-_PICTURE = 'send a picture as {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}'
+_PICTURE = 'send an image as {"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}'
 _OTHER_KINDS = {
     **dict.fromkeys(("image", "image_pil", "image_embeds"), _PICTURE),
     **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), "the model does not hear; send text"),
@@ -101,7 +101,7 @@ class TextPart(Extended):
 
 
 class Bounds(Extended):
-    """Bounds on the area of a picture as the encoder sees it, in pixels; Qwen's clients write them."""
+    """Bounds on the area of an image as the encoder sees it, in pixels; Qwen's clients write them."""
 
     refused = fields.IMAGE_PART
     min_pixels: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -109,13 +109,13 @@ class Bounds(Extended):
 
 
 class ImageUrl(Bounds):
-    """Where a picture is."""
+    """Where an image is."""
 
     url: str
 
 
 class ImagePart(Bounds):
-    """A picture of a message. Bounds may stand beside `image_url` or in it."""
+    """An image of a message. Bounds may stand beside `image_url` or in it."""
 
     type: str
     image_url: ImageUrl
@@ -232,7 +232,7 @@ class VideoPart(Frames, Bounds):
     @classmethod
     def _normal(cls, value: Any) -> Any:
         """The URL may stand for the object, and under `video`, where also a list of frames may; frames may be one URL
-        of several pictures, as vLLM's clients write them."""
+        of several images, as vLLM's clients write them."""
         if not isinstance(value, dict):
             return value
         value = {**value, "type": "video_url"}
@@ -306,7 +306,7 @@ def _kind_of_part(value: Any) -> str:
 
 
 def _refuse_part(value: Any) -> Any:
-    """Name what is wrong with a part that is neither text nor a picture."""
+    """Name what is wrong with a part that is neither text nor an image."""
     if not isinstance(value, dict):
         raise ValueError(f"a part is an object or a text, this is {_json_kind(value)}")
     kind = value.get("type")
@@ -385,11 +385,11 @@ class ChatMessage(Extended):
 
     @property
     def shows(self) -> bool:
-        """Whether it holds a picture or a video."""
+        """Whether it holds an image or a video."""
         return any(not isinstance(part, TextPart) for part in self.parts)
 
     def images(self, frames: Frames | None = None) -> list[SentPicture | SentVideo]:
-        """The pictures and videos, in order.
+        """The images and videos, in order.
 
         Args:
             frames: which are taken of a video of which its part says nothing.
@@ -543,7 +543,7 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         return replace(limits, **tighter)
 
     def check_bounds(self, limits: Limits) -> None:
-        """Hold the bounds of single pictures to those of the request.
+        """Hold the bounds of single images to those of the request.
 
         Raises:
             LimitError: one is outside; names it.
@@ -562,7 +562,7 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
 
 @dataclass(frozen=True)
 class SentPicture:
-    """A picture of a request, not loaded yet."""
+    """An image of a request, not loaded yet."""
 
     url: str
     bounds: PixelBounds = PixelBounds()  # noqa: RUF009 (frozen)
@@ -614,7 +614,7 @@ def exchanges(messages: list[ChatMessage], frames: Frames | None = None) -> list
         frames: see `ChatMessage.images`.
 
     Raises:
-        RequestError: a question without a message of the user, a picture where there can be none, or nothing to answer.
+        RequestError: a question without a message of the user, an image where there can be none, or nothing to answer.
     """
     out: list[Exchange] = []
     for is_answer, side in groupby(enumerate(messages), key=lambda item: item[1].role == "assistant"):
