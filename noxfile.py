@@ -54,6 +54,9 @@ OLDER_TORCH = ("torch==2.11.0", "torchvision==0.26.0")
 """What those, and EasyR1's vLLM, were built with."""
 OLDEST, NEWEST = "4.57.6", "5.24.0"
 RUFF = "ruff==0.17.6"
+MDFORMAT = "mdformat==1.0.0"
+MARKDOWN = ("*.md", ".github/*.md", "docs/*.md", "vilavt_*/README.md")
+"""What mdformat keeps in form, as .mdformat.toml says: pages, but no template of them."""
 PYTEST = ("pytest>=9", "pytest-timeout>=2.3")
 TEST_TOOLS = (*PYTEST, "pytest-xdist>=3.6", "hypothesis>=6.100", "av>=14", "scikit-image>=0.22", "tensorboard>=2.14")
 VLMEVAL = ("ms-vlmeval==0.0.20", "lmms-eval==0.7.3")
@@ -303,10 +306,11 @@ def wheelhouse(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, formatting, spelling, and who may import whom."""
+    """Style, formatting of code and pages, spelling, and who may import whom."""
     session.install(*UV)
-    _add(session, RUFF, "import-linter==2.16", "codespell==2.4.3", "bandit==1.9.4")
+    _add(session, RUFF, "import-linter==2.16", "codespell==2.4.3", MDFORMAT, "bandit==1.9.4")
     session.run("codespell", "-D", "-", "-D", "docs/words.txt")
+    session.run("mdformat", "--check", *sorted(str(path) for pattern in MARKDOWN for path in Path().glob(pattern)))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     ours = [f"{package}/src" for package in ("vilavt_hf", *HOSTS)]

@@ -40,8 +40,8 @@ from vilavt_core.regions import Picture
 from vilavt_core.results import Sample
 from vilavt_core.tokenizer import FileTokenizer, SharedTokenizer
 from vilavt_hf import VilavtProcessor
+from vilavt_hf.pixels import patches_of
 from vilavt_vllm.online import THREADS
-from vilavt_vllm.processing import patches_of
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 BOUNDS = (56 * 56, FULL_PIXELS)

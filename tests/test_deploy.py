@@ -195,7 +195,7 @@ def test_the_board_has_panels_that_do_not_overlap_and_one_data_source():
 
 # ---------------------------------------------------------------------- the page
 
-QUOTED = re.findall(r"<!-- deploy/(\S+) -->\n```\w*\n(.*?)```", PAGE, re.DOTALL)
+QUOTED = re.findall(r"<!-- deploy/(\S+) -->\n+```\w*\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_page_names_every_file():

@@ -27,7 +27,8 @@ PAGES = [
 
 @pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/tiny.md"])
 def test_the_held_out_table_is_the_measured_one(page):
-    assert measured_table().to_markdown() in (ROOT / page).read_text()
+    empty = re.compile(r"\|  (?=\|)")  # mdformat leaves one space in an empty cell
+    assert empty.sub("| ", measured_table().to_markdown()) in empty.sub("| ", (ROOT / page).read_text())
 
 
 def measured_table() -> AblationTable:

@@ -73,12 +73,16 @@ def test_a_workflow_may_do_no_more_than_it_must(path):
         assert "github." not in runs  # what strangers name, a branch say, must not become part of a command
 
 
-def test_the_hooks_before_a_commit_use_the_linter_of_the_sessions():
+@pytest.mark.parametrize(
+    "name, before, hooks", [("ruff", "v", {"ruff-check", "ruff-format"}), ("mdformat", "", {"mdformat"})]
+)
+def test_the_hooks_before_a_commit_use_the_tools_of_the_sessions(name, before, hooks):
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    (ruff,) = [repo for repo in config["repos"] if "ruff" in repo["repo"]]
-    pinned = re.search(r'^RUFF = "ruff==([\d.]+)"', (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert ruff["rev"] == f"v{pinned[1]}"
-    assert {hook["id"] for hook in ruff["hooks"]} == {"ruff-check", "ruff-format"}
+    (found,) = [repo for repo in config["repos"] if name in repo["repo"]]
+    sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    pinned = re.search(rf'^{name.upper()} = "{name}==([\d.]+)"', sessions, re.MULTILINE)
+    assert found["rev"] == f"{before}{pinned[1]}"
+    assert {hook["id"] for hook in found["hooks"]} == hooks
 
 
 @pytest.mark.parametrize(

@@ -463,8 +463,8 @@ def test_one_picture_in_any_form_is_asked_about(tiny_model, processor, tmp_path,
 @pytest.mark.parametrize(
     "images, question, says",
     [
-        (None, "what?", "NoneType.*a path, a data URL"),
-        (3, "what?", "int.*a path, a data URL"),
+        (None, "what?", "NoneType"),
+        (3, "what?", "a int "),
         ({"image": "a.png"}, "what?", "this one has 'image'"),
         ([[1]], "what?", "cannot load a list"),
         ("what?", picture(0, 84, 84), "the question is a PIL.Image.Image, it must be text; check the order"),

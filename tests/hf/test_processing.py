@@ -15,6 +15,7 @@ from vilavt_core.episode import Inquiry
 from vilavt_core.errors import GroupError, ImageError, ProcessorError, PromptError
 from vilavt_core.prompts import PromptSet
 from vilavt_hf import VilavtProcessor, compat
+from vilavt_hf.pixels import PixelScale, patches_of
 from vilavt_hf.processing_vilavt import groups_of_prompt
 
 MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -135,6 +136,52 @@ def test_inquiries_become_the_inputs_of_the_encoder(processor, tiny_model):
     assert inputs["query_ids"].shape == (2, 6)
     with torch.no_grad():
         tiny_model.model.get_image_features(**inputs)
+
+
+SCALINGS = [
+    {},
+    {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.5, 0.7]},
+    {"do_normalize": False},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 1 / 127.5, "resample": 2},
+]
+"""Settings of an image processor that change what it makes of a byte."""
+
+
+def image_processor_with(processor, settings):
+    settings = {**processor.image_processor.to_dict(), **settings}
+    return type(processor.image_processor)(**{k: v for k, v in settings.items() if v is not None})
+
+
+@pytest.mark.parametrize("settings", SCALINGS)
+def test_pixels_are_those_of_the_image_processor_to_the_bit_whatever_its_settings(processor, settings):
+    image_processor = image_processor_with(processor, settings)
+    bounds = 28 * 28 * 4, 28 * 28 * 64
+    if compat.TAKES_MM_TOKEN_TYPE_IDS:
+        image_processor.size = {"shortest_edge": bounds[0], "longest_edge": bounds[1]}
+    else:
+        image_processor.min_pixels, image_processor.max_pixels = bounds
+    for image in (noise(1, 84, 112), noise(2, 29, 30), noise(3, 700, 300)):
+        expected = image_processor(images=[image], return_tensors="pt")
+        pixels, grid = patches_of(image, image_processor, bounds)
+        assert [list(grid)] == expected["image_grid_thw"].tolist()
+        scaled = PixelScale(image_processor, torch.float32)(torch.from_numpy(pixels))
+        assert torch.equal(scaled, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("settings", SCALINGS)
+def test_inquiries_are_encoded_as_the_image_processor_would_to_the_bit(processor, settings):
+    processor = copy.copy(processor)
+    processor.image_processor = image_processor_with(processor, settings)
+    images = [noise(0, 56, 84), noise(1, 84, 56).convert("L"), noise(2, 112, 112)]
+    inquiries = [Inquiry(tuple(images[:1]), "", (0,)), Inquiry(tuple(images[1:]), "same?", (1, 2))]
+    expected = processor.image_processor(
+        images=[image.convert("RGB") for image in images], return_tensors="pt", do_resize=False
+    )
+    inputs = processor.encode_inquiries(inquiries)
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert inputs["pixel_values"].dtype == expected["pixel_values"].dtype
+    assert torch.equal(inputs["image_grid_thw"], expected["image_grid_thw"])
 
 
 def test_an_image_the_encoder_would_have_to_resize_is_refused(processor):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from PIL import Image
+from vllm.config import ParallelConfig
 
 from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import Limits, get_preset
@@ -43,6 +44,7 @@ class Engine:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer, self.named, self.renderer = tokenizer, [], SimpleNamespace(render_cmpl_async=self.render)
+        self.vllm_config = SimpleNamespace(parallel_config=ParallelConfig())
 
     async def render(self, prompts, **_):
         (prompt,) = prompts

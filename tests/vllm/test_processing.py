@@ -5,9 +5,9 @@ import torch
 
 from vilavt_core.conversation import Inquiry
 from vilavt_core.errors import ImageError
+from vilavt_hf.pixels import PixelScale
 from vilavt_vllm import InquiryItem, compat
 from vilavt_vllm.errors import LimitError, PlaceholderError, UnsupportedError
-from vilavt_vllm.processing import PixelScale, patches_of
 
 
 def build(path, **options):
@@ -76,28 +76,6 @@ def test_encoder_inputs_equal_those_of_the_transformers_processor(process, tiny,
         assert torch.equal(scaled, expected["pixel_values"].to(dtype))
     for name in ("query_ids", "query_attention_mask", "images_per_query"):
         assert torch.equal(torch.stack([item[name].data for item in items]), expected[name])
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.5, 0.7]},
-        {"do_normalize": False},
-        {"do_rescale": False, "do_normalize": False},
-        {"rescale_factor": 1 / 127.5, "resample": 2},
-    ],
-)
-def test_pixels_are_those_of_the_image_processor_to_the_bit_whatever_its_settings(tiny, tools, settings):
-    settings = {**tiny.processor.image_processor.to_dict(), **settings}
-    image_processor = type(tiny.processor.image_processor)(**{k: v for k, v in settings.items() if v is not None})
-    bounds = 28 * 28 * 4, 28 * 28 * 64
-    for image in (tools.picture(1, 84, 112), tools.picture(2, 29, 30), tools.picture(3, 700, 300)):
-        expected = image_processor(images=[image], return_tensors="pt")
-        pixels, grid = patches_of(image, image_processor, bounds)
-        assert [list(grid)] == expected["image_grid_thw"].tolist()
-        scaled = PixelScale(image_processor, torch.float32)(torch.from_numpy(pixels))
-        assert torch.equal(scaled, expected["pixel_values"])
 
 
 def test_the_place_of_an_inquiry_spans_its_regions_and_only_placeholders_take_features(process, processor, two_regions):

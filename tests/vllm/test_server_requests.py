@@ -398,7 +398,12 @@ def app():
         return prompts
 
     def build(**options) -> FastAPI:
-        engine = SimpleNamespace(model_config=config, renderer=SimpleNamespace(render_cmpl_async=render))
+        engines = SimpleNamespace(local_engines_only=False, data_parallel_size=1)
+        engine = SimpleNamespace(
+            model_config=config,
+            renderer=SimpleNamespace(render_cmpl_async=render),
+            vllm_config=SimpleNamespace(parallel_config=engines),
+        )
         app, endpoint = FastAPI(), VilavtEndpoint()
         endpoint.attach_router(app)
         app.state.openai_serving_models = SimpleNamespace(
@@ -851,6 +856,62 @@ def test_every_turn_carries_the_requests_name_priority_and_trace(app):
     for _, more, _ in asked:
         assert more["trace_headers"] == {"traceparent": "00-1-2-01", "tracestate": "a=b"}
         assert more["priority"] == 7
+
+
+def parallel(server: FastAPI) -> SimpleNamespace:
+    """The configuration that says how many engines there are."""
+    return server.state.vilavt_loop.llm.engine.vllm_config.parallel_config
+
+
+def about(size: int, *earlier: str) -> dict:
+    """A conversation about a picture of this size, after these answers."""
+    body = question(data_url(png(size, size)))
+    for answer in earlier:
+        body["messages"] += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And?"}]
+    return body
+
+
+def test_all_turns_and_follow_ups_of_a_conversation_go_to_one_engine(app):
+    server = app()
+    asked = sampling(server, *TURNS)
+
+    def ranks(*conversations: dict) -> list[int]:
+        asked.clear()
+        for body in conversations:
+            assert post(server, body).status_code == 200
+        return [more["data_parallel_rank"] for _, more, _ in asked]
+
+    assert ranks(about(56)) == [None, None]  # there is one
+    parallel(server).data_parallel_size = 2
+    first = [about(size) for size in (60, 64, 68)]
+    assert ranks(*first) == [0, 0, 1, 1, 0, 0]
+    again = [about(size, "4") for size in (64, 60, 68, 64)]
+    assert ranks(*again) == [1, 1, 0, 0, 0, 0, 1, 1]
+    assert ranks(about(60, "4", "4")) == [0, 0]
+    parallel(server).local_engines_only, parallel(server).data_parallel_size_local = True, 1
+    assert ranks(about(64, "4")) == [None, None]  # this server has one of the two
+
+
+def test_a_client_may_say_which_engine_as_on_vllms_own_routes(app):
+    server, header = app(), "X-data-parallel-rank"
+    asked = sampling(server, *TURNS)
+    assert post(server, about(56), **{header: "0"}).status_code == 200
+    refused = post(server, about(56), **{header: "1"})
+    assert (refused.status_code, len(asked)) == (400, 2)
+    assert "X-Data-Parallel-Rank is 1, and there is one engine, of rank 0" in error_of(refused)
+    parallel(server).data_parallel_size = 3
+    asked.clear()
+    for earlier, more in ((), {header: "2"}), (("4",), {}), (("4", "4"), {header: "1"}), (("4", "4", "4"), {}):
+        assert post(server, about(60, *earlier), **more).status_code == 200
+    assert [more["data_parallel_rank"] for _, more, _ in asked] == [2, 2, 2, 2, 1, 1, 1, 1]
+    for wrong, words in (
+        ("3", "ranks 0 to 2"),
+        ("-1", "ranks 0 to 2"),
+        ("one", "a whole number"),
+        ("", "a whole number"),
+    ):
+        refused = post(server, about(60), **{header: wrong})
+        assert (refused.status_code, words in error_of(refused)) == (400, True), error_of(refused)
 
 
 @pytest.mark.parametrize("stream", [False, True])

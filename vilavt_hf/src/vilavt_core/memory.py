@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .architecture import PARTS, Part, find_part, is_query_projection, part_of, published_name, text_fields
+from .checkpoint.config import QWEN3_EMBEDDING_SIZES
 from .checkpoint.layout import Checkpoint
 from .errors import PlanError
 from .markdown import markdown_table
@@ -35,15 +36,6 @@ _VISION = {
     "fullatt_block_indexes": [7, 15],
     "integration_point": "late",
 }
-_QUERY_ENCODER = {
-    "vocab_size": 151669,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 
 
 def _shape(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, vision: int) -> dict[str, Any]:
@@ -61,7 +53,7 @@ def _shape(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary
             "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [16, 24, 24]},
         },
         "vision_config": {**_VISION, "intermediate_size": vision, "out_hidden_size": hidden},
-        "text_encoder_config": dict(_QUERY_ENCODER),
+        "text_encoder_config": dict(QWEN3_EMBEDDING_SIZES),
         "tie_word_embeddings": vocabulary == 151936,
     }
 

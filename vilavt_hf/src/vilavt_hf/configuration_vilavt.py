@@ -13,24 +13,21 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 
 from vilavt_core.architecture import FREEZABLE, query_aware_blocks, query_encoder_part
-from vilavt_core.checkpoint.config import derived_text_encoder_config
+from vilavt_core.checkpoint.config import (
+    QWEN3_EMBEDDING_CONSTANTS,
+    QWEN3_EMBEDDING_SIZES,
+    derived_text_encoder_config,
+)
 from vilavt_core.checkpoint.layout import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 QWEN3_EMBEDDING = {
-    "vocab_size": 151669,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1_000_000.0,
+    **QWEN3_EMBEDDING_SIZES,
+    **{name: QWEN3_EMBEDDING_CONSTANTS[name] for name in ("max_position_embeddings", "rope_theta")},
     "tie_word_embeddings": True,
 }
-"""Sizes of Qwen3-Embedding-0.6B, the published query encoder: the default of a config that names none."""
+"""Qwen3-Embedding-0.6B, the published query encoder: the default of a config that names none."""
 
 
 class VilavtVisionConfig(Qwen2_5_VLVisionConfig):

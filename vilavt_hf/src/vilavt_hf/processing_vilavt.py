@@ -29,6 +29,7 @@ from vilavt_core.sources import image_list, is_array
 
 from . import compat
 from .call_settings import FLAT, GROUPS, OF_IMAGES, bounds_within, check_known, sort_settings
+from .pixels import pixel_values
 
 logger = logging.getLogger(__name__)
 
@@ -339,15 +340,15 @@ class VilavtProcessor(ProcessorMixin):
                         f"{factor}; resize it with vilavt_core.regions.smart_resize"
                     )
         images = [image for inquiry in inquiries for image in inquiry.images]
-        encoded = self.image_processor(images=images, return_tensors="pt", do_resize=False)
+        pixels, grids = pixel_values(images, self.image_processor)
         ids, mask = self.tokenize_queries(
             [inquiry.query for inquiry in inquiries],
             [getattr(inquiry, "query_prefix", None) for inquiry in inquiries],
             padding="longest",
         )
         return {
-            "pixel_values": encoded["pixel_values"],
-            "image_grid_thw": encoded["image_grid_thw"],
+            "pixel_values": pixels,
+            "image_grid_thw": grids,
             "query_ids": ids,
             "query_attention_mask": mask,
             "images_per_query": torch.tensor([len(inquiry.images) for inquiry in inquiries]),

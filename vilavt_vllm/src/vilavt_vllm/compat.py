@@ -75,6 +75,12 @@ def n_tokens(model_config: Any) -> int | None:
         return None
 
 
+def engines_behind(client: Any) -> int:
+    """Data-parallel engines that an `EngineClient` chooses among, as vLLM checks ranks."""
+    parallel = client.vllm_config.parallel_config
+    return parallel.data_parallel_size_local if parallel.local_engines_only else parallel.data_parallel_size
+
+
 # ---------------------------------------------------------------- the processor
 
 _MAIN = inspect.signature(BaseMultiModalProcessor._apply_hf_processor_main).parameters

@@ -165,6 +165,8 @@ class Handling:
     """Lower comes first, if the engine schedules by priority."""
     trace_headers: Mapping[str, str] | None = None
     """Of the request that asked it, for vLLM's spans."""
+    rank: int | None = None
+    """Of the data-parallel engine that is to answer it; None: see `affinity`."""
     logprobs: bool = True
     """Whether the log-probability of each sampled token is found, for the question's record."""
 

@@ -36,12 +36,12 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from vilavt_core.architecture import VLLM_FUSED, VLLM_PREFIXES, names_of_vllm, published_name, vllm_name
+from vilavt_hf.pixels import PixelScale
 
 from . import compat
 from .errors import WeightsError
 from .processing import (
     PLACEHOLDER,
-    PixelScale,
     VilavtDummyInputsBuilder,
     VilavtMultiModalProcessor,
     VilavtProcessingInfo,

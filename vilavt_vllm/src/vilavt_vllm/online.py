@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from vilavt_core.driver import ConversationSettings, Driver
 from vilavt_core.presets import Sampling
 from vilavt_core.results import Event, Sample
 
+from . import compat
+from .affinity import Affinity
 from .episodes import (
     Handling,
     adapted,
@@ -72,6 +75,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         threads: int = THREADS,
     ) -> None:
         self.engine, self.settings, self.concurrency, self.handling = engine, settings, concurrency, handling
+        self.affinity = Affinity(partial(compat.engines_behind, engine))
         # Images must not hold up the event loop. PIL and hashes let other threads run; the tokenizer has a lock.
         self.worker = ThreadPoolExecutor(threads, "vilavt-episodes")
 
@@ -107,7 +111,9 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
     ) -> Driver:
         """See `Driver.follow_up`."""
         following = partial(before.follow_up, sample, stream=stream, sampling=sampling)
-        return await asyncio.get_running_loop().run_in_executor(self.worker, following)
+        after = await asyncio.get_running_loop().run_in_executor(self.worker, following)
+        self.affinity.follow(before, after)
+        return after
 
     async def events(self, driver: Driver, handling: Handling | None = None) -> AsyncGenerator[Event, None]:
         """Carry out a question; `Finished` comes last, also if it failed. Cancelling the task, or closing the
@@ -120,28 +126,39 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
         threads = asyncio.get_running_loop()
         for event in await threads.run_in_executor(self.worker, _hashed, driver, driver.start):
             yield event
+        if driver.request is None:
+            return
+        handling = handling or self.handling
+        try:
+            with self.affinity.home(driver, handling.rank) as rank:
+                async with aclosing(self._turns(driver, replace(handling, rank=rank))) as events:
+                    async for event in events:
+                        yield event
+        except EngineDeadError as error:
+            died = EngineDiedError(
+                "the engine of this server has died, and the question with it; send it again, to another server or "
+                "later"
+            )
+            died.__cause__ = error
+            yield driver.fail(died)
+        except Exception as error:
+            yield driver.fail(error)
+
+    async def _turns(self, driver: Driver, handling: Handling) -> AsyncGenerator[Event, None]:
+        """The events of all turns."""
+        threads = asyncio.get_running_loop()
         while driver.request is not None:
-            try:
-                async with aclosing(self._outputs(driver, handling or self.handling)) as outputs:
-                    async for output in outputs:
-                        if output.finished:  # decodes, crops and resizes
-                            step = partial(take, driver, output)
-                            events = await threads.run_in_executor(self.worker, _hashed, driver, step)
-                        else:
-                            events = take(driver, output)
-                        for event in events:
-                            yield event
-                        if driver.request is None:
-                            break
-            except EngineDeadError as error:
-                died = EngineDiedError(
-                    "the engine of this server has died, and the question with it; send it again, to another server or "
-                    "later"
-                )
-                died.__cause__ = error
-                yield driver.fail(died)
-            except Exception as error:
-                yield driver.fail(error)
+            async with aclosing(self._outputs(driver, handling)) as outputs:
+                async for output in outputs:
+                    if output.finished:  # decodes, crops and resizes
+                        step = partial(take, driver, output)
+                        found = await threads.run_in_executor(self.worker, _hashed, driver, step)
+                    else:
+                        found = take(driver, output)
+                    for event in found:
+                        yield event
+                    if driver.request is None:
+                        break
 
     async def _outputs(self, driver: Driver, handling: Handling) -> AsyncGenerator[RequestOutput, None]:
         """What vLLM makes of the driver's request.
@@ -163,6 +180,7 @@ class AsyncVilavtLLM(AsyncDrivenBackend):
                 lora_request=handling.lora,
                 trace_headers=handling.trace_headers,
                 priority=handling.priority,
+                data_parallel_rank=handling.rank,
             )
             async with aclosing(outputs):
                 async for output in outputs:

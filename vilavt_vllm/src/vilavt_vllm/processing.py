@@ -33,6 +33,7 @@ from vilavt_core.conversation import Inquiry
 from vilavt_core.regions import smart_resize
 from vilavt_core.sources import array_image, is_array
 from vilavt_hf import VilavtConfig, VilavtProcessor
+from vilavt_hf.pixels import patches_of
 
 from . import compat
 from .errors import LimitError, PlaceholderError, UnsupportedError
@@ -438,66 +439,6 @@ def _grouped(
         out.append(InquiryItem(tuple(images[start:end]), query, uuids=tuple(uuids[start:end])))
         start = end
     return out
-
-
-def patches_of(
-    image: Image.Image, image_processor: Any, bounds: tuple[int, int]
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """An image at the encoder's size, cut into patches, as the image processor would before it scales them.
-
-    Args:
-        image: RGB.
-        image_processor: says the size of a patch, how many are merged, and how images are resized.
-        bounds: (min, max) pixels.
-
-    Returns:
-        (N, 588) uint8, a patch's channels one after the other, in the order of merged patches; (1, rows, columns) of
-        the grid of patches.
-    """
-    patch, merge = image_processor.patch_size, image_processor.merge_size
-    height, width = smart_resize(image.height, image.width, min_pixels=bounds[0], max_pixels=bounds[1])
-    if (image.width, image.height) != (width, height):
-        image = image.resize((width, height), image_processor.resample)
-    rows, columns = height // patch, width // patch
-    cells = np.asarray(image).reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-    return cells.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1), (1, rows, columns)
-
-
-def pixel_table(image_processor: Any) -> np.ndarray:
-    """What the image processor makes of a byte of each channel, (3, 256) float32: asked for, whatever its settings."""
-    side = image_processor.patch_size * image_processor.merge_size
-    values = np.resize(np.arange(256, dtype=np.uint8), (side, side))
-    picture = Image.fromarray(np.repeat(values[..., None], 3, axis=-1))
-    scaled = image_processor(images=[picture], return_tensors="np", do_resize=False)["pixel_values"]
-    given, _ = patches_of(picture, image_processor, (side * side, side * side))
-    scaled = scaled.reshape(len(given), 3, image_processor.temporal_patch_size, -1)[:, :, 0]
-    table = np.empty((3, 256), dtype=np.float32)
-    for channel, (pixels, made) in enumerate(zip(np.hsplit(given, 3), scaled.swapaxes(0, 1), strict=True)):
-        table[channel, pixels] = made
-    return table
-
-
-class PixelScale(torch.nn.Module):
-    """Bytes of patches as the numbers that the vision tower takes, bit for bit those of the image processor.
-
-    Args:
-        image_processor: the checkpoint's.
-        dtype: of the tower.
-    """
-
-    table: torch.Tensor
-
-    def __init__(self, image_processor: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.frames = int(image_processor.temporal_patch_size)
-        table = torch.from_numpy(pixel_table(image_processor)).to(dtype)
-        self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 588) uint8 -> (N, 1176): a still image is as many equal frames as a patch has."""
-        channels = pixels.to(self.table.device).unflatten(1, (3, -1)).unbind(1)
-        scaled = [row[channel.int()] for row, channel in zip(self.table, channels, strict=True)]
-        return torch.stack([one for one in scaled for _ in range(self.frames)], dim=1).flatten(1)
 
 
 def _unwrapped(image: Any) -> Any:

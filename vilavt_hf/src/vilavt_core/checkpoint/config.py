@@ -13,6 +13,16 @@ ARCHITECTURE = "VilavtForConditionalGeneration"
 """What our model class writes. The published class name is accepted wherever ours is."""
 PUBLISHED_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration_Vilavt"
 
+QWEN3_EMBEDDING_SIZES: dict[str, int] = {
+    "vocab_size": 151669,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+"""Of Qwen3-Embedding-0.6B, the published query encoder."""
 QWEN3_EMBEDDING_CONSTANTS: dict[str, Any] = {
     "rope_theta": 1_000_000.0,
     "rms_norm_eps": 1e-06,

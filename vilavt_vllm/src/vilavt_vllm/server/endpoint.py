@@ -49,7 +49,7 @@ from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
 from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
 
-from .. import compat
+from .. import affinity, compat
 from ..episodes import Handling, adapted, settings_of_engine
 from ..errors import BusyError, EngineDiedError, EngineFailure, LimitError, ModelMissingError, RequestError
 from ..online import AsyncVilavtLLM
@@ -187,7 +187,9 @@ class Loop:
             if lora is None:
                 raise ModelMissingError(f"no model {short(repr(model))} here; GET /v1/models lists them")
         priority, _ = self.priority(request, headers)
-        return Handling(name, lora, priority, extract_trace_headers(headers) or None, logprobs=False)
+        said = headers.get(affinity.HEADER)
+        rank = None if said is None else self.llm.affinity.check(whole_number(affinity.HEADER, said))
+        return Handling(name, lora, priority, extract_trace_headers(headers) or None, rank, logprobs=False)
 
     async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
