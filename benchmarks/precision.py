@@ -260,10 +260,10 @@ def run(which: str, questions: int, small: bool, with_vllm: bool) -> dict[str, A
     torch.set_num_threads(1)
     if which == "wide":
         model, talks = forced_talk(SMALL if small else WIDE)
-        return {"model": "wide", "conversations": 1, "rows": compare(model, talks, STOP)}
+        return {"model": "wide", "weights": "random, seed 0", "conversations": 1, "rows": compare(model, talks, STOP)}
     chat = VilavtChat.from_pretrained(TINY, dtype="float32", device="cpu")
     stop = chat.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    figures: dict[str, Any] = {"model": "tiny", "conversations": questions}
+    figures: dict[str, Any] = {"model": "tiny", "weights": chat.settings.fingerprint, "conversations": questions}
     figures["rows"] = compare(chat.model, asked_talks(chat, chat.processor, questions), stop)
     if with_vllm:
         from vilavt_vllm import VilavtLLM
@@ -279,7 +279,8 @@ def run(which: str, questions: int, small: bool, with_vllm: bool) -> dict[str, A
 
 def show(figures: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table(title=f"{figures['model']}: log-probabilities of {figures['conversations']} conversations")
+    of = f"{figures['model']} ({figures['weights']})"
+    table = Table(title=f"{of}: log-probabilities of {figures['conversations']} conversations")
     for column in ("compared", "of", "rms", "99.9 %", "max", "flips per 1,000", "tokens"):
         table.add_column(column, justify="left" if column in ("compared", "of") else "right")
 

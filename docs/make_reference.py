@@ -36,8 +36,8 @@ from vilavt_eval.definition import Benchmark
 from vilavt_eval.evaluation_preset import EvaluationPreset
 from vilavt_rl.cli import app as vilavt_rl
 from vilavt_rl.launch import RECIPES
+from vilavt_vllm.server.dialects import DIALECTS
 from vilavt_vllm.server.options import flags
-from vilavt_vllm.server.requests import ChatRequest
 from vilavt_vlmeval.settings import PREFIX, AdapterSettings
 
 PYTHON = {
@@ -208,13 +208,17 @@ def _recipes(folder: Path) -> str:
 
 def server_page() -> str:
     """The routes of `vilavt-serve` that are ours."""
-    schema = ChatRequest.model_json_schema()
+    shapes: dict[str, Any] = {}
+    parts_of: dict[str, Any] = {}
+    for path, dialect in DIALECTS.items():
+        shapes[f"POST {path}"] = schema = dialect.request.model_json_schema()
+        parts_of |= schema.get("$defs", {})
     parts = [
-        "# Server API\n\nThe two routes of `vilavt-serve` that are ours, as [OpenAPI](openapi.json). What a response "
-        "holds, which fields of OpenAI's API are refused and which are ignored, and vLLM's own routes: "
+        "# Server API\n\nThe routes of `vilavt-serve` that are ours, as [OpenAPI](openapi.json). What a response "
+        "holds, which fields of the protocols are refused and which are ignored, and vLLM's own routes: "
         "[vilavt-vllm](../packages/vilavt_vllm.md#serve). A running server has all its routes at `/docs`."
     ]
-    for name, one in {"POST /v1/chat/completions": schema, **schema.get("$defs", {})}.items():
+    for name, one in {**shapes, **parts_of}.items():
         required = one.get("required", ())
         rows = [
             [f"`{key}`", _kind(value), "required" if key in required else "", _cell(value.get("description", ""))]
@@ -232,21 +236,26 @@ def server_page() -> str:
 
 
 def openapi() -> dict[str, Any]:
-    """The two routes as an OpenAPI document."""
-    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs", {}) | {"ChatRequest": schema}
-    body = {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
-    ok = {"description": "an OpenAI chat completion with the field `vilavt`; server-sent events if `stream` is true"}
+    """The routes as an OpenAPI document."""
     errors = {
         "400": {"description": "the request cannot be honoured; the message names the field and the remedy"},
         "401": {"description": "the server has a key and the request has none, or another"},
         "503": {"description": "the server is full or is being stopped; Retry-After says when to ask again"},
     }
-    chat = {
-        "summary": "Answer a question about images",
-        "requestBody": {"required": True, "content": body},
-        "responses": {"200": ok, **errors},
-    }
+    ok = {"description": "an answer of the protocol with the field `vilavt`; server-sent events if `stream` is true"}
+    parts: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    for path, dialect in DIALECTS.items():
+        name = dialect.request.__name__
+        schema = dialect.request.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts |= schema.pop("$defs", {}) | {name: schema}
+        body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        asked = {
+            "summary": "Answer a question about images",
+            "requestBody": {"required": True, "content": body},
+            "responses": {"200": ok, **errors},
+        }
+        paths[path] = {"post": asked}
     settings = {
         "summary": "Tell what answers depend on",
         "responses": {"200": {"description": "model, provenance, note"}, "401": errors["401"]},
@@ -254,7 +263,7 @@ def openapi() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "vilavt-serve", "version": version("vilavt-vllm")},
-        "paths": {"/v1/chat/completions": {"post": chat}, f"/v1{SETTINGS_PATH}": {"get": settings}},
+        "paths": {**paths, f"/v1{SETTINGS_PATH}": {"get": settings}},
         "components": {
             "schemas": parts,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

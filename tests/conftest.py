@@ -137,11 +137,11 @@ class StubServer:
 
     def chunks(self, request: dict, answer: str | None) -> list[str]:
         """The lines of a streamed response."""
-        result, reply = self.result(request, answer), wire.Reply("stub")
+        result, reply = self.result(request, answer), wire.Reply("stub", include_usage=True)
         (turn, last), images = result.turns, result.images[1:]
         events = [TextDelta(0, turn.text), ToolCallEvent(0, turn.action), CropsEvent(0, images, (), "digit")]
         lines = [reply.progress(event) for event in (*events, TextDelta(1, last.text))]
-        return [reply.begin(), *filter(None, lines), *reply.end(result, include_usage=True)]
+        return [reply.begin(), *filter(None, lines), *reply.end(result)]
 
     def close(self) -> None:
         self._server.shutdown()

@@ -110,12 +110,15 @@ def test_the_reference_names_modules_that_exist(reference):
 
 def test_the_server_is_described_as_openapi(reference):
     document = json.loads(reference["reference/openapi.json"])
-    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     schemas = document["components"]["schemas"]
-    assert body["$ref"].removeprefix("#/components/schemas/") in schemas
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body["$ref"].removeprefix("#/components/schemas/") in schemas
     named = set(re.findall(r'"#/components/schemas/(\w+)"', reference["reference/openapi.json"]))
     assert named <= set(schemas)
     assert {"messages", "temperature", "vilavt"} <= set(schemas["ChatRequest"]["properties"])
+    assert {"input", "instructions", "vilavt"} <= set(schemas["ResponsesRequest"]["properties"])
+    assert {"messages", "system", "max_tokens", "vilavt"} <= set(schemas["MessagesRequest"]["properties"])
 
 
 def test_the_figures_of_the_method_are_drawn_from_this_code():

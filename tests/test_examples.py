@@ -206,6 +206,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, workplace, monkeypat
 
 
 @pytest.mark.skipif("VILAVT_EXAMPLES" not in os.environ, reason="takes minutes: `nox -s docs_examples` runs it")
+@pytest.mark.timeout(3 * 3600)
 def test_the_commands_that_take_minutes_run(workplace):
     """VILAVT_EXAMPLES is the host whose blocks run: hf, vllm or verl."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -231,10 +232,12 @@ def wait_for(server: subprocess.Popen, url: str) -> None:
     """Until a server answers.
 
     Raises:
-        AssertionError: it has ended instead.
+        AssertionError: it has ended instead, or does not answer for ten minutes.
     """
+    last = time.monotonic() + 600
     while True:
         assert server.poll() is None, f"the server ended with {server.returncode}"
+        assert time.monotonic() < last, f"the server does not answer at {url} ten minutes after its start"
         try:
             urllib.request.urlopen(url, timeout=5)
             return

@@ -260,3 +260,25 @@ def test_limits_of_a_sample_do_not_lift_what_the_encoder_can_take(settings):
     assert (limits.max_turns, limits.max_inquiry_images, limits.max_inquiry_pixels) == (2, 2, 20_000)
     tighter = Driver(Sample([PICTURE], "?", limits=Limits(max_inquiry_images=1)), capped).result.provenance.limits
     assert (tighter.max_inquiry_images, tighter.max_inquiry_pixels) == (1, 20_000)
+
+
+def test_pictures_that_were_loaded_ahead_make_no_difference(settings, say):
+    driver = Driver(Sample([PICTURE], "What is it?", id="s1"), settings)
+    driver.prepare()
+    episode = driver.episode
+    assert driver.start() == []
+    assert driver.episode is episode
+    usual = asked(settings)
+    assert driver.request.new_token_ids == usual.request.new_token_ids
+    say(driver, ZOOM)
+    (*_, finished) = say(driver, ANSWER)
+    assert finished.result.answer == "seven"
+    assert finished.result.seconds >= 0
+
+
+def test_a_picture_that_could_not_be_loaded_ahead_is_told_at_the_start(settings):
+    driver = Driver(Sample(["missing.png"], "What is it?", id="s1"), settings)
+    driver.prepare()
+    (finished,) = driver.start()
+    assert isinstance(finished.result.error, ImageError)
+    assert "missing.png" in str(finished.result.error)

@@ -1,5 +1,6 @@
 """A tokenizer that several threads use gives each its own ids."""
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 from vilavt_core.tokenizer import SharedTokenizer
@@ -47,3 +48,8 @@ def test_threads_that_differ_about_special_tokens_do_not_get_each_others_ids(tok
         splits = [number % 2 == 1 for number in range(400)]
         got = pool.map(lambda split: shared.encode(text, split_special_tokens=split), splits)
         assert [expected[split] for split in splits] == list(got)
+
+
+def test_it_can_be_sent_to_another_process(tokenizer):
+    sent = pickle.loads(pickle.dumps(SharedTokenizer(tokenizer)))
+    assert sent.encode("a sign") == tokenizer.encode("a sign", add_special_tokens=False, split_special_tokens=False)

@@ -70,7 +70,8 @@ from vilavt_eval.recordings import read_recordings
 from vilavt_eval.scores import score_file
 from vilavt_vllm.errors import LimitError, PlaceholderError, RequestError
 from vilavt_vllm.grouping import ChatTokens, groups_of_tokens, one_placeholder_each
-from vilavt_vllm.server.requests import ChatRequest, exchanges
+from vilavt_vllm.server.dialects import CHAT, MESSAGES, RESPONSES
+from vilavt_vllm.server.requests import exchanges
 
 TOKENIZER = byte_tokenizer()
 TINY = PromptSet.load("tiny")
@@ -437,17 +438,56 @@ request = some_of(
     vilavt=st.dictionaries(st.sampled_from([*Limits.per_request(), "max_turn"]), numbers | st.none(), max_size=3),
 )
 
+item = st.one_of(
+    message,
+    some_of(type=st.sampled_from(["message", "reasoning", "function_call"]), role=st.just("assistant"),
+            content=st.lists(some_of(type=st.just("output_text"), text=st.text(max_size=3)), max_size=2)),
+)  # fmt: skip
+of_responses = some_of(
+    input=st.text(max_size=3) | st.lists(item, max_size=4),
+    instructions=st.text(max_size=3),
+    max_output_tokens=numbers,
+    metadata=st.dictionaries(st.text(max_size=2), st.text(max_size=2), max_size=1),
+    text=some_of(format=some_of(type=st.just("text")), verbosity=st.just("low")),
+    store=st.booleans(),
+)
+block = st.one_of(
+    some_of(type=st.sampled_from(["text", "thinking", "tool_use"]), text=st.text(max_size=3), cache_control=st.none()),
+    some_of(type=st.just("image"), max_pixels=numbers, source=some_of(
+        type=st.sampled_from(["url", "base64", "file"]), url=URL, data=st.text(max_size=3),
+        media_type=st.just("image/png"),
+    )),
+)  # fmt: skip
+of_messages = some_of(
+    messages=st.lists(
+        some_of(role=st.sampled_from(["user", "assistant"]), content=st.lists(block, max_size=3)), max_size=3
+    ),
+    system=st.text(max_size=3) | st.lists(block, max_size=2),
+    max_tokens=numbers,
+    output_config=some_of(effort=st.just("low")),
+)
+anything = st.one_of(
+    values_of("messages", "input", "system", "role", "content", "type", "source").map(dumped), st.binary()
+)
+asked_for = st.one_of(
+    st.tuples(st.just(CHAT), request.map(dumped)),
+    st.tuples(st.just(RESPONSES), of_responses.map(dumped)),
+    st.tuples(st.just(MESSAGES), of_messages.map(dumped)),
+    st.tuples(st.sampled_from([CHAT, RESPONSES, MESSAGES]), anything),
+)
 
-@fuzzed(st.one_of(request.map(dumped), values_of("messages", "role", "content", "type").map(dumped), st.binary()))
-def test_any_request_is_carried_out_or_the_clients_fault(body):
+
+@fuzzed(asked_for)
+def test_any_request_is_carried_out_or_the_clients_fault(given):
+    dialect, body = given
     try:
-        asked = ChatRequest.model_validate_json(body)
+        asked = dialect.request.model_validate_json(body)
         ignored = asked.ignored()
         allowed = asked.limits(replace(PRESETS["default"].limits, max_context=1000))
         asked.check_bounds(allowed)
         assert allowed.max_turns <= PRESETS["default"].limits.max_turns
         asked.sampling(PRESETS["default"].sampling)
-        talk = exchanges(asked.messages, asked.frames)
+        talk = exchanges(asked.placed(), asked.frames)
     except ValidationError:
         return
     except (RequestError, LimitError) as error:

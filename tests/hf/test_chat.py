@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from vilavt_core.results import (
     ToolCallEvent,
 )
 from vilavt_core.settings import save_chat_settings
-from vilavt_hf.chat import VilavtChat
+from vilavt_hf.chat import LOADED_AHEAD, VilavtChat
 from vilavt_hf.engine import Sampler
 
 LIMITS = Limits(max_turns=6, max_new_tokens_per_turn=200, max_pixels=84 * 84)
@@ -475,3 +476,49 @@ def test_what_is_no_picture_or_no_question_is_named_by_its_type(tiny_model, proc
     with pytest.raises((ImageError, EngineError)) as error:
         chat.ask(images, question)
     assert says in str(error.value)
+
+
+class Watched(io.BytesIO):
+    """A file that notes which thread reads it."""
+
+    def __init__(self, seed: int, read_by: list[str]):
+        super().__init__()
+        picture(seed, 84, 56).save(self, "png")
+        self.seek(0)
+        self.read_by = read_by
+
+    def read(self, *args):
+        self.read_by.append(threading.current_thread().name)
+        return super().read(*args)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_pictures_are_loaded_beside_the_engine_and_change_nothing_of_what_it_does(chat, concurrency):
+    chat.concurrency = concurrency
+    read_by: list[str] = []
+    samples = [Sample([Watched(seed, read_by)], "what?", id=str(seed)) for seed in range(5)]
+    samples.insert(2, Sample(["missing.png"], "what?", id="missing"))
+    results = chat.ask_many(samples)
+    assert read_by
+    assert all(name.startswith("vilavt-images") for name in read_by)
+    assert [result.sample_id for result in results] == [sample.id for sample in samples]
+    assert isinstance(results[2].error, ImageError)
+    for seed, result in enumerate(result for result in results if result.error is None):
+        alone = chat.ask([picture(seed, 84, 56)], "what?", id=str(seed))
+        assert result.record.token_ids == alone.record.token_ids
+
+
+def test_no_more_pictures_are_loaded_than_the_next_questions_have(chat):
+    chat.concurrency = 1
+    begun: list[int] = []
+
+    def samples():
+        for seed in range(8):
+            begun.append(seed)
+            yield Sample([picture(seed, 84, 56)], "what?", id=str(seed))
+
+    results = chat.iter_many(samples())
+    next(results)
+    assert len(begun) <= 1 + LOADED_AHEAD
+    results.close()  # what is loading ends
+    assert len(begun) <= 1 + LOADED_AHEAD

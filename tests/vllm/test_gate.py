@@ -21,13 +21,19 @@ from vllm.multimodal.media import MediaConnector
 
 from vilavt_vllm import compat
 from vilavt_vllm.server.command import allow_plugins
-from vilavt_vllm.server.endpoint import TURNS
+from vilavt_vllm.server.dialects import DIALECTS
+from vilavt_vllm.server.endpoint import BESIDE, TURNS
 from vilavt_vllm.server.gate import OPEN, Draining, DrainingEngine, Gate
 from vilavt_vllm.server.options import NO_DOMAINS, VLLM_DEFAULTS
 
-OURS = {"POST /v1/chat/completions", "GET /v1/vilavt", "GET /load", "GET /"}
+LOOP = {"POST /v1/chat/completions", "POST /v1/responses", "POST /v1/messages"}
+OURS = LOOP | {"GET /v1/vilavt", "GET /load", "GET /"}
 UNGUARDED = {"GET /health", "GET /ping", "POST /ping", "GET /metrics"}
-REFUSED = {f"POST {path}" for path in TURNS}
+REFUSED = {f"POST {path}" for path in TURNS} | {
+    "GET /v1/responses/{response_id}",
+    "POST /v1/responses/{response_id}/cancel",
+    "POST /v1/messages/count_tokens",
+}
 TOKENS = {"POST /tokenize", "POST /detokenize", "POST /generative_scoring", "POST /inference/v1/generate"}
 TOKENS |= {"POST /inference/v1/abort_requests"}
 """vLLM's own, about tokens: they say nothing that could be taken for an answer."""
@@ -36,9 +42,6 @@ OPERATION |= {"POST /scale_elastic_ep", "POST /is_scaling_elastic_ep"}
 DOCUMENTATION = {"GET /openapi.json", "GET /docs", "GET /docs/oauth2-redirect", "GET /redoc"}
 PARTS = {
     "GET /v1/models",
-    "GET /v1/responses/{response_id}",
-    "POST /v1/responses/{response_id}/cancel",
-    "POST /v1/messages/count_tokens",
     "POST /v1/chat/completions/render",
     "POST /v1/chat/completions/derender",
     "POST /v1/completions/render",
@@ -114,11 +117,18 @@ def test_the_key_opens_and_none_is_asked_for_where_there_is_none(closed, monkeyp
     assert send(built(), "GET", "/version").status_code == 401
 
 
-@pytest.mark.parametrize("path", TURNS)
-def test_a_route_that_would_answer_with_a_turn_says_where_to_go(closed, path):
-    answer = send(closed, "POST", path, {"Authorization": "Bearer secret"}, json={"model": "none", "input": "x"})
+def test_the_loop_answers_every_protocol_it_has():
+    assert {f"POST {path}" for path in DIALECTS} == LOOP
+
+
+@pytest.mark.parametrize("operation", sorted(REFUSED))
+def test_a_route_that_would_answer_with_a_turn_or_about_one_says_where_to_go(closed, operation):
+    method, path = operation.split()
+    assert path in (*TURNS, *BESIDE)
+    answer = send(closed, method, path, {"Authorization": "Bearer secret"}, json={"model": "none", "input": "x"})
     message = answer.json()["error"]["message"]
-    assert (answer.status_code, path in message, "/v1/chat/completions" in message) == (400, True, True)
+    there = next((one for one in DIALECTS if path.startswith(f"{one}/")), "/v1/chat/completions")
+    assert (answer.status_code, path in message, f"POST {there}" in message) == (400, True, True)
     assert ("/v1/raw/" in message) == path.startswith("/v1/")
 
 

@@ -267,7 +267,7 @@ CONTENTS = [
     ([], OK),
     # with harmless extras
     ([{**TEXT, "cache_control": {"type": "ephemeral"}}], ("messages[0].content[0].cache_control",)),
-    ([{**TEXT, "cache_control": None, "annotations": []}], ("messages[0].content[0].annotations",)),
+    ([{**TEXT, "cache_control": None, "annotations": []}], OK),
     ([{**TEXT, "id": "x"}, {**IMAGE, "uuid": "y"}], ("messages[0].content[0].id", "messages[0].content[1].uuid")),
     (
         [{"type": "image_url", "image_url": {"url": URL, "detail": "high"}}, TEXT],
@@ -356,7 +356,8 @@ MESSAGES = [
     ([USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, USER], OK),
     ([USER, {**SAID, "refusal": None, "audio": None, "tool_calls": None, "function_call": None}, USER], OK),
     ([USER, {**SAID, "tool_calls": [], "prefix": False}, USER], OK),
-    ([USER, {**SAID, "annotations": []}, USER], ("messages[1].annotations",)),
+    ([USER, {**SAID, "annotations": []}, USER], OK),
+    ([USER, {**SAID, "annotations": [{"type": "url_citation"}]}, USER], ("messages[1].annotations",)),
     ([USER, {**SAID, "reasoning_content": "I thought."}, USER], ("messages[1].reasoning_content",)),
     ([{**USER, "name": "Ann"}], ("messages[0].name",)),
     ([{**USER, "cache_control": {"type": "ephemeral"}}], ("messages[0].cache_control",)),

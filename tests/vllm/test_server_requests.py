@@ -46,6 +46,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vilavt_vllm.server.budget import PictureBudget
 from vilavt_vllm.server.command import allow_plugins, parser
+from vilavt_vllm.server.dialects import DIALECTS
 from vilavt_vllm.server.endpoint import VilavtEndpoint
 from vilavt_vllm.server.history import History, Kept
 from vilavt_vllm.server.media import Pictures
@@ -64,7 +65,8 @@ def request(**fields) -> ChatRequest:
 
 
 def messages(*pairs):
-    return request(messages=[{"role": role, "content": content} for role, content in pairs]).messages
+    """A conversation as `exchanges` takes it."""
+    return request(messages=[{"role": role, "content": content} for role, content in pairs]).placed()
 
 
 def data_url(data: bytes) -> str:
@@ -983,8 +985,8 @@ def test_hanging_up_while_a_picture_loads_is_counted_as_aborted_and_frees_its_pl
 class Streaming:
     """One streamed question over ASGI, to a server whose engine samples when `go` is set."""
 
-    def __init__(self, server: FastAPI, keep_alive: float = 0) -> None:
-        self.server, self.go, self.gone = server, asyncio.Event(), asyncio.Event()
+    def __init__(self, server: FastAPI, keep_alive: float = 0, path: str = "/v1/chat/completions") -> None:
+        self.server, self.go, self.gone, self.path = server, asyncio.Event(), asyncio.Event(), path
         self.sent: list[dict] = []
         server.state.sse_keep_alive = keep_alive
         server.state.vilavt_loop.llm.engine.generate = self.generate
@@ -995,7 +997,9 @@ class Streaming:
         yield
 
     async def run(self) -> None:
-        body = json.dumps(question(data_url(png(30, 30)), stream=True)).encode()
+        said = {"input": "Hi"} if self.path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hi"}]}
+        shown = question(data_url(png(30, 30))) if self.path == "/v1/chat/completions" else said
+        body = json.dumps({**shown, "stream": True}).encode()
         parts = iter([{"type": "http.request", "body": body}])
 
         async def receive():
@@ -1007,7 +1011,7 @@ class Streaming:
         async def send(message):
             self.sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": self.path, "query_string": b""}
         scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
         await asyncio.wait_for(self.server(scope, receive, send), 30)
 
@@ -1040,12 +1044,13 @@ def test_a_stream_has_its_header_before_the_first_token_and_a_comment_while_noth
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("path", DIALECTS)
 @pytest.mark.parametrize("header_is_out", [False, True])
-def test_a_streaming_client_that_leaves_before_the_first_token_is_noticed(app, header_is_out):
+def test_a_streaming_client_that_leaves_before_the_first_token_is_noticed(app, header_is_out, path):
     server = app()
 
     async def ask():
-        streaming = Streaming(server)
+        streaming = Streaming(server, path=path)
         loop = streaming.server.state.vilavt_loop
         running = asyncio.create_task(streaming.run())
         await until(lambda: streaming.sent if header_is_out else loop.running)
@@ -1057,18 +1062,23 @@ def test_a_streaming_client_that_leaves_before_the_first_token_is_noticed(app, h
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("path", DIALECTS)
 @pytest.mark.parametrize("header_is_out", [False, True])
-def test_a_question_that_is_ended_because_the_server_stops_is_told_so(app, header_is_out):
+def test_a_question_that_is_ended_because_the_server_stops_is_told_so(app, header_is_out, path):
     server = app()
 
     async def ask():
-        streaming = Streaming(server)
+        streaming = Streaming(server, path=path)
         running = asyncio.create_task(streaming.run())
         await until(lambda: streaming.sent if header_is_out else server.state.vilavt_loop.running)
         await server.state.vilavt_draining.drain(0)
         await running
         assert streaming.sent[0]["status"] == (200 if header_is_out else 503)
-        assert "(--shutdown-timeout)" in streaming.text
+        *_, last = streaming.text.removesuffix("data: [DONE]\n\n").strip().splitlines()
+        reason = json.loads(last.removeprefix("data: "))
+        assert "(--shutdown-timeout)" in reason["error"]["message"]
+        assert reason["error"]["type"] == ("overloaded_error" if path == "/v1/messages" else "StoppingError")
+        assert ("event: error\n" in streaming.text) == (header_is_out and path != "/v1/chat/completions")
         assert not streaming.sent[-1].get("more_body", False)
         assert server.state.vilavt_loop.running == 0
 

@@ -253,11 +253,28 @@ class Driver:
         self._shown = 0
         self._began = self._asked = time.perf_counter()
         self._error: Exception | None = None
+        self._preparing: float | None = None
+        """Seconds that `prepare` took."""
+        self._refused: Exception | None = None
+        """What went wrong in `prepare`."""
 
     # ------------------------------------------------------------------ what an adapter calls
 
+    def prepare(self) -> None:
+        """Load the images and bring them to their size, ahead of `start`, which then only goes on, or tells what went
+        wrong. May run in any thread, if the settings' tokenizer bears it (`vilavt_core.tokenizer.SharedTokenizer`).
+        """
+        began = time.perf_counter()
+        try:
+            self._open()
+        except Exception as error:
+            self._refused = error
+        self._preparing = time.perf_counter() - began
+
     def start(self) -> list[Event]:
         """Load the images and prepare the first request; the events of turns that were forced."""
+        if self._preparing is not None:  # the wait since then was for an engine that had other questions
+            self._began = time.perf_counter() - self._preparing
         return self._guarded(self._start)
 
     def take(
@@ -362,6 +379,13 @@ class Driver:
         return out
 
     def _start(self) -> Iterator[Event]:
+        if self._refused is not None:
+            raise self._refused
+        self._open()
+        yield from self._advance()
+
+    def _open(self) -> None:
+        """Begin the episode, unless there is one."""
         if self.episode is None:
             settings, change = self.settings, self.intervention.transform_regions
             limits = self.sample.limits or settings.limits
@@ -372,7 +396,6 @@ class Driver:
                 sample_id=self.name or None,
                 gallery=None if change is None else _Redirected(limits.min_pixels, self.sample, change),
             )
-        yield from self._advance()
 
     def _advance(self) -> Iterator[Event]:
         """Prepare the next request, carry out forced turns, or finish."""

@@ -89,6 +89,9 @@ class SharedTokenizer:
         self._tokenizer, self._lock = tokenizer, Lock()
         self.unk_token_id = getattr(tokenizer, "unk_token_id", None)
 
+    def __reduce__(self) -> tuple[type[SharedTokenizer], tuple[Tokenizer]]:
+        return SharedTokenizer, (self._tokenizer,)  # a lock stays in its process
+
     def encode(self, text: str, *, add_special_tokens: bool = False, split_special_tokens: bool = False) -> list[int]:
         """Text to ids."""
         with self._lock:

@@ -37,6 +37,8 @@ STATE = "state"
 """Of `FIELD`, in requests and responses."""
 SETTINGS_PATH = "/vilavt"
 """Below the API's base URL: `settings_body`."""
+DONE = "data: [DONE]\n\n"
+"""The end of a stream of chunks."""
 
 
 # ---------------------------------------------------------------------- what a server says
@@ -93,26 +95,56 @@ def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
 
 
 def error_line(message: str, kind: str, code: int) -> str:
-    """An error in the middle of a stream."""
-    return _line(error_body(message, kind, code))
+    """An error in the middle of a stream, and its end."""
+    return _line(error_body(message, kind, code)) + DONE
+
+
+class Progress:
+    """What a stream says of the events on the way: thoughts as their text arrives, zooms, crops, refusals.
+
+    The answer is not among them: it is sent when it is certain, at the end.
+    """
+
+    def __init__(self) -> None:
+        self._turn = -1
+        self._thoughts = Thoughts()
+        self._turns: list[int] = []
+
+    def feed(self, event: Event) -> tuple[dict[str, Any], str] | None:
+        """An event as JSON for the field ``vilavt``, and what it adds to the thoughts of all turns, a turn a line:
+        together they are `ChatResult.thoughts`. None: there is nothing to say of it."""
+        if not isinstance(event, TextDelta):
+            data = event_json(event)
+            return None if data is None else (data, "")
+        if event.turn != self._turn:
+            self._turn, self._thoughts = event.turn, Thoughts()
+        text = self._thoughts.feed(event.text)
+        if not text:
+            return None
+        data = {"type": "thought", "turn": event.turn, "text": text}
+        if event.turn not in self._turns:
+            self._turns.append(event.turn)
+            text = "\n" * (len(self._turns) > 1) + text
+        return data, text
 
 
 class Reply:
-    """A response, whole or in chunks.
+    """A chat completion, whole or in chunks.
 
     Args:
         model: the name that the client knows.
         ignored: fields of the request that have no effect.
         name: of the request; None: one of its own.
+        include_usage: whether chunks end with one that has the usage.
     """
 
-    def __init__(self, model: str, ignored: Sequence[str] = (), name: str | None = None) -> None:
-        self.ignored = tuple(ignored)
+    def __init__(
+        self, model: str, ignored: Sequence[str] = (), name: str | None = None, *, include_usage: bool = False
+    ) -> None:
+        self.ignored, self.include_usage = tuple(ignored), include_usage
         self.id = f"chatcmpl-{name or uuid.uuid4().hex}"
         self.head = {"id": self.id, "created": int(time.time()), "model": model}
-        self._turn = -1
-        self._thoughts = Thoughts()
-        self._thought_turns: list[int] = []
+        self._progress = Progress()
 
     def whole(self, result: ChatResult) -> dict[str, Any]:
         """The response to a request that does not stream."""
@@ -126,33 +158,26 @@ class Reply:
         return self._chunk({"role": "assistant", "content": ""})
 
     def progress(self, event: Event) -> str | None:
-        """The chunk of an event on the way, if it has one: thoughts as their text arrives, zooms, crops, refusals.
-
-        The answer is not among them: it is sent by `end`, when it is certain.
-        """
-        if not isinstance(event, TextDelta):
-            data = event_json(event)
-            return None if data is None else self._chunk({}, vilavt=data)
-        if event.turn != self._turn:
-            self._turn, self._thoughts = event.turn, Thoughts()
-        text = self._thoughts.feed(event.text)
-        if not text:
+        """The chunk of an event on the way, if it has one; see `Progress`."""
+        said = self._progress.feed(event)
+        if said is None:
             return None
-        data = {"type": "thought", "turn": event.turn, "text": text}
-        if event.turn not in self._thought_turns:
-            self._thought_turns.append(event.turn)
-            text = "\n" * (len(self._thought_turns) > 1) + text
-        return self._chunk(_thought(text), vilavt=data)
+        data, thought = said
+        return self._chunk(_thought(thought) if thought else {}, vilavt=data)
 
-    def end(self, result: ChatResult, *, include_usage: bool) -> Iterator[str]:
+    def end(self, result: ChatResult) -> Iterator[str]:
         """The last chunks."""
         if result.answer is not None:
             yield self._chunk({"content": result.answer})
         yield self._chunk({}, finish_reason(result), vilavt={"type": "end", **told(result, self.ignored)})
-        if include_usage:
+        if self.include_usage:
             usage = result.billed.to_json()
             yield _line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
-        yield "data: [DONE]\n\n"
+        yield DONE
+
+    def failed(self, message: str, kind: str, code: int) -> str:
+        """The last chunks of a stream that cannot go on."""
+        return error_line(message, kind, code)
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
@@ -162,6 +187,11 @@ class Reply:
 def _thought(text: str) -> dict[str, str]:
     """Thoughts under both names that clients look for."""
     return {"reasoning": text, "reasoning_content": text}
+
+
+def named_line(event: str, data: dict[str, Any]) -> str:
+    """An event of a stream whose events have names."""
+    return f"event: {event}\n{_line(data)}"
 
 
 def _line(data: dict[str, Any]) -> str:

@@ -7,7 +7,10 @@ computes them, each image and token once.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +33,7 @@ from vilavt_core.presets import Limits, Preset, Sampling, get_preset
 from vilavt_core.prompts import PromptSet
 from vilavt_core.results import Event, Finished, Intervention, Timings, Work
 from vilavt_core.settings import preset_of
+from vilavt_core.tokenizer import SharedTokenizer
 from vilavt_core.video import VideoLimits
 
 from . import compat
@@ -43,6 +47,10 @@ if TYPE_CHECKING:
 
     from .modeling_vilavt import VilavtForConditionalGeneration
     from .processing_vilavt import VilavtProcessor
+
+
+LOADED_AHEAD = 2
+"""Questions whose images are loaded while the engine is busy with those before, each in a thread of its own."""
 
 
 class VilavtChat(DrivenBackend):
@@ -91,7 +99,7 @@ class VilavtChat(DrivenBackend):
         self.model, self.processor = model, processor
         self.settings = ConversationSettings.fitting(
             get_preset(preset),
-            tokenizer=processor.tokenizer,
+            tokenizer=SharedTokenizer(processor.tokenizer),
             image_size=processor.image_processor.size,
             context=model.config.text_config.max_position_embeddings,
             limits=limits,
@@ -258,10 +266,11 @@ class LocalSession:
     Args:
         engine: of these conversations alone.
         reencode: False: crops get their features from their originals; see `Intervention.reencode`.
+        ahead: questions whose images are loaded before the engine has room for them.
     """
 
-    def __init__(self, engine: Engine, *, reencode: bool = True) -> None:
-        self.engine, self.reencode = engine, reencode
+    def __init__(self, engine: Engine, *, reencode: bool = True, ahead: int = LOADED_AHEAD) -> None:
+        self.engine, self.reencode, self.ahead = engine, reencode, ahead
         if not reencode:
             engine.features = ReusedFeatures(engine.features)
         self._rows: dict[Driver, tuple[Episode, EngineRow]] = {}
@@ -272,7 +281,13 @@ class LocalSession:
         """Work on rows that were closed."""
 
     def run(self, drivers: Iterator[Driver]) -> Generator[tuple[Driver, Event], None, None]:
-        """Keep the engine full, and turn its tokens into events."""
+        """Keep the engine full, and turn its tokens into events. Which conversations run side by side depends on their
+        order alone, not on how long an image takes to load.
+        """
+        with closing(_loaded_ahead(drivers, self.ahead)) as loaded:
+            yield from self._run(loaded)
+
+    def _run(self, drivers: Iterator[Driver]) -> Generator[tuple[Driver, Event], None, None]:
         while True:
             while len(self._waiting) < self.engine.max_batch_size and (driver := next(drivers, None)) is not None:
                 yield from self._carry_on(driver, driver.start())
@@ -360,6 +375,23 @@ class LocalSession:
         """Cost of the whole conversation so far."""
         if driver in self._rows:
             driver.work = self._spent.get(driver, Work()) + self._rows[driver][1].work
+
+
+def _loaded_ahead(drivers: Iterator[Driver], ahead: int) -> Generator[Driver, None, None]:
+    """The drivers in their order, their images loaded by threads while nobody asks for the next one."""
+    loading: deque[tuple[Driver, Future[None]]] = deque()
+    threads = ThreadPoolExecutor(max(1, ahead), "vilavt-images")
+    try:
+        while True:
+            while len(loading) <= ahead and (driver := next(drivers, None)) is not None:
+                loading.append((driver, threads.submit(driver.prepare)))
+            if not loading:
+                return
+            driver, done = loading.popleft()
+            done.result()
+            yield driver
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def open_local(model: str, options: BackendOptions) -> Backend:

@@ -43,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="vilavt-serve",
         usage="vilavt-serve CHECKPOINT [flags]",
-        description="vLLM's OpenAI server for a ViLaVT, with the zoom loop inside /v1/chat/completions. CHECKPOINT is "
-        "a folder or a hub id; --model CHECKPOINT says the same, and so does the key model of --config.",
+        description="vLLM's OpenAI server for a ViLaVT, with the zoom loop inside /v1/chat/completions, "
+        "/v1/responses and /v1/messages. CHECKPOINT is a folder or a hub id; --model CHECKPOINT says the same, and so "
+        "does the key model of --config.",
         epilog="All flags of vLLM's server are accepted too (--port, --api-key, --tensor-parallel-size, "
         "--allowed-media-domains, …): vilavt-serve --vllm-help lists them.",
         allow_abbrev=False,

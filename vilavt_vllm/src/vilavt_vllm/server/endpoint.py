@@ -1,9 +1,10 @@
 """The plug-in that vLLM's OpenAI server loads (entry point group ``vllm.endpoint_plugins``).
 
-vLLM lets a plug-in's route replace one of its own with the same path: ``POST /v1/chat/completions`` becomes the loop,
-and vLLM's handler moves to ``/v1/raw/chat/completions``, so that ``/v1/raw`` is the base URL of a client that loops
-itself. Other routes that would answer with a turn of the model are refused by name and move there too. `gate` stands
-before all of them; everything else (models, health, metrics, the end) stays vLLM's.
+vLLM lets a plug-in's route replace one of its own with the same path: ``POST /v1/chat/completions``, ``/v1/responses``
+and ``/v1/messages`` become the loop (`dialects`), and vLLM's handlers move to ``/v1/raw/chat/completions`` and so on,
+so that ``/v1/raw`` is the base URL of a client that loops itself. Other routes that would answer with a turn of the
+model are refused by name and move there too. `gate` stands before all of them; everything else (models, health,
+metrics, the end) stays vLLM's.
 """
 
 from __future__ import annotations
@@ -47,20 +48,21 @@ from vilavt_core.state import (
 )
 from vilavt_core.validation import problems
 from vilavt_core.video import VideoLimits
-from vilavt_core.wire import SETTINGS_PATH, Reply, error_body, error_line, settings_body
+from vilavt_core.wire import SETTINGS_PATH, settings_body
 
 from .. import affinity, compat
 from ..episodes import Handling, adapted, settings_of_engine
 from ..errors import BusyError, EngineDiedError, EngineFailure, LimitError, ModelMissingError, RequestError
 from ..online import AsyncVilavtLLM
 from .budget import PictureBudget, Reservation
+from .dialects import API, DIALECTS, RAW, Answering, Dialect, dialect_of
 from .fields import short
-from .gate import RETRY, Draining, DrainingEngine, Gate
+from .gate import RETRY, Draining, DrainingEngine, Gate, path_of
 from .history import History, Kept
 from .media import Pictures
 from .metrics import metrics, queued_turns
 from .options import ServerOptions
-from .requests import ChatRequest, Exchange, exchanges, place, whole_number
+from .requests import Exchange, LoopRequest, exchanges, place, whole_number
 from .states import States
 
 compat.require_server()  # `vllm serve` finds this module by itself, whatever its version
@@ -75,19 +77,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATH, SETTINGS, LOAD = "/v1/chat/completions", f"/v1{SETTINGS_PATH}", "/load"
-API, RAW = "/v1/", "/v1/raw/"
-"""Prefix of OpenAI's routes, and that under which a client that runs the loop itself finds them as vLLM made them."""
-TURNS = (
-    "/v1/chat/completions/batch",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/systemone",
-    "/invocations",
-)
+SETTINGS, LOAD = f"/v1{SETTINGS_PATH}", "/load"
+TURNS = ("/v1/chat/completions/batch", "/v1/completions", "/v1/systemone", "/invocations")
 """Routes of vLLM that answer with one turn of the model, or go to one that does: a client would take a zoom for an
 answer."""
+BESIDE = ("/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/v1/messages/count_tokens")
+"""Routes of vLLM about its own responses and messages: the loop's answers are not kept, and its prompts are others."""
 PRIORITY = "X-Vllm-Priority"
 """Header that says a request's priority, before its field: vLLM's."""
 STATUS_WITHIN = 1.0
@@ -151,7 +146,11 @@ class Loop:
         found = read_chat_settings(config.model, hub={"revision": config.revision})
         self.note = found.note if found else ""
 
-    def priority(self, request: ChatRequest, headers: Mapping[str, str]) -> tuple[int, list[str]]:
+    def count_tokens(self, text: str) -> int:
+        """How many tokens an answer has. Not for the event loop's thread."""
+        return len(self.llm.settings.tokenizer.encode(text, split_special_tokens=True))
+
+    def priority(self, request: LoopRequest, headers: Mapping[str, str]) -> tuple[int, list[str]]:
         """The priority of a request, its header's or else its field's, and which of the two has no effect here.
 
         Args:
@@ -169,7 +168,7 @@ class Loop:
             return field or 0, []
         return header, ["priority"] if field not in (None, header) else []
 
-    def handling(self, request: ChatRequest, name: str, headers: Mapping[str, str]) -> Handling:
+    def handling(self, request: LoopRequest, name: str, headers: Mapping[str, str]) -> Handling:
         """What the engine is told of a request, at each of its turns.
 
         Args:
@@ -191,7 +190,7 @@ class Loop:
         rank = None if said is None else self.llm.affinity.check(whole_number(affinity.HEADER, said))
         return Handling(name, lora, priority, extract_trace_headers(headers) or None, rank, logprobs=False)
 
-    async def answer(self, request: ChatRequest, handling: Handling) -> AsyncGenerator[Any, None]:
+    async def answer(self, request: LoopRequest, handling: Handling) -> AsyncGenerator[Any, None]:
         """Carry a request out: yields its `Driver` as soon as that stands, then the question's events. Counts it, and
         remembers it for follow-up questions.
 
@@ -235,12 +234,12 @@ class Loop:
             metrics().running.dec()
             metrics().finished(driver, finish, time.monotonic() - begun)
 
-    async def _asked(self, request: ChatRequest, lora: LoRARequest | None, reservation: Reservation) -> Asked:
+    async def _asked(self, request: LoopRequest, lora: LoRARequest | None, reservation: Reservation) -> Asked:
         """The question of a request, ready to be carried out, and the conversation it belongs to."""
         settings = await asyncio.to_thread(adapted, self.llm.settings, lora)
         limits, sampling = request.limits(settings.limits), request.sampling(settings.sampling)
         request.check_bounds(limits)
-        talk = exchanges(request.messages, request.frames)
+        talk = exchanges(request.placed(), request.frames)
         count = sum(image.least for exchange in talk for image in exchange.images)
         if count > limits.max_images:
             raise RequestError(f"the request has {count} images, at most {limits.max_images} are allowed")
@@ -288,7 +287,9 @@ class Loop:
             return
         characters = sum(len(one.question) + len(one.answer or "") for one in talk)
         if problem := text_problem(characters, limits.max_context, self.llm.settings.tokenizer):
-            raise RequestError(f"messages: {problem}; send less, or start the server with a larger --max-model-len")
+            raise RequestError(
+                f"the conversation: {problem}; send less, or start the server with a larger --max-model-len"
+            )
 
     async def _replayed(
         self,
@@ -336,14 +337,15 @@ class VilavtEndpoint:
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Put the loop in place of vLLM's chat completions, vLLM's own beside it, and the gate before everything."""
+        """Put the loop in place of vLLM's routes, vLLM's own beside it, and the gate before everything."""
         for route in [route for route in app.routes if isinstance(route, APIRoute)]:
             if route.path.startswith(API):
                 raw = route.path.replace(API, RAW, 1)
                 app.add_api_route(raw, route.endpoint, methods=[*route.methods], dependencies=route.dependencies)
-            if route.path in TURNS:
+            if route.path in (*TURNS, *BESIDE):
                 app.add_api_route(route.path, refused, methods=[*route.methods], response_model=None)
-        app.add_api_route(PATH, chat_completions, methods=["POST"], response_model=None)
+        for path in DIALECTS:
+            app.add_api_route(path, answered, methods=["POST"], response_model=None)
         app.add_api_route(SETTINGS, settings, methods=["GET"], response_model=None)
         app.add_api_route(LOAD, load, methods=["GET"], response_model=None)
         app.state.vilavt_draining = Draining()
@@ -380,10 +382,11 @@ def _told(before: Driver | None, settings: ConversationSettings, sample: Sample,
 
 
 async def refused(raw: Request) -> Response:
-    """Say where to go instead of a route that would answer with one turn."""
+    """Say where to go instead of a route that would answer with one turn, or about one."""
     path = raw.scope["route"].path
     there = f"; vLLM's own is at {path.replace(API, RAW, 1)}" if path.startswith(API) else ""
-    message = f"{path} is not answered here, where the server runs the model's zoom loop: POST {PATH}{there}"
+    dialect = dialect_of(path)
+    message = f"{path} is not answered here, where the server runs the model's zoom loop: POST {dialect.path}{there}"
     return _error(raw, RequestError(message), 400)
 
 
@@ -418,15 +421,17 @@ async def front_page(raw: Request) -> Response:
     return HTMLResponse(render("front.html", TEMPLATES, title="vilavt-serve", model=model, note=note, url=url))
 
 
-async def chat_completions(raw: Request) -> Response:
-    """Answer a chat completion with the model's own zoom loop."""
+async def answered(raw: Request) -> Response:
+    """Answer a request of any of the protocols with the model's own zoom loop."""
     loop: Loop | None = raw.app.state.vilavt_loop
     if loop is None:
         return _error(raw, EngineFailure("this server has no engine"), 501)
+    dialect = DIALECTS[raw.scope["route"].path]
     try:
-        request = await _parsed(raw, loop.options)
+        request = await _parsed(raw, loop.options, dialect)
         ignored = request.ignored(loop.priority(request, raw.headers)[1])
-        reply = Reply(request.model or loop.models.model_name(), ignored, _name(raw))
+        model = request.model or loop.models.model_name()
+        reply = dialect.reply(request, model, ignored, _name(raw), loop.count_tokens)
         answer = loop.answer(request, loop.handling(request, reply.id, raw.headers))
         if request.stream:
             first = await _unless_disconnected(raw, _begun(answer))
@@ -436,10 +441,9 @@ async def chat_completions(raw: Request) -> Response:
             if isinstance(early, Finished) and (refusal := _refusal(early.result)) is not None:  # still gets its status
                 await answer.aclose()
                 return _error(raw, refusal, _status(refusal))
-            usage = bool(request.stream_options and request.stream_options.include_usage)
             # Starlette closes it as soon as the client is gone.
             return StreamingResponse(
-                compat.with_keep_alive(_stream(reply, answer, first, usage), raw.app.state.sse_keep_alive),
+                compat.with_keep_alive(_stream(reply, answer, first), raw.app.state.sse_keep_alive),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache"},
             )
@@ -454,10 +458,10 @@ async def chat_completions(raw: Request) -> Response:
         return Response(status_code=499)  # nobody is there to read it
     if (refusal := _refusal(finished)) is not None:
         return _error(raw, refusal, _status(refusal))
-    return JSONResponse(reply.whole(finished))
+    return JSONResponse(await asyncio.to_thread(reply.whole, finished))
 
 
-async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
+async def _parsed(raw: Request, options: ServerOptions, dialect: Dialect) -> LoopRequest:
     kind = raw.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"Content-Type is {kind or 'missing'!r}, it must be application/json")
@@ -470,7 +474,7 @@ async def _parsed(raw: Request, options: ServerOptions) -> ChatRequest:
                 "--max-body-bytes"
             )
     try:
-        return ChatRequest.model_validate_json(bytes(body))
+        return dialect.request.model_validate_json(bytes(body))
     except ValidationError as error:
         raise RequestError(problems(error, name=place, most=1)) from None
 
@@ -519,7 +523,7 @@ async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
 
 
 async def _stream(
-    reply: Reply, answer: AsyncGenerator[Any, None], first: asyncio.Future[Event], include_usage: bool
+    reply: Answering, answer: AsyncGenerator[Any, None], first: asyncio.Future[Event]
 ) -> AsyncGenerator[str, None]:
     try:
         yield reply.begin()
@@ -528,18 +532,16 @@ async def _stream(
             if isinstance(event, Finished):
                 error = event.result.error
                 if error is not None:
-                    yield error_line(_words(error), type(error).__name__, _status(error))
-                    yield "data: [DONE]\n\n"
+                    yield reply.failed(_words(error), type(error).__name__, _status(error))
                 else:
-                    for chunk in reply.end(event.result, include_usage=include_usage):
+                    for chunk in await asyncio.to_thread(list, reply.end(event.result)):
                         yield chunk
             elif (progress := reply.progress(event)) is not None:
                 yield progress
             event = await anext(answer, None)
     except Exception as error:  # the header is out: the reason has no other place
         logger.exception("a stream ended early")
-        yield error_line(_words(error), type(error).__name__, _status(error))
-        yield "data: [DONE]\n\n"
+        yield reply.failed(_words(error), type(error).__name__, _status(error))
     finally:
         await _cancelled(first)
         await answer.aclose()
@@ -584,4 +586,5 @@ def _error(raw: Request, error: Exception, status: int) -> JSONResponse:
     cause = error if status >= 500 and not isinstance(error, BusyError) else None
     logger.warning("request %r: %d %r", _name(raw), status, one_line(error), exc_info=cause)
     metrics().refusals.labels(str(status)).inc()
-    return JSONResponse(error_body(_words(error), type(error).__name__, status), status, headers)
+    body = dialect_of(path_of(raw.scope)).error_body(_words(error), type(error).__name__, status)
+    return JSONResponse(body, status, headers)

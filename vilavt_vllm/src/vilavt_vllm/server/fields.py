@@ -1,6 +1,7 @@
 """Which fields of a request are honoured, which are refused, and which are accepted and reported: the rule, as tables.
 
-1. A field that the loop honours is one of `requests.ChatRequest` and its parts. What is out of range is an error.
+1. A field that the loop honours is one of the protocol's request (`requests.ChatRequest`, `responses`, `messages`) and
+   its parts. What is out of range is an error.
 2. A field that would change the answer, and that the loop cannot honour, is refused by name, with what to do instead
    (the tables here). At a value that cannot change the answer it is accepted: null, an empty text, list or object, and
    its neutral values.
@@ -32,7 +33,9 @@ _FORMAT = "leave it out and ask for the format in the question"
 _TOOLS = "leave it out: the loop carries out the model's own zooms and calls no functions"
 _THINKS = "leave it out: the model always thinks before it zooms or answers"
 _TOKENS = "say max_tokens for a turn, or max_completion_tokens for the whole answer"
+_TURN_TOKENS = "or vilavt.max_new_tokens_per_turn for a turn"
 _SAMPLES = "send the request several times, with different seeds"
+NO_FILES = "this server keeps no files; send the image as a data URL, data:image/png;base64,…"
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,83 @@ REQUEST: Mapping[str, Refusal] = {
         for name in (*Limits.per_request(), "state")
     },
 }
-"""Of a request. What is not here, and is no field of `requests.ChatRequest`, is a hint: ``user``, ``metadata``,
-``reasoning_effort``, ``prompt_cache_key``, …"""
+"""Of a chat completion. What is not here, and is no field of `requests.ChatRequest`, is a hint: ``user``,
+``metadata``, ``reasoning_effort``, ``prompt_cache_key``, …"""
+
+_TOKEN_FIELDS = "max_tokens max_completion_tokens max_output_tokens max_new_tokens max_length num_predict"
+_THINKING_TOKENS = "thinking_token_budget thinking_budget"
+_IMAGE_FIELDS = "image images image_url video videos video_url audios"
+
+RESPONSES_REQUEST: Mapping[str, Refusal] = {
+    **REQUEST,
+    # what the server would have to keep
+    **_each(
+        "previous_response_id conversation",
+        Refusal(
+            instead="send the earlier input and output back in input, and vilavt.state to continue the same tokens"
+        ),
+    ),
+    **_each("store", Refusal((False,), "leave it out: answers are not kept; vilavt.state holds the conversation")),
+    **_each("background", Refusal((False,), "leave it out, and keep the connection open")),
+    # what comes with it
+    **_each("include", Refusal(instead="leave it out: thoughts and zooms come with every answer")),
+    # where it ends
+    **_each(
+        f"{_TOKEN_FIELDS} {_THINKING_TOKENS}",
+        Refusal(instead=f"say max_output_tokens for the whole answer, {_TURN_TOKENS}"),
+    ),
+    **_each("truncation", Refusal(("disabled",), "send less: nothing is cut off here")),
+    **_each("context_management", Refusal(instead="send less: nothing is left out here")),
+    **_each("max_tool_calls", Refusal(instead="say vilavt.max_turns: a zoom is a turn")),
+    # the prompt
+    **_each("messages prompt inputs", Refusal(instead="put it into input")),
+    **_each("system", Refusal(instead="put it into instructions")),
+    **_each(
+        _IMAGE_FIELDS,
+        Refusal(instead='put images into a message of input, as parts {"type": "input_image", "image_url": …}'),
+    ),
+    **_each("documents", Refusal(instead="put their text into input")),
+}
+"""Of a request of the Responses API."""
+
+RESPONSES_TEXT: Mapping[str, Refusal] = _each("format", Refusal(({"type": "text"},), _FORMAT))
+"""Of its ``text``."""
+
+MESSAGES_REQUEST: Mapping[str, Refusal] = {
+    **REQUEST,
+    # where it ends
+    **_each(
+        f"{_TOKEN_FIELDS} {_THINKING_TOKENS}",
+        Refusal(instead=f"say max_tokens: here of the whole answer, {_TURN_TOKENS}"),
+    ),
+    **_each(
+        "thinking",
+        Refusal(
+            ({"type": "adaptive"},),
+            f"{_THINKS}; say max_tokens for thoughts, zooms and answer together, {_TURN_TOKENS}",
+        ),
+    ),
+    **_each("context_management", Refusal(instead="send less: nothing is left out here")),
+    # what it looks like
+    **_each("output_format", Refusal(instead=_FORMAT)),
+    # functions
+    **_each("tool_choice", Refusal(({"type": "auto"}, {"type": "none"}), _TOOLS)),
+    **_each("mcp_servers container", Refusal(instead=_TOOLS)),
+    # the prompt
+    **_each("prompt input inputs", Refusal(instead=_MESSAGES)),
+    **_each("instructions", Refusal(instead="put it into system")),
+    **_each(
+        _IMAGE_FIELDS,
+        Refusal(instead='put images into a message, as blocks {"type": "image", "source": …}'),
+    ),
+}
+"""Of a request of the Messages API. Hints are ``metadata``, ``service_tier``, ``cache_control``, …"""
+
+OUTPUT_CONFIG: Mapping[str, Refusal] = {
+    **_each("format", Refusal(instead=_FORMAT)),
+    **_each("task_budget", Refusal(instead="say max_tokens")),
+}
+"""Of its ``output_config``."""
 
 MESSAGE: Mapping[str, Refusal] = {
     **_each("tool_calls function_call tool_call_id", Refusal(instead=_TOOLS)),
@@ -149,12 +227,20 @@ TEXT_PART: Mapping[str, Refusal] = _each("image image_url video video_url audio_
 
 IMAGE_PART: Mapping[str, Refusal] = {
     **_each("text video video_url image", _OTHER_PART),
+    **_each("file_id", Refusal(instead=NO_FILES)),
     **_each(
         "resized_height resized_width",
         Refusal(instead="send the image at that size, or bound its area with min_pixels and max_pixels"),
     ),
 }
 """Of a part that is an image, and of its ``image_url``."""
+
+IMAGE_BLOCK: Mapping[str, Refusal] = {
+    **IMAGE_PART,
+    **_each("image_url url data", Refusal(instead='put it into source: {"type": "url", "url": …}')),
+    **_each("transformations", Refusal(instead="say min_pixels and max_pixels beside source")),
+}
+"""Of a block of the Messages API that is an image, and of its ``source``."""
 
 _CUT = "cut the video, and send the stretch that is asked about"
 VIDEO_PART: Mapping[str, Refusal] = {
@@ -179,8 +265,13 @@ PROCESSOR_KWARGS: Mapping[str, Refusal] = {
 MEDIA_KWARGS: Mapping[str, Refusal] = _each("image audio", Refusal())
 """Of ``media_io_kwargs``."""
 
-_SILENT: Mapping[str, tuple[Any, ...]] = {"detail": ("auto",), "continuous_usage_stats": (False,)}
-"""Hints at a value that asks for what happens anyway: accepted, and not listed."""
+_SILENT: Mapping[str, tuple[Any, ...]] = {
+    "detail": ("auto",),
+    "continuous_usage_stats": (False,),
+    "annotations": ([],),
+    "logprobs": ([],),
+}
+"""Hints at a value that asks for what happens anyway, or that we sent ourselves: accepted, and not listed."""
 
 
 def unused(

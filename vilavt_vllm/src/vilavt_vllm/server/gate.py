@@ -17,9 +17,8 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vilavt_core.wire import error_body, error_line
-
 from ..errors import KeyMissingError, StoppingError
+from .dialects import dialect_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,14 @@ RETRY = "5"
 """Seconds after which another server may be expected to answer at this address."""
 
 
+def path_of(scope: Scope) -> str:
+    """The path of a request, without the root path."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 def is_open(scope: Scope) -> bool:
     """Whether a request is for one of `OPEN`."""
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = path_of(scope)
     return path in OPEN or path.startswith("/metrics/")
 
 
@@ -131,10 +135,10 @@ class Gate:
             await self.app(scope, receive, send)
         elif not self._has_key(scope):
             missing = KeyMissingError("this route needs a key of the server: Authorization: Bearer KEY (--api-key)")
-            await _response(missing, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            await _response(scope, missing, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         elif self.draining.begun:
             stopping = StoppingError("this server is being stopped; send the request again, to another one or later")
-            await _response(stopping, 503, {"Retry-After": RETRY})(scope, receive, send)
+            await _response(scope, stopping, 503, {"Retry-After": RETRY})(scope, receive, send)
         else:
             await self._let_through(scope, receive, send)
 
@@ -174,11 +178,12 @@ class Gate:
         """Tell a request why it ends, after as much of its response as was sent."""
         reason = self.draining.reason()
         if start is None:
-            await _response(reason, 503, {"Retry-After": RETRY})(scope, receive, send)
+            await _response(scope, reason, 503, {"Retry-After": RETRY})(scope, receive, send)
         elif dict(start["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
-            last = error_line(str(reason), type(reason).__name__, 503) + "data: [DONE]\n\n"
+            last = dialect_of(path_of(scope)).error_line(str(reason), type(reason).__name__, 503)
             await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
 
-def _response(error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(str(error), type(error).__name__, status), status, headers)
+def _response(scope: Scope, error: Exception, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+    body = dialect_of(path_of(scope)).error_body(str(error), type(error).__name__, status)
+    return JSONResponse(body, status, headers)

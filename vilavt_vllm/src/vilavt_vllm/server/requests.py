@@ -1,7 +1,7 @@
-"""Requests and responses of ``/v1/chat/completions`` when the loop runs inside the server.
+"""Requests to the loop inside the server: what those of all protocols share, and those of ``/v1/chat/completions``.
 
-A request is an ordinary chat completion. What this endpoint cannot honour is refused by name or reported as ignored:
-`fields` has the rule. The response is an ordinary chat completion with one more field, ``vilavt``.
+What the server cannot honour is refused by name or reported as ignored: `fields` has the rule. A response is an
+ordinary one of its protocol with one more field, ``vilavt``. The other protocols are `responses` and `messages`.
 """
 
 from __future__ import annotations
@@ -100,12 +100,51 @@ class TextPart(Extended):
         return {**value, "type": "text"} if isinstance(value, dict) else value
 
 
+class LeftOutPart(Extended):
+    """A part that is accepted and not used: thoughts that come back from a client."""
+
+    type: str
+
+    def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
+        """See `fields.unused`: all of it."""
+        yield place, None
+
+
 class Bounds(Extended):
     """Bounds on the area of an image as the encoder sees it, in pixels; Qwen's clients write them."""
 
     refused = fields.IMAGE_PART
     min_pixels: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_pixels: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @property
+    def bounds(self) -> PixelBounds:
+        """What was said of its size."""
+        return PixelBounds(self.min_pixels, self.max_pixels)
+
+    def check_order(self) -> None:
+        """Refuse bounds between which there is nothing.
+
+        Raises:
+            ValueError: the lower one is above the upper one.
+        """
+        low, high = self.bounds.min_pixels, self.bounds.max_pixels
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_pixels {low:g} is above max_pixels {high:g}; lower the first or raise the second")
+
+
+class ShownPart(Bounds):
+    """A part of a message that is an image or a video."""
+
+    type: str
+
+    def sent(self, default: Frames | None) -> SentPicture | SentVideo:
+        """It, not loaded yet.
+
+        Args:
+            default: frames that are taken of a video of which nothing is said.
+        """
+        raise NotImplementedError
 
 
 class ImageUrl(Bounds):
@@ -114,16 +153,17 @@ class ImageUrl(Bounds):
     url: str
 
 
-class ImagePart(Bounds):
+class ImagePart(ShownPart):
     """An image of a message. Bounds may stand beside `image_url` or in it."""
 
-    type: str
     image_url: ImageUrl
 
     @model_validator(mode="before")
     @classmethod
     def _normal(cls, value: Any) -> Any:
         """The URL may stand for the object."""
+        if isinstance(value, dict) and value.get("file_id") is not None and value.get("image_url") is None:
+            raise ValueError(f"file_id is not supported: {fields.NO_FILES}")
         if isinstance(value, dict) and isinstance(value.get("image_url"), str):
             value = {**value, "image_url": {"url": value["image_url"]}}
         return {**value, "type": "image_url"} if isinstance(value, dict) else value
@@ -134,9 +174,7 @@ class ImagePart(Bounds):
             beside, within = getattr(self, name), getattr(self.image_url, name)
             if None not in (beside, within) and beside != within:
                 raise ValueError(f"{name} is {beside:g} beside image_url and {within:g} in it; say it once")
-        low, high = self.bounds.min_pixels, self.bounds.max_pixels
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"min_pixels {low:g} is above max_pixels {high:g}; lower the first or raise the second")
+        self.check_order()
         return self
 
     @property
@@ -146,6 +184,10 @@ class ImagePart(Bounds):
             self.image_url.min_pixels if self.min_pixels is None else self.min_pixels,
             self.image_url.max_pixels if self.max_pixels is None else self.max_pixels,
         )
+
+    def sent(self, default: Frames | None) -> SentPicture:
+        """See `ShownPart`."""
+        return SentPicture(self.image_url.url, self.bounds)
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
@@ -217,14 +259,13 @@ class VideoUrl(Frames, Bounds):
     url: str
 
 
-class VideoPart(Frames, Bounds):
+class VideoPart(Frames, ShownPart):
     """A video of a message: its file, or the list of its frames.
 
     What is said of its frames, and bounds on the pixels of each, may stand beside `video_url` or in it.
     """
 
     refused = fields.VIDEO_PART
-    type: str
     video_url: VideoUrl | None = None
     video: list[str] | None = Field(None, min_length=1)
 
@@ -264,9 +305,7 @@ class VideoPart(Frames, Bounds):
                 f"it comes as {len(self.video)} frames, of which all are taken; num_frames and rule have no effect, "
                 "leave them out"
             )
-        low, high = self.bounds.min_pixels, self.bounds.max_pixels
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"min_pixels {low:g} is above max_pixels {high:g}; lower the first or raise the second")
+        self.check_order()
         return self
 
     @property
@@ -283,7 +322,7 @@ class VideoPart(Frames, Bounds):
         return self.over(self.video_url).over(default if self.video is None else None)
 
     def sent(self, default: Frames | None) -> SentVideo:
-        """It, not loaded yet."""
+        """See `ShownPart`."""
         wanted = self.wanted(default)
         urls = (self.video_url.url,) if self.video_url is not None else tuple(self.video or ())
         return SentVideo(urls, self.video is not None, wanted.frames, wanted.fps, wanted.rule or "ends", self.bounds)
@@ -305,17 +344,32 @@ def _kind_of_part(value: Any) -> str:
     return next((mark for names, mark in kinds.items() if kind in names), "<other>")
 
 
-def _refuse_part(value: Any) -> Any:
-    """Name what is wrong with a part that is neither text nor an image."""
+def refuse_kind(value: Any, what: str, known: Sequence[str], others: Mapping[str, str]) -> Any:
+    """Name what is wrong with a value that is of no kind that can be used.
+
+    Args:
+        value: of the request.
+        what: a sentence that says what it should be.
+        known: values of `type` that can be used.
+        others: what to send instead of other kinds.
+
+    Raises:
+        ValueError: always.
+    """
     if not isinstance(value, dict):
-        raise ValueError(f"a part is an object or a text, this is {_json_kind(value)}")
+        raise ValueError(f"{what}, this is {json_kind(value)}")
     kind = value.get("type")
+    *first, last = known
     if kind is None:
-        raise ValueError("type is missing, it must be text, image_url or video_url")
+        raise ValueError(f"type is missing, it must be {', '.join(first)} or {last}")
     if not isinstance(kind, str):
-        raise ValueError(f"type is {_json_kind(kind)}, it must be text, image_url or video_url")
-    instead = _OTHER_KINDS.get(kind, "known are text, image_url and video_url")
+        raise ValueError(f"type is {json_kind(kind)}, it must be {', '.join(first)} or {last}")
+    instead = others.get(kind, f"known are {', '.join(first)} and {last}")
     raise ValueError(f"type {fields.short(repr(kind))} is not supported: {instead}")
+
+
+def _refuse_part(value: Any) -> Any:
+    return refuse_kind(value, "a part is an object or a text", ("text", "image_url", "video_url"), _OTHER_KINDS)
 
 
 ContentPart = Annotated[
@@ -332,7 +386,7 @@ def _kind_of_content(value: Any) -> str:
 
 
 def _refuse_content(value: Any) -> Any:
-    raise ValueError(f"it is {_json_kind(value)}, it must be a text or a list of parts")
+    raise ValueError(f"it is {json_kind(value)}, it must be a text or a list of parts")
 
 
 Content = Annotated[
@@ -374,7 +428,7 @@ class ChatMessage(Extended):
         raise ValueError(f"role {fields.short(repr(role))} is not supported: {instead}")
 
     @property
-    def parts(self) -> list[TextPart | ImagePart | VideoPart]:
+    def parts(self) -> Sequence[TextPart | ShownPart | LeftOutPart]:
         """The content, always as a list."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
@@ -386,7 +440,7 @@ class ChatMessage(Extended):
     @property
     def shows(self) -> bool:
         """Whether it holds an image or a video."""
-        return any(not isinstance(part, TextPart) for part in self.parts)
+        return any(isinstance(part, ShownPart) for part in self.parts)
 
     def images(self, frames: Frames | None = None) -> list[SentPicture | SentVideo]:
         """The images and videos, in order.
@@ -394,13 +448,7 @@ class ChatMessage(Extended):
         Args:
             frames: which are taken of a video of which its part says nothing.
         """
-        out: list[SentPicture | SentVideo] = []
-        for part in self.parts:
-            if isinstance(part, ImagePart):
-                out.append(SentPicture(part.image_url.url, part.bounds))
-            elif isinstance(part, VideoPart):
-                out.append(part.sent(frames))
-        return out
+        return [part.sent(frames) for part in self.parts if isinstance(part, ShownPart)]
 
     def unused(self, place: str) -> Iterator[tuple[str, str | None]]:
         """See `fields.unused`."""
@@ -440,27 +488,14 @@ class MediaKwargs(Extended):
             yield from self.video.unused(f"{place}.video")
 
 
-class StreamOptions(Extended):
-    """`include_usage` asks for a last chunk with the usage."""
+class LoopRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
+    """What requests of all protocols have: these fields and those of `Sampling`."""
 
-    include_usage: bool | None = None
-
-
-class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
-    """Body of ``POST /v1/chat/completions``: these fields and those of `Sampling`."""
-
-    refused = fields.REQUEST
-    messages: list[ChatMessage] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     """vLLM's clients say -1 for off."""
     seed: int | None = Field(None, ge=-MAX_INTEGER, lt=MAX_INTEGER)
-    max_tokens: int | None = Field(None, ge=1)
-    """Of a turn; above the server's bound, that holds."""
-    max_completion_tokens: int | None = Field(None, ge=1)
-    """Of the answer, all its turns together: thoughts and zooms count, as OpenAI counts a reasoning model's."""
     priority: int | None = Field(None, ge=-MAX_INTEGER, lt=MAX_INTEGER)
     """For an engine that schedules by it."""
     mm_processor_kwargs: ProcessorKwargs | None = None
@@ -469,8 +504,23 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
     """Likewise."""
     vilavt: RequestSettings | None = None
 
+    def placed(self) -> list[tuple[str, ChatMessage]]:
+        """The conversation: every message after the place where the client finds it."""
+        raise NotImplementedError
+
+    def bounds(self) -> dict[str, int | None]:
+        """The request's bounds on tokens, by the name of the limit; above the server's, that holds."""
+        raise NotImplementedError
+
+    def described(self) -> Iterator[tuple[str, Extended]]:
+        """Every object of the request that may have further fields, after its place."""
+        yield "", self
+        for name in ("mm_processor_kwargs", "media_io_kwargs"):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
     @model_validator(mode="after")
-    def _one_place(self) -> ChatRequest:
+    def _one_place(self) -> LoopRequest:
         both = [one for one in (self.mm_processor_kwargs, self._of_media) if one is not None and one.said]
         if len(both) > 1 and both[0].model_dump() != both[1].model_dump():
             raise ValueError("mm_processor_kwargs and media_io_kwargs.video say different frames; say them once")
@@ -500,16 +550,12 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
             RequestError: a field would change the answer and cannot be honoured; names it.
         """
         found: list[str] = list(without_effect)
-        objects: list[tuple[str, Extended]] = [("", self)]
-        objects += [(f"messages[{number}]", message) for number, message in enumerate(self.messages)]
-        for name in ("stream_options", "mm_processor_kwargs", "media_io_kwargs"):
-            objects += [] if getattr(self, name) is None else [(name, getattr(self, name))]
-        for place, one in objects:
+        for place, one in self.described():
             for name, refusal in one.unused(place):
                 if refusal is not None:
                     raise RequestError(refusal)
                 found.append(name)
-        if self.frames is not None and not any(isinstance(p, VideoPart) for m in self.messages for p in m.parts):
+        if self.frames is not None and not any(isinstance(p, VideoPart) for _, m in self.placed() for p in m.parts):
             found += [name for name in ("mm_processor_kwargs", "media_io_kwargs") if getattr(self, name) is not None]
         more = len(found) - MOST_IGNORED
         return (*found[:MOST_IGNORED], *([f"… and {more} more"] if more > 0 else []))
@@ -538,8 +584,8 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
             if most is not None and value > most:
                 raise LimitError(f"vilavt.{name} is {value:.0f}, this server allows at most {most:.0f}; ask for less")
         limits = replace(server, **wanted)
-        bounds = {"max_new_tokens_per_turn": self.max_tokens, "max_answer_tokens": self.max_completion_tokens}
-        tighter = {name: min(most, getattr(limits, name) or most) for name, most in bounds.items() if most is not None}
+        bounds = self.bounds().items()
+        tighter = {name: min(most, getattr(limits, name) or most) for name, most in bounds if most is not None}
         return replace(limits, **tighter)
 
     def check_bounds(self, limits: Limits) -> None:
@@ -548,16 +594,54 @@ class ChatRequest(_RequestSampling, Extended):  # type: ignore[valid-type, misc]
         Raises:
             LimitError: one is outside; names it.
         """
-        for number, message in enumerate(self.messages):
+        for place, message in self.placed():
             for at, part in enumerate(message.parts):
-                if isinstance(part, TextPart):
+                if not isinstance(part, ShownPart):
                     continue
                 for name, value in asdict(part.bounds).items():
                     if value is not None and not limits.min_pixels <= value <= limits.max_pixels:
                         raise LimitError(
-                            f"messages[{number}].content[{at}].{name} is {value:.0f}, this request allows "
+                            f"{place}.content[{at}].{name} is {value:.0f}, this request allows "
                             f"{limits.min_pixels:.0f} to {limits.max_pixels:.0f}; ask for a value between them"
                         )
+
+
+class StreamOptions(Extended):
+    """`include_usage` asks for a last chunk with the usage."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(LoopRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    refused = fields.REQUEST
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    """Of a turn; above the server's bound, that holds."""
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Of the answer, all its turns together: thoughts and zooms count, as OpenAI counts a reasoning model's."""
+
+    def placed(self) -> list[tuple[str, ChatMessage]]:
+        """See `LoopRequest`."""
+        return [(f"messages[{number}]", message) for number, message in enumerate(self.messages)]
+
+    def bounds(self) -> dict[str, int | None]:
+        """See `LoopRequest`."""
+        return {"max_new_tokens_per_turn": self.max_tokens, "max_answer_tokens": self.max_completion_tokens}
+
+    def described(self) -> Iterator[tuple[str, Extended]]:
+        """See `LoopRequest`."""
+        yield from super().described()
+        yield from self.placed()
+        if self.stream_options is not None:
+            yield "stream_options", self.stream_options
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 @dataclass(frozen=True)
@@ -602,7 +686,7 @@ class Exchange:
     answer: str | None = None
 
 
-def exchanges(messages: list[ChatMessage], frames: Frames | None = None) -> list[Exchange]:
+def exchanges(talk: Sequence[tuple[str, ChatMessage]], frames: Frames | None = None) -> list[Exchange]:
     """The conversation as questions and answers; the last one has no answer yet.
 
     Messages in a row that belong to one side are joined, a blank line between them: everything between two answers is
@@ -610,29 +694,31 @@ def exchanges(messages: list[ChatMessage], frames: Frames | None = None) -> list
     question they stand before or in: the model's own instructions come from the checkpoint.
 
     Args:
-        messages: of the request.
+        talk: see `LoopRequest.placed`.
         frames: see `ChatMessage.images`.
 
     Raises:
         RequestError: a question without a message of the user, an image where there can be none, or nothing to answer.
     """
     out: list[Exchange] = []
-    for is_answer, side in groupby(enumerate(messages), key=lambda item: item[1].role == "assistant"):
-        numbers, said = zip(*side, strict=True)
-        for number, message in zip(numbers, said, strict=True):
+    for is_answer, side in groupby(talk, key=lambda item: item[1].role == "assistant"):
+        places, said = zip(*side, strict=True)
+        for place, message in zip(places, said, strict=True):
             if message.shows and message.role != "user":
-                raise RequestError(f"messages[{number}]: a message of the role {message.role} holds no image")
+                raise RequestError(f"{place}: a message of the role {message.role} holds no image")
         text = "\n\n".join(message.text for message in said if message.text)
         if not is_answer:
             if all(message.role != "user" for message in said):
                 raise RequestError(
-                    f"messages[{numbers[-1]}] has the role {said[-1].role!r}, a message of the user must be beside it"
+                    f"{places[-1]} has the role {said[-1].role!r}, a message of the user must be beside it"
                 )
             out.append(Exchange(tuple(image for message in said for image in message.images(frames)), text))
         elif out:
             out[-1] = replace(out[-1], answer=text)
         else:
-            raise RequestError(f"messages[{numbers[0]}] has the role 'assistant', the first question is the user's")
+            raise RequestError(f"{places[0]} has the role 'assistant', the first question is the user's")
+    if not out:
+        raise RequestError("there is no message, one of the user is needed")
     if out[-1].answer is not None:
         raise RequestError("the last message is the assistant's, it must be the user's")
     return out
@@ -657,6 +743,7 @@ def whole_number(name: str, text: str) -> int:
     return number
 
 
-def _json_kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
+    """What a value of a request is, in JSON's words."""
     names = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), "a number")
