@@ -65,41 +65,51 @@ def reworded(words: Callable[[str], str]) -> Intervention:
     return Intervention(transform_inquiry=change)
 
 
-def rows(split: Split, count: int) -> list[tuple[str, list[Asked], Intervention | None]]:
-    """Name, questions, and what is changed behind the model's back."""
+@dataclass(frozen=True)
+class Row:
+    """Questions of some kinds, and what is changed behind the model's back."""
 
-    def some(
-        kinds: Sequence[QuestionKind], which: Split = split, ask: Callable[[SceneTask], Asked] = plain, **options: int
-    ) -> list[Asked]:
-        each = -(-count // len(kinds))
-        return [ask(make_task(which, kind, i, seed=SEED, **options)) for kind in kinds for i in range(each)]
+    name: str
+    kinds: Sequence[QuestionKind]
+    split: Split
+    images: int | None = None
+    ask: Callable[[SceneTask], Asked] = plain
+    intervention: Intervention | None = None
 
-    out: list[tuple[str, list[Asked], Intervention | None]] = [
-        ("scans and photographs of training, new scenes", some(SINGLE, "train"), None),
-        (f"{split}: scans, photographs and scenes never seen", some(SINGLE), None),
-    ]
-    out += [(f"{n} images", some(SEVERAL, pictures=n), None) for n in (2, 4, 8)]
-    out += [
-        ("clips, forwards", some(CLIP_KINDS), None),
-        ("clips, backwards", some(CLIP_KINDS, ask=backwards), None),
-        ("pairs, query as the model writes it", some((QuestionKind.PAIR,)), None),
-        ("pairs, 'the COLOUR card'", some((QuestionKind.PAIR,)), reworded(lambda q: q.removeprefix("digit on "))),
-        ("pairs, 'COLOUR'", some((QuestionKind.PAIR,)), reworded(lambda q: q.split()[-2])),
-        ("pairs, 'which number is on the COLOUR one?'", some((QuestionKind.PAIR,)),
-         reworded(lambda q: f"which number is on the {q.split()[-2]} one?")),
-        ("pairs, no query", some((QuestionKind.PAIR,)), Intervention(transform_inquiry=with_query(lambda sample: ""))),
+    def questions(self, count: int) -> list[Asked]:
+        """As many of every kind, `count` in all; drawn when they are asked, since 200 take half a gigabyte."""
+        each = -(-count // len(self.kinds))
+        options: dict[str, int] = {} if self.images is None else {"pictures": self.images}
+        return [self.ask(make_task(self.split, k, i, seed=SEED, **options)) for k in self.kinds for i in range(each)]
+
+
+def rows(split: Split) -> list[Row]:
+    """What is asked."""
+    pairs = (QuestionKind.PAIR,)
+    return [
+        Row("scans and photographs of training, new scenes", SINGLE, "train"),
+        Row(f"{split}: scans, photographs and scenes never seen", SINGLE, split),
+        *(Row(f"{n} images", SEVERAL, split, images=n) for n in (2, 4, 8)),
+        Row("clips, forwards", CLIP_KINDS, split),
+        Row("clips, backwards", CLIP_KINDS, split, ask=backwards),
+        Row("pairs, query as the model writes it", pairs, split),
+        Row("pairs, 'the COLOUR card'", pairs, split, intervention=reworded(lambda q: q.removeprefix("digit on "))),
+        Row("pairs, 'COLOUR'", pairs, split, intervention=reworded(lambda q: q.split()[-2])),
+        Row("pairs, 'which number is on the COLOUR one?'", pairs, split,
+            intervention=reworded(lambda q: f"which number is on the {q.split()[-2]} one?")),
+        Row("pairs, no query", pairs, split, intervention=Intervention(transform_inquiry=with_query(lambda _: ""))),
     ]  # fmt: skip
-    return out
 
 
 def measure(chat: VilavtChat, split: Split, count: int) -> list[dict[str, Any]]:
     """Per row: name, questions, share of right answers, and its 95 % interval."""
     out = []
-    for name, asked, intervention in rows(split, count):
-        results = chat.ask_many([one.sample for one in asked], intervention=intervention)
+    for row in rows(split):
+        asked = row.questions(count)
+        results = chat.ask_many([one.sample for one in asked], intervention=row.intervention)
         right = sum(result.answer == one.answer for result, one in zip(results, asked, strict=True))
         interval = wilson(right, len(asked))
-        figures = {"row": name, "questions": len(asked), "right": right / len(asked)}
+        figures = {"row": row.name, "questions": len(asked), "right": right / len(asked)}
         out.append(figures | {"low": interval.low, "high": interval.high})
     return out
 

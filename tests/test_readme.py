@@ -45,7 +45,9 @@ def test_the_first_page_is_short_and_its_figures_are_those_of_the_page_that_says
         f"{100 * measured[name]['overall'].score:.1f} %" for name in ("full", "no-zoom", "no-query")
     )
     asked = measured["full"]["overall"].questions
-    assert f"**{full}** of {asked} held-out questions; without the zoom {no_zoom}, without the query {no_query}" in readme
+    assert (
+        f"**{full}** of {asked} held-out questions; without the zoom {no_zoom}, without the query {no_query}" in readme
+    )
     joint, alone = (f"{100 * measured[name]['shared'].score:.1f} %" for name in ("full", "no-joint"))
     assert f"hold only together: **{joint}**, encoded alone {alone}" in readme
     rows = {cells[0]: cells for line in figures.splitlines() if len(cells := line.strip("| ").split(" | ")) > 2}

@@ -253,7 +253,7 @@ def test_lessons_without_images_ask_for_the_smaller_frame_and_its_colour(process
     for seed in range(10):
         lesson = order_example(encoder, np.random.default_rng(seed), count=4)
         assert not lesson.groups
-        *turns, rest = processor.tokenizer.decode(lesson.input_ids).split("</think>")
+        *turns, _ = processor.tokenizer.decode(lesson.input_ids).split("</think>")
         asked = processor.tokenizer.decode([label for label in lesson.labels if label != IGNORE]).split()
         assert len(asked) == 3 * len(turns) == 12
         for i, turn in enumerate(turns):

@@ -206,7 +206,10 @@ def training_scene(rng: np.random.Generator, kind: QuestionKind, split: Split = 
     """A scene with the cards the kind needs and a varying number of others, six cards at most."""
     if kind in CLIP_KINDS or kind in ACROSS_KINDS:
         plates = kind is QuestionKind.SHARED_ACROSS
-        pictures, singles = int(rng.integers(2, MOST_PICTURES + 1)), int(rng.integers(0, 4) if plates else rng.integers(2, 6))
+        pictures, singles = (
+            int(rng.integers(2, MOST_PICTURES + 1)),
+            int(rng.integers(0, 4) if plates else rng.integers(2, 6)),
+        )
         return make_series(rng, split, pictures=pictures, singles=singles, plates=plates, clip=kind in CLIP_KINDS)
     if kind is QuestionKind.SHARED:
         nests = (int(rng.integers(1, 3)),) if rng.random() < 0.4 else ()
