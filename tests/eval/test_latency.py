@@ -32,7 +32,7 @@ def test_a_local_model_splits_its_time_and_counts_what_it_reuses(questions):
         parts = [level.split.encoder, level.split.prefill, level.split.decode]
         assert min(parts) > 0
         assert sum(parts) + level.split.other == pytest.approx(level.seconds)
-        assert 2 <= level.turns <= 3
+        assert 1.5 <= level.turns <= 3  # one of the six is answered at first look
         assert 0.3 < level.reuse.tokens < 0.8
         assert 0.2 < level.reuse.patches < 0.8
         assert level.per_turn.median <= level.per_answer.median

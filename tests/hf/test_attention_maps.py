@@ -26,6 +26,7 @@ from vilavt_core.dialogue import Dialogue, Wishes
 from vilavt_core.errors import AttentionError
 from vilavt_core.protocol import Region
 from vilavt_core.results import ChatResult
+from vilavt_core.shipped import read_demo_questions
 from vilavt_core.trace import write_html
 from vilavt_core.watching import require_watched, with_attention, zooms
 from vilavt_core.web.desk import Desk
@@ -34,7 +35,7 @@ from vilavt_hf.attention_maps import Patch, attention_of, compare_queries, look,
 from vilavt_hf.chat import VilavtChat
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ASKED = json.loads((EXAMPLES / "pictures" / "questions.json").read_text())
+ASKED = read_demo_questions(EXAMPLES / "pictures" / "questions.json")
 ATOL = 2e-5  # fp32 softmax, two summation orders, four blocks of peaked attention
 GRIDS = [(1, 6, 8), (1, 4, 4), (2, 6, 4), (1, 4, 8), (1, 2, 6)]
 COUNTS = [1, 3, 0, 1]
@@ -413,7 +414,7 @@ def chat():
 
 
 def asked(chat, number: int) -> ChatResult:
-    return chat.ask(EXAMPLES / "pictures" / ASKED[number]["image"], ASKED[number]["question"])
+    return chat.ask(ASKED[number].sources, ASKED[number].question)
 
 
 @pytest.fixture(scope="module")
@@ -442,8 +443,8 @@ def test_the_attention_of_a_result_is_that_of_each_of_its_zooms_and_json_carries
 
 
 def test_of_a_follow_up_only_its_own_zooms_are_measured(chat):
-    talk = chat.conversation(EXAMPLES / "pictures" / ASKED[0]["image"])
-    first = talk.ask(ASKED[0]["question"])
+    talk = chat.conversation(ASKED[0].files[0])
+    first = talk.ask(ASKED[0].question)
     second = talk.ask("Which digit is on the purple card?")
     talk.close()
     for result in (first, second):
@@ -546,8 +547,8 @@ def test_a_map_that_is_too_large_or_no_picture_is_refused(size):
 
 
 def test_ask_and_demo_record_attention_when_they_are_told_to(chat, tmp_path):
-    picture, question = str(EXAMPLES / "pictures" / ASKED[0]["image"]), ASKED[0]["question"]
-    base = ["ask", question, "--model", str(EXAMPLES / "vilavt-tiny"), "--image", picture, "--device", "cpu"]
+    (picture,), question = ASKED[0].files, ASKED[0].question
+    base = ["ask", question, "--model", str(EXAMPLES / "vilavt-tiny"), "--image", str(picture), "--device", "cpu"]
     trace = tmp_path / "t.html"
     done = runner.invoke(app, [*base, "--trace", str(trace), "--json", "--attention-maps"])
     assert done.exit_code == 0, done.output
@@ -585,8 +586,8 @@ def test_the_chat_writes_traces_with_attention_when_it_is_told_to(chat, tmp_path
     page, data = tmp_path / "t.html", tmp_path / "t.json"
     for wanted in (False, True):
         prompt = Prompt(Console(quiet=True), Dialogue(chat), None, None, None, wanted)
-        prompt.image(str(EXAMPLES / "pictures" / ASKED[0]["image"]))
-        prompt.ask(ASKED[0]["question"])
+        prompt.image(str(ASKED[0].files[0]))
+        prompt.ask(ASKED[0].question)
         prompt.trace(str(page))
         prompt.trace(str(data))
         assert bool(over(page.read_text(encoding="utf-8"))) == wanted
@@ -596,7 +597,7 @@ def test_the_chat_writes_traces_with_attention_when_it_is_told_to(chat, tmp_path
 def test_a_dialogue_is_watched_afterwards_and_the_desk_lays_the_maps_over_the_crops_it_shows(chat):
     desk = Desk(chat)
     for number in (0, 2):  # the second question begins anew, its crops have the numbers of the first one's
-        desk.put(ASKED[number]["question"], [EXAMPLES / "pictures" / ASKED[number]["image"]], Wishes(seed=number))
+        desk.put(ASKED[number].question, [ASKED[number].files[0]], Wishes(seed=number))
         for _ in desk.answer():
             pass
     assert desk.watchable
@@ -617,13 +618,13 @@ def test_a_dialogue_is_watched_afterwards_and_the_desk_lays_the_maps_over_the_cr
 
 def test_the_zooms_of_a_question_that_was_stopped_are_not_taken_for_those_of_the_next(chat):
     desk = Desk(chat)
-    picture = EXAMPLES / "pictures" / ASKED[0]["image"]
-    desk.put(ASKED[0]["question"], [picture], Wishes())
+    picture = ASKED[0].files[0]
+    desk.put(ASKED[0].question, [picture], Wishes())
     for _ in desk.answer():
         if any("vv-zoom" in html for html in desk.shown):
             desk.dialogue.stop()
     assert not desk.watchable
-    desk.put(ASKED[0]["question"], [], Wishes())
+    desk.put(ASKED[0].question, [], Wishes())
     for _ in desk.answer():
         pass
     desk.watch()
