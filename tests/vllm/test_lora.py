@@ -43,7 +43,7 @@ def adapter(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(start, tiny):
-    return start(tiny.path, enable_lora=True, max_lora_rank=RANK, max_loras=2)
+    return start(tiny.path, enable_lora=True, max_lora_rank=RANK, max_loras=3)  # one more than adapters
 
 
 def test_an_adapter_gives_the_numbers_of_the_merged_model_and_leaves_the_encoder_alone(
@@ -63,6 +63,23 @@ def test_an_adapter_gives_the_numbers_of_the_merged_model_and_leaves_the_encoder
     assert tools.difference(adapted, expected) <= 1e-3
     assert tools.difference(adapted, plain) > 1e-2
     assert engine.counts.inquiries == encoded
+
+
+def test_side_by_side_each_request_gets_its_own_adapter_or_none(engine, tools, pictures, adapter):
+    prompt, lora = tools.conversation(("the red button", 2)), LoRARequest("a", 1, str(adapter[0]))
+    request = {"prompt": prompt, "multi_modal_data": {"image": pictures[:3]}}
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=-1, detokenize=False)
+
+    def generated(*adapters):
+        requests = [request] * len(adapters)
+        return engine.llm.generate(requests, params, use_tqdm=False, lora_request=[*adapters])
+
+    alone = [*generated(None), *generated(lora)]
+    for one, other in zip(alone, generated(None, lora), strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        for place in range(4):
+            assert tools.difference(tools.vocabulary(one, place), tools.vocabulary(other, place)) <= 1e-3
+    assert tools.difference(*map(tools.vocabulary, alone)) > 1e-2
 
 
 def test_conversations_are_answered_by_the_adapter_that_they_name(engine, pictures, adapter):

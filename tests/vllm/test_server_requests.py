@@ -36,7 +36,7 @@ from vilavt_core.results import BilledTokens, TextDelta
 from vilavt_core.wire import Reply, finish_reason
 from vilavt_vllm import register, support
 from vilavt_vllm.episodes import Handling
-from vilavt_vllm.errors import LimitError, RequestError
+from vilavt_vllm.errors import LimitError, RequestError, UnsupportedError
 
 if problem := support.server_problem(vllm_version):
     pytest.skip(problem, allow_module_level=True)
@@ -715,6 +715,24 @@ def test_an_adapter_that_the_models_list_names_answers_and_is_on_record(app, tmp
     assert served.post(model="polite").json()["vilavt"]["provenance"]["fingerprint"] not in prints
     missing = served.post(model="rude")
     assert (missing.status_code, error_of(missing)) == (404, "no model 'rude' here; GET /v1/models lists them")
+
+
+def test_on_a_cpu_adapters_leave_a_slot_to_the_model_alone(app, tmp_path):
+    served = Answering(app())
+    loop = served.loop
+    loop.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_loras=2))
+    assert served.post(model="tiny").status_code == 200
+    loop.models.lora_requests = {"polite": adapter(tmp_path)}
+    assert [served.post(model=name).status_code for name in ("tiny", "polite")] == [200, 200]
+    loop.models.lora_requests["rude"] = adapter(tmp_path)  # loaded while it runs
+    for name in ("tiny", "polite"):
+        refused = served.post(model=name)
+        assert refused.status_code == 400
+        assert error_of(refused).startswith("2 LoRA adapters and --max-loras 2: where a batch")
+        assert error_of(refused).endswith("start it with --max-loras 3")
+    with pytest.raises(UnsupportedError, match="--max-loras 3"):
+        loop.check_adapters()
+    assert len(served.told) == 3
 
 
 def test_a_follow_up_continues_what_the_same_adapter_said(app, tmp_path):

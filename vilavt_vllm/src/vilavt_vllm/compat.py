@@ -220,6 +220,9 @@ UNSUPPORTED: dict[str, str] = {
     "attend over several images and a query; the language model's CUDA graphs are not affected",
     "LoRA on the vision tower (--enable-tower-connector-lora)": "refused: query tokens pass through the tower's "
     "projections and have no place in vLLM's per-image row mapping; LoRA on the language model works",
+    "LoRA adapters in all slots on a CPU (--max-loras)": "refused by the server: where a batch has questions to an "
+    "adapter and to the model alone, vLLM's CPU operators give the latter the adapter of the last slot "
+    "(vllm-project/vllm#48421); with --max-loras above the number of adapters that one stays empty",
     "speculative decoding (--speculative-config)": "refused: every turn bans the ids of vision placeholders with "
     "logit_bias, which vLLM does not take beside it; without the ban a placeholder without an image could be sampled",
     "whole images only (--disable-chunked-mm-input)": "refused if the largest inquiry, with the text between its "
@@ -282,6 +285,25 @@ def refuse_unsupported(vllm_config: Any, largest_inquiry: Callable[[], tuple[int
                 "be scheduled; raise that, lower vilavt_max_group_pixels or vilavt_max_regions (--hf-overrides), or "
                 "leave the flag out"
             )
+
+
+def refuse_full_slots(vllm_config: Any, adapters: int) -> None:
+    """Stop where the model alone would answer as an adapter does, without a word.
+
+    Args:
+        vllm_config: of the engine.
+        adapters: that a question may name.
+
+    Raises:
+        UnsupportedError: says which flag gives them room.
+    """
+    lora = getattr(vllm_config, "lora_config", None)
+    if lora is None or not current_platform.is_cpu() or not 0 < adapters >= lora.max_loras:
+        return
+    reason = UNSUPPORTED["LoRA adapters in all slots on a CPU (--max-loras)"].removeprefix("refused by the server: ")
+    raise UnsupportedError(
+        f"{adapters} LoRA adapters and --max-loras {lora.max_loras}: {reason}; start it with --max-loras {adapters + 1}"
+    )
 
 
 def with_keep_alive(chunks: AsyncGenerator[str, None], interval: float) -> AsyncGenerator[str, None]:

@@ -129,6 +129,8 @@ class Loop:
         scheduler: Any = getattr(getattr(state, "vllm_config", None), "scheduler_config", None)
         self.by_priority = getattr(scheduler, "policy", "fcfs") == "priority"
         self.models = state.openai_serving_models
+        self.vllm_config = getattr(state, "vllm_config", None)
+        self.check_adapters()
         video_limits = VideoLimits(
             max_bytes=options.max_video_bytes,
             max_pixels=min(options.max_image_pixels, VideoLimits.max_pixels),
@@ -149,6 +151,14 @@ class Loop:
     def count_tokens(self, text: str) -> int:
         """How many tokens an answer has. Not for the event loop's thread."""
         return len(self.llm.settings.tokenizer.encode(text, split_special_tokens=True))
+
+    def check_adapters(self) -> None:
+        """Stop if questions to the model alone might get an adapter's answers; more may be loaded while it runs.
+
+        Raises:
+            UnsupportedError: see `compat.refuse_full_slots`.
+        """
+        compat.refuse_full_slots(self.vllm_config, len(getattr(self.models, "lora_requests", {})))
 
     def priority(self, request: LoopRequest, headers: Mapping[str, str]) -> tuple[int, list[str]]:
         """The priority of a request, its header's or else its field's, and which of the two has no effect here.
@@ -179,7 +189,9 @@ class Loop:
         Raises:
             ModelMissingError: no model or adapter has the name that the request asks for.
             RequestError: a header cannot be taken.
+            UnsupportedError: see `check_adapters`.
         """
+        self.check_adapters()
         lora, model = None, request.model
         if model is not None and not self.models.is_base_model(model):
             lora = getattr(self.models, "lora_requests", {}).get(model)
