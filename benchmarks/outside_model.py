@@ -39,13 +39,12 @@ SHOWN = 1036 * 756
 
 
 class Forced:
-    """Every question's words: a call of two regions, then an answer."""
+    """Every question's words: a call of two regions of so many pixels a side, then an answer."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        says = [
-            ToolCall((Region(0, (0, 0, 300, 300)), Region(0, (200, 200, 700, 500))), "what is here?"),
-            Answer("nothing"),
-        ]
+    def __init__(self, tokenizer: Any, side: int) -> None:
+        half = side // 2
+        regions = Region(0, (0, 0, side, side)), Region(0, (half, half, half + side, half + side))
+        says = [ToolCall(regions, "what is here?"), Answer("nothing")]
         stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.words = [[*tokenizer(format_turn(one), add_special_tokens=False)["input_ids"], stop] for one in says]
         self.done: dict[EngineRow, int] = {}
@@ -60,7 +59,7 @@ class Forced:
         return torch.tensor(chosen)
 
 
-def ask(chat: VilavtChat, files: Sequence[bytes], concurrency: int, *, stock: bool) -> dict[str, float]:
+def ask(chat: VilavtChat, files: Sequence[bytes], concurrency: int, side: int, *, stock: bool) -> dict[str, float]:
     """CPU seconds per question: of the engine's thread in the model and outside it, and of the other threads."""
     clock, preparing = time.thread_time, 0.0
     processor = chat.processor
@@ -83,7 +82,7 @@ def ask(chat: VilavtChat, files: Sequence[bytes], concurrency: int, *, stock: bo
     engine = Engine(
         chat.model,
         encode,
-        choose=Forced(processor.tokenizer),
+        choose=Forced(processor.tokenizer, side),
         clock=clock,
         max_batch_size=concurrency,
         n_tokens=len(processor.tokenizer),
@@ -98,7 +97,8 @@ def ask(chat: VilavtChat, files: Sequence[bytes], concurrency: int, *, stock: bo
         if isinstance(event, Finished):
             if event.result.error is not None:
                 raise event.result.error
-            assert event.result.answer == "nothing", event.result.finish
+            if (event.result.answer, driver.crops) != ("nothing", 2):
+                raise SystemExit(f"the forced conversation ended with {event.result.finish} after {driver.crops} crops")
             session.release(driver)
     own, everything = clock() - began, time.process_time() - cpu
     model = engine.timings.encode + engine.timings.prefill + engine.timings.decode - preparing
@@ -116,14 +116,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    width, height = (400, 300) if options.small else (4000, 3000)
+    width, height, side = (400, 300, 56) if options.small else (4000, 3000, 300)
     files = [photo(seed, width, height) for seed in range(options.questions)]
     chat = VilavtChat.from_pretrained(CHECKPOINT, dtype="float32", device="cpu")
-    limits = replace(chat.settings.limits, max_pixels=112 * 112 if options.small else SHOWN, max_context=None)
+    shown = 112 * 112 if options.small else SHOWN
+    limits = replace(chat.settings.limits, max_pixels=shown, max_context=None, max_new_tokens_per_turn=512)
     chat.settings = replace(chat.settings, limits=limits)
     ways: dict[str, Callable[[], dict[str, float]]] = {
-        "before": lambda: ask(chat, files, options.concurrency, stock=True),
-        "now": lambda: ask(chat, files, options.concurrency, stock=False),
+        "before": lambda: ask(chat, files, options.concurrency, side, stock=True),
+        "now": lambda: ask(chat, files, options.concurrency, side, stock=False),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(options.repeats):
