@@ -153,23 +153,3 @@ def test_the_benchmark_of_precision_finds_no_difference_where_there_is_none(run)
         assert exact[which]["flips_per_1000"] == 0
         assert rows["whole: fp32, bf16"][which]["max"] > 10 * exact[which]["max"]
         assert exact[which]["tokens"] == 4 * 8
-
-
-def test_the_benchmark_of_decoding_says_the_same_in_every_way(run):
-    figures = run("decode.py", "--small", "--context", "100", "--tokens", "5")
-    assert list(figures["milliseconds"]) == [
-        "engine, 1 conversation",
-        "engine, 8 side by side, per token",
-        "matrix products",
-        "attention",
-        "static cache",
-    ]
-    assert max(figures["logprob_difference"].values()) <= 1e-5
-
-
-def test_the_benchmark_of_work_outside_the_model_asks_the_same_of_both_ways(run):
-    figures = run("outside_model.py", "--small", "--questions", "3", "--concurrency", "2", "--repeats", "1")
-    for way in ("before", "now"):
-        assert figures[way]["outside the model"] > figures[way]["preparing patches"] > 0
-        assert figures[way]["in the model"] > 0
-        assert 0 < figures[way]["share"] < 1
