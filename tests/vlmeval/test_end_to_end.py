@@ -50,14 +50,15 @@ def test_after_a_kill_only_what_is_missing_is_asked(toolkit, resumed, reference)
 
 
 def test_a_trace_holds_the_whole_conversation(toolkit, resumed):
-    row = next(r for r in toolkit.rows(resumed, MODEL, BENCHMARK) if len(r["turns"]) > 1)
+    rows = toolkit.rows(resumed, MODEL, BENCHMARK)
+    row = next(r for r in rows if len(r["turns"]) > 1 and len(r["image_files"]) == 1)
     assert row["turns"][0]["action"]["type"] == "tool_call"
     assert row["turns"][0]["action"]["query"]
     assert row["turns"][-1]["text"].endswith(f"<answer>{row['answer']}</answer>")
     assert row["finish"] == "answer"
     assert row["error"] is None
     assert [image["kind"] for image in row["images"]][:2] == ["original", "crop"]
-    assert row["image_files"] == [str(toolkit.data / "images" / BENCHMARK / f"{row['sample_id']}.png")]
+    assert row["image_files"] == [str(toolkit.data / "images" / BENCHMARK / f"{row['sample_id']}-0.png")]
     assert row["provenance"]["seed"] is not None
     assert len(row["provenance"]["fingerprint"]) == 64
 

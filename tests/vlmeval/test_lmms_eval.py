@@ -1,5 +1,6 @@
 """lmms-eval finds the model through its entry points, and scores what ``vilavt tiny eval`` scores."""
 
+import ast
 import csv
 import json
 
@@ -18,13 +19,18 @@ LOAD = """
 from PIL import Image
 
 def load(row):
-    return [Image.open(row["image"]).convert("RGB")]
+    return [Image.open(path).convert("RGB") for path in row["images"]]
 """
+
+
+def files(cell):
+    """A path, or VLMEvalKit's list of them."""
+    return ast.literal_eval(cell) if cell.startswith("[") else [cell]
 
 
 def test_the_score_is_that_of_vilavt_tiny_eval(toolkit, reference, tmp_path):
     table = csv.DictReader((toolkit.data / "VilavtTinyHeldout.tsv").open(), delimiter="\t")
-    rows = [{"image": r["image_path"], "question": r["question"], "answer": r[r["answer"]]} for r in table]
+    rows = [{"images": files(r["image_path"]), "question": r["question"], "answer": r[r["answer"]]} for r in table]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
