@@ -49,7 +49,7 @@ SUBCOMMANDS = {
     "web": Subcommand("vilavt_core.cli.web:web", "Open a page in which images are dropped and asked about."),
     "demo": Subcommand(
         "vilavt_core.cli.chat:demo",
-        "Watch a real, tiny ViLaVT answer questions it was not trained on.",
+        "Watch a real, tiny ViLaVT answer questions that it was not trained on.",
     ),
     "attention": Subcommand(
         "vilavt_hf.cli.attention:attention",

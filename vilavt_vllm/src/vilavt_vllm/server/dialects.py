@@ -74,8 +74,8 @@ def _messages(
 
 
 CHAT = Dialect("/v1/chat/completions", ChatRequest, _chat, wire.error_body, wire.error_line)
-RESPONSES = Dialect("/v1/responses", ResponsesRequest, _responses, wire.error_body, responses.error_event)
-MESSAGES = Dialect("/v1/messages", MessagesRequest, _messages, messages.error_body, messages.error_event)
+RESPONSES = Dialect("/v1/responses", ResponsesRequest, _responses, wire.error_body, responses.responses_error_event)
+MESSAGES = Dialect("/v1/messages", MessagesRequest, _messages, messages.messages_error, messages.messages_error_event)
 DIALECTS: Mapping[str, Dialect] = {one.path: one for one in (CHAT, RESPONSES, MESSAGES)}
 """By path."""
 

@@ -40,7 +40,7 @@ _OTHER_BLOCKS = {
 """Kinds of blocks that clients send and this route cannot use, and what to send instead."""
 
 
-class ImageSource(Extended):
+class BlockSource(Extended):
     """Where an image is: in it, or at a URL."""
 
     refused = fields.IMAGE_BLOCK
@@ -50,7 +50,7 @@ class ImageSource(Extended):
     url: str | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> ImageSource:
+    def _whole(self) -> BlockSource:
         if self.type == "file":
             raise ValueError(f"type 'file' is not supported: {fields.NO_FILES}")
         needed = {"base64": ("media_type", "data"), "url": ("url",)}.get(self.type)
@@ -72,7 +72,7 @@ class ImageBlock(ShownPart):
     """An image of a message. Bounds on its pixels may stand beside `source`."""
 
     refused = fields.IMAGE_BLOCK
-    source: ImageSource
+    source: BlockSource
 
     @model_validator(mode="after")
     def _ordered(self) -> ImageBlock:
@@ -134,7 +134,7 @@ class BlockMessage(ChatMessage):
     content: BlockContent = ""
 
 
-class OutputConfig(Extended):
+class MessagesOutput(Extended):
     """How the answer shall be made."""
 
     refused = fields.OUTPUT_CONFIG
@@ -149,7 +149,7 @@ class MessagesRequest(LoopRequest):
     """Before the first message."""
     max_tokens: int | None = Field(None, ge=1)
     """Of the answer, all its turns together: thoughts and zooms count."""
-    output_config: OutputConfig | None = None
+    output_config: MessagesOutput | None = None
 
     def placed(self) -> list[tuple[str, ChatMessage]]:
         """See `LoopRequest`."""
@@ -228,7 +228,7 @@ class MessagesReply:
 
     def failed(self, message: str, kind: str, code: int) -> str:
         """The last event of a stream that cannot go on."""
-        return error_event(message, kind, code)
+        return messages_error_event(message, kind, code)
 
     def _message(self, **more: Any) -> dict[str, Any]:
         return {
@@ -247,15 +247,15 @@ _ERRORS = {401: "authentication_error", 404: "not_found_error", 503: "overloaded
 """By status, what the API calls them; others are the request's below 500, and the server's from there on."""
 
 
-def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
+def messages_error(message: str, kind: str, code: int) -> dict[str, Any]:
     """An error as the Messages API words it; `code` says its kind as the other routes do."""
     named = _ERRORS.get(code, "invalid_request_error" if code < 500 else "api_error")
     return {"type": "error", "error": {"type": named, "message": message, "code": kind}}
 
 
-def error_event(message: str, kind: str, code: int) -> str:
+def messages_error_event(message: str, kind: str, code: int) -> str:
     """An error in the middle of a stream, and its end."""
-    return named_line("error", error_body(message, kind, code))
+    return named_line("error", messages_error(message, kind, code))
 
 
 def _stop_reason(result: ChatResult) -> str:

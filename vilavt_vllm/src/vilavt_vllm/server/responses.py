@@ -197,7 +197,7 @@ class ResponsesReply:
 
     def failed(self, message: str, kind: str, code: int) -> str:
         """The last event of a stream that cannot go on."""
-        return error_event(message, kind, code, self._next())
+        return responses_error_event(message, kind, code, self._next())
 
     def _response(self, **more: Any) -> dict[str, Any]:
         """The object, with what is said of it."""
@@ -264,7 +264,7 @@ class ResponsesReply:
         return self._number - 1
 
 
-def error_event(message: str, kind: str, code: int, number: int | None = None) -> str:
+def responses_error_event(message: str, kind: str, code: int, number: int | None = None) -> str:
     """An error in the middle of a stream, and its end.
 
     Args:
