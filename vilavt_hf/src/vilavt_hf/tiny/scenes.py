@@ -251,7 +251,7 @@ class SceneQuestion:
         """The ideal tool calls, thoughts included; none if the first look is enough."""
         if not self.targets:
             return ()
-        places = [place_of(c, self.pictures) for c in self.targets]
+        places = [words_for_place(c, self.pictures) for c in self.targets]
         if self.kind is QuestionKind.FIRST:  # find both, name the smaller number, then the card that has it
             (card,) = self.targets
             places = [f"{c.colour} index {c.picture}" for c in self.named] + [f"first {card.picture} {places[0]}"]
@@ -541,7 +541,7 @@ def scene_about(rng: np.random.Generator, split: Split, kind: QuestionKind, *, p
     return make_scene(rng, split)
 
 
-def place_of(card: Card, pictures: int) -> str:
+def words_for_place(card: Card, pictures: int) -> str:
     """Where a card is, in the words of the ideal conversations; the index of its picture if there are several."""
     index = f" index {card.picture}" if pictures > 1 else ""
     return f"{card.colour}{index} row {card.row} column {card.column}"

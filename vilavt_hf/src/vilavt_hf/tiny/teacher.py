@@ -26,9 +26,9 @@ from .scenes import (
     Scene,
     SceneQuestion,
     ask_about,
-    place_of,
     query_for,
     scene_about,
+    words_for_place,
 )
 
 COLOUR_NAMES = list(COLOURS)
@@ -495,7 +495,7 @@ def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, ex
     several = len(scene.images) > 1
     _opening(stream, len(scene.images), LISTING_REQUEST)
     cards = [scene.cards[i] for i in rng.permutation(len(scene.cards))]
-    turn = stream.turn(", ".join(place_of(c, len(scene.images)) for c in cards))
+    turn = stream.turn(", ".join(words_for_place(c, len(scene.images)) for c in cards))
     attention = _numbering(stream, cards)
     character = 0
     for card in cards:
