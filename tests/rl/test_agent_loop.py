@@ -164,9 +164,9 @@ def test_logprobs_weight_versions_and_rewards_come_along(played, rows_file: Path
 def test_a_trajectory_never_outgrows_the_response_length(worker, rows_file: Path) -> None:
     out, calls = run(worker, read_rows(rows_file)[:1], [CALL, CALL, CALL, CALL, ANSWER])
     lengths = out.batch["attention_mask"].sum(-1)
-    assert int(lengths.max()) <= 192 + 320
+    assert int(lengths.max()) <= 256 + 320
     assert out.non_tensor_batch["finish"][0] in ("turn_limit", "context_limit")
-    assert calls[-1]["params"]["max_tokens"] <= 192 + 320 - len(calls[-1]["prompt"])
+    assert calls[-1]["params"]["max_tokens"] <= 256 + 320 - len(calls[-1]["prompt"])
 
 
 def test_a_row_that_cannot_be_answered_ends_its_own_trajectory_with_an_error_that_names_it(

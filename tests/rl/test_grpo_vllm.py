@@ -165,7 +165,7 @@ OTHER_SIZES = (
     "ray_kwargs.ray_init.num_cpus=16",
     "+ray_kwargs.ray_init.include_dashboard=false",
     # sizes
-    "data.max_prompt_length=192",
+    "data.max_prompt_length=256",
     "data.max_response_length=320",
     "data.dataloader_num_workers=0",
     "actor_rollout_ref.rollout.max_model_len=1024",
