@@ -336,7 +336,7 @@ def test_the_published_plugin_is_told_which_ids_have_no_token(
     for name, value in Settings(queries="tensors").to_environment().items():
         monkeypatch.setenv(name, value)
     items = [{"multi_modal_data": {"row": row.to_json()}} for row in read_rows(rows_file)[:1]]
-    size = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    size = json.loads((tiny / "config.json").read_text())["text_config"]["vocab_size"]
     assert size > len(processor.tokenizer)
     roll_out(tiny, processor, items, frozenset(range(len(processor.tokenizer), size)))
 
