@@ -84,7 +84,7 @@ def damage(folder, step):
     order = [sample for batch in Shuffled(np.arange(RECORDS), 1, 0).epoch(0) for sample in batch]
     shutil.copytree(folder / "data", folder / "damaged")
     for sample in (order[0], order[2 * step + 1]):
-        picture = folder / "damaged" / "pictures" / f"{sample:05d}.png"
+        picture = min((folder / "damaged" / "pictures").glob(f"{sample:05d}*.png"))
         picture.write_bytes(picture.read_bytes()[:-200])
     return {"registry": str(folder / "damaged" / REGISTRY), "max_dropped": 1.5 / RECORDS}
 

@@ -207,6 +207,7 @@ def test_the_benchmark_of_conversations_runs_its_script_both_ways(benchmark, llm
 
 
 def test_the_benchmark_of_agreement_compares_turn_by_turn(benchmark, llm, chat):
-    figures = benchmark("vllm_agreement").compare(chat, llm, 12)  # one of each kind
-    assert (figures["questions"], figures["failed"], figures["same_transcripts"]) == (12, 0, 1)
+    asked = len(tasks("heldout", 12))  # at least one of each kind
+    figures = benchmark("vllm_agreement").compare(chat, llm, 12)
+    assert (figures["questions"], figures["failed"], figures["same_transcripts"]) == (asked, 0, 1)
     assert figures["accuracy_transformers"] == figures["accuracy_vllm"] > 0
