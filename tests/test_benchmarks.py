@@ -139,7 +139,7 @@ def test_the_benchmark_of_real_sizes_does_every_step(run):
     assert list(steps) == ["inspect", "convert", "doctor", "load", "encode", "prefill", "decode"]
     done = figures["conversation"]
     assert done["patches"] == 12 * 8 * 3  # the picture, and two crops that are enlarged to its size
-    assert done["decoded"] >= 30  # a call of two regions, and an answer
+    assert done["decoded"] >= 30  # a call of two regions, and an answer: 39
     assert steps["decode"]["planned_mb"] > steps["load"]["planned_mb"] > done["imported_mb"]
     assert steps["decode"]["peak_mb"] >= steps["load"]["peak_mb"] >= done["imported_mb"]  # highest so far
 

@@ -402,7 +402,7 @@ def test_the_recipe_teaches_the_shipped_model_what_it_could_not_do(tmp_path):
     report = Run(recipe(tmp_path / "data", tmp_path / "run", "tiny_smaller", "data.validation=[tiny_smaller_heldout]",
                         "optimizer.epochs=1", "validation.steps=4")).train()  # fmt: skip
     first, *_, last = report.validations
-    assert first["answers_right"] <= 0.5
+    assert first["answers_right"] <= 0.5  # asked for another of two digits it knows, it is right by chance at times
     assert last["loss"] < 0.5 * first["loss"]
 
 
