@@ -231,7 +231,7 @@ def forced_talk(size: Size) -> tuple[VilavtForConditionalGeneration, list[Talk]]
 def asked_talks(chat: Any, processor: Any, questions: int) -> list[Talk]:
     """What a backend says to held-out questions, greedily."""
     found = []
-    samples = [Sample([task.scene.image], task.question.text) for task in tasks("heldout", questions)]
+    samples = [Sample(list(task.images), task.question.text) for task in tasks("heldout", questions)]
     for result in chat.ask_many(samples):
         if result.error is not None:
             raise result.error
@@ -263,8 +263,9 @@ def run(which: str, questions: int, small: bool, with_vllm: bool) -> dict[str, A
         return {"model": "wide", "weights": "random, seed 0", "conversations": 1, "rows": compare(model, talks, STOP)}
     chat = VilavtChat.from_pretrained(TINY, dtype="float32", device="cpu")
     stop = chat.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    figures: dict[str, Any] = {"model": "tiny", "weights": chat.settings.fingerprint, "conversations": questions}
-    figures["rows"] = compare(chat.model, asked_talks(chat, chat.processor, questions), stop)
+    talks = asked_talks(chat, chat.processor, questions)
+    figures: dict[str, Any] = {"model": "tiny", "weights": chat.settings.fingerprint, "conversations": len(talks)}
+    figures["rows"] = compare(chat.model, talks, stop)
     if with_vllm:
         from vilavt_vllm import VilavtLLM
 
@@ -300,7 +301,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "wide"), default="tiny")
-    parser.add_argument("--questions", type=int, default=12, help="of tiny")
+    parser.add_argument("--questions", type=int, default=12, help="of tiny, at least one of every kind")
     parser.add_argument("--vllm", action="store_true", help="tiny: also what vLLM samples")
     parser.add_argument("--small", action="store_true", help="wide: sizes for CI")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")

@@ -153,3 +153,11 @@ def test_the_benchmark_of_precision_finds_no_difference_where_there_is_none(run)
         assert exact[which]["flips_per_1000"] == 0
         assert rows["whole: fp32, bf16"][which]["max"] > 10 * exact[which]["max"]
         assert exact[which]["tokens"] == 4 * 8
+
+
+def test_the_benchmark_of_precision_asks_every_kind_of_question(run):
+    figures = run("precision.py", "--model", "tiny", "--questions", "1")
+    (exact,) = (row for row in figures["rows"] if row["compared"] == "fp32: turn by turn, whole")
+    assert figures["conversations"] == 12
+    assert exact["ours"]["max"] < 1e-3
+    assert exact["ours"]["flips_per_1000"] == 0
