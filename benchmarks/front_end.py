@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
+from random_photo import photo
 
 from vilavt_core.conversation import Inquiry
 from vilavt_core.driver import ConversationSettings, Driver
@@ -45,17 +44,6 @@ from vilavt_vllm.online import THREADS
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 BOUNDS = (56 * 56, FULL_PIXELS)
-
-
-def photo(seed: int, width: int, height: int) -> bytes:
-    """A JPEG with about the detail of a photograph."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 255, (height // 40, width // 40, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
-    grain = rng.integers(-6, 7, (height, width, 1), dtype=np.int16)
-    file = io.BytesIO()
-    Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=90)
-    return file.getvalue()
 
 
 def begun(image: Image.Image, settings: ConversationSettings) -> Inquiry:

@@ -161,3 +161,11 @@ def test_the_benchmark_of_precision_asks_every_kind_of_question(run):
     assert figures["conversations"] == 12
     assert exact["ours"]["max"] < 1e-3
     assert exact["ours"]["flips_per_1000"] == 0
+
+
+def test_the_benchmark_of_work_outside_the_model_asks_the_same_of_both_ways(run):
+    figures = run("outside_model.py", "--small", "--questions", "3", "--concurrency", "2", "--repeats", "1")
+    for way in ("before", "now"):
+        assert figures[way]["outside the model"] > figures[way]["preparing patches"] > 0
+        assert figures[way]["in the model"] > 0
+        assert 0 < figures[way]["share"] < 1

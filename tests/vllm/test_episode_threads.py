@@ -88,6 +88,7 @@ def test_the_front_end_benchmark_tells_both_ways_apart(monkeypatch, tmp_path):
     file, script = tmp_path / "figures.json", TINY.parents[1] / "benchmarks" / "front_end.py"
     options = ["--small", "--originals", "3", "--repeats", "1", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", [script.name, *options])
+    monkeypatch.syspath_prepend(str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
     figures = json.loads(file.read_text())
     for key in ("per_second", "per_second_and_core"):

@@ -1,12 +1,9 @@
 """LoRA on the language model: the numbers of a model with the update merged in, and the encoder's work is shared."""
 
-import copy
-import json
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from adapters import RANK, write_adapter
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -17,28 +14,12 @@ from vilavt_vllm.episodes import lora_arguments, lora_of, require_lora
 
 pytestmark = pytest.mark.engine
 
-RANK, ALPHA = 8, 16
-TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-
 
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
     """A folder as peft saves it for the transformers model, and that model with the update merged in."""
-    generator = torch.Generator().manual_seed(3)
-    merged, tensors = copy.deepcopy(tiny.model), {}
-    for name, module in merged.named_modules():
-        if name.startswith("model.language_model.") and name.endswith(TARGETS):
-            a = torch.randn(RANK, module.in_features, generator=generator) * 0.1
-            b = torch.randn(module.out_features, RANK, generator=generator) * 0.1
-            module.weight.data += ALPHA / RANK * b @ a
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
     folder = tmp_path_factory.mktemp("adapter")
-    save_file(tensors, folder / "adapter_model.safetensors")
-    targets = [target.rsplit(".", 1)[-1] for target in TARGETS]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder, merged
+    return folder, write_adapter(tiny.model, folder, seed=3, spread=0.1)
 
 
 @pytest.fixture(scope="module")
