@@ -472,6 +472,22 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz_guided(session: nox.Session) -> None:
+    """The same targets, with inputs that are changed until they reach new code (atheris), a minute for each target
+    (`-- --minutes N`); not in CI. What reached new code is kept in .nox/fuzz-corpus for the next run.
+    """
+    minutes = float(session.posargs[1]) if session.posargs[:1] == ["--minutes"] else 1.0
+    _install(session, NEWEST, *TEST_TOOLS, "atheris==3.0.0")
+    _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))
+    session.env["PYTHONPATH"] = "tests/shared"
+    listed = str(session.run("python", "tests/fuzz/guided.py", "--list", silent=True))
+    for target in listed.split():
+        folder = Path(".nox/fuzz-corpus", target)
+        seconds = str(round(60 * minutes))
+        session.run("python", "tests/fuzz/guided.py", target, "--seconds", seconds, "--corpus", str(folder))
+
+
+@nox.session
 def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     for name in ("hf_newest", "hf_oldest"):

@@ -1,4 +1,6 @@
-"""One test, two lengths: a few fixed examples in CI, for a given time with new ones in `nox -s fuzz`."""
+"""One test, three lengths: a few fixed examples in CI, new ones for a given time in `nox -s fuzz`, and such as reach
+new code in `nox -s fuzz_guided` (guided.py).
+"""
 
 import functools
 import os
@@ -38,6 +40,7 @@ def fuzzed(*inputs: SearchStrategy, examples: int = 40, kept: tuple[tuple[Any, .
                 settings(_settings, max_examples=examples, derandomize=True, database=None)(given(*inputs)(check))()
 
         test.__name__, test.__doc__, test.__module__ = check.__name__, check.__doc__, check.__module__
+        test.of_bytes = settings(_settings, database=None)(given(*inputs)(check)).hypothesis.fuzz_one_input
         return test
 
     return decorate
