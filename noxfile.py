@@ -47,6 +47,8 @@ RANGE_TESTS = tuple(
     for name in ("exactness", "reuse", "grouping", "weights", "offline", "online", "processing", "support", "handoff")
 )
 """What every supported vLLM is held to, with a real engine."""
+ROLLOUT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("exactness", "weights", "online", "support"))
+"""What `ci` runs of RANGE_TESTS in the vLLM beside verl: what rollouts depend on. An older and the newest run all."""
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
@@ -103,7 +105,10 @@ CORE_ON_TRANSFORMERS = tuple(
 """The tests of vilavt_core that load transformers, and those of videos, whose frames must be the same beside every
 version; the rest loads none of it.
 """
-LESS_RECIPES = ("--deselect", "tests/hf/test_tiny.py::test_the_recipe_teaches_the_shipped_model_what_it_could_not_do")
+LESS_RECIPES = (
+    "--deselect=tests/hf/test_tiny.py::test_the_recipe_teaches_the_shipped_model_what_it_could_not_do",
+    "--deselect=tests/hf/test_tiny.py::test_a_short_build_goes_through_every_stage[True]",
+)
 """What a recipe teaches depends on no version of transformers; that it runs on each is held by other tests."""
 QUICK_TESTS = (
     "tests/core",
@@ -398,7 +403,7 @@ def verl_vllm_cpu(session: nox.Session) -> None:
         _pytest(session, "tests/rl", *(f"--ignore={file}" for file in ON_RAY))
         _pytest(session, "tests/core/test_scoring.py", *MODEL_TESTS)  # writes checkpoints, which the next reads
     if PART in (ALL, "rest"):
-        session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS)
+        session.run("pytest", *WORKERS, *BRIEFLY, *(RANGE_TESTS if PART is ALL else ROLLOUT_TESTS))
     _record(session, "verl-vllm")
 
 
