@@ -511,7 +511,7 @@ def nightly(session: nox.Session) -> None:
 @nox.session
 def grpo_learns(session: nox.Session) -> None:
     """GRPO lifts a model that mostly guesses, with a curve, through either rollout engine; not in CI, because it takes
-    about an hour.
+    an hour and a half.
     """
     _install_verl_and_vllm(session)
     session.env["VILAVT_GRPO_LEARNS"] = str(Path(".nox/grpo-learns").absolute())

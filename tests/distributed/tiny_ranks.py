@@ -22,12 +22,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     building.PROBED = 1
     building.Lessons = Twice
-    building.STAGES = tuple(
+    stages = tuple(
         dataclasses.replace(stage, steps=8, batch=2, warmup=2)
         for stage in building.STAGES
         if stage.name in ("read", "talk")
     )
-    building.build(folder)
+    building.build(folder, stages=stages)
 
 
 if __name__ == "__main__":

@@ -424,9 +424,8 @@ def test_the_new_lesson_is_about_the_smaller_digit_of_scans_of_its_own(tmp_path,
 def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch, alone):
     stages = tuple(dataclasses.replace(s, steps=2, batch=3, warmup=1) for s in building.STAGES)
     stages = stages[2::2] if alone else stages
-    monkeypatch.setattr(building, "STAGES", stages)
     monkeypatch.setattr(building, "PROBED", 1)
-    record = building.build(tmp_path / "built", alone=alone)
+    record = building.build(tmp_path / "built", alone=alone, stages=stages)
     assert record["command"].endswith("--alone") == alone
     assert [s["name"] for s in record["stages"]] == [s.name for s in stages]
     found = inspect_checkpoint(tmp_path / "built")
@@ -436,7 +435,7 @@ def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch, alone):
         curve = (tmp_path / "built-work" / stage.name / "curve.jsonl").read_text().splitlines()
         probes = [line for line in map(json.loads, curve) if "probe" in line]
         assert len(probes) == stage.language
-    again = building.build(tmp_path / "again", work=tmp_path / "built-work", resume=True)
+    again = building.build(tmp_path / "again", work=tmp_path / "built-work", resume=True, stages=stages)
     assert again["stages"] == record["stages"]
 
 

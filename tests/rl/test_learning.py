@@ -1,6 +1,6 @@
 """GRPO lifts a model that can zoom and mostly guesses, through our rollout engine and through vLLM.
 
-An hour: `nox -s grpo_learns`, not part of CI.
+An hour and a half: `nox -s grpo_learns`, not part of CI.
 """
 
 import json
@@ -21,7 +21,7 @@ OUT = os.environ.get("VILAVT_GRPO_LEARNS")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3 * 3600),
-    pytest.mark.skipif(OUT is None, reason="takes an hour; `nox -s grpo_learns` runs it"),
+    pytest.mark.skipif(OUT is None, reason="takes an hour and a half; `nox -s grpo_learns` runs it"),
     pytest.mark.skipif(find_spec("vllm") is None, reason="the environment of verl alone has no vLLM"),
 ]
 

@@ -261,12 +261,13 @@ def tiny_data_command(
 def tiny_checkpoint_command(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Take the finished stages from OUT-work.")] = False,
 ) -> None:
-    """Train the checkpoint that GRPO starts from (about a quarter of an hour on one core)."""
+    """Train the checkpoint that GRPO starts from (about half an hour on one core; torchrun takes several)."""
     check_destination(out)
     from .tiny import build_start
 
-    build_start(out, seed=seed)
+    build_start(out, seed=seed, resume=resume)
     typer.echo(str(out))
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vilavt_core.progress import counted
 from vilavt_hf.tiny.scenes import QuestionKind, Split, ask_about
+
+if TYPE_CHECKING:
+    from vilavt_hf.tiny.build import Stage
 
 SHARES = {
     QuestionKind.ONE: 0.1,
@@ -74,31 +77,21 @@ def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: st
     return path
 
 
-def build_start(
-    out: str | Path,
-    *,
-    talk_steps: int = TALK_STEPS,
-    guess_steps: int = GUESS_STEPS,
-    seed: int = 0,
-    work: Path | None = None,
-) -> dict[str, Any]:
-    """Train the checkpoint to start from: `vilavt_hf.tiny.build.build`, its last stage cut to `talk_steps`, then
-    `guess_steps` more in which every second answer is a guess.
+def start_stages() -> list[Stage]:
+    """Those of `vilavt tiny build` that `STAGES` names, the last one cut short, and one more in which every second
+    answer is a guess.
     """
     from vilavt_hf.tiny import build
-    from vilavt_hf.tiny.tiny_model import tiny_processor
 
-    out = Path(out)
-    work = work or out.with_name(out.name + "-work")
     *before, talk = (stage for stage in build.STAGES if stage.name in STAGES)
-    talk = replace(talk, steps=talk_steps)
+    talk = replace(talk, steps=TALK_STEPS)
     mix = (("episode", 0.5), ("guess", 0.5))
-    guess = replace(talk, name="guess", steps=guess_steps, mix=mix, learning_rate=4e-4, warmup=3)
-    stages = [*before, talk, guess]
-    processor = tiny_processor()
-    model = build.new_model(processor, seed)
-    for number, stage in enumerate(stages, 1):
-        build.run_stage(stage, model, processor, work, seed=10 * seed + number, workers=0)
-    model.auxiliary = None
-    note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {talk_steps} steps, then come guesses"
-    return build.publish(model, processor, [work / stage.name for stage in stages], out, seed, notes=[note])
+    return [*before, talk, replace(talk, name="guess", steps=GUESS_STEPS, mix=mix, learning_rate=4e-4, warmup=3)]
+
+
+def build_start(out: str | Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any]:
+    """Train the checkpoint to start from, as `vilavt_hf.tiny.build.build` does, on any number of ranks."""
+    from vilavt_hf.tiny.build import build
+
+    note = f"made by `vilavt-rl tiny checkpoint`: the last stage stops after {TALK_STEPS} steps, then come guesses"
+    return build(Path(out), seed=seed, resume=resume, stages=start_stages(), notes=[note])

@@ -415,6 +415,8 @@ def build(
     resume: bool = False,
     force: bool = False,
     alone: bool = False,
+    stages: Sequence[Stage] = STAGES,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train all stages and write the checkpoint.
 
@@ -425,6 +427,8 @@ def build(
         resume: use the stages that `work` already holds.
         force: replace a checkpoint that is at `out`.
         alone: encode every region alone while training: the control that says what joint encoding is for.
+        stages: what to go through, in order.
+        notes: for the record: whatever was not as `vilavt tiny build` does it.
 
     Started by torchrun, the ranks share every batch.
 
@@ -434,7 +438,7 @@ def build(
     work = work or out.with_name(out.name + "-work")
     processor = tiny_processor()
     model = new_model(processor, seed)
-    for i, stage in enumerate(STAGES):
+    for i, stage in enumerate(stages):
         folder = work / stage.name
         if resume and (folder / "stage.json").is_file():
             model = load_stage(folder)
@@ -443,8 +447,8 @@ def build(
     model.auxiliary = None
     if rank_and_world()[0]:
         return {}
-    folders = [work / stage.name for stage in STAGES]
-    return publish(model, processor, folders, out, seed, force=force, flags="--alone" if alone else "")
+    folders = [work / stage.name for stage in stages]
+    return publish(model, processor, folders, out, seed, notes, force=force, flags="--alone" if alone else "")
 
 
 def publish(
