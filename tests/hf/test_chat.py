@@ -222,14 +222,15 @@ def test_one_failing_sample_does_not_lose_the_others(chat, tmp_path):
 
 
 def test_a_failing_row_in_the_middle_of_a_batch_is_alone(chat, processor, monkeypatch):
-    encode = processor.encode_inquiries
+    encode = type(processor).encode_inquiries
 
-    def fails_on_one(inquiries, **kwargs):
+    def fails_on_one(processor, inquiries, **kwargs):
         if any(inquiry.query == "query 1" and inquiry.images[0].width > 60 for inquiry in inquiries):
             raise RuntimeError("encoder failed")
-        return encode(inquiries, **kwargs)
+        return encode(processor, inquiries, **kwargs)
 
-    monkeypatch.setattr(processor, "encode_inquiries", fails_on_one)
+    # of the class: put back on the instance, the method would stay bound to it in every copy
+    monkeypatch.setattr(type(processor), "encode_inquiries", fails_on_one)
 
     def forced(sample, turn):
         wide = sample.id == "wide" and turn == 1
