@@ -670,6 +670,19 @@ def deepspeed(session: nox.Session) -> None:
 
 
 @nox.session
+def image(session: nox.Session) -> None:
+    """Build the CPU image with podman and ask the tiny model in it; not in CI, because it takes 10 GB of disk and a
+    quarter of an hour. VILAVT_IMAGE_BUILD_ARGS has more arguments for `podman build`.
+    """
+    if shutil.which("podman") is None:
+        session.error("podman is not installed; install it with the system's package manager")
+    session.install(*UV)
+    _add(session, *PYTEST, "numpy", "pillow", *_known_good(f"transformers-{NEWEST}"))
+    session.env["VILAVT_IMAGE"] = "1"
+    session.run("pytest", *HOURS, *(session.posargs or ["tests/test_image.py"]))
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation site in .nox/site; a link, anchor or reference that leads nowhere ends it. Not in CI,
     which checks links and the navigation without it: installing takes longer than building.

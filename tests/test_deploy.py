@@ -115,6 +115,14 @@ def test_the_cpu_image_has_the_versions_of_ci():
     assert re.search(r"vllm-openai:v(\S+)", (DEPLOY / "Containerfile").read_text())[1] == "0.32.0"
 
 
+def test_the_cpu_image_takes_torch_from_the_public_index_of_cpu_builds_unless_told_otherwise():
+    given = instructions("Containerfile.cpu")
+    assert ("ARG", "TORCH_INDEX=https://download.pytorch.org/whl/cpu") in given
+    (install,) = (what for word, what in given if word == "RUN" and "torch==" in what)
+    assert '--index-url "${TORCH_INDEX}" torch==' in install
+    assert "TORCH_INDEX=…" in PAGE
+
+
 def test_whatever_stops_a_server_gives_it_time():
     running = int(after(entry_point("Containerfile"), "--shutdown-timeout"))
     assert running > 0
