@@ -251,7 +251,7 @@ def ci(session: nox.Session) -> None:
         session, writes=("verl_vllm_cpu", "vllm_cpu"), transformers=("lint", "types", "hf_newest", "hf_oldest")
     )
     os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(max(1, (os.cpu_count() or 1) // 2))
-    failed += _at_once(session, rest=("hf_newest", "verl_vllm_cpu", "vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
+    failed += _at_once(session, rest=("verl_vllm_cpu", "vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
     if failed:
         session.error(f"failed: {', '.join(failed)}")
 
@@ -341,9 +341,8 @@ def hf_newest(session: nox.Session) -> None:
     _install(session, NEWEST, *TEST_TOOLS, *quantizers, "build", "hatchling>=1.26")
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
-    if session.posargs or PART in (ALL, "transformers"):
-        _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
-    if not session.posargs and PART in (ALL, "rest"):
+    _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
+    if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: no workers beside them
     _record(session, f"transformers-{NEWEST}")
 

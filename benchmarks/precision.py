@@ -1,6 +1,6 @@
 """What bf16 changes: log-probabilities of the same conversations, computed in several ways.
 
-    python benchmarks/precision.py [--model tiny|wide] [--questions 12] [--vllm] [--small] [--json FILE]
+    python benchmarks/precision.py [--model tiny|wide] [--questions 12] [--kinds …] [--vllm] [--small] [--json FILE]
 
 *whole*: one pass over the finished stream, as a trainer computes it. *turn by turn*: `vilavt_hf.engine`, which prefills
 what is new and decodes token by token; of the stock model a cache that is used in the same way. Every row compares two
@@ -34,7 +34,8 @@ from vilavt_core.results import Sample
 from vilavt_hf import VilavtForConditionalGeneration, compat
 from vilavt_hf.chat import VilavtChat
 from vilavt_hf.engine import Engine, EngineRow
-from vilavt_hf.tiny.benchmark import tasks
+from vilavt_hf.tiny.benchmark import COUNTS, SceneTask, tasks
+from vilavt_hf.tiny.scenes import QuestionKind
 
 TINY = Path(__file__).parents[1] / "examples" / "vilavt-tiny"
 WIDE = Size(
@@ -228,10 +229,10 @@ def forced_talk(size: Size) -> tuple[VilavtForConditionalGeneration, list[Talk]]
     return random_model(size), [Talk(talk.turns, talk.encode)]
 
 
-def asked_talks(chat: Any, processor: Any, questions: int) -> list[Talk]:
-    """What a backend says to held-out questions, greedily."""
+def asked_talks(chat: Any, processor: Any, todo: Sequence[SceneTask]) -> list[Talk]:
+    """What a backend says to questions, greedily."""
     found = []
-    samples = [Sample(list(task.images), task.question.text) for task in tasks("heldout", questions)]
+    samples = [Sample(list(task.images), task.question.text) for task in todo]
     for result in chat.ask_many(samples):
         if result.error is not None:
             raise result.error
@@ -255,7 +256,7 @@ def asked_talks(chat: Any, processor: Any, questions: int) -> list[Talk]:
     return found
 
 
-def run(which: str, questions: int, small: bool, with_vllm: bool) -> dict[str, Any]:
+def run(which: str, todo: Sequence[SceneTask], small: bool, with_vllm: bool) -> dict[str, Any]:
     """Compare, and return the rows."""
     torch.set_num_threads(1)
     if which == "wide":
@@ -263,7 +264,7 @@ def run(which: str, questions: int, small: bool, with_vllm: bool) -> dict[str, A
         return {"model": "wide", "weights": "random, seed 0", "conversations": 1, "rows": compare(model, talks, STOP)}
     chat = VilavtChat.from_pretrained(TINY, dtype="float32", device="cpu")
     stop = chat.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    talks = asked_talks(chat, chat.processor, questions)
+    talks = asked_talks(chat, chat.processor, todo)
     figures: dict[str, Any] = {"model": "tiny", "weights": chat.settings.fingerprint, "conversations": len(talks)}
     figures["rows"] = compare(chat.model, talks, stop)
     if with_vllm:
@@ -272,7 +273,7 @@ def run(which: str, questions: int, small: bool, with_vllm: bool) -> dict[str, A
         figures["rollout"] = {}
         for dtype in ("float32", "bfloat16"):
             llm = VilavtLLM(TINY, dtype=dtype, enforce_eager=True, disable_log_stats=True)
-            talks = asked_talks(llm, chat.processor, questions)
+            talks = asked_talks(llm, chat.processor, todo)
             figures["rollout"][dtype] = sampled_and_trained(chat.model.to(getattr(torch, dtype)), talks)
             del llm
     return figures
@@ -302,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tiny", "wide"), default="tiny")
     parser.add_argument("--questions", type=int, default=12, help="of tiny, at least one of every kind")
+    parser.add_argument("--kinds", nargs="+", choices=[*QuestionKind], default=[*QuestionKind], help="of tiny")
     parser.add_argument("--vllm", action="store_true", help="tiny: also what vLLM samples")
     parser.add_argument("--small", action="store_true", help="wide: sizes for CI")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
@@ -310,7 +312,8 @@ def main() -> None:
         parser.error("--vllm needs --model tiny")
     if options.small and options.model != "wide":
         parser.error("--small needs --model wide")
-    figures = run(options.model, options.questions, options.small, options.vllm)
+    counts = {kind: COUNTS[kind] for kind in map(QuestionKind, options.kinds)}
+    figures = run(options.model, tasks("heldout", options.questions, counts), options.small, options.vllm)
     show(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
