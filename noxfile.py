@@ -49,6 +49,11 @@ RANGE_TESTS = tuple(
 """What every supported vLLM is held to, with a real engine."""
 ROLLOUT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("exactness", "weights", "online", "support"))
 """What `ci` runs of RANGE_TESTS in the vLLM beside verl: what rollouts depend on. An older and the newest run all."""
+OLD_TESTS = tuple(
+    f"tests/vllm/test_{name}.py"
+    for name in ("exactness", "reuse", "grouping", "weights", "processing", "support", "handoff")
+)
+"""What `vllm_cpu` runs of RANGE_TESTS in an old vLLM: the model itself. `vllm_range` runs all."""
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
@@ -498,8 +503,10 @@ def fuzz_guided(session: nox.Session) -> None:
 @nox.session
 def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
-    for name in ("hf_newest", "hf_oldest"):
-        session.notify(name, posargs=["tests/hf/test_handoff.py"])  # checkpoints that `vllm_range` reads
+    both = ("-m", "nightly or not nightly")
+    # test_handoff.py writes checkpoints that `vllm_range` reads.
+    session.notify("hf_newest", posargs=[*both, "tests/hf/test_handoff.py", "tests/distributed/test_tiny_ranks.py"])
+    session.notify("hf_oldest", posargs=["tests/hf/test_handoff.py"])
     session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
     for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
@@ -590,7 +597,7 @@ def vllm_cpu(session: nox.Session) -> None:
         _pytest(session, "tests/vlmeval")
     if PART in (ALL, "rest"):
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
-        session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
+        session.run("pytest", *WORKERS, *BRIEFLY, *OLD_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
     _record(session, "vllm")
 
 

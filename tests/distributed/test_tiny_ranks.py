@@ -13,7 +13,10 @@ from vilavt_core.checkpoint import inspect_checkpoint
 from vilavt_hf.tiny.build import new_model, save_stage
 from vilavt_hf.tiny.tiny_model import tiny_processor
 
-pytestmark = pytest.mark.timeout(1100)
+pytestmark = [
+    pytest.mark.timeout(1100),
+    pytest.mark.nightly("two builds on both cores; test_sft_ranks holds the trainer"),
+]
 
 SCRIPT = str(Path(__file__).with_name("tiny_ranks.py"))
 STARTS = {"one": ("-u",), "two": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")}
