@@ -113,13 +113,14 @@ class Conversation:
         state = self.answers[-1].told.get("state") if self.answers and self.sends_state else None
         return {"messages": messages, **({"vilavt": {"state": state}} if state else {}), **more}
 
-    def again(self, apart: bool) -> Conversation:
+    def again(self, apart: int = 0) -> Conversation:
         """The same conversation from its beginning.
 
         Args:
-            apart: its image is written in another way, so that the server does not know the conversation.
+            apart: of each number above 0 the image is written in another way, so that the server does not know the
+                conversation.
         """
-        url = self.url.replace("data:image/png;", "data:image/png;again=1;") if apart else self.url
+        url = self.url.replace("data:image/png;", f"data:image/png;again={apart};") if apart else self.url
         return Conversation(self.number, url, self.questions, self.draws, not apart)
 
 
@@ -464,7 +465,7 @@ async def measure(target: Server | Replicas, count: int, seed: int) -> dict[str,
         await striking
         await target.up.wait()
         stuck = await settled(target)
-        again = [talk.again(apart=False) for talk in talks]
+        again = [talk.again() for talk in talks]
         await at_a_time(FEW, lambda talk: quiet.hold(talk, False), again)
         figures = await compare(quiet, talks, again)
     ids = Counter(storm.names)
@@ -502,25 +503,26 @@ async def compare(quiet: Soak, talks: list[Conversation], again: list[Conversati
     history: Counter[str] = Counter()
     crossed = inexact = 0
     for talk, second in zip(talks, again, strict=True):
+        rebuilt: Conversation | None = None
         for place, (answer, whole) in enumerate(zip(talk.answers, second.answers, strict=False)):
             told = answer.told.get("history") or "first"
             inexact += talk.sends_state and told == "rebuilt"
-            if answer.said == whole.said or (told == "rebuilt" and await _rebuilt(quiet, talk, place) == answer.said):
+            if told == "rebuilt":
+                rebuilt = talk.again(apart=place)
+                rebuilt.answers = [Outcome("answer", earlier.said) for earlier in talk.answers[:place]]
+            expected: Outcome | None = whole
+            if rebuilt is not None:  # and what comes later goes on from what was rebuilt
+                expected = await quiet.ask(rebuilt, False)
+                rebuilt.answers += [expected or answer]
+            if expected and answer.said == expected.said:
                 history[told] += 1
             else:
                 crossed += 1
-                quiet.reasons[f"crossed: {talk.number} {place} {told}: {answer.said[:2]} {whole.said[:2]}"[:300]] += 1
+                other = expected and expected.said[:2]
+                quiet.reasons[f"crossed: {talk.number} {place} {told}: {answer.said[:2]} {other}"[:300]] += 1
     said = Counter(json.dumps(answer.said) for talk in talks for answer in talk.answers)
     shared = sum(times for times in said.values() if times > 1) / max(1, sum(said.values()))
     return {"crossed": crossed, "inexact": inexact, "history": dict(history), "shared_transcripts": shared}
-
-
-async def _rebuilt(quiet: Soak, talk: Conversation, place: int) -> Any:
-    """What is said to a question of a conversation that the server has only the messages of."""
-    alone = talk.again(apart=True)
-    alone.answers = [Outcome("answer", answer.said) for answer in talk.answers[:place]]
-    outcome = await quiet.ask(alone, False)
-    return outcome and outcome.said
 
 
 def main() -> None:
