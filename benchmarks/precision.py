@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vilavt_core.conversation import Inquiry
+from vilavt_core.conversation import Inquiry, SpecialTokens
 from vilavt_core.episode import Request
 from vilavt_core.results import Sample
 from vilavt_hf import VilavtForConditionalGeneration, compat
@@ -213,11 +213,17 @@ def compare(model: VilavtForConditionalGeneration, talks: Sequence[Talk], stop: 
     return rows
 
 
-def sampled_and_trained(model: VilavtForConditionalGeneration, talks: Sequence[Talk]) -> dict[str, float]:
-    """What was sampled elsewhere against the whole pass: a flip is a token that is not the likeliest there."""
+def sampled_and_trained(
+    model: VilavtForConditionalGeneration, talks: Sequence[Talk], tokenizer: Any
+) -> dict[str, float]:
+    """What was sampled elsewhere against the whole pass, which leaves the ids out that are never sampled, as a trainer
+    does: a flip is a token that is not the likeliest there.
+    """
     off, flips = [], []
+    never = [*SpecialTokens.of(tokenizer).banned, *range(len(tokenizer), model.config.text_config.vocab_size)]
     for talk in talks:
         there = whole(model, talk, positions_of(model, talk))
+        there = there.index_fill(-1, torch.tensor(never), -torch.inf).log_softmax(-1)
         off.append((there.gather(-1, talk.said[:, None])[:, 0] - torch.tensor(talk.logprobs)).abs())
         flips.append(there.argmax(-1) != talk.said)
     return _figures(torch.cat(off), torch.cat(flips))
@@ -274,7 +280,8 @@ def run(which: str, todo: Sequence[SceneTask], small: bool, with_vllm: bool) -> 
         for dtype in ("float32", "bfloat16"):
             llm = VilavtLLM(TINY, dtype=dtype, enforce_eager=True, disable_log_stats=True)
             talks = asked_talks(llm, chat.processor, todo)
-            figures["rollout"][dtype] = sampled_and_trained(chat.model.to(getattr(torch, dtype)), talks)
+            model = chat.model.to(getattr(torch, dtype))
+            figures["rollout"][dtype] = sampled_and_trained(model, talks, chat.processor.tokenizer)
             del llm
     return figures
 
