@@ -43,7 +43,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # also when a test imports it
 
 import packing
 import vision_groups
-from multi_turn import SMALL, STOP, TOKENS, Conversation, Size, compare, processor, random_model, run_ours
+from multi_turn import (
+    SMALL,
+    STOP,
+    TOKENS,
+    Conversation,
+    Size,
+    compare,
+    processor,
+    random_model,
+    run_ours,
+    with_weights_in,
+)
 
 from vilavt_core.episode import Inquiry, Request
 from vilavt_core.memory import SHAPES
@@ -263,7 +274,7 @@ def reuse(setting: Setting) -> dict[str, Any]:
     with exact():
         full = whole(model, talk)
         found = {"fp32": deviation(Several(model, {"a": talk}).run()["a"], full)}
-        model.to(torch.bfloat16)
+        with_weights_in(model, torch.bfloat16)
         rounded = whole(model, talk)
         found["bf16"] = deviation(Several(model, {"a": talk}).run()["a"], rounded)
         found["bf16 rounding"] = deviation(rounded, full)
@@ -278,7 +289,7 @@ def batch(setting: Setting) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with exact():
         for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            model.to(dtype)
+            with_weights_in(model, dtype)
             together = Several(model, talks).run()
             alone = {talk: Several(model, {talk: talks[talk]}).run()[talk] for talk in talks}
             found[name] = deviation(torch.cat(list(together.values())), torch.cat(list(alone.values())))
@@ -297,7 +308,7 @@ def gradient(setting: Setting) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with exact():
         for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            model.to(dtype)
+            with_weights_in(model, dtype)
             model.set_attn_implementation({"text_config": "sdpa"})
             loss_alone = packing.train(model, alone)
             expected = _gradients(model)

@@ -94,6 +94,15 @@ SMALL = Size(
 )
 
 
+def with_weights_in(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the parameters in place, as loading in that type does: `Module.to` would round the frequencies of rotary
+    positions too, which stay in fp32. Gradients are dropped.
+    """
+    for parameter in model.parameters():
+        parameter.grad, parameter.data = None, parameter.data.to(dtype)
+    return model
+
+
 def random_model(
     size: Size, vocabulary: int = VOCABULARY, tokens: dict[str, int] = TOKENS, stop: int = STOP
 ) -> VilavtForConditionalGeneration:

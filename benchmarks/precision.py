@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multi_turn import SMALL, STOP, Conversation, Size, random_model
+from multi_turn import SMALL, STOP, Conversation, Size, random_model, with_weights_in
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -193,7 +193,7 @@ def compare(model: VilavtForConditionalGeneration, talks: Sequence[Talk], stop: 
     stock = stock_of(model)
     for kind in ("fp32", "bf16"):
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        model, stock = model.to(dtype), stock.to(dtype)
+        model, stock = with_weights_in(model, dtype), with_weights_in(stock, dtype)
         pairs = list(zip(talks, places, strict=True))
         found[f"ours whole {kind}"] = [whole(model, talk, at) for talk, at in pairs]
         found[f"ours steps {kind}"] = [turn_by_turn(model, talk, stop) for talk in talks]
@@ -280,7 +280,7 @@ def run(which: str, todo: Sequence[SceneTask], small: bool, with_vllm: bool) -> 
         for dtype in ("float32", "bfloat16"):
             llm = VilavtLLM(TINY, dtype=dtype, enforce_eager=True, disable_log_stats=True)
             talks = asked_talks(llm, chat.processor, todo)
-            model = chat.model.to(getattr(torch, dtype))
+            model = with_weights_in(chat.model, getattr(torch, dtype))
             figures["rollout"][dtype] = sampled_and_trained(model, talks, chat.processor.tokenizer)
             del llm
     return figures
