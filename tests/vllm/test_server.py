@@ -285,7 +285,7 @@ def test_metrics_count_what_the_loop_did_beside_vllms_own(client, server):
 @pytest.mark.parametrize(
     "requests, warm_up",
     [
-        pytest.param(80, 120, id="briefly"),
+        pytest.param(120, 180, id="briefly"),
         pytest.param(300, 300, id="for long", marks=pytest.mark.nightly("the same with more requests")),
     ],
 )
