@@ -20,17 +20,11 @@ def main() -> None:
     """Command line; libFuzzer ends the process."""
     names = [name.removeprefix("test_") for name in vars(test_targets) if name.startswith("test_")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=names, nargs="?", metavar="TARGET", help=", ".join(names))
-    parser.add_argument("--list", action="store_true", help="the targets")
+    parser.add_argument("target", choices=names, metavar="TARGET", help=", ".join(names))
     parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--corpus", type=Path, metavar="FOLDER")
+    parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--again", type=Path, metavar="FILE", help="this one input, instead of new ones")
     options = parser.parse_args()
-    if options.list:
-        print(*names, sep="\n")
-        return
-    if None in (options.target, options.corpus):
-        parser.error("a target and --corpus are needed")
     options.corpus.mkdir(parents=True, exist_ok=True)
     inputs = [f"-max_total_time={options.seconds}", str(options.corpus)] if options.again is None else [options.again]
     limits = ["-max_len=4096", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={options.corpus}/"]
