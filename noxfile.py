@@ -108,11 +108,8 @@ CORE_ON_TRANSFORMERS = tuple(
 """The tests of vilavt_core that load transformers, and those of videos, whose frames must be the same beside every
 version; the rest loads none of it.
 """
-LESS_RECIPES = (
-    "--deselect=tests/hf/test_tiny.py::test_the_recipe_teaches_the_shipped_model_what_it_could_not_do",
-    "--deselect=tests/hf/test_tiny.py::test_a_short_build_goes_through_every_stage[True]",
-)
-"""What a recipe teaches depends on no version of transformers; that it runs on each is held by other tests."""
+NIGHTLY_ON_OLDEST = tuple(f"--ignore=tests/hf/test_{name}.py" for name in ("attention_maps", "memory", "tiny"))
+"""What `hf_oldest` leaves to `nightly`: recipes, figures and formulas, which depend least on transformers."""
 QUICK_TESTS = (
     "tests/core",
     "tests/eval",
@@ -367,7 +364,7 @@ def hf_oldest(session: nox.Session) -> None:
     _install(session, OLDEST, *TEST_TOOLS)
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    _pytest(session, *LESS_RECIPES, "tests/hf", *CORE_ON_TRANSFORMERS)
+    _pytest(session, *NIGHTLY_ON_OLDEST, "tests/hf", *CORE_ON_TRANSFORMERS)
     if not session.posargs:
         session.run("pytest", "tests/distributed/test_sft_ranks.py", "-k", "two_steps")  # FSDP2 on two processes
     _record(session, f"transformers-{OLDEST}")
@@ -514,8 +511,8 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     both = ("-m", "nightly or not nightly")
     # test_handoff.py writes checkpoints that `vllm_range` reads.
-    session.notify("hf_newest", posargs=[*both, "tests/hf/test_handoff.py", "tests/distributed/test_tiny_ranks.py"])
-    session.notify("hf_oldest", posargs=["tests/hf/test_handoff.py"])
+    session.notify("hf_newest", posargs=[*both, "tests/hf", "tests/distributed/test_tiny_ranks.py"])
+    session.notify("hf_oldest", posargs=[*both, "tests/hf"])
     session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
     for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)

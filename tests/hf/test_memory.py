@@ -55,6 +55,7 @@ CONFIG = {
     "image_token_id": 0,
     "tie_word_embeddings": False,
 }
+SLOW_IN_BF16 = pytest.mark.nightly("autocast to bf16 takes a minute on a CPU without instructions for it")
 SIDE = 40
 PATCHES = SIDE * SIDE
 
@@ -145,7 +146,7 @@ def test_answering_takes_the_activations_that_are_planned(dtype):
     assert read == pytest.approx(reading, rel=NEAR)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=SLOW_IN_BF16), "float32"])
 @pytest.mark.parametrize(
     "method, tokens, pictures, labelled",
     [("full", 1200, 0, 40), ("full", 400, PATCHES // 4, 40), ("full", 1200, 0, 1199), ("lora", 1200, 0, 40)],

@@ -397,6 +397,7 @@ def test_the_shipped_model_is_at_home_in_its_published_records(training_set, tmp
     assert inspect_checkpoint(report.folder).complete
 
 
+@pytest.mark.nightly("most of a minute; test_train_run.py trains on every run")
 def test_the_recipe_teaches_the_shipped_model_what_it_could_not_do(tmp_path):
     write_new_lesson(tmp_path / "data", count=96, held_out=12)
     report = Run(recipe(tmp_path / "data", tmp_path / "run", "tiny_smaller", "data.validation=[tiny_smaller_heldout]",
@@ -420,7 +421,9 @@ def test_the_new_lesson_is_about_the_smaller_digit_of_scans_of_its_own(tmp_path,
         assert int(answer.text) == min(map(int, answer.thought.split(",")))
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    "alone", [False, pytest.param(True, marks=pytest.mark.nightly("a second build; `alone` changes the lessons only"))]
+)
 def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch, alone):
     stages = tuple(dataclasses.replace(s, steps=2, batch=3, warmup=1) for s in building.STAGES)
     stages = stages[2::2] if alone else stages

@@ -11,6 +11,7 @@ import pytest
 import vilavt_rl
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # one machine
+os.environ.setdefault("RAY_worker_niceness", "0")  # defaults to 15: beside other tests its workers would wait for them
 os.environ["VERL_PLATFORM"] = "cpu"  # verl reads it when it is imported
 
 ROOT = Path(__file__).parents[2]
