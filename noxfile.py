@@ -109,7 +109,7 @@ CORE_ON_TRANSFORMERS = tuple(
 version; the rest loads none of it.
 """
 NIGHTLY_ON_OLDEST = tuple(f"--ignore=tests/hf/test_{name}.py" for name in ("attention_maps", "memory", "tiny"))
-"""What `hf_oldest` leaves to `nightly`: recipes, figures and formulas, which depend least on transformers."""
+"""What `hf_oldest` leaves to `nightly`, beside ranks: recipes, figures and formulas depend least on transformers."""
 QUICK_TESTS = (
     "tests/core",
     "tests/eval",
@@ -365,8 +365,6 @@ def hf_oldest(session: nox.Session) -> None:
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
     session.env["VILAVT_HANDOFF"] = HANDOFF
     _pytest(session, *NIGHTLY_ON_OLDEST, "tests/hf", *CORE_ON_TRANSFORMERS)
-    if not session.posargs:
-        session.run("pytest", "tests/distributed/test_sft_ranks.py", "-k", "two_steps")  # FSDP2 on two processes
     _record(session, f"transformers-{OLDEST}")
 
 
@@ -512,7 +510,7 @@ def nightly(session: nox.Session) -> None:
     both = ("-m", "nightly or not nightly")
     # test_handoff.py writes checkpoints that `vllm_range` reads.
     session.notify("hf_newest", posargs=[*both, "tests/hf", "tests/distributed/test_tiny_ranks.py"])
-    session.notify("hf_oldest", posargs=[*both, "tests/hf"])
+    session.notify("hf_oldest", posargs=[*both, "tests/hf", "tests/distributed/test_sft_ranks.py"])
     session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
     for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
