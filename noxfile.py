@@ -211,8 +211,9 @@ def _record(session: nox.Session, name: str, python: str = "python") -> None:
     """Record what the session that just passed has run with, if it took the newest of everything and ran whole."""
     if NEWEST_OF_ALL and PART is ALL and not session.posargs:
         installed = str(session.run(python, "-m", "pip", "freeze", silent=True, external=True)).splitlines()
-        # torch is pinned above; a build of one's own (`name @ file`) has no version that an index knows
-        lines = [line for line in installed if "==" in line and "+" not in line and not line.startswith("torch==")]
+        # torch is pinned above, uv installs; a build of one's own (`name @ file`) has no version that an index knows
+        left_out = ("torch==", "uv==")
+        lines = [line for line in installed if "==" in line and "+" not in line and not line.startswith(left_out)]
         (CONSTRAINTS / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
