@@ -29,7 +29,7 @@ SHARES = {
     QuestionKind.SUM_ACROSS: 0.15,
     QuestionKind.FIRST: 0.1,
 }
-"""Of the kinds of questions; the frames of a clip are pictures here."""
+"""Of the kinds of questions; the frames of a clip are images here."""
 STAGES = ("read", "place", "talk")
 """Those of `vilavt tiny build` that the start goes through: it is not asked for digits that two cards share."""
 TALK_STEPS = 300
@@ -39,14 +39,14 @@ GUESS_STEPS = 24
 
 
 def write_data(out: str | Path, *, count: int, split: Split, seed: int, name: str, progress: bool = False) -> Path:
-    """Write pictures and ``<name>.jsonl``, in the format that `vilavt_rl.data` reads.
+    """Write images and ``<name>.jsonl``, in the format that `vilavt_rl.data` reads.
 
     Args:
         out: folder.
-        count: questions, each about a picture of its own.
+        count: questions, each about an image of its own.
         split: whose digit scans may appear: ``train``, ``dev`` or ``heldout``.
         seed: of everything.
-        name: of the file, and of the folder of its pictures.
+        name: of the file, and of the folder of its images.
         progress: show a bar.
     """
     from vilavt_hf.tiny.build import training_scene

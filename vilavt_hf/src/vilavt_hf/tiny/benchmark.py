@@ -45,7 +45,7 @@ class SceneTask:
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
-        """The pictures or frames it shows, drawn anew."""
+        """The images or frames it shows, drawn anew."""
         return self.draw().images
 
 
@@ -93,7 +93,7 @@ def tasks(
 
 
 def write_benchmark(folder: Path, todo: Sequence[SceneTask], title: str = "scenes of vilavt-tiny") -> Path:
-    """Write ``benchmark.yaml``, ``questions.json``, the pictures, and the clips as lossless videos.
+    """Write ``benchmark.yaml``, ``questions.json``, the images, and the clips as lossless videos.
 
     Args:
         folder: made if missing.
@@ -111,7 +111,7 @@ def write_benchmark(folder: Path, todo: Sequence[SceneTask], title: str = "scene
 
 
 def write_swapped(folder: Path, todo: Sequence[SceneTask]) -> Path:
-    """Write ``swapped.yaml`` and ``swapped.json`` beside the files of `write_benchmark`, whose pictures they show.
+    """Write ``swapped.yaml`` and ``swapped.json`` beside the files of `write_benchmark`, whose images they show.
 
     The questions are those about a cell with two different digits, under the same numbers. The other card's digit is
     what an answer must be that follows the query of the other card.

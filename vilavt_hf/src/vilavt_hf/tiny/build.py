@@ -590,9 +590,9 @@ EXAMPLES: tuple[tuple[QuestionKind, ...], ...] = (
 
 
 def write_examples(out: Path, count: int = len(EXAMPLES), seed: int = 7) -> list[str]:
-    """Held-out scenes as pictures and clips, and ``questions.json``; returns the file names.
+    """Held-out scenes as images and clips, and ``questions.json``; returns the file names.
 
-    A scene of one picture is ``scene-<n>.png``, one of several ``scene-<n>-<k>.png``, a clip ``clip-<n>.mkv``. They
+    A scene of one image is ``scene-<n>.png``, one of several ``scene-<n>-<k>.png``, a clip ``clip-<n>.mkv``. They
     are asked what `EXAMPLES` says, then the same again. ``questions.json`` lists image (or images), question, answer
     and kind.
     """

@@ -95,7 +95,7 @@ def evaluate_tiny(
 
     Args:
         checkpoint: folder or hub id.
-        folder: for questions, pictures and one file of results per run.
+        folder: for questions, images and one file of results per run.
         split: whose scans; everything but ``heldout`` is for development.
         limit: number of questions; None is the full set (`benchmark.COUNTS`).
         concurrency: conversations side by side.

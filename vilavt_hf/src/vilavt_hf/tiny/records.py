@@ -23,7 +23,7 @@ from .scenes import MAX_PIXELS, QuestionKind, Split, ask_about, make_scene, scen
 
 REGISTRY = "datasets.yaml"
 TEXT_EVERY = 5
-"""Every so many records there is one without pictures."""
+"""Every so many records there is one without images."""
 
 
 def write_training_set(
@@ -38,7 +38,7 @@ def write_training_set(
     """Ideal conversations about generated scenes.
 
     Writes ``published.jsonl`` (every turn spelled out, crops as files), ``episodes.jsonl`` (the same conversations as
-    episode records), their pictures, and a registry of both. The frames of a clip are pictures here.
+    episode records), their images, and a registry of both. The frames of a clip are images here.
 
     Args:
         out: folder.
@@ -48,7 +48,7 @@ def write_training_set(
         split: which scans the scenes show.
 
     Returns:
-        The names of the files, pictures aside.
+        The names of the files, images aside.
     """
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     published, episodes = [], []
@@ -80,7 +80,7 @@ def write_new_lesson(out: Path, *, count: int, held_out: int, seed: int = 0) -> 
     """Episode records of a question that the shipped model was never taught: the *smaller* digit on two cards.
 
     Writes ``smaller.jsonl`` about training scenes, to learn from, ``smaller_heldout.jsonl`` about held-out scenes, to
-    validate on, their pictures, and both into the registry.
+    validate on, their images, and both into the registry.
 
     Args:
         out: folder.
@@ -88,7 +88,7 @@ def write_new_lesson(out: Path, *, count: int, held_out: int, seed: int = 0) -> 
         seed: of the scenes.
 
     Returns:
-        The names of the files, pictures aside.
+        The names of the files, images aside.
     """
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     sets: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""Scenes of digit cards for the tiny model: pictures, questions and the ideal conversation about each.
+"""Scenes of digit cards for the tiny model: images, questions and the ideal conversation about each.
 
 A canvas of 672 x 672 source pixels is shown at 168 x 168 (1/4), so one merged vision token (28 shown pixels) is one
 *cell* of 112 source pixels. Cards carry a real scanned digit (scikit-learn's 8 x 8 scans) in fine print: every scan
@@ -14,8 +14,8 @@ their light, tells it where a cell or a quadrant is. All boxes of the ideal conv
 Two *plates*, cards that fill their cells, share a digit: every bit of either print alone is a fair coin, where they
 agree there is ink, where they differ there is paper. One plate says nothing about the digit, however well it is read.
 
-A scene has one picture, or several, or the frames of a clip: one ground, and every card in one frame only. No two cards
-of a scene have the same colour, whatever picture they are in.
+A scene has one image, or several, or the frames of a clip: one ground, and every card in one frame only. No two cards
+of a scene have the same colour, whatever image they are in.
 """
 
 import functools
@@ -40,7 +40,7 @@ SHOWN = CELLS * CELL
 SCALE = 4
 """Source pixels per shown pixel."""
 CANVAS = SHOWN * SCALE
-"""Side of the source picture, pixels."""
+"""Side of the source image, pixels."""
 CROP = 2 * CELL
 """Side of every crop, pixels: a cell or a quadrant, magnified twice."""
 MAX_PIXELS = SHOWN * SHOWN
@@ -52,7 +52,7 @@ floating point 3 / 6 + 1 / 12 is a little less than 7 / 12 and 2 * 28 / (3 / 6 -
 would blur the print of small cards; they are put elsewhere."""
 
 MOST_PICTURES = 4
-"""Pictures or frames that a scene has at most."""
+"""Images or frames that a scene has at most."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -113,13 +113,13 @@ class QuestionKind(StrEnum):
     SHARED = "shared"
     """Two plates in one call, encoded jointly: neither holds the digit, only both do."""
     WHICH = "which"
-    """Several pictures: which one holds a card. The first look says it."""
+    """Several images: which one holds a card. The first look says it."""
     SUM_ACROSS = "sum-across"
-    """Two regions of different pictures in one call; add."""
+    """Two regions of different images in one call; add."""
     LARGER_ACROSS = "larger-across"
-    """Two regions of different pictures in one call; compare."""
+    """Two regions of different images in one call; compare."""
     SHARED_ACROSS = "shared-across"
-    """Two plates in different pictures, in one call, encoded jointly."""
+    """Two plates in different images, in one call, encoded jointly."""
     FRAME = "frame"
     """A clip: in which frame a card is shown. The first look says it."""
     FIRST = "first"
@@ -132,7 +132,7 @@ ACROSS_KINDS = (
     QuestionKind.LARGER_ACROSS,
     QuestionKind.SHARED_ACROSS,
 )
-"""Questions about several pictures."""
+"""Questions about several images."""
 
 CLIP_KINDS = (QuestionKind.FRAME, QuestionKind.FIRST)
 """Questions about a clip."""
@@ -158,7 +158,7 @@ class Card:
     plate: bool = False
     """Whether it fills its cell and holds one half of a shared digit; `digit` is that of both halves together."""
     picture: int = 0
-    """Index of the picture or frame that shows it."""
+    """Index of the image or frame that shows it."""
 
     @property
     def small(self) -> bool:
@@ -185,24 +185,24 @@ class Card:
 
 @dataclass(frozen=True)
 class Scene:
-    """Pictures (RGB, `CANVAS` x `CANVAS`) and their cards."""
+    """Images (RGB, `CANVAS` x `CANVAS`) and their cards."""
 
     images: tuple[Image.Image, ...]
     cards: tuple[Card, ...]
     ink: np.ndarray | None = None
     """(8, 8) of bool, where the prints of the two plates agree; None: no plates."""
     clip: bool = False
-    """Whether the pictures are the frames of a clip, in order of time."""
+    """Whether the images are the frames of a clip, in order of time."""
 
     @property
     def image(self) -> Image.Image:
-        """The picture of a scene that has one.
+        """The image of a scene that has one.
 
         Raises:
             ValueError: it has several.
         """
         if len(self.images) != 1:
-            raise ValueError(f"the scene has {len(self.images)} pictures; take Scene.images")
+            raise ValueError(f"the scene has {len(self.images)} images; take Scene.images")
         return self.images[0]
 
     def in_cell(self, card: Card) -> tuple[Card, ...]:
@@ -211,7 +211,7 @@ class Scene:
         return tuple(c for c in self.cards if (c.picture, c.row, c.column) == place)
 
     def shown(self) -> tuple[Image.Image, ...]:
-        """The first look, `SHOWN` x `SHOWN` each: what `regions` makes of the pictures under `MAX_PIXELS`."""
+        """The first look, `SHOWN` x `SHOWN` each: what `regions` makes of the images under `MAX_PIXELS`."""
         return tuple(image.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC) for image in self.images)
 
     def cell(self, card: Card) -> Image.Image:
@@ -384,7 +384,7 @@ def _plates(
     colours: Sequence[str],
     twins: bool,
 ) -> tuple[list[Card], np.ndarray]:
-    """Draw two plates at these places (picture and cell) that share a digit; returns them and where they agree."""
+    """Draw two plates at these places (image and cell) that share a digit; returns them and where they agree."""
     scan, digit = _scan(rng, split)
     ink = np.full(scan.shape, rng.random() < 0.5) if twins else scan > INK
     first = rng.choice([-1.0, 1.0], ink.shape)
@@ -432,7 +432,7 @@ def make_scene(
     plates: bool = False,
     twins: bool = False,
 ) -> Scene:
-    """Draw a scene of one picture.
+    """Draw a scene of one image.
 
     Args:
         rng: the only source of chance.
@@ -479,14 +479,14 @@ def make_series(
     plates: bool = False,
     clip: bool = False,
 ) -> Scene:
-    """Draw a scene of several pictures, or a clip.
+    """Draw a scene of several images, or a clip.
 
     Args:
         rng: the only source of chance.
         split: which digit scans and photographs may appear.
         pictures: how many.
-        singles: big cards, each alone in its cell, in any of the pictures: at least two of these show one.
-        plates: add two plates that share a digit, in two pictures.
+        singles: big cards, each alone in its cell, in any of the images: at least two of these show one.
+        plates: add two plates that share a digit, in two images.
         clip: one ground for all: the frames of a clip in which each card is shown once.
 
     Returns:
@@ -542,7 +542,7 @@ def scene_about(rng: np.random.Generator, split: Split, kind: QuestionKind, *, p
 
 
 def words_for_place(card: Card, pictures: int) -> str:
-    """Where a card is, in the words of the ideal conversations; the index of its picture if there are several."""
+    """Where a card is, in the words of the ideal conversations; the index of its image if there are several."""
     index = f" index {card.picture}" if pictures > 1 else ""
     return f"{card.colour}{index} row {card.row} column {card.column}"
 

@@ -207,7 +207,7 @@ def _token_of(stream: _Stream, card: Card) -> int:
 
 
 def _numbering(stream: _Stream, cards: Iterable[Card]) -> list[AttentionTarget]:
-    """Tokens of cards in one of several pictures should look at the number of their picture."""
+    """Tokens of cards in one of several images should look at the number of their image."""
     if len(stream.numbers) == 1:
         return []
     places = [(_token_of(stream, card), stream.numbers[card.picture]) for card in cards]
@@ -427,7 +427,7 @@ def episode_example(
 
     Args:
         encoder: the tokenizer and prompts.
-        scene: the picture.
+        scene: the image.
         question: about this scene.
         rng: chooses the extra crops.
         final_prompt: close the last tool response with the final prompt, as at the turn limit.
@@ -509,7 +509,7 @@ def listing_example(encoder: Encoder, scene: Scene, rng: np.random.Generator, ex
 
 
 def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Lesson:
-    """Last turns without pictures: digits given, sum or larger digit to be answered."""
+    """Last turns without images: digits given, sum or larger digit to be answered."""
     stream = _Stream(encoder)
     for i in range(count):
         a, b = (int(d) for d in rng.integers(0, 10, 2))
@@ -525,7 +525,7 @@ def arithmetic_example(encoder: Encoder, rng: np.random.Generator, count: int = 
 
 
 def order_example(encoder: Encoder, rng: np.random.Generator, count: int = 11) -> Lesson:
-    """Turns without pictures: the frames of two cards given, the smaller number and its colour to be named."""
+    """Turns without images: the frames of two cards given, the smaller number and its colour to be named."""
     stream = _Stream(encoder)
     targets: list[AttentionTarget] = []
     for i in range(count):
