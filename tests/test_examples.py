@@ -52,9 +52,14 @@ PYTHON = [one for one in EXAMPLES if one.language == "python"]
 @pytest.mark.parametrize("example", SHELL, ids=in_page)
 def test_the_commands_of_a_page_exist_with_their_options(example):
     for words in example.commands():
-        while words and re.fullmatch(r"\w+=.*", words[0]):  # of the command's environment
-            words = words[1:]
-        check(without_redirection(words), str(example))
+        _, command = split_environment(words)
+        check(without_redirection(command), str(example))
+
+
+def split_environment(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The variables that stand before a command, and the command."""
+    end = next((i for i, word in enumerate(words) if not re.fullmatch(r"\w+=.*", word)), len(words))
+    return dict(word.split("=", 1) for word in words[:end]), words[end:]
 
 
 def check(words: list[str], where: str) -> None:
@@ -217,11 +222,12 @@ def test_the_commands_that_take_minutes_run(workplace):
                 continue
             for words in example.commands():
                 print(f"{example}: {shlex.join(words)}", flush=True)
-                if words[0] == "vilavt-serve":
-                    servers.append(subprocess.Popen(words, cwd=workplace, env=environment))
+                variables, command = split_environment(words)
+                if command[0] == "vilavt-serve":
+                    servers.append(subprocess.Popen(command, cwd=workplace, env=environment | variables))
                     wait_for(servers[-1], "http://127.0.0.1:8000/health")
-                elif words[0] != "pip":
-                    subprocess.run(words, cwd=workplace, env=environment, check=True, timeout=3000)
+                elif command[0] != "pip":
+                    subprocess.run(command, cwd=workplace, env=environment | variables, check=True, timeout=3000)
     finally:
         for server in servers:
             server.terminate()
