@@ -557,11 +557,27 @@ def signed(payload: bytes) -> str:
     return base64.urlsafe_b64encode(head + mac + payload).rstrip(b"=").decode()
 
 
+TURN = {"token_ids": [SPECIAL.im_end], "finish": "stop"}
+LATE = {
+    "origin": ORIGIN,
+    "questions": [
+        {"pictures": [], "question": "0" * 64, "answer": "0" * 64, "limits": asdict(SETTINGS.limits)}
+        | {"turns": [TURN], "told": False}
+    ],
+    "images": [],
+    "pixels": "0" * 64,
+    "tokens": 0,
+    "stream": "0" * 64,
+    "issued": 10**400,
+}
+
+
 @fuzzed(
     mostly(payload.map(signed), st.text() | st.binary().map(lambda one: base64.urlsafe_b64encode(one).decode())),
     st.lists(st.builds(SaidQuestion, st.just(()), st.sampled_from(["What?", ""]), st.just("")), min_size=2, max_size=2),
     mostly(st.just(True), st.just(False)),
     examples=60,
+    kept=((signed(zlib.compress(dumped(LATE))), [SaidQuestion((), "What?", "")] * 2, True),),
 )
 def test_any_state_is_gone_through_or_refused(text, said, as_many):
     try:

@@ -31,9 +31,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .conversation import FedTurn
 from .driver import ConversationSettings, Driver
@@ -130,23 +130,27 @@ class AskedQuestion:
         )
 
 
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""JSON has integers that no float holds; comparing one with a time would end in an error that names no state."""
+
+
 @dataclass(frozen=True)
 class PlacedImage:
     """Where an image of a conversation has its tokens, and which part of which image it is."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    start: int
+    start: Whole
     """Place of its first token in the stream."""
-    length: int
-    inquiry: int
-    source: int
-    parent: int | None
+    length: Whole
+    inquiry: Whole
+    source: Whole
+    parent: Whole | None
     box: Box | None
     """In pixels of the parent."""
-    width: int
+    width: Whole
     """Pixels, as shown."""
-    height: int
+    height: Whole
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,11 @@ class ConversationState:
     images: tuple[PlacedImage, ...]
     pixels: str
     """Hash of all images as shown."""
-    tokens: int
+    tokens: Whole
     """Of the stream."""
     stream: str
     """Hash of their ids."""
-    issued: int = 0
+    issued: Whole = 0
     """Seconds since 1970."""
 
     @classmethod
