@@ -127,7 +127,7 @@ def test_several_pictures_show_every_card_once_and_two_of_them_what_is_asked(see
         assert [r.index for r in call.regions] == [c.picture for c in question.targets]
     if kind is QuestionKind.FIRST:
         assert question.targets[0].picture == min(card.picture for card in question.named)
-    with pytest.raises(ValueError, match=r"the scene has \d pictures"):
+    with pytest.raises(ValueError, match=r"the scene has \d images"):
         _ = scene.image
 
 
