@@ -50,7 +50,7 @@ RANGE_TESTS = tuple(
 """What every supported vLLM is held to, with a real engine."""
 ROLLOUT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("exactness", "weights", "online", "support"))
 """What `ci` runs of RANGE_TESTS in the vLLM beside verl: what rollouts depend on. The newest runs all."""
-IN_REST = tuple(f"tests/vllm/test_{name}.py" for name in ("tensor_parallel", "handoff", "weights"))
+IN_REST = tuple(f"tests/vllm/test_{name}.py" for name in ("handoff", "weights", "server", "conformance"))
 """What `ci` runs of tests/vllm in its shorter lane."""
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
@@ -108,8 +108,12 @@ CORE_ON_TRANSFORMERS = tuple(
 """The tests of vilavt_core that load transformers, and those of videos, whose frames must be the same beside every
 version; the rest loads none of it.
 """
-NIGHTLY_ON_OLDEST = tuple(f"--ignore=tests/hf/test_{name}.py" for name in ("attention_maps", "memory", "tiny"))
-"""What `hf_oldest` leaves to `nightly`, beside ranks: recipes, figures and formulas depend least on transformers."""
+NIGHTLY_ON_OLDEST = tuple(
+    f"--ignore=tests/hf/test_{name}.py" for name in ("attention_maps", "memory", "tiny", "train_run")
+)
+"""What `hf_oldest` leaves to `nightly`, beside ranks: runs, recipes, figures and formulas depend least on transformers;
+`test_train` trains on both.
+"""
 QUICK_TESTS = (
     "tests/core",
     "tests/eval",
@@ -145,8 +149,8 @@ MODEL_TESTS = (
 ALL = None
 PART = os.environ.get("VILAVT_PART", ALL)
 """The part of a session that is to run, where `ci` runs it in several."""
-ON_RAY = tuple(f"tests/rl/test_{name}.py" for name in ("grpo", "grpo_vllm", "evaluation_on_ray"))
-"""What starts Ray: one after the other, because each takes 8 GB."""
+ON_RAY = tuple(f"tests/rl/test_{name}.py" for name in ("grpo_vllm", "grpo", "evaluation_on_ray"))
+"""What starts Ray: one after the other, because each takes 8 GB. `ci` starts it once."""
 
 
 RECORDED = {
@@ -350,7 +354,7 @@ def types(session: nox.Session) -> None:
 def hf_newest(session: nox.Session) -> None:
     """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
     quantizers = ("torchao==0.18.0", "bitsandbytes==0.50.0")
-    _install(session, NEWEST, *TEST_TOOLS, *quantizers, "build", "hatchling>=1.26")
+    _install(session, NEWEST, "math-verify>=0.8", *TEST_TOOLS, *quantizers, "build", "hatchling>=1.26")
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
     _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
@@ -365,7 +369,10 @@ def hf_oldest(session: nox.Session) -> None:
     _install(session, OLDEST, *TEST_TOOLS)
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    _pytest(session, *NIGHTLY_ON_OLDEST, "tests/hf", *CORE_ON_TRANSFORMERS)
+    nightly = "VILAVT_NIGHTLY" in os.environ
+    _pytest(session, *(() if nightly else NIGHTLY_ON_OLDEST), "tests/hf", *CORE_ON_TRANSFORMERS)
+    if nightly and not session.posargs:
+        session.run("pytest", "tests/distributed/test_sft_ranks.py")
     _record(session, f"transformers-{OLDEST}")
 
 
@@ -397,8 +404,8 @@ def _install_verl_and_vllm(session: nox.Session) -> None:
 
 @nox.session
 def verl_vllm_cpu(session: nox.Session) -> None:
-    """All tests of vilavt-rl in a real verl with its own vLLM server as rollout engine, on the CPU; those of the scores
-    that rewards are made of; the model's on this transformers; and vilavt-vllm's in this vLLM.
+    """All tests of vilavt-rl in a real verl with its own vLLM server as rollout engine, on the CPU; the model's on this
+    transformers; and vilavt-vllm's in this vLLM.
     """
     _install_verl_and_vllm(session)
     session.env.update({"VILAVT_VERL_HANDOFF": VERL_HANDOFF, "VILAVT_HANDOFF": HANDOFF})
@@ -410,7 +417,7 @@ def verl_vllm_cpu(session: nox.Session) -> None:
         session.run("vilavt-rl", "doctor", env={"VERL_PLATFORM": "cpu"})
         session.run("pytest", "--durations", "16", *ON_RAY)
         _pytest(session, "tests/rl", *(f"--ignore={file}" for file in ON_RAY))
-        _pytest(session, "tests/core/test_scoring.py", *MODEL_TESTS)  # writes checkpoints, which the next reads
+        _pytest(session, *MODEL_TESTS)  # writes checkpoints, which the next reads
     if PART in (ALL, "rest"):
         session.run("pytest", *WORKERS, *BRIEFLY, *(RANGE_TESTS if PART is ALL else ROLLOUT_TESTS))
     _record(session, "verl-vllm")
@@ -510,9 +517,11 @@ def nightly(session: nox.Session) -> None:
     """Everything that is too long for CI and least likely to break, one session after the other."""
     both = ("-m", "nightly or not nightly")
     # test_handoff.py writes checkpoints that `vllm_range` reads.
-    session.notify("hf_newest", posargs=[*both, "tests/hf", "tests/distributed/test_tiny_ranks.py"])
+    session.notify(
+        "hf_newest", posargs=[*both, "tests/hf", "tests/distributed/test_tiny_ranks.py", "tests/test_benchmarks.py"]
+    )
     session.notify("hf_oldest", posargs=[*both, "tests/hf", "tests/distributed/test_sft_ranks.py"])
-    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm"])
+    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm", "tests/vlmeval"])
     for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:

@@ -63,6 +63,7 @@ def test_the_generalisation_benchmark_asks_every_row(run):
     assert sum(row["right"] * row["questions"] for row in figures) >= 16  # of 33, some of them without a query
 
 
+@pytest.mark.nightly("half a minute; tests/eval scores fewer rows")
 def test_a_hundred_thousand_rows_are_scored_right_within_a_gigabyte(run):
     figures = run("scoring_speed.py", "--rows", "100000")
     for name, score in figures["expected"].items():
@@ -72,6 +73,7 @@ def test_a_hundred_thousand_rows_are_scored_right_within_a_gigabyte(run):
     assert figures["peak_mb"] < 1000
 
 
+@pytest.mark.nightly("half a minute of fresh interpreters; test_imports.py holds what they load")
 def test_the_start_up_benchmark_reports_every_case_of_every_checkout(run):
     some = "vilavt_(core|hf)|help|check"
     figures = run("startup.py", "--repeats", "1", "--cases", some, "--beside", str(BENCHMARKS.parent))
@@ -133,6 +135,7 @@ def test_the_gpu_suite_runs_from_a_bare_checkout_at_a_tiny_size(tmp_path):
     assert parts <= set(json.loads((tmp_path / "gpu.json").read_text()))
 
 
+@pytest.mark.nightly("half a minute: it starts a process for each of seven steps")
 def test_the_benchmark_of_real_sizes_does_every_step(run):
     figures = run("real_size.py", "--shape", "3b", "--small")
     steps = figures["steps"]

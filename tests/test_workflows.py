@@ -57,9 +57,9 @@ def test_the_matrix_runs_each_session_that_nox_runs_once(name):
     assert row[:-1] == ["hf_newest", "hf_oldest"], "it reads the checkpoints that those have written"
 
 
-def test_the_nightly_matrix_takes_the_newest_of_everything():
+def test_the_nightly_matrix_takes_the_newest_of_everything_and_runs_every_test():
     (step,) = [step for step in jobs(ROOT / ".github/workflows/nightly.yml")["newest"]["steps"] if "env" in step]
-    assert step["env"] == {"VILAVT_NEWEST": "1"}
+    assert step["env"] == {"VILAVT_NEWEST": "1", "VILAVT_NIGHTLY": "1"}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

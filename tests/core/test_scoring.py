@@ -605,10 +605,15 @@ def test_no_answer_keeps_a_worker_busy(comparer: Comparer, runaway: str) -> None
 
 def test_a_comparer_that_something_else_ended_is_started_again(comparer: Comparer) -> None:
     assert comparer.equal("1/2", "0.5")
-    assert comparer._process is not None
-    comparer._process.kill()
-    comparer._process.wait()
+    ended = comparer._process
+    assert ended is not None
+    assert ended.stdin is not None
+    assert ended.stdout is not None
+    ended.kill()
+    ended.wait()
     assert comparer.equal("1/2", "0.5")
+    assert ended.stdin.closed
+    assert ended.stdout.closed
 
 
 def test_a_forked_process_has_a_comparer_of_its_own() -> None:

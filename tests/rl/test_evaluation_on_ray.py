@@ -40,6 +40,7 @@ def rows(path):
     return [{key: value for key, value in row.items() if "seconds" not in key} for row in found]
 
 
+@pytest.mark.nightly("one more start of Ray")
 def test_a_cluster_goes_on_with_a_local_run_and_writes_the_same_file(questions, cluster, tmp_path, monkeypatch):
     backend = SETTING.open()
     provenance, ask = backend.provenance(0), asking(backend, SETTING, 0)

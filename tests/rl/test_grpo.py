@@ -1,8 +1,8 @@
-"""verl's own trainer from its command line, on the shipped tiny checkpoint: trains, saves, resumes, in a cluster."""
+"""verl's own trainer from its command line with our rollouts, on the shipped tiny checkpoint: trains, saves, resumes,
+in a cluster. Each run starts Ray: nightly; in CI test_grpo_vllm.py trains, and test_cpu_engines.py holds our engine.
+"""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,11 @@ from vilavt_core.shipped import read_demo_questions, recipe_text
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1100)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1100),
+    pytest.mark.nightly("GRPO with our rollouts; test_grpo_vllm.py trains with vLLM's, test_cpu_engines.py holds ours"),
+]
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +82,6 @@ def test_a_run_has_a_curve(work: Path, first: list[dict]) -> None:
     assert draw(reward_panels([("first", log)]), work / "curve.png").stat().st_size > 1000
 
 
-@pytest.mark.nightly("one more start of Ray")
 def test_a_run_resumes_where_it_was_saved(train, first: list[dict]) -> None:
     second = train("second", "trainer.total_training_steps=3", run="run")
     assert [step["training/global_step"] for step in second] == [3]
@@ -102,14 +105,8 @@ def test_a_saved_policy_merges_and_answers(work: Path, tiny: Path, first: list[d
     results = chat.ask_many([(q.sources, q.question) for q in questions])
     assert {result.finish for result in results} == {"answer"}
     assert sum(r.answer == q.answer for r, q in zip(results, questions, strict=True)) >= 5
-    if "VILAVT_VERL_HANDOFF" in os.environ:  # for tests/vllm/test_verl_weights.py
-        folder = Path(os.environ["VILAVT_VERL_HANDOFF"])
-        shutil.copytree(work / "merged", folder / "merged", dirs_exist_ok=True)
-        transcripts = [[turn.text for turn in result.turns] for result in results]
-        (folder / "transcripts.json").write_text(json.dumps(transcripts), encoding="utf-8")
 
 
-@pytest.mark.nightly("one more start of Ray")
 def test_two_ray_nodes_train_together(train, two_ray_nodes: list[str], work: Path) -> None:
     from vilavt_rl.merge import merge_shards
 

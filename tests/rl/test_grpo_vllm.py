@@ -5,14 +5,16 @@ Sampled at temperature 1.7 and with an entropy bonus, because the shipped model 
 """
 
 import json
+import os
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from vilavt_core.shipped import recipe_text
+from vilavt_core.shipped import read_demo_questions, recipe_text
 
 pytest.importorskip("verl", reason="verl has an environment of its own")
 pytestmark = [
@@ -145,6 +147,26 @@ def test_the_second_step_samples_from_exactly_what_the_first_one_made(gap, tiny:
     merge_shards(work / "run" / "global_step_1" / "actor", work / "merged", dtype="fp32")
     assert gap(work / "merged", 2) <= EQUAL
     assert gap(tiny, 2) > MOVED
+
+
+def test_a_saved_policy_merges_and_converses(steps: list[dict], tiny: Path, work: Path) -> None:
+    from vilavt_hf.chat import VilavtChat
+    from vilavt_rl.merge import merge_shards
+
+    merged = work / "merged-2"
+    merge_shards(work / "run" / "global_step_2" / "actor", merged, dtype="fp32")
+    chat = VilavtChat.from_pretrained(merged)
+    assert type(chat.processor).__name__ == "VilavtProcessor"
+    assert chat.settings.limits == VilavtChat.from_pretrained(tiny).settings.limits
+    questions = read_demo_questions(ROOT / "examples" / "pictures" / "questions.json")
+    results = chat.ask_many([(q.sources, q.question) for q in questions])
+    assert {result.error for result in results} == {None}
+    assert any(len(result.turns) > 1 for result in results)
+    if "VILAVT_VERL_HANDOFF" in os.environ:  # for tests/vllm/test_verl_weights.py
+        folder = Path(os.environ["VILAVT_VERL_HANDOFF"])
+        shutil.copytree(merged, folder / "merged", dirs_exist_ok=True)
+        transcripts = [[turn.text for turn in result.turns] for result in results]
+        (folder / "transcripts.json").write_text(json.dumps(transcripts), encoding="utf-8")
 
 
 OTHER_SIZES = (

@@ -1,5 +1,5 @@
-"""A real `vilavt-serve` with default flags, and one that is told to finish: what each does, also on a SIGTERM while it
-answers: who is answered, who is told why not, when it is gone.
+"""A real `vilavt-serve`, and one that is told to finish: what each does, also on a SIGTERM while it answers: who is
+answered, who is told why not, when it is gone.
 """
 
 import base64
@@ -80,18 +80,23 @@ def stop_while_running(server, count: int) -> tuple[list[tuple[str, str]], httpx
     return got, late, time.monotonic() - begun
 
 
-@pytest.fixture(scope="module")
-def server_with_defaults(tmp_path_factory):
-    """A server that was told nothing but its address."""
-    with serving(tmp_path_factory.mktemp("server") / "log") as running:
+COMPILED = pytest.mark.nightly("three minutes, in which vLLM compiles the model; other servers of tests do not")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(FLAGS, id="eager"), pytest.param([], id="defaults", marks=COMPILED)]
+)
+def a_server(request, tmp_path_factory):
+    """A server, and one that was told nothing but its address."""
+    with serving(tmp_path_factory.mktemp("server") / "log", *request.param) as running:
         yield running
 
 
-def test_the_examples_and_the_readmes_client_run_on_a_server_with_default_flags(server_with_defaults):
+def test_the_examples_and_the_readmes_client_run(a_server):
     """Every script in examples/, as its docstring says to start it; the request of the README through the loop."""
     scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert scripts == {"openai_client.py"}, "a new example needs its own run here"
-    url, asked = server_with_defaults.url, ASKED[0]
+    url, asked = a_server.url, ASKED[0]
     command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{url}/raw", MODEL]
     command += [str(PICTURES / asked["image"]), asked["question"]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -110,9 +115,9 @@ def test_questions_that_run_are_finished(tmp_path):
     assert took < 60 + MARGIN
 
 
-def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(server_with_defaults):
+def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(a_server):
     """Last: it ends the server."""
-    got, _, took = stop_while_running(server_with_defaults, 24)
+    got, _, took = stop_while_running(a_server, 24)
     kinds = Counter(kind for kind, _ in got)
     assert set(kinds) <= {"right", "raw", "told"}, [one for one in got if one[0] not in ("right", "raw", "told")]
     assert len(got) == 24

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
-import pytest
-
 
 def fresh(code: str, **environment: str) -> dict:
     """What a new interpreter prints as JSON in its last line."""
@@ -60,20 +58,29 @@ print(json.dumps({
     assert result["config"] == "ConfigOnFirstUse"
 
 
-@pytest.mark.parametrize("plugins, served", [(None, True), ("vilavt", True), ("another", False)])
-def test_vllm_plugins_decides_whether_the_model_is_known(tiny, plugins, served):
+def test_vllm_plugins_decides_whether_the_model_is_known(tiny):
+    """Each setting in a process of its own that is forked after vLLM was imported, which takes long, and before any
+    plug-in was loaded.
+    """
     code = f"""
-import json
-from vllm.plugins import load_general_plugins
-load_general_plugins()
+import json, multiprocessing, os
+import vllm
 from vllm import ModelRegistry
-known = "VilavtForConditionalGeneration" in ModelRegistry.get_supported_archs()
-config = None
-if known:
-    from vllm.config import ModelConfig
+from vllm.config import ModelConfig
+from vllm.plugins import load_general_plugins
+
+def known(plugins):
+    if plugins:
+        os.environ["VLLM_PLUGINS"] = plugins
+    assert "VilavtForConditionalGeneration" not in ModelRegistry.get_supported_archs()
+    load_general_plugins()
+    if "VilavtForConditionalGeneration" not in ModelRegistry.get_supported_archs():
+        return None
     model = ModelConfig(model={str(tiny.path)!r}, dtype="float32")
-    config = [type(model.hf_config).__name__, model.architecture, model.is_multimodal_model, model.uses_mrope]
-print(json.dumps([known, config]))
+    return [type(model.hf_config).__name__, model.architecture, model.is_multimodal_model, model.uses_mrope]
+
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    print(json.dumps(pool.map(known, [None, "vilavt", "another"], chunksize=1)))
 """
-    expected = ["VilavtConfig", "VilavtForConditionalGeneration", True, True] if served else None
-    assert fresh(code, **({"VLLM_PLUGINS": plugins} if plugins else {})) == [served, expected]
+    served = ["VilavtConfig", "VilavtForConditionalGeneration", True, True]
+    assert fresh(code) == [served, served, None]

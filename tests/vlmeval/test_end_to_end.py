@@ -63,6 +63,7 @@ def test_a_trace_holds_the_whole_conversation(toolkit, resumed):
     assert len(row["provenance"]["fingerprint"]) == 64
 
 
+@pytest.mark.nightly("two more processes of the toolkit")
 def test_two_ranks_give_the_table_of_one_through_the_wrapper_without_the_hook(toolkit, resumed, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     wrapper = ("-m", "vilavt_vlmeval", *ARGUMENTS, "--model", MODEL)

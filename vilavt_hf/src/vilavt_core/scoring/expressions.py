@@ -124,7 +124,9 @@ class Comparer:
             ScoringError: the process does not start.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            if self._process is not None and self._process.poll() is not None:
+                self._stop()  # it ended by itself: its pipes are still open
+            if self._process is None:
                 self._process = self._start()
             process = self._process
             assert process.stdin is not None
@@ -155,9 +157,10 @@ class Comparer:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             process.kill()
+            process.communicate()  # closes the pipes
             raise ScoringError(
-                f"the process that compares expressions ended with {process.wait()} as it started; its own error is "
-                f"above; can {sys.executable} import math_verify?"
+                f"the process that compares expressions ended with {process.returncode} as it started; its own error "
+                f"is above; can {sys.executable} import math_verify?"
             )
         return process
 
