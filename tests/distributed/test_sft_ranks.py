@@ -227,63 +227,79 @@ def test_checkpoints_of_two_ranks_are_complete(two_ranks, name):
     VilavtForConditionalGeneration.from_pretrained(two_ranks / name / "checkpoint-20")
 
 
+def two_steps(folder, name, *, shards, output=None, lora=None, **model):
+    """Two steps, as packs."""
+    values = config(
+        folder, name, optimizer={"max_steps": 2, "warmup": 0},
+        batch={"packing": True, "pack_tokens": 512, "accumulation": 2 if shards else 4},
+        parallel={"cpu": True, "strategy": "fsdp2" if shards else "ddp"},
+        model={"frozen": ["text_encoder"], **model}, output=output or {},
+    )  # fmt: skip
+    return values | ({"lora": lora} if lora else {})
+
+
+def train_on_two_ranks(folder, name, *runs):
+    (folder / f"{name}.json").write_text(json.dumps(runs))
+    torchrun(folder / f"{name}.log", str(Path(__file__).with_name("sft_ranks.py")), str(folder / f"{name}.json"))
+
+
 @pytest.fixture(scope="module")
-def two_steps(folder):
-    """Two steps of two ranks with shards: as runs are by default, and with adapters; and the same of one process."""
-    lora = {"lora": {"rank": 4, "alpha": 8}}
+def by_default(folder):
+    """Shards on two ranks with the precision that runs default to, and the same of one process in fp32."""
     bf16 = {"precision": "bf16", "gradient_checkpointing": True}
-
-    def two(name, shards, more=None, **sections):
-        return config(
-            folder, name, optimizer={"max_steps": 2, "warmup": 0},
-            batch={"packing": True, "pack_tokens": 512, "accumulation": 2 if shards else 4},
-            parallel={"cpu": True, "strategy": "fsdp2" if shards else "ddp"},
-            model={"frozen": ["text_encoder"], **sections}, output=config(folder, name)["output"] | (more or {}),
-        )  # fmt: skip
-
-    half = {"save_steps": 1, "resume": str(folder / "adapters" / "checkpoint-1")}
-    runs = [two("default", True, **bf16), two("adapters", True, {"save_steps": 1}) | lora,
-            two("adapters-resumed", True, half) | lora]  # fmt: skip
-    (folder / "two_steps.json").write_text(json.dumps(runs))
-    torchrun(folder / "two_steps.log", str(Path(__file__).with_name("sft_ranks.py")), str(folder / "two_steps.json"))
-    for values in (two("default-alone", False), two("adapters-alone", False) | lora):
-        Run(SftConfig.model_validate(values)).train()
+    train_on_two_ranks(folder, "by_default", two_steps(folder, "default", shards=True, **bf16))
+    Run(SftConfig.model_validate(two_steps(folder, "default-alone", shards=False))).train()
     return folder
 
 
-def test_two_steps_of_shards_in_bf16_have_the_loss_of_one_process_in_fp32(two_steps):
-    found, expected = curve(two_steps / "default"), curve(two_steps / "default-alone")
+@pytest.fixture(scope="module")
+def with_adapters(folder):
+    """Shards on two ranks, broken off after a step and gone on with too; and the same of one process."""
+    lora = {"rank": 4, "alpha": 8}
+    half = {"save_steps": 1, "resume": str(folder / "adapters" / "checkpoint-1")}
+    train_on_two_ranks(
+        folder, "with_adapters",
+        two_steps(folder, "adapters", shards=True, output={"save_steps": 1}, lora=lora),
+        two_steps(folder, "adapters-resumed", shards=True, output=half, lora=lora),
+    )  # fmt: skip
+    Run(SftConfig.model_validate(two_steps(folder, "adapters-alone", shards=False, lora=lora))).train()
+    return folder
+
+
+@pytest.mark.nightly("autocast to bf16 takes a minute on a CPU without instructions for it")
+def test_two_steps_of_shards_in_bf16_have_the_loss_of_one_process_in_fp32(by_default):
+    found, expected = curve(by_default / "default"), curve(by_default / "default-alone")
     assert [step for step, _, _ in found] == [1, 2]
     for (_, loss, norm), (_, same_loss, same_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(same_loss, rel=0.02)
         assert norm == pytest.approx(same_norm, rel=0.1)
-    precision = json.loads((two_steps / "default" / "seen.json").read_text())["precision"]
+    precision = json.loads((by_default / "default" / "seen.json").read_text())["precision"]
     assert "param_dtype=torch.bfloat16, reduce_dtype=torch.float32" in precision
     for name in ("checkpoint-2", "final"):
-        assert inspect_checkpoint(two_steps / "default" / name).complete
-    before, after = (load_file(two_steps / name / "model.safetensors") for name in ("base", "default/checkpoint-2"))
+        assert inspect_checkpoint(by_default / "default" / name).complete
+    before, after = (load_file(by_default / name / "model.safetensors") for name in ("base", "default/checkpoint-2"))
     assert {value.dtype for value in after.values()} == {torch.float32}
     moved = {name for name, value in after.items() if not torch.equal(value, before[name].float())}
     assert len(moved) > 100
     assert not any("text_encoder" in name for name in moved)
 
 
-def test_two_steps_of_shards_with_adapters_have_the_curve_of_one_process(two_steps):
-    alone = curve(two_steps / "adapters-alone")
+def test_two_steps_of_shards_with_adapters_have_the_curve_of_one_process(with_adapters):
+    alone = curve(with_adapters / "adapters-alone")
     for name, expected in (("adapters", alone), ("adapters-resumed", alone[1:])):
-        for (step, loss, norm), (same, same_loss, same_norm) in zip(curve(two_steps / name), expected, strict=True):
+        for (step, loss, norm), (same, same_loss, same_norm) in zip(curve(with_adapters / name), expected, strict=True):
             assert step == same
             assert loss == pytest.approx(same_loss, abs=1e-3), name
             assert norm == pytest.approx(same_norm, rel=1e-2), name
 
 
-def test_two_steps_of_shards_with_adapters_are_merged_as_those_of_one_process(two_steps):
-    base, alone = (load_file(two_steps / name / "model.safetensors") for name in ("base", "adapters-alone/merged"))
+def test_two_steps_of_shards_with_adapters_are_merged_as_those_of_one_process(with_adapters):
+    base, alone = (load_file(with_adapters / name / "model.safetensors") for name in ("base", "adapters-alone/merged"))
     moved = {name for name, value in alone.items() if not torch.equal(value, base[name])}
     assert moved
     for name in ("adapters/merged", "adapters-resumed/merged"):
-        assert inspect_checkpoint(two_steps / name).complete
-        merged = load_file(two_steps / name / "model.safetensors")
+        assert inspect_checkpoint(with_adapters / name).complete
+        merged = load_file(with_adapters / name / "model.safetensors")
         assert merged.keys() == alone.keys()
         assert {key for key, value in merged.items() if not torch.equal(value, base[key])} == moved
         assert all(torch.allclose(merged[key], alone[key], atol=1e-5) for key in moved)

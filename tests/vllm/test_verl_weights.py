@@ -7,6 +7,7 @@ verl_vllm_cpu` writes the files, `nox -s vllm_cpu` reads them.
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vilavt_core.episode import Episode
+from vilavt_core.presets import Sampling
 from vilavt_core.shipped import read_demo_questions
 from vilavt_hf.chat import VilavtChat
 from vilavt_vllm import VilavtLLM
@@ -34,6 +36,7 @@ def handed_over(name):
 def test_the_merged_checkpoint_of_a_run_speaks_in_vllm_as_in_transformers(start):
     questions = read_demo_questions(EXAMPLES / "pictures" / "questions.json")
     llm = VilavtLLM(start(HANDOFF / "merged").llm)
+    llm.settings = replace(llm.settings, sampling=Sampling())  # as the transcripts were made
     results = llm.ask_many([(q.sources, q.question) for q in questions])
     assert [[turn.text for turn in result.turns] for result in results] == json.loads(
         (HANDOFF / "transcripts.json").read_text(encoding="utf-8")
