@@ -50,8 +50,8 @@ RANGE_TESTS = tuple(
 """What every supported vLLM is held to, with a real engine."""
 ROLLOUT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("exactness", "weights", "online", "support"))
 """What `ci` runs of RANGE_TESTS in the vLLM beside verl: what rollouts depend on. The newest runs all."""
-IN_REST = tuple(f"tests/vllm/test_{name}.py" for name in ("handoff", "weights", "server", "conformance"))
-"""What `ci` runs of tests/vllm in its shorter lane."""
+IN_REST = tuple(f"tests/vllm/test_{name}.py" for name in ("weights", "server", "sdks", "evaluation", "conformance"))
+"""What `ci` runs of tests/vllm in its shorter lane: what asks the one server that VLMEvalKit is tested with too."""
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
 RANGE = (("0.22.1", "4.57.6"), ("0.24.0", "5.9.0"))
 """vLLM and transformers that want another torch than CI has."""
@@ -607,7 +607,7 @@ def vllm_cpu(session: nox.Session) -> None:
         _pytest(session, "tests/vllm", "tests/vlmeval")
     if PART == "newest":
         _pytest(session, "tests/vllm", *(f"--ignore={file}" for file in IN_REST))
-    if PART == "rest":  # each part starts a server of its own, and both take as long
+    if PART == "rest":
         _pytest(session, "tests/vlmeval", *IN_REST)
     if PART in (ALL, "rest"):
         session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
