@@ -3,6 +3,7 @@ runs, on the tiny model, in a folder in which the reader's own files exist. The 
 """
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -227,7 +228,10 @@ def test_the_commands_that_take_minutes_run(workplace):
                     servers.append(subprocess.Popen(command, cwd=workplace, env=environment | variables))
                     wait_for(servers[-1], "http://127.0.0.1:8000/health")
                 elif command[0] != "pip":
-                    subprocess.run(command, cwd=workplace, env=environment | variables, check=True, timeout=3000)
+                    with contextlib.ExitStack() as stack:
+                        into = stack.enter_context((workplace / command[-1]).open("wb")) if ">" in command else None
+                        call = {"cwd": workplace, "env": environment | variables, "stdout": into}
+                        subprocess.run(without_redirection(command), **call, check=True, timeout=3000)
     finally:
         for server in servers:
             server.terminate()
