@@ -262,7 +262,7 @@ def ci(session: nox.Session) -> None:
     writes checkpoints; then what reads them in vLLM, on half of the cores each, because every engine takes memory.
     """
     failed = _at_once(
-        session, writes=("verl_vllm_cpu", "vllm_cpu"), transformers=("lint", "types", "hf_newest", "hf_oldest")
+        session, writes=("verl_vllm_cpu", "vllm_cpu", "types"), transformers=("lint", "hf_newest", "hf_oldest")
     )
     os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(max(1, (os.cpu_count() or 1) // 2))
     failed += _at_once(session, rest=("verl_vllm_cpu", "vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
