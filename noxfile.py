@@ -43,13 +43,13 @@ PROCESSOR_TESTS = tuple(
     f"tests/vllm/test_{name}.py"
     for name in ("grouping", "limits", "processing", "registration", "server_requests", "support", "vision_tower")
 )
+NEXT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("grouping", "limits", "processing", "vision_tower"))
+"""What `ci` runs of PROCESSOR_TESTS on NEXT_VLLM."""
 RANGE_TESTS = tuple(
     f"tests/vllm/test_{name}.py"
     for name in ("exactness", "reuse", "grouping", "weights", "offline", "online", "processing", "support", "handoff")
 )
 """What every supported vLLM is held to, with a real engine."""
-ROLLOUT_TESTS = tuple(f"tests/vllm/test_{name}.py" for name in ("exactness", "weights", "online", "support"))
-"""What `ci` runs of RANGE_TESTS in the vLLM beside verl: what rollouts depend on. The newest runs all."""
 IN_REST = tuple(f"tests/vllm/test_{name}.py" for name in ("weights", "server", "sdks", "evaluation", "conformance"))
 """What `ci` runs of tests/vllm in its shorter lane: what asks the one server that VLMEvalKit is tested with too."""
 BRIEFLY = ("-k", "not integration_point")  # an engine for each: in CI on one vLLM, in `vllm_range` on all
@@ -108,12 +108,6 @@ CORE_ON_TRANSFORMERS = tuple(
 """The tests of vilavt_core that load transformers, and those of videos, whose frames must be the same beside every
 version; the rest loads none of it.
 """
-NIGHTLY_ON_OLDEST = tuple(
-    f"--ignore=tests/hf/test_{name}.py" for name in ("attention_maps", "memory", "tiny", "train_run")
-)
-"""What `hf_oldest` leaves to `nightly`, beside ranks: runs, recipes, figures and formulas depend least on transformers;
-`test_train` trains on both.
-"""
 QUICK_TESTS = (
     "tests/core",
     "tests/eval",
@@ -146,6 +140,14 @@ MODEL_TESTS = (
     "tests/hf/test_portable.py",
 )
 """What runs on the versions of transformers in between too: those that verl and vLLM bring along."""
+BETWEEN = tuple(f"tests/hf/test_{name}.py" for name in ("golden", "vision_semantics", "handoff"))
+"""What `ci` runs of MODEL_TESTS there: golden vectors, and checkpoints that go from version to version."""
+ON_OLDEST = (
+    *MODEL_TESTS,
+    *(f"tests/hf/test_{name}.py" for name in ("chat", "train", "adapters", "placing")),
+    *(f"tests/core/test_checkpoint_{name}.py" for name in ("convert", "init", "inspect")),
+)
+"""What `ci` runs on the oldest: the model, a conversation, a step of training, and checkpoints."""
 ALL = None
 PART = os.environ.get("VILAVT_PART", ALL)
 """The part of a session that is to run, where `ci` runs it in several."""
@@ -211,6 +213,11 @@ def _keep_bytecode(session: nox.Session) -> None:
     session.run("python", "-m", "compileall", "-q", *ours, silent=True)
 
 
+def _import_once(session: nox.Session, *modules: str) -> None:
+    """Import what several processes would otherwise all compile together."""
+    session.run("python", "-c", f"import {', '.join(modules)}", silent=True)
+
+
 def _record(session: nox.Session, name: str, python: str = "python") -> None:
     """Record what the session that just passed has run with, if it took the newest of everything and ran whole."""
     if NEWEST_OF_ALL and PART is ALL and not session.posargs:
@@ -243,6 +250,14 @@ def _pytest(session: nox.Session, *default: str) -> None:
     session.run("pytest", *WORKERS, "--durations", "12", *(session.posargs or default))
 
 
+def _test_model_between(session: nox.Session) -> None:
+    """The model's tests on a transformers that a host brings along."""
+    if PART is ALL:
+        _pytest(session, *MODEL_TESTS)
+    else:  # so few that workers would spend their time on imports
+        session.run("pytest", *BETWEEN)
+
+
 def _torchvision_beside_cpu_torch(session: nox.Session) -> None:
     """Let the default index's torchvision, a CUDA build, be imported beside a CPU-only torch."""
     for file in Path("tests/vllm/cpu_env").iterdir():
@@ -264,8 +279,9 @@ def ci(session: nox.Session) -> None:
     failed = _at_once(
         session, writes=("verl_vllm_cpu", "vllm_cpu", "types"), transformers=("lint", "hf_newest", "hf_oldest")
     )
-    os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(max(1, (os.cpu_count() or 1) // 2))
-    failed += _at_once(session, rest=("verl_vllm_cpu", "vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
+    half = (os.cpu_count() or 1) // 2
+    os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(half if half > 1 else 0)  # 0: no second process beside one worker
+    failed += _at_once(session, rest=("vllm_cpu", "-R"), newest=("vllm_cpu", "-R"))
     if failed:
         session.error(f"failed: {', '.join(failed)}")
     for environment, name in RECORDED.items():  # no lane ran its sessions whole
@@ -352,11 +368,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def hf_newest(session: nox.Session) -> None:
-    """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built."""
-    quantizers = ("torchao==0.18.0", "bitsandbytes==0.50.0")
+    """All tests of vilavt-hf on the newest supported transformers, and of how the four packages are built. `ci` leaves
+    those of weights in few bits out: where torchao is installed, transformers takes 1.4 s longer to import.
+    """
+    quantizers = ("torchao==0.18.0", "bitsandbytes==0.50.0") if PART is ALL else ()
     _install(session, NEWEST, "math-verify>=0.8", *TEST_TOOLS, *quantizers, "build", "hatchling>=1.26")
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
+    _import_once(session, "vilavt_hf.chat", "vilavt_hf.train.run")
     _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: no workers beside them
@@ -369,9 +388,8 @@ def hf_oldest(session: nox.Session) -> None:
     _install(session, OLDEST, *TEST_TOOLS)
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # their commands are tested without their hosts
     session.env["VILAVT_HANDOFF"] = HANDOFF
-    nightly = "VILAVT_NIGHTLY" in os.environ
-    _pytest(session, *(() if nightly else NIGHTLY_ON_OLDEST), "tests/hf", *CORE_ON_TRANSFORMERS)
-    if nightly and not session.posargs:
+    _pytest(session, *(("tests/hf", *CORE_ON_TRANSFORMERS) if PART is ALL else ON_OLDEST))
+    if PART is ALL and not session.posargs:
         session.run("pytest", "tests/distributed/test_sft_ranks.py")
     _record(session, f"transformers-{OLDEST}")
 
@@ -413,13 +431,13 @@ def verl_vllm_cpu(session: nox.Session) -> None:
         session.run("pytest", "--durations", "16", *session.posargs)
         return
     if PART in (ALL, "writes"):
-        # An installation must pass; and it imports, once, what Ray's processes would otherwise all compile together.
+        # An installation must pass; and it imports what Ray's processes would otherwise all compile together.
         session.run("vilavt-rl", "doctor", env={"VERL_PLATFORM": "cpu"})
         session.run("pytest", "--durations", "16", *ON_RAY)
         _pytest(session, "tests/rl", *(f"--ignore={file}" for file in ON_RAY))
-        _pytest(session, *MODEL_TESTS)  # writes checkpoints, which the next reads
-    if PART in (ALL, "rest"):
-        session.run("pytest", *WORKERS, *BRIEFLY, *(RANGE_TESTS if PART is ALL else ROLLOUT_TESTS))
+        _test_model_between(session)  # writes checkpoints, which the next reads
+    if PART is ALL:
+        session.run("pytest", *WORKERS, *BRIEFLY, *RANGE_TESTS)
     _record(session, "verl-vllm")
 
 
@@ -514,15 +532,11 @@ def fuzz_guided(session: nox.Session) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """Everything that is too long for CI and least likely to break, one session after the other."""
-    both = ("-m", "nightly or not nightly")
-    # test_handoff.py writes checkpoints that `vllm_range` reads.
-    session.notify(
-        "hf_newest", posargs=[*both, "tests/hf", "tests/distributed/test_tiny_ranks.py", "tests/test_benchmarks.py"]
-    )
-    session.notify("hf_oldest", posargs=[*both, "tests/hf", "tests/distributed/test_sft_ranks.py"])
-    session.notify("vllm_cpu", posargs=["-m", "nightly", "tests/vllm", "tests/vlmeval"])
-    for name in ("web", "verl_cpu", "verl_nightly", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
+    """The sessions of CI whole, with what is marked nightly, and those that CI leaves out, one after the other."""
+    os.environ["VILAVT_NIGHTLY"] = "1"
+    for name in ("hf_newest", "hf_oldest", "verl_vllm_cpu", "vllm_cpu"):  # the latter two read what the others write
+        session.notify(name)
+    for name in ("web", "verl_cpu", "vllm_range", "deepspeed", "ray_serve", "grpo_learns"):
         session.notify(name)
     if "EASYR1_HOME" in os.environ:
         session.notify("easyr1")
@@ -602,15 +616,17 @@ def vllm_cpu(session: nox.Session) -> None:
         _pytest(session)
         return
     if PART in (ALL, "writes"):
-        _pytest(session, *MODEL_TESTS)  # writes checkpoints, which the next reads
+        _test_model_between(session)  # writes checkpoints, which the next reads
+        _import_once(session, "vllm.entrypoints.openai.api_server", "vilavt_vllm.server.command")
     if PART is ALL:
         _pytest(session, "tests/vllm", "tests/vlmeval")
     if PART == "newest":
         _pytest(session, "tests/vllm", *(f"--ignore={file}" for file in IN_REST))
     if PART == "rest":
         _pytest(session, "tests/vlmeval", *IN_REST)
-    if PART in (ALL, "rest"):
-        session.run("pytest", *WORKERS, *PROCESSOR_TESTS, env=_python_of(session, NEXT_VLLM))
+    if PART in (ALL, "newest"):
+        chosen = PROCESSOR_TESTS if PART is ALL else NEXT_TESTS
+        session.run("pytest", *WORKERS, *chosen, env=_python_of(session, NEXT_VLLM))
     _record(session, "vllm")
 
 

@@ -122,6 +122,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
 """A plugin of pytest: what torch, transformers, pillow and pytest do not bring along is not installed."""
 
 
+@pytest.mark.nightly("a minute; it measures what tests/hf holds")
 def test_the_gpu_suite_runs_from_a_bare_checkout_at_a_tiny_size(tmp_path):
     (tmp_path / "bare_machine.py").write_text(ONLY_WHAT_A_GPU_MACHINE_HAS)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("PYTEST")}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,12 +36,20 @@ def join_deepspeed() -> None:
 
 
 def main(job: Path) -> None:
-    """Train every run of the job; rank 0 writes ``seen.json`` into each run's folder."""
+    """Train every run of the job; rank 0 writes ``seen.json`` into each run's folder.
+
+    A run with ``broken_off`` begins in a copy of that run's folder, as if it had ended before its last checkpoint.
+    """
     runs = json.loads(job.read_text())
     if any(values["parallel"].get("strategy", "").startswith("zero") for values in runs):
         join_deepspeed()
     training.VilavtTrainer = AnywhereTrainer
     for values in runs:
+        if before := values.pop("broken_off", None):
+            if torch.distributed.get_rank() == 0:
+                last = max(Path(before).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])).name
+                shutil.copytree(before, values["output"]["folder"], ignore=shutil.ignore_patterns("final", last))
+            torch.distributed.barrier()
         config = SftConfig.model_validate(values)
         run = training.Run(config)
         trainer = run.trainer

@@ -94,16 +94,9 @@ def two_ranks(folder):
     """Runs of two ranks: copies, shards, shards that were broken off at step 16 and go on, and damaged pictures."""
     sharded = {"parallel": {"cpu": True, "strategy": "fsdp2"}, "data": VALIDATED}
     runs = [config(folder, "copies", data=VALIDATED, validation={"questions": 5}), config(folder, "shards", **sharded),
-            config(folder, "resumed", **sharded), config(folder, "dropping", data=damage(folder, step=3))]  # fmt: skip
-    job = folder / "job.json"
-
-    def start(configs):
-        job.write_text(json.dumps(configs))
-        torchrun(folder / "ranks.log", str(Path(__file__).with_name("sft_ranks.py")), str(job))
-
-    start(runs[:2])
-    shutil.copytree(folder / "shards", folder / "resumed", ignore=shutil.ignore_patterns("final", "checkpoint-20"))
-    start(runs[2:])
+            config(folder, "resumed", **sharded) | {"broken_off": str(folder / "shards")},
+            config(folder, "dropping", data=damage(folder, step=3))]  # fmt: skip
+    train_on_two_ranks(folder, "two_ranks", *runs)
     return folder
 
 
@@ -284,6 +277,7 @@ def test_two_steps_of_shards_in_bf16_have_the_loss_of_one_process_in_fp32(by_def
     assert not any("text_encoder" in name for name in moved)
 
 
+@pytest.mark.nightly("one more start of two ranks; test_train_run.py holds adapters, the runs above hold shards")
 def test_two_steps_of_shards_with_adapters_have_the_curve_of_one_process(with_adapters):
     alone = curve(with_adapters / "adapters-alone")
     for name, expected in (("adapters", alone), ("adapters-resumed", alone[1:])):
@@ -293,6 +287,7 @@ def test_two_steps_of_shards_with_adapters_have_the_curve_of_one_process(with_ad
             assert norm == pytest.approx(same_norm, rel=1e-2), name
 
 
+@pytest.mark.nightly("one more start of two ranks; test_train_run.py holds adapters, the runs above hold shards")
 def test_two_steps_of_shards_with_adapters_are_merged_as_those_of_one_process(with_adapters):
     base, alone = (load_file(with_adapters / name / "model.safetensors") for name in ("base", "adapters-alone/merged"))
     moved = {name for name, value in alone.items() if not torch.equal(value, base[name])}

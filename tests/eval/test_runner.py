@@ -360,9 +360,9 @@ def test_nothing_is_merged_away_while_another_process_is_writing(make, tmp_path)
 
 def test_memory_does_not_grow_with_answers(make, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # thousands of them take a minute on some disks
-    questions = make(3_000)
+    questions = make(600)
     tracemalloc.start()
-    outcome = go(questions, tmp_path / "out", Fake(padding=8_000))
+    outcome = go(questions, tmp_path / "out", Fake(padding=40_000))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert outcome.complete

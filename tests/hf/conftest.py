@@ -1,24 +1,26 @@
-"""Tests of the model compute on one thread: two of them run side by side."""
+"""Tests of the model compute on one thread: two of them run side by side. Nothing of weight is imported here: xdist's
+first process, which runs no test, reads this file too.
+"""
 
 import logging
 import warnings
 
 import pytest
-import torch
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
-from transformers.utils import logging as transformers_logging
-
-from vilavt_hf import compat
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def only_new_name(monkeypatch):
     """A later transformers: `cache` is the one name, and the old one would be swallowed without a word."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+    from vilavt_hf import compat
 
     def renamed(forward):
         def later(self, *args, cache=None, **kwargs):
@@ -36,6 +38,7 @@ def only_new_name(monkeypatch):
 @pytest.fixture
 def deprecations():
     """What has been said so far about names that will go, by Python's warnings or by the log of transformers."""
+    from transformers.utils import logging as transformers_logging
 
     class Heard(logging.Handler):
         def __init__(self):

@@ -421,9 +421,8 @@ def test_the_new_lesson_is_about_the_smaller_digit_of_scans_of_its_own(tmp_path,
         assert int(answer.text) == min(map(int, answer.thought.split(",")))
 
 
-@pytest.mark.parametrize(
-    "alone", [False, pytest.param(True, marks=pytest.mark.nightly("a second build; `alone` changes the lessons only"))]
-)
+@pytest.mark.nightly("a minute; tests/rl/test_tiny_start.py goes through a build on every run")
+@pytest.mark.parametrize("alone", [False, True])
 def test_a_short_build_goes_through_every_stage(tmp_path, monkeypatch, alone):
     stages = tuple(dataclasses.replace(s, steps=2, batch=3, warmup=1) for s in building.STAGES)
     stages = stages[2::2] if alone else stages
@@ -493,7 +492,7 @@ def test_a_name_of_its_own_is_no_ablation_of_another_benchmark():
 
 def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for(tmp_path):
     rows = ("teacher-boxes", "no-zoom", "random-box", "swapped-query")
-    todo = questions.tasks("heldout", 36)
+    todo = questions.tasks("heldout", 24)
     fingerprint, table = evaluation.score_scenes(str(SHIPPED), tmp_path, rows, todo)
     assert fingerprint == checkpoint_fingerprint(SHIPPED)
     found = {row.name: row for row in table.rows}

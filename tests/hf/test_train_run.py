@@ -477,7 +477,16 @@ def test_padded_batches_have_the_same_loss_as_packs(configure, tmp_path):
     assert read_log(tmp_path / "b" / "log.jsonl")[0]["padding_share"] > 0.1
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "fork",
+        *(
+            pytest.param(name, marks=pytest.mark.nightly("its process imports torch and transformers anew"))
+            for name in ("spawn", "forkserver")
+        ),
+    ],
+)
 def test_batches_are_the_same_however_their_processes_start(configure, tmp_path, start):
     """fork is Linux's, up to Python 3.13; forkserver from 3.14; spawn is macOS's."""
     run = Run(configure(tmp_path / "run", **{"data.workers": 0}))

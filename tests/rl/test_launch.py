@@ -1,6 +1,7 @@
 """The command that starts verl, and what the doctor says."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ pytest.importorskip("verl", reason="verl has an environment of its own")
 
 from vilavt_core.errors import VilavtError
 from vilavt_core.yaml_config import merged
-from vilavt_rl import compat, launch
+from vilavt_rl import compat, launch, preflight
 from vilavt_rl.easyr1.block import Settings
 from vilavt_rl.easyr1.main import check_easyr1, compose_config
 from vilavt_rl.errors import HostError, RowError
@@ -184,6 +185,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "rows.jsonl"
 
 
+STOCK = functools.cache(preflight._stock)
+"""verl's own configuration, which takes seconds to compose and is the same for all tests."""
+
+
 @pytest.fixture
 def start(rows: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs `vilavt-rl verl RECIPE` with sound files and these overrides; returns the command that would replace us."""
@@ -191,6 +196,7 @@ def start(rows: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(*overrides: str, recipe: str | Path = "tiny_cpu", without: str = "") -> list[str]:
         started: list[list[str]] = []
+        monkeypatch.setattr(preflight, "_stock", STOCK)
         monkeypatch.setattr(os, "execve", lambda program, command, environment: started.append(command))
         launch.run_verl(recipe, [*(f"{k}={v}" for k, v in sound.items() if k != without), *overrides])
         return started[0]
@@ -287,11 +293,11 @@ def test_a_mistyped_key_of_a_recipe_is_told(start, tmp_path: Path, line: str, to
         ("inference", {"limits": {"max_pixels": 5}}, "max_pixels is 5, below min_pixels"),
     ],
 )
-def test_a_mistake_in_the_agent_loop_is_told(start, tmp_path: Path, key: str, value: object, told: str) -> None:
+def test_a_mistake_in_the_agent_loop_is_told(tiny: Path, tmp_path: Path, key: str, value: object, told: str) -> None:
     (loop,) = yaml.safe_load((RECIPES / "agent_loop.yaml").read_text(encoding="utf-8"))
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump([{**loop, key: value}]), encoding="utf-8")
     with pytest.raises(HostError, match=f"loop.yaml: .*{told}"):
-        start(f"{AGENT_LOOP}={tmp_path / 'loop.yaml'}")
+        preflight.check_agent_loop(tmp_path / "loop.yaml", str(tiny))
 
 
 def test_an_agent_loop_that_is_not_there_is_told(start) -> None:

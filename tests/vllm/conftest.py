@@ -131,6 +131,7 @@ class Engine:
             "disable_log_stats": True,
             **in_this_process(str(path)),
         }
+        gc.freeze()  # vLLM collects several times, which takes 0.6 s each with all that is imported
         self.llm = LLM(model=str(path), **{**defaults, **options})
 
     def generate(self, prompts: list[tuple], max_tokens: int = 1, logprobs: int | None = -1, **options):
@@ -175,8 +176,7 @@ class Engine:
             if "NVIDIA driver" not in str(error):
                 raise
         del self.llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        cleanup_dist_env_and_memory()  # collects
 
 
 def vocabulary(output, position: int = 0) -> np.ndarray:

@@ -80,23 +80,11 @@ def stop_while_running(server, count: int) -> tuple[list[tuple[str, str]], httpx
     return got, late, time.monotonic() - begun
 
 
-COMPILED = pytest.mark.nightly("three minutes, in which vLLM compiles the model; other servers of tests do not")
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(FLAGS, id="eager"), pytest.param([], id="defaults", marks=COMPILED)]
-)
-def a_server(request, tmp_path_factory):
-    """A server, and one that was told nothing but its address."""
-    with serving(tmp_path_factory.mktemp("server") / "log", *request.param) as running:
-        yield running
-
-
-def test_the_examples_and_the_readmes_client_run(a_server):
+def run_examples(server) -> None:
     """Every script in examples/, as its docstring says to start it; the request of the README through the loop."""
     scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert scripts == {"openai_client.py"}, "a new example needs its own run here"
-    url, asked = a_server.url, ASKED[0]
+    url, asked = server.url, ASKED[0]
     command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), f"{url}/raw", MODEL]
     command += [str(PICTURES / asked["image"]), asked["question"]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -107,17 +95,22 @@ def test_the_examples_and_the_readmes_client_run(a_server):
         assert reply.choices[0].message.content == asked["answer"]
 
 
-def test_questions_that_run_are_finished(tmp_path):
+def test_the_examples_run_and_questions_that_run_are_finished(tmp_path):
     with serving(tmp_path / "log", *FLAGS, "--shutdown-timeout", "60") as server:
+        run_examples(server)
         got, late, took = stop_while_running(server, 6)
     assert Counter(kind for kind, _ in got) == {"right": 4, "raw": 2}, got
     assert late is None or (late.status_code, "Retry-After" in late.headers) == (503, True)
     assert took < 60 + MARGIN
 
 
-def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(a_server):
-    """Last: it ends the server."""
-    got, _, took = stop_while_running(a_server, 24)
+@pytest.mark.nightly("another server; test_server_requests.py holds what those that wait are told")
+@pytest.mark.parametrize("flags", [FLAGS, []], ids=["eager", "defaults"])
+def test_questions_that_cannot_be_finished_are_told_why_and_nobody_hangs(flags, tmp_path):
+    """Also by a server that was told nothing but its address, whose model vLLM compiles."""
+    with serving(tmp_path / "log", *flags) as server:
+        run_examples(server)
+        got, _, took = stop_while_running(server, 24)
     kinds = Counter(kind for kind, _ in got)
     assert set(kinds) <= {"right", "raw", "told"}, [one for one in got if one[0] not in ("right", "raw", "told")]
     assert len(got) == 24

@@ -151,13 +151,13 @@ NIGHTLY = pytest.mark.nightly("an engine for each variant of the tower; test_vis
 @pytest.mark.parametrize(
     "vision",
     [
-        {"integration_point": "all"},
         {"integration_point": None},
-        {"integration_point": "late2", "fullatt_block_indexes": []},
         {"integration_point": "late3", "window_size": 84},
         *(
             pytest.param(variant, marks=NIGHTLY)
             for variant in (
+                {"integration_point": "all"},
+                {"integration_point": "late2", "fullatt_block_indexes": []},
                 {"integration_point": "early"},
                 {"integration_point": "late2"},
                 {"integration_point": "late3"},

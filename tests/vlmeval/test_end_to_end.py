@@ -76,12 +76,25 @@ def test_two_ranks_give_the_table_of_one_through_the_wrapper_without_the_hook(to
 
 
 @pytest.mark.engine
-def test_vllm_and_a_server_give_the_same_score_from_a_config_file(toolkit, server, resumed, vllm_settings, tmp_path):
+@pytest.mark.parametrize(
+    "backends",
+    [
+        ["by-server"],
+        pytest.param(
+            ["by-vllm", "by-server"], marks=pytest.mark.nightly("one more engine; test_evaluation.py has one")
+        ),
+    ],
+    ids=" and ".join,
+)
+def test_vllm_and_a_server_give_the_same_score_from_a_config_file(
+    toolkit, server, resumed, vllm_settings, tmp_path, backends
+):
     engine = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8, "disable_log_stats": True}
     models = {
         "by-vllm": {"checkpoint": "tiny", "backend": "vllm", "dtype": "float32", "engine": engine},
         "by-server": {"backend": server.url},
     }
+    models = {name: models[name] for name in backends}
     models = {name: {"class": "ViLaVT", "name": name, **settings} for name, settings in models.items()}
     data = {BENCHMARK: {"class": "CustomMCQDataset", "dataset": BENCHMARK}}
     (tmp_path / "config.json").write_text(json.dumps({"model": models, "data": data}))

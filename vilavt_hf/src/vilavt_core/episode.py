@@ -54,7 +54,7 @@ from .protocol import (
 )
 from .published_rules import rules_of
 from .regions import CropPlan, Gallery, Picture, View, smart_resize
-from .versions import version_of
+from .versions import running_version
 
 
 class Episode:
@@ -289,7 +289,7 @@ class Episode:
             limits=self.limits,
             prompts=self.prompts.name,
             prompts_sha256=self.prompts.sha256,
-            versions={"vilavt_hf": version_of("vilavt-hf") or "unknown"},
+            versions={"vilavt_hf": running_version("vilavt-hf") or "unknown"},
             sample_id=self.sample_id,
         )
 

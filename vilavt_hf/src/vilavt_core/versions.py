@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 
 OURS = ("vilavt-hf", "vilavt-vllm", "vilavt-rl", "vilavt-vlmeval")
@@ -24,6 +25,12 @@ def installed(distributions: Iterable[str]) -> dict[str, str]:
     return {name: version for name in distributions if (version := version_of(name)) is not None}
 
 
+@cache
+def running_version(distribution: str) -> str | None:
+    """`version_of`, looked up once: it reads a file, every result asks for it, and what runs does not change."""
+    return version_of(distribution)
+
+
 def versions(*more: str) -> dict[str, str]:
     """Versions of what decides a result, `DECIDING`, and of the `more` distributions that are installed."""
-    return installed((*DECIDING, *more))
+    return {name: version for name in (*DECIDING, *more) if (version := running_version(name)) is not None}

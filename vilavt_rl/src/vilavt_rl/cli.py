@@ -274,4 +274,4 @@ def tiny_checkpoint_command(
 def main() -> None:
     """Entry point."""
     with ending("vilavt-rl"):
-        app()
+        app(prog_name="vilavt-rl")

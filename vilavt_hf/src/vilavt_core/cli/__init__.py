@@ -151,4 +151,4 @@ def _options(
 def main() -> None:
     """Entry point."""
     with ending("vilavt"):
-        app()
+        app(prog_name="vilavt")  # whatever started it, as `python -m`

@@ -187,7 +187,7 @@ def _draw(drawn: Sequence[Any], show: str, out: Path, scale: float, record: dict
     pictures = [(path, draw_attention(page, show=show, footer=footer, scale=scale)) for path, page in pages]
     for path, picture in pictures:
         path.parent.mkdir(exist_ok=True)
-        picture.save(path, optimize=True, pnginfo=about)
+        picture.save(path, pnginfo=about)
     return [path for path, _ in pictures]
 
 
