@@ -430,7 +430,7 @@ def test_a_library_s_error_is_one_line_and_a_fault_of_ours_is_not(monkeypatch, c
     from vilavt_core import cli
 
     def raising(error: BaseException):
-        def run() -> None:
+        def run(**_: str) -> None:
             raise error
 
         monkeypatch.setattr(cli, "app", run)

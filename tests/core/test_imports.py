@@ -105,7 +105,8 @@ def test_importing_vilavt_hf_registers_the_auto_classes_and_exports_the_chat_whe
     code = """
 import json, sys
 import vilavt_hf
-late = ("vilavt_hf.chat", "vilavt_hf.engine", "vilavt_core.episode", "transformers.training_args", "peft")
+vilavt_hf.Video("a.mp4")
+late = ("vilavt_hf.chat", "vilavt_hf.engine", "vilavt_core.episode", "transformers.training_args", "peft", "av")
 lazy = [name for name in late if name in sys.modules]
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING

@@ -653,7 +653,7 @@ def test_no_value_of_any_key_stops_the_command(tmp_path_factory, rows, run, benc
 
 
 def test_a_missing_package_is_named_with_the_smallest_extra_that_brings_it(monkeypatch, capsys):
-    def missing() -> None:
+    def missing(**_: str) -> None:
         raise ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
 
     monkeypatch.setattr(cli, "app", missing)

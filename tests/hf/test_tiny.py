@@ -492,7 +492,7 @@ def test_a_name_of_its_own_is_no_ablation_of_another_benchmark():
 
 def test_the_shipped_checkpoint_finds_reads_and_needs_what_it_asks_for(tmp_path):
     rows = ("teacher-boxes", "no-zoom", "random-box", "swapped-query")
-    todo = questions.tasks("heldout", 24)
+    todo = questions.tasks("heldout", 16)
     fingerprint, table = evaluation.score_scenes(str(SHIPPED), tmp_path, rows, todo)
     assert fingerprint == checkpoint_fingerprint(SHIPPED)
     found = {row.name: row for row in table.rows}

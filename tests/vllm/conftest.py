@@ -214,6 +214,7 @@ def vllm_world(tmp_path_factory):
         initialize_model_parallel,
     )
 
+    cleanup_dist_env_and_memory()  # of an engine that was refused while it started
     with set_current_vllm_config(VllmConfig()):
         where = f"file://{tmp_path_factory.mktemp('world') / 'init'}"
         init_distributed_environment(world_size=1, rank=0, distributed_init_method=where, local_rank=0, backend="gloo")

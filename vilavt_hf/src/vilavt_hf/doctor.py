@@ -1,6 +1,7 @@
 """What `vilavt doctor` says about transformers: the device, the registered classes, and a checkpoint's processor."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vilavt_core.conversation import SpecialTokens
 from vilavt_core.doctor import Check, Status, guarded
+from vilavt_core.results import Sample
 
 from .chat import VilavtChat
 from .configuration_vilavt import VilavtConfig
@@ -52,7 +54,10 @@ def _processor(folder: Path) -> str:
 def _load(folder: Path) -> str:
     chat = VilavtChat.from_pretrained(folder)
     picture = Image.linear_gradient("L").convert("RGB")
-    result = chat.ask_many([([picture], "What is this?")])[0]
+    short = replace(chat.settings.limits, max_turns=2, max_new_tokens_per_turn=256)  # whatever it has to say
+    result = chat.ask_many([Sample([picture], "What is this?", limits=short)])[0]
     if result.error is not None:
         raise result.error
-    return f"load on {chat.model.device} in {chat.model.dtype} and answer a question ({result.finish})"
+    tokens = sum(turn.token_count for turn in result.turns)
+    where = f"load on {chat.model.device} in {chat.model.dtype}"
+    return f"{where} and answer a question, with {tokens} tokens ({result.finish})"
