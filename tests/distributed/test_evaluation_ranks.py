@@ -11,6 +11,8 @@ import pytest
 
 from vilavt_hf.tiny.benchmark import tasks, write_benchmark
 
+pytestmark = pytest.mark.nightly("four processes; tests/eval/test_command.py holds how shards of a run are merged")
+
 TINY = Path(__file__).parents[2] / "examples" / "vilavt-tiny"
 VILAVT = str(Path(sys.executable).with_name("vilavt"))
 
@@ -49,7 +51,6 @@ def test_two_ranks_write_the_file_of_one_process(definition, tmp_path):
     assert ranks.stdout.count("overall") == alone.stdout.count("overall") == 1
 
 
-@pytest.mark.nightly("one more start of two ranks")
 def test_a_rank_whose_questions_fail_does_not_end_the_other_one(tmp_path):
     asked = tasks("heldout", 5)
     definition = write_benchmark(tmp_path / "tiny", asked)
