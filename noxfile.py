@@ -375,7 +375,8 @@ def hf_newest(session: nox.Session) -> None:
     _install(session, NEWEST, "math-verify>=0.8", *TEST_TOOLS, *quantizers, "build", "hatchling>=1.26")
     _add(session, "--no-deps", *(f"./{host}" for host in HOSTS))  # what they plug into has environments of its own
     session.env.update({"OMP_NUM_THREADS": "1", "VILAVT_HANDOFF": HANDOFF})
-    _import_once(session, "vilavt_hf.chat", "vilavt_hf.train.run")
+    if not session.posargs:
+        _import_once(session, "vilavt_hf.chat", "vilavt_hf.train.run")
     _pytest(session, *HF_TESTS, *WORKSPACE_TESTS)
     if not session.posargs:
         session.run("pytest", "tests/distributed")  # two processes: no workers beside them
